@@ -163,7 +163,7 @@ def init_gru(
     draw = state_dtype(dtype)
     shape_x, shape_h = (input_size, 3 * hidden_size), (hidden_size, 3 * hidden_size)
     key_x, key_h, key_bx, key_bh = jax.random.split(key, 4)
-    b_x = b_h = jnp.zeros(3 * hidden_size, draw)
+    b_x, b_h = jnp.zeros(3 * hidden_size, draw), jnp.zeros(3 * hidden_size, draw)
     init = jax.nn.initializers
     if scheme == "pytorch":
         bound = hidden_size**-0.5

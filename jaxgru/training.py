@@ -51,10 +51,10 @@ def init_train_state(
     """The state before the first update.
 
     Args:
-      params: pytree of arrays. The train step donates its buffers: copy what you keep.
+      params: pytree of arrays; the state holds copies, since the train step donates its buffers.
       optimizer: from optax.
       key: a `jax.random.key`; each update draws its own from it.
-      carry: the first carry of the loss.
+      carry: the first carry of the loss; copied too.
 
     Returns:
       TrainState with step 0.
@@ -63,8 +63,9 @@ def init_train_state(
     >>> int(state.step)
     0
     """
-    zero = jnp.zeros((), jnp.int32)
-    return TrainState(params, optimizer.init(params), carry, key, zero, jnp.zeros_like(zero))
+    params, carry, key = jax.tree.map(jnp.copy, (params, carry, key))
+    step, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+    return TrainState(params, optimizer.init(params), carry, key, step, skipped)
 
 
 def make_train_step(
@@ -127,6 +128,7 @@ def fit(
     callbacks: Iterable[Callable[[TrainState, dict[str, float]], None]] = (),
     log_every: int = 10,
     items_per_update: int | None = None,
+    items_name: str = "items",
     progress: bool = True,
 ) -> tuple[TrainState, list[dict[str, float]]]:
     """Runs num_updates updates, one batch each, and reports as it goes.
@@ -141,23 +143,27 @@ def fit(
       callbacks: each is called with (state, record) whenever a record is made. Copy what is kept:
         the state's buffers are donated to the next update.
       log_every: updates between records; the loop waits for the device only then.
-      items_per_update: items (characters, examples) of a batch, for records of their rate.
+      items_per_update: items of a batch, for records of their rate.
+      items_name: what the items are, e.g. "characters".
       progress: a bar by tqdm, which the extra `experiments` installs.
 
     Returns:
       The state after the last update, and the records: dicts of "update", "seconds" (of training,
-      evaluations left out), the mean "loss" since the last record, the step's other metrics,
-      "items_per_second", and what evaluate returned.
+      evaluations left out), the means of the step's metrics since the last record ("skipped" is a
+      total), f"{items_name}_per_second", and what evaluate returned.
 
     Raises:
       ValueError: batches ended early, or a count is below 1.
+      TypeError: a count is no integer.
       FloatingPointError: at least ten updates in a row were skipped as not finite.
       ImportError: progress is asked for and tqdm is missing.
     """
-    for name, value in (("num_updates", num_updates), ("log_every", log_every)):
+    counts = {"num_updates": num_updates, "log_every": log_every}
+    counts.update({} if evaluate_every is None else {"evaluate_every": evaluate_every})
+    for name, value in counts.items():
         require_count("fit", name, value)
-    meter, batches, records = _Meter(int(state.skipped), items_per_update), iter(batches), []
-    callbacks = list(callbacks)
+    meter = _Meter(int(state.skipped), items_per_update, items_name)
+    batches, callbacks, records = iter(batches), list(callbacks), []
     with _progress_bar(num_updates, progress) as bar:
         for update in range(1, num_updates + 1):
             batch = next(batches, None)
@@ -267,18 +273,19 @@ def load_arrays(path: str | os.PathLike, like: chex.ArrayTree) -> chex.ArrayTree
 
 _FORMAT = "jaxgru arrays 1"
 _HEADER = "jaxgru"
+_DAMAGE = (zipfile.BadZipFile, zlib.error)
 _MAX_SKIPPED_IN_ROW = 10
 
 
 def _read(path):
     """(header, arrays) of a file; ValueError where it is damaged or another's."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         header = json.loads(str(arrays.pop(_HEADER)))
         if header["format"] != _FORMAT:
             raise ValueError(f"format {header['format']!r}")
-    except (KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (KeyError, TypeError, ValueError, EOFError, RuntimeError, *_DAMAGE) as error:
         raise ValueError(
             f"load_arrays: {path} must be a whole {_FORMAT!r} file: {error}"
         ) from error
@@ -288,9 +295,9 @@ def _read(path):
 class _Meter:
     """Loss, rate and skipped updates between two records."""
 
-    def __init__(self, skipped, items_per_update):
+    def __init__(self, skipped, items_per_update, items_name):
         self.skipped, self.items_per_update = skipped, items_per_update
-        self.seconds, self.in_row = 0.0, 0
+        self.rate, self.seconds, self.in_row = f"{items_name}_per_second", 0.0, 0
         self.start()
 
     def start(self):
@@ -302,12 +309,13 @@ class _Meter:
         elapsed = time.perf_counter() - self.began
         self.seconds += elapsed
         record = {"update": update, "seconds": self.seconds}
-        record.update({name: float(value) for name, value in host[-1].items()})
-        finite = [float(m["loss"]) for m in host if np.isfinite(m["loss"])]
-        record["loss"] = float(np.mean(finite)) if finite else float("nan")
-        record["skipped"] = int(record["skipped"])
+        for name in host[-1]:
+            values = np.asarray([metrics[name] for metrics in host], np.float64)
+            finite = values[np.isfinite(values)]
+            record[name] = float(finite.mean()) if finite.size else float("nan")
+        record["skipped"] = int(host[-1]["skipped"])
         if self.items_per_update is not None:
-            record["items_per_second"] = self.items_per_update * len(host) / elapsed
+            record[self.rate] = self.items_per_update * len(host) / elapsed
         all_skipped = record["skipped"] - self.skipped == len(host)
         self.in_row = self.in_row + len(host) if all_skipped else 0
         self.skipped = record["skipped"]

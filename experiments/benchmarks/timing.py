@@ -1,0 +1,95 @@
+"""What every benchmark needs: contenders timed in turn, samples summed up, the machine named.
+
+No framework is imported here, so a benchmark of JAX and one of PyTorch can both use it.
+"""
+
+import datetime
+import gc
+import importlib.metadata
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def interleave(
+    contenders: Mapping[str, Callable[[], Any]],
+    seconds: float,
+    *,
+    warm_up: int = 2,
+    min_rounds: int = 5,
+    advance: Callable[[float], Any] = lambda fraction: None,
+) -> dict[str, list[float]]:
+    """Seconds of every call, in rounds A B C A B C, so that a drifting machine hurts all alike.
+
+    Args:
+      contenders: name -> a function of no arguments that returns when its result is *ready*:
+        one that runs asynchronously must wait for its result itself.
+      seconds: for all rounds of all contenders together; the last round is finished.
+      warm_up: rounds that are run first and not timed.
+      min_rounds: are timed even if they take longer than `seconds`.
+      advance: is told after each round which further fraction of the work is done; the fractions
+        add up to 1.
+
+    Returns:
+      name -> the seconds of each timed call, the same number for every contender.
+    """
+    for _ in range(warm_up):
+        for call in contenders.values():
+            call()
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    rounds, done, elapsed = 0, 0.0, 0.0
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        while rounds < min_rounds or elapsed < seconds:
+            for name, call in contenders.items():
+                start = time.perf_counter()
+                call()
+                samples[name].append(time.perf_counter() - start)
+            rounds += 1
+            elapsed += sum(each[-1] for each in samples.values())
+            now = min(elapsed / seconds, rounds / min_rounds, 1.0)
+            advance(now - done)
+            done = now
+    finally:
+        if collecting:
+            gc.enable()
+    return samples
+
+
+def summarize(samples: list[float]) -> dict[str, Any]:
+    """Median, least, quartiles (milliseconds) and number of samples that are in seconds."""
+    low, median, high = np.percentile(samples, (25, 50, 75)) * 1e3
+    return {
+        "median_ms": float(median),
+        "min_ms": min(samples) * 1e3,
+        "quartiles_ms": [float(low), float(high)],
+        "samples": len(samples),
+    }
+
+
+def describe_machine(packages: Iterable[str] = ()) -> dict[str, Any]:
+    """The CPU, its cores, the system, Python, the versions of `packages` and the date (UTC)."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _cpu_model() -> str:
+    """The model name the kernel gives, or what Python knows where it gives none."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"

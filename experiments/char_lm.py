@@ -1,0 +1,345 @@
+"""A character language model, trained through the handwritten backward pass.
+
+    python -m experiments.char_lm                                  # the default: about two minutes
+    python -m experiments.char_lm --text FILE
+    python -m experiments.char_lm --corpus tinyshakespeare
+    python -m experiments.char_lm --preset classic                 # one-hot, H=64, SGD, one passage
+    python -m experiments.char_lm --sample RUN --prompt "The "
+
+It first proves its gradient against `jax.grad` on its own model and first batch, then trains on
+contiguous streams with the state carried from batch to batch and cut (truncated BPTT). A run
+folder holds config.json, metrics.jsonl, loss.png, samples.txt, cross_check.txt and weights.npz.
+"""
+
+import argparse
+import datetime
+import functools
+import hashlib
+import json
+import math
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jaxgru
+from experiments import data
+
+SPECS = {"cho": jaxgru.CHO_2014, "chung": jaxgru.CHUNG_2014, "pytorch": jaxgru.PYTORCH}
+PRESETS = {
+    "default": {},
+    # The setting of "Gated Recurrent Unit (GRU)" with its NumPy code: the update gate writes,
+    # small normal weights, one passage as one sequence, summed loss, the final state carried over.
+    "classic": {
+        "spec": "chung", "init": "small", "embedding_size": 0, "hidden_size": 64,
+        "optimizer": "sgd", "learning_rate": 0.01, "warm_up": 0, "clip_norm": 0.0,
+        "clip_value": 5.0, "weight_decay": 0.0, "reduction": "sum", "passage": 5000,
+        "epochs": 100, "evaluate_every": 25, "sample_size": 100, "prompt": "T",
+    },
+    "smoke": {
+        "passage": 4000, "embedding_size": 8, "hidden_size": 16, "batch_size": 4,
+        "num_steps": 32, "epochs": 1, "warm_up": 5, "evaluate_every": 15, "sample_size": 40,
+    },
+}  # fmt: skip
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(
+        "python -m experiments.char_lm", description="Trains a character language model."
+    )
+    add = parser.add_argument
+    add("--text", metavar="FILE", help="train on this UTF-8 file")
+    add("--corpus", choices=data.CORPORA, default="pydoc")
+    add("--preset", choices=("default", "classic"), default="default")
+    add("--smoke", action="store_true", help="a run of seconds, to see that all of it works")
+    add("--sample", metavar="RUN", help="continue --prompt with the weights of this run folder")
+    add("--out", metavar="FOLDER", help="run folder, new or empty; runs/char_lm-DATE unless told")
+    add("--prompt", default="The ")
+    add("--temperature", type=float, default=0.8)
+    add("--sample-size", type=int, default=200, help="characters a sample")
+    add("--passage", type=int, default=0, help="use the first N characters; 0 for all")
+    add("--spec", choices=SPECS, default="cho", help="equation of the GRU")
+    add("--init", choices=("orthogonal", "pytorch", "keras", "small"), default="orthogonal")
+    add("--embedding-size", type=int, default=64, help="0 for one-hot input")
+    add("--hidden-size", type=int, default=256)
+    add("--batch-size", type=int, default=32)
+    add("--num-steps", type=int, default=128, help="steps between cuts of the gradient")
+    add("--epochs", type=int, default=10)
+    add("--optimizer", choices=("adamw", "sgd"), default="adamw")
+    add("--learning-rate", type=float, default=3e-3)
+    add("--warm-up", type=int, default=100, help="updates of warm-up before the cosine (adamw)")
+    add("--weight-decay", type=float, default=1e-4)
+    add("--clip-norm", type=float, default=1.0, help="0 for none")
+    add("--clip-value", type=float, default=0.0, help="0 for none")
+    add("--reduction", choices=("mean", "sum"), default="mean")
+    add("--evaluate-every", type=int, default=0, help="in updates; 0 for once an epoch")
+    add("--seed", type=int, default=0)
+    preset = parser.parse_known_args(argv)[0]
+    parser.set_defaults(**PRESETS[preset.preset], **(PRESETS["smoke"] if preset.smoke else {}))
+    args = parser.parse_args(argv)
+    for name in ("hidden_size", "batch_size", "num_steps", "epochs", "sample_size"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.temperature < 0 or not math.isfinite(args.temperature):
+        parser.error("--temperature must be finite and at least 0")
+    if not args.prompt:
+        parser.error("--prompt must not be empty")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    try:
+        return sample(args) if args.sample else train(args)
+    except (data.DataError, OSError) as error:
+        print(f"char_lm: {error}", file=sys.stderr)
+        return 2
+
+
+def train(args):
+    text = data.read_text(args.text) if args.text else data.load_corpus(args.corpus)
+    text = text[: args.passage] if args.passage else text
+    vocabulary = "".join(sorted(set(text)))
+    tokens = data.encode(text, vocabulary)
+    prompt = check_prompt(args, text, vocabulary)
+    classic = args.preset == "classic"
+    if classic:  # one passage is one sequence, and all of it trains
+        args.batch_size, args.num_steps = 1, len(tokens) - 1
+        train_tokens, validation = tokens, None
+    else:
+        cut = int(0.9 * len(tokens))
+        train_tokens = tokens[:cut]
+        validation = data.streams(tokens[cut:], args.batch_size, args.num_steps)
+    inputs, targets = data.streams(train_tokens, args.batch_size, args.num_steps)
+    num_updates = args.epochs * len(inputs)
+    run = make_run_folder(args, {"vocabulary": vocabulary, "num_updates": num_updates})
+    print(f"{len(text):,} characters, {len(vocabulary)} of them different; {describe_device()}")
+
+    key_params, key_state = jax.random.split(jax.random.key(args.seed))
+    params = init_params(args, key_params, len(vocabulary))
+    h0 = jnp.zeros((args.batch_size, args.hidden_size))
+    if not cross_check(args, run, params, h0, inputs[0], targets[0]):
+        return 1
+    optimizer = make_optimizer(args, num_updates)
+    state = jaxgru.init_train_state(params, optimizer, key=key_state, carry=h0)
+    evaluate = functools.partial(evaluate_streams, args, streams=validation)
+    train_step = jaxgru.make_train_step(make_loss(args), optimizer)
+    state, records = jaxgru.fit(
+        train_step,
+        state,
+        data.epochs(inputs, targets, args.epochs, restart=not classic),
+        num_updates=num_updates,
+        evaluate=evaluate if validation else None,
+        evaluate_every=args.evaluate_every or len(inputs),
+        callbacks=[make_reporter(args, run, vocabulary, prompt)],
+        items_per_update=args.batch_size * args.num_steps,
+        items_name="characters",
+    )
+    metadata = {"config": vars(args), "vocabulary_sha256": digest(vocabulary)}
+    jaxgru.save_arrays(run / "weights.npz", state.params, metadata)
+    plot(run / "loss.png", records)
+    last = {k: v for k, v in records[-1].items() if "bits" in k or k in ("seconds",)}
+    print("\n" + draw(args, state.params, vocabulary, prompt, args.sample_size, args.seed))
+    print("\n" + ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in last.items()))
+    print(f"run folder: {run}")
+    return 0
+
+
+def sample(args):
+    """Continues a prompt with the weights of a run folder."""
+    run = pathlib.Path(args.sample)
+    try:
+        config = json.loads((run / "config.json").read_text("utf-8"))
+        vocabulary = config["vocabulary"]
+        trained = argparse.Namespace(**config)
+        like = jax.eval_shape(
+            lambda: init_params(trained, jax.random.key(0), len(vocabulary))
+        )
+        if jaxgru.read_metadata(run / "weights.npz")["vocabulary_sha256"] != digest(vocabulary):
+            raise data.DataError(f"{run} holds weights of another vocabulary than its config.json")
+        params = jaxgru.load_arrays(run / "weights.npz", like)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise data.DataError(f"{run} is no whole run folder: {error}") from None
+    data.encode(args.prompt, vocabulary)
+    trained.temperature = args.temperature
+    print(draw(trained, params, vocabulary, args.prompt, args.sample_size, args.seed))
+    return 0
+
+
+def init_params(args, key, vocab_size):
+    scheme = "orthogonal" if args.init == "small" else args.init
+    embedding_size = args.embedding_size or None
+    params = jaxgru.init_token_model(
+        key, vocab_size, args.hidden_size, embedding_size=embedding_size, scheme=scheme
+    )
+    if args.init == "small":  # 0.01 N(0, 1) for every matrix, zero biases
+        leaves, treedef = jax.tree.flatten(params)
+        keys = jax.random.split(key, len(leaves))
+        params = treedef.unflatten(
+            0.01 * jax.random.normal(k, v.shape) if v.ndim == 2 else jnp.zeros_like(v)
+            for k, v in zip(keys, leaves)
+        )
+    return params
+
+
+def make_loss(args, **gru_options):
+    """loss_fn for `make_train_step`: the state is the carry, so its gradient is cut."""
+
+    def loss_fn(params, carry, batch, key):
+        tokens, targets, start = batch
+        h0 = jnp.where(start, jnp.zeros_like(carry), carry)
+        loss, h_last = jaxgru.token_loss(
+            params, tokens, targets, h0, reduction=args.reduction, spec=SPECS[args.spec],
+            **gru_options,
+        )  # fmt: skip
+        per_character = loss / (tokens.size if args.reduction == "sum" else 1)
+        return loss, (h_last, {"bits_per_character": per_character / math.log(2)})
+
+    return loss_fn
+
+
+def make_optimizer(args, num_updates):
+    clips = [optax.clip(args.clip_value)] if args.clip_value else []
+    clips += [optax.clip_by_global_norm(args.clip_norm)] if args.clip_norm else []
+    if args.optimizer == "sgd":
+        return optax.chain(*clips, optax.sgd(args.learning_rate))
+    warm_up = min(args.warm_up, num_updates // 2)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, args.learning_rate, warm_up, num_updates)
+    return optax.chain(*clips, optax.adamw(schedule, weight_decay=args.weight_decay))
+
+
+def cross_check(args, run, params, h0, tokens, targets):
+    """Prints the handwritten gradient beside jax.grad's and finite differences; True if equal."""
+
+    def loss(gradient):
+        def loss_fn(params, h0):
+            return jaxgru.token_loss(
+                params, tokens, targets, h0, reduction=args.reduction, spec=SPECS[args.spec],
+                gradient=gradient,
+            )  # fmt: skip
+
+        return loss_fn
+
+    print("Cross-check of the handwritten gradient, on this model and its first batch:")
+    report = jaxgru.check_gradients(
+        loss("bptt"), loss("autodiff"), params, h0,
+        num_cotangents=1, num_coordinates=3, tolerances={"float64": 1e-12},
+    )  # fmt: skip
+    (run / "cross_check.txt").write_text(str(report) + "\n", encoding="utf-8")
+    for dtype, witness, name, limit in (
+        ("float32", "autodiff", "jax.grad", 2e-5),
+        ("float64", "autodiff", "jax.grad", 1e-12),
+        ("float64", "finite-difference", "finite differences", 1e-6),
+    ):
+        # A gradient that has vanished is below what a difference of float64 outputs can resolve;
+        # such rows have a wider tolerance of their own, and say nothing about the rule.
+        rows = [row for row in report.rows if (row.dtype, row.witness) == (dtype, witness)]
+        error = max(row.error for row in rows if row.tolerance < 2 * limit)
+        print(f"  {dtype} against {name:<18}  largest relative error {error:.1e}  (limit {limit})")
+    verdict = str(report).rsplit("\n", 1)[-1]
+    print(f"  {verdict}  Every leaf: {run / 'cross_check.txt'}\n", flush=True)
+    if not report.passed:
+        print(report, file=sys.stderr)
+    return report.passed
+
+
+def evaluate_streams(args, state, *, streams):
+    """Mean cross-entropy over the validation streams, the state carried through."""
+    loss = _mean_loss(state.params, *streams, spec=SPECS[args.spec])
+    return {"validation_bits_per_character": float(loss) / math.log(2)}
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def _mean_loss(params, inputs, targets, spec):
+    def body(h, batch):
+        loss, h = jaxgru.token_loss(params, *batch, h, spec=spec)
+        return h, loss
+
+    h0 = jnp.zeros((inputs.shape[2], params.w.shape[0]), params.w.dtype)
+    return jax.lax.scan(body, h0, (inputs, targets))[1].mean()
+
+
+def check_prompt(args, text, vocabulary):
+    """The prompt; the default one gives way to the text's own beginning where it does not fit."""
+    unknown = set(args.prompt) - set(vocabulary)
+    if unknown and args.prompt in ("The ", "T"):
+        return text[:1]
+    data.encode(args.prompt, vocabulary)
+    return args.prompt
+
+
+def draw(args, params, vocabulary, prompt, count, seed):
+    """The prompt and count characters drawn after it."""
+    tokens = jaxgru.generate(
+        params, jax.random.key(seed), data.encode(prompt, vocabulary), count,
+        temperature=args.temperature, spec=SPECS[args.spec],
+    )[1]  # fmt: skip
+    return prompt + data.decode(np.asarray(tokens), vocabulary)
+
+
+def make_reporter(args, run, vocabulary, prompt):
+    """A callback of `fit`: metrics to a file, and a sample with every evaluation."""
+    from tqdm import tqdm
+
+    def report(state, record):
+        with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        due = args.evaluate_every and record["update"] % args.evaluate_every == 0
+        if not (due or "validation_bits_per_character" in record):
+            return
+        seed = args.seed + record["update"]
+        text = draw(args, state.params, vocabulary, prompt, args.sample_size, seed)
+        with open(run / "samples.txt", "a", encoding="utf-8") as file:
+            file.write(f"--- update {record['update']}\n{text}\n")
+        shown = {k: v for k, v in record.items() if "bits" in k}
+        words = ", ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in shown.items())
+        tqdm.write(f"update {record['update']}: {words}\n  {text[:100]!r}")
+
+    return report
+
+
+def make_run_folder(args, extra):
+    """A new folder with config.json in it; never one that holds something."""
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    run = pathlib.Path(args.out or pathlib.Path("runs") / f"char_lm-{stamp}")
+    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        raise data.DataError(f"{run} exists and is not an empty folder; nothing was overwritten")
+    run.mkdir(parents=True, exist_ok=True)
+    config = json.dumps({**vars(args), **extra}, indent=1, ensure_ascii=False)
+    (run / "config.json").write_text(config + "\n", encoding="utf-8")
+    return run
+
+
+def plot(path, records):
+    """Bits per character against updates, training and validation."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for name, label, style in (
+        ("bits_per_character", "training", "-"),
+        ("validation_bits_per_character", "validation", "o-"),
+    ):
+        points = [(r["update"], r[name]) for r in records if name in r]
+        if points:
+            axes.plot(*zip(*points), style, label=label, markersize=4)
+    axes.set(xlabel="update", ylabel="bits per character", title="Character language model")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def describe_device():
+    device = jax.devices()[0]
+    return f"{device.platform} ({device.device_kind}), jax {jax.__version__}"
+
+
+def digest(vocabulary):
+    return hashlib.sha256(vocabulary.encode()).hexdigest()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

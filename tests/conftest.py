@@ -1,0 +1,86 @@
+"""Four CPU devices, strict promotion, and the data and comparison that several test files share."""
+
+import os
+
+_FLAGS = os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = f"{_FLAGS} --xla_force_host_platform_device_count=4".strip()
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgru.cell import GRUParams, init_gru
+
+
+@pytest.fixture(autouse=True)
+def strict_promotion():
+    """No test relies on implicit broadcasting or casting."""
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+@pytest.fixture
+def x64():
+    """float64 for one test; the default of the process stays off."""
+    with jax.enable_x64(True):
+        yield
+
+
+class Problem(NamedTuple):
+    """The array arguments of `jaxgru.gru`, and random cotangents of its two results."""
+
+    params: GRUParams
+    xs: jax.Array
+    h0: jax.Array
+    mask: jax.Array
+    resets: jax.Array
+    cotangents: tuple[jax.Array, jax.Array]
+
+
+def make_problem(seed, *, steps=7, batch=(3,), inputs=2, hidden=3, bias="both", dtype=jnp.float64):
+    """Random arguments, float64 unless told.
+
+    The mask has gaps and its first row, where there is a batch, is held throughout; resets fall on
+    real and on held steps. `bias` is "both", "none", "b_x" or "b_h": which of them exist.
+    """
+    keys = jax.random.split(jax.random.key(seed), 7)
+    params = init_gru(keys[0], inputs, hidden, scheme="pytorch", dtype=dtype)
+    mask = jax.random.bernoulli(keys[3], 0.7, (steps, *batch))
+    if batch and np.prod(batch):
+        mask = mask.at[(slice(None), *([0] * len(batch)))].set(False)
+    return Problem(
+        params._replace(
+            b_x=params.b_x if bias in ("both", "b_x") else None,
+            b_h=params.b_h if bias in ("both", "b_h") else None,
+        ),
+        jax.random.normal(keys[1], (steps, *batch, inputs), dtype),
+        jax.random.normal(keys[2], (*batch, hidden), dtype),
+        mask,
+        jax.random.bernoulli(keys[4], 0.3, (steps, *batch)),
+        (
+            jax.random.normal(keys[5], (*batch, hidden), dtype),
+            jax.random.normal(keys[6], (steps, *batch, hidden), dtype),
+        ),
+    )
+
+
+def assert_close(got, want, tolerance, label=""):
+    """Same tree, and every leaf within tolerance times the largest entry of the wanted leaf.
+
+    A wanted leaf of zeros must be met exactly; NaN and infinity are never close.
+    """
+    got_leaves, got_tree = jax.tree.flatten(got)
+    want_leaves, want_tree = jax.tree.flatten(want)
+    assert got_tree == want_tree, f"{label}: {got_tree} is not {want_tree}"
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(want)]
+    for path, a, b in zip(paths, got_leaves, want_leaves):
+        a, b = (np.asarray(v).astype(np.float64) for v in (a, b))
+        assert a.shape == b.shape, f"{label}{path}: shape {a.shape} is not {b.shape}"
+        assert np.isfinite(a).all() and np.isfinite(b).all(), f"{label}{path}: not finite"
+        if a.size == 0:
+            continue
+        error, scale = np.abs(a - b).max(), np.abs(b).max()
+        assert error <= tolerance * scale, f"{label}{path}: off by {error:.2e} of {scale:.2e}"

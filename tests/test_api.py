@@ -1,0 +1,150 @@
+"""The package as its users meet it: names, docstrings, imports, and the README's own words."""
+
+import ast
+import importlib
+import inspect
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+import jaxgru
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+MODULES = sorted(path.stem for path in (ROOT / "jaxgru").glob("[!_]*.py"))
+
+# What each module may import of the package; nothing else, and never a peer.
+IMPORTS = {
+    "arguments": set(),
+    "cell": {"arguments"},
+    "recurrence": {"arguments", "cell"},
+    "comparison": set(),
+    "check": {"cell", "comparison", "recurrence"},
+    "models": {"arguments", "cell", "recurrence"},
+    "training": {"arguments"},
+}
+CORE = {"jax", "jaxlib", "optax", "chex", "numpy"}
+OPTIONAL = {("training", "tqdm")}  # the progress bar, imported where it is asked for
+
+
+def imported(path):
+    """Every module named by an import statement, wherever it stands."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+
+
+def test_every_module_has_its_place_in_the_import_graph():
+    assert set(MODULES) == set(IMPORTS)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_one_way_and_reach_only_core_dependencies(module):
+    for name in imported(ROOT / "jaxgru" / f"{module}.py"):
+        top, _, rest = name.partition(".")
+        if top == "jaxgru":
+            assert rest in IMPORTS[module], f"{module} imports {name}"
+        elif (module, top) not in OPTIONAL:
+            assert top in CORE | sys.stdlib_module_names, f"{module} imports {name}"
+
+
+def test_experiments_use_public_names_alone():
+    for path in (ROOT / "experiments").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jaxgru"):
+                assert node.module == "jaxgru", path
+                assert {alias.name for alias in node.names} <= set(jaxgru.__all__), path
+            if (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.value, ast.Name)
+                and node.value.id == "jaxgru"
+            ):
+                assert node.attr in {*jaxgru.__all__, "__version__"}, (path, node.attr)
+
+
+def test_all_lists_what_the_package_exports():
+    tree = ast.parse((ROOT / "jaxgru" / "__init__.py").read_text())
+    names = [a.name for n in tree.body if isinstance(n, ast.ImportFrom) for a in n.names]
+    assert sorted(names) == sorted(jaxgru.__all__)
+
+
+@pytest.mark.parametrize("name", [n for n in jaxgru.__all__ if inspect.isfunction(vars(jaxgru)[n])])
+def test_public_function_documents_every_argument(name):
+    function = getattr(jaxgru, name)
+    doc = inspect.getdoc(function) or ""
+    for parameter in inspect.signature(function).parameters.values():
+        star = "*" * (parameter.kind in (2, 4)) + "*" * (parameter.kind == 4)
+        assert re.search(rf"^ +{re.escape(star)}{parameter.name}: ", doc, re.M), parameter.name
+    if name != "save_arrays":
+        assert "Returns:" in doc or "The metadata of" in doc
+    assert "Raises:" in doc or name in ("init_train_state", "make_train_step")
+
+
+@pytest.mark.parametrize("name", jaxgru.__all__)
+def test_public_name_has_a_docstring_or_is_a_constant(name):
+    value = getattr(jaxgru, name)
+    assert isinstance(value, jaxgru.GRUSpec) or inspect.getdoc(value)
+
+
+def test_no_module_shares_its_name_with_a_public_function():
+    assert not set(MODULES) & set(jaxgru.__all__)
+
+
+def readme_blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+
+
+def test_readme_python_examples_run():
+    blocks = readme_blocks("python")
+    assert len(blocks) >= 3
+    code = "\n".join(blocks)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    commands = [line for block in readme_blocks("bash") for line in block.splitlines()]
+    tests = [line for line in commands if "pytest" in line]
+    assert len(tests) == 1
+    assert tests[0] in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+def test_readme_names_only_options_that_exist():
+    readme = (ROOT / "README.md").read_text()
+    options = set(inspect.signature(jaxgru.gru).parameters)
+    table = readme.split("| option |")[1].split("\n\n")[0]
+    named = set(re.findall(r"^\| `(\w+)`", table, re.M))
+    assert named == options - {"params", "xs"}
+
+
+def test_top_level_holds_what_was_agreed():
+    entries = {path.name for path in ROOT.iterdir() if not path.name.startswith(".")}
+    allowed = {"pyproject.toml", "README.md", "jaxgru", "experiments", "tests"}
+    generated = {"runs", "build", "jaxgru.egg-info", "__pycache__"}
+    assert entries - generated == allowed
+
+
+def test_import_loads_no_optional_dependency_and_leaves_the_settings_alone():
+    code = (
+        "import sys, jax; before = jax.config.values.copy(); import jaxgru;"
+        "assert jax.config.values == before;"
+        "bad = {'tqdm', 'matplotlib', 'torch', 'flax', 'haiku', 'equinox', 'keras'};"
+        "assert not bad & set(sys.modules), bad & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_constants_name_the_equations_of_their_papers():
+    def choices(spec):
+        return spec.reset, spec.update, spec.activation
+
+    assert choices(jaxgru.CHO_2014) == ("before", "keep", "tanh")
+    assert choices(jaxgru.CHUNG_2014) == ("before", "write", "tanh")
+    assert choices(jaxgru.PYTORCH) == ("after", "keep", "tanh")
+    assert importlib.import_module("jaxgru.cell").GRUSpec() == jaxgru.CHO_2014

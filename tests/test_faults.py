@@ -1,0 +1,294 @@
+"""Seeded faults: every one of these wrong backward passes is caught, in float64 and in float32."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxgru import recurrence
+from jaxgru.cell import CHO_2014, GRUParams, init_gru
+from jaxgru.check import check_gradients
+
+
+def of_step(change):
+    """A fault of step_vjp: change(params, gates, h_tm1, dh, dh_tm1, da) -> dh_tm1, da."""
+
+    def mutate(original):
+        def faulty(params, gates, h_tm1, dh, spec):
+            return change(params, gates, h_tm1, dh, *original(params, gates, h_tm1, dh, spec))
+
+        return faulty
+
+    return mutate
+
+
+def block(w, i):
+    return jnp.split(w, 3, axis=-1)[i]
+
+
+def no_kept_state(params, gates, h_tm1, dh, dh_tm1, da):
+    return dh_tm1 - dh * gates.z, da
+
+
+def no_update_gate_path(params, gates, h_tm1, dh, dh_tm1, da):
+    return dh_tm1 - da.z @ block(params.w_h, 1).T, da
+
+
+def no_reset_gate_path(params, gates, h_tm1, dh, dh_tm1, da):
+    return dh_tm1 - da.r @ block(params.w_h, 0).T, da
+
+
+def no_candidate_path(params, gates, h_tm1, dh, dh_tm1, da):
+    return dh_tm1 - (da.n @ block(params.w_h, 2).T) * gates.r, da
+
+
+def candidate_path_not_gated(params, gates, h_tm1, dh, dh_tm1, da):
+    return dh_tm1 + (da.n @ block(params.w_h, 2).T) * (1 - gates.r), da
+
+
+def update_gate_sign(params, gates, h_tm1, dh, dh_tm1, da):
+    return dh_tm1, da._replace(z=-da.z)
+
+
+def no_slope_of_reset_gate(params, gates, h_tm1, dh, dh_tm1, da):
+    return dh_tm1, da._replace(r=da.r / (gates.r * (1 - gates.r)))
+
+
+def half_slope_of_update_gate(params, gates, h_tm1, dh, dh_tm1, da):
+    return dh_tm1, da._replace(z=da.z / (1 - gates.z))
+
+
+def no_slope_of_candidate(params, gates, h_tm1, dh, dh_tm1, da):
+    return dh_tm1, da._replace(n=dh * (1 - gates.z))
+
+
+def of_params(change):
+    """A fault of params_vjp: change(params, xs, gates, h_tm1, da) before it."""
+
+    def mutate(original):
+        def faulty(params, xs, gates, h_tm1, da, spec):
+            return original(params, *change(xs, gates, h_tm1, da), spec)
+
+        return faulty
+
+    return mutate
+
+
+def state_not_gated(xs, gates, h_tm1, da):
+    return xs, gates._replace(r=jnp.ones_like(gates.r)), h_tm1, da
+
+
+def last_step_lost(xs, gates, h_tm1, da):
+    return xs, gates, h_tm1, jax.tree.map(lambda d: d.at[-1].set(jnp.zeros_like(d[-1])), da)
+
+
+def inputs_of_next_step(xs, gates, h_tm1, da):
+    return jnp.roll(xs, 1, axis=0), gates, h_tm1, da
+
+
+def scaled_recurrent_weights(original):
+    def faulty(*args):
+        dparams = original(*args)
+        return dparams._replace(w_h=dparams.w_h * 1.001)
+
+    return faulty
+
+
+def bias_of_one_row(original):
+    def faulty(params, xs, gates, h_tm1, da, spec):
+        one = jax.tree.map(lambda d: d[:, :1], da)
+        row = original(params, xs[:, :1], gates._replace(r=gates.r[:, :1]), h_tm1[:, :1], one, spec)
+        return original(params, xs, gates, h_tm1, da, spec)._replace(b_h=row.b_h)
+
+    return faulty
+
+
+def wrong_block_of_inputs(original):
+    return lambda params, da: original(params, da._replace(r=da.z, z=da.r))
+
+
+def neighbour_state(original):
+    def faulty(static, h_start, hs, resets):
+        return hs
+
+    return faulty
+
+
+def of_sweep(change):
+    """A fault of the backward chunk: change(dh, dhs, mask, resets) before it."""
+
+    def mutate(original):
+        def faulty(static, params, dh, gates, h_tm1, dhs, mask, resets):
+            return original(static, params, *change(dh, gates, h_tm1, dhs, mask, resets))
+
+        return faulty
+
+    return mutate
+
+
+def final_state_ignored(dh, gates, h_tm1, dhs, mask, resets):
+    return jnp.zeros_like(dh), gates, h_tm1, dhs, mask, resets
+
+
+def outputs_one_step_late(dh, gates, h_tm1, dhs, mask, resets):
+    return dh, gates, h_tm1, jnp.roll(dhs, 1, axis=0), mask, resets
+
+
+def mask_ignored(dh, gates, h_tm1, dhs, mask, resets):
+    return dh, gates, h_tm1, dhs, None, resets
+
+
+def resets_ignored(dh, gates, h_tm1, dhs, mask, resets):
+    return dh, gates, h_tm1, dhs, mask, None
+
+
+FAULTS = {
+    **{
+        change.__name__: ("step_vjp", of_step(change))
+        for change in (
+            no_kept_state,
+            no_update_gate_path,
+            no_reset_gate_path,
+            no_candidate_path,
+            candidate_path_not_gated,
+            update_gate_sign,
+            no_slope_of_reset_gate,
+            half_slope_of_update_gate,
+            no_slope_of_candidate,
+        )
+    },
+    **{
+        change.__name__: ("params_vjp", of_params(change))
+        for change in (state_not_gated, last_step_lost, inputs_of_next_step)
+    },
+    "scaled_recurrent_weights": ("params_vjp", scaled_recurrent_weights),
+    "bias_of_one_row": ("params_vjp", bias_of_one_row),
+    "wrong_block_of_inputs": ("inputs_vjp", wrong_block_of_inputs),
+    "neighbour_state": ("_shift", neighbour_state),
+    **{
+        change.__name__: ("_backward_chunk", of_sweep(change))
+        for change in (final_state_ignored, outputs_one_step_late, mask_ignored, resets_ignored)
+    },
+}
+
+
+def run_check(fn, **options):
+    keys = jax.random.split(jax.random.key(7), 4)
+    params = init_gru(keys[0], 2, 3, scheme="pytorch")
+    xs, h0 = jax.random.normal(keys[1], (5, 2, 2)), jax.random.normal(keys[2], (2, 3))
+    options = {"num_cotangents": 1, "finite_differences": False, **options}
+    reference = functools.partial(plain, gradient="autodiff")
+    return check_gradients(fn, reference, params, xs, h0, **options)
+
+
+def plain(params, xs, h0, gradient="bptt", chunk_size=None):
+    mask = jnp.array([[1, 1], [1, 0], [1, 1], [0, 1], [1, 1]], bool)
+    resets = jnp.array([[0, 0], [0, 0], [1, 0], [0, 1], [0, 0]], bool)
+    return recurrence.gru(
+        params, xs, h0, mask=mask, resets=resets, gradient=gradient, chunk_size=chunk_size
+    )
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_unbroken_rule_passes(chunk_size):
+    assert run_check(functools.partial(plain, chunk_size=chunk_size)).passed
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault_is_caught_in_both_precisions(fault, monkeypatch):
+    name, mutate = FAULTS[fault]
+    monkeypatch.setattr(recurrence, name, mutate(getattr(recurrence, name)))
+    report = run_check(plain)
+    assert {row.dtype for row in report.failures if row.reason == "value"} == {"float32", "float64"}
+
+
+def broken_rule(change):
+    """The "bptt" rule with its results passed through change(cotangents of params, xs, h0)."""
+    rule = jax.custom_vjp(recurrence._gru_scan, nondiff_argnums=(0,))
+
+    def bwd(static, residuals, cotangents):
+        dparams, dxs, dh0, *rest = recurrence._gru_bptt_bwd(static, residuals, cotangents)
+        return (*change(dparams, dxs, dh0), *rest)
+
+    rule.defvjp(recurrence._gru_bptt_fwd, bwd, symbolic_zeros=True)
+    return rule
+
+
+def rounded(dparams, dxs, dh0):
+    return dparams._replace(w_h=dparams.w_h.astype(jnp.float16)), dxs, dh0
+
+
+def initial_state_forgotten(dparams, dxs, dh0):
+    return dparams, dxs, jnp.zeros_like(dh0)
+
+
+def swapped_biases_scaled(dparams, dxs, dh0):
+    return GRUParams(dparams.w_x, dparams.w_h, dparams.b_x, 2 * dparams.b_h), dxs, dh0
+
+
+def not_a_number(dparams, dxs, dh0):
+    return dparams._replace(w_x=dparams.w_x.at[0, 0].set(jnp.nan)), dxs, dh0
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (rounded, "dtype"),
+        (initial_state_forgotten, "value"),
+        (swapped_biases_scaled, "value"),
+        (not_a_number, "non-finite"),
+    ],
+)
+def test_wrong_result_of_the_rule_is_caught_in_both_precisions(change, reason, monkeypatch):
+    monkeypatch.setattr(recurrence, "_gru_bptt", broken_rule(change))
+    report = run_check(plain)
+    assert {row.dtype for row in report.failures if row.reason == reason} == {"float32", "float64"}
+
+
+def test_float32_gradient_of_a_bfloat16_parameter_is_caught(monkeypatch):
+    def widened(dparams, dxs, dh0):
+        return dparams._replace(w_x=dparams.w_x.astype(jnp.float32)), dxs, dh0
+
+    monkeypatch.setattr(recurrence, "_gru_bptt", broken_rule(widened))
+    report = run_check(plain, dtypes=("bfloat16",))
+    assert [row.leaf for row in report.failures if row.reason == "dtype"] == (
+        ["params.w_x"] * sum(row.reason == "dtype" for row in report.failures)
+    )
+    assert "dtype" in {row.reason for row in report.failures}
+
+
+def test_lost_carry_between_chunks_is_caught(monkeypatch):
+    original = recurrence._backward_chunk
+
+    def faulty(static, params, dh, *rest):
+        return original(static, params, jnp.zeros_like(dh), *rest)
+
+    monkeypatch.setattr(recurrence, "_backward_chunk", faulty)
+    report = run_check(
+        functools.partial(plain, chunk_size=2), dtypes=("float64",), num_cotangents=2
+    )
+    assert "value" in {row.reason for row in report.failures}
+
+
+def test_grid_names_the_case_that_fails(monkeypatch):
+    """check_gru says which of its points failed: here only the one that redoes its gates."""
+    from jaxgru.check import check_gru
+
+    original = recurrence.step
+
+    def faulty(params, a, h, spec):
+        h, gates = original(params, a, h, spec)
+        bulk = a[0].ndim == 3
+        return h, gates._replace(r=gates.r * 0.9) if bulk else gates
+
+    monkeypatch.setattr(recurrence, "step", faulty)
+    params = init_gru(jax.random.key(0), 2, 3, scheme="pytorch")
+    xs = jax.random.normal(jax.random.key(1), (4, 2, 2))
+    report = check_gru(
+        params, xs, specs=[CHO_2014], reverses=[False],
+        policies=[{"residuals": "gates"}, {"residuals": "states"}],
+        dtypes=("float64",), finite_differences=False, num_cotangents=1,
+    )  # fmt: skip
+    assert {row.case for row in report.failures} == {"before keep tanh residuals=states"}
+    assert "residuals=states" in str(report)

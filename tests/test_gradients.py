@@ -1,0 +1,540 @@
+"""Three ways to one derivative: handwritten BPTT and tangents, JAX's own, and the oracle's loop."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from conftest import assert_close, make_problem
+from jax.extend import core as jex
+from jax.flatten_util import ravel_pytree
+
+from jaxgru.cell import CHO_2014, PYTORCH, GRUSpec
+from jaxgru.recurrence import gru
+
+# float64, relative to the largest entry of a leaf. Rounding reaches about 1e-14 here.
+EXACT = 1e-11
+in_float64 = pytest.mark.usefixtures("x64")
+both_resets = pytest.mark.parametrize("spec", [CHO_2014, PYTORCH], ids=["before", "after"])
+
+AUTODIFF = {"gradient": "autodiff"}
+TANGENT = {"gradient": "tangent"}
+POLICIES = [{"residuals": r} for r in ("gates", "states", "boundaries")]
+CHUNKS = (None, 1, 3, 7, 100)  # of T = 7: one step, a rest of one, the whole, more than there is
+CHUNKED = [policy | {"chunk_size": size} for policy in POLICIES for size in CHUNKS]
+SPECS = [GRUSpec(*choice) for choice in itertools.product(("before", "after"), ("keep", "write"))]
+OTHERS = [
+    dataclasses.replace(spec, activation=activation)
+    for spec in SPECS
+    for activation in ("relu", "sigmoid", "softplus", "identity")
+]
+
+
+def spec_name(spec):
+    return "-".join(dataclasses.astuple(spec))
+
+
+def pullbacks(problem, variants, **case):
+    """(values, (dparams, dxs, dh0)) of each variant of gru's choices, compiled as one program."""
+
+    @jax.jit
+    def every_variant(params, xs, h0, cotangents):
+        results = []
+        for variant in variants:
+            run = functools.partial(gru, **case, **variant)
+            values, pull = jax.vjp(run, params, xs, h0)
+            results.append((values, pull(cotangents)))
+        return results
+
+    return every_variant(problem.params, problem.xs, problem.h0, problem.cotangents)
+
+
+def oracle_pullback(problem, spec, mask=None, resets=None, reverse=False):
+    """The same of the oracle, with None where a bias is."""
+    params, xs, h0 = problem.params, problem.xs, problem.h0
+    equation = oracle.Equation(*dataclasses.astuple(spec))
+    h_last, hs, tape = oracle.forward(params, equation, xs, h0, mask, resets, reverse)
+    packed, dxs, dh0 = oracle.backward(params, equation, xs, tape, *problem.cotangents)
+    dparams = (None if p is None else d for p, d in zip(params, packed))
+    return (h_last, hs), (type(params)(*dparams), dxs, dh0)
+
+
+def assert_variants_agree(problem, spec, variants, tolerance=EXACT, **case):
+    """JAX's gradient is the oracle's, and each variant's is JAX's."""
+    reference, *results = pullbacks(problem, [AUTODIFF, *variants], spec=spec, **case)
+    assert_close(reference, oracle_pullback(problem, spec, **case), tolerance, "oracle")
+    for variant, result in zip(variants, results):
+        assert_close(result, reference, tolerance, str(variant))
+
+
+# First order.
+
+
+@in_float64
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("spec", SPECS, ids=spec_name)
+def test_every_rule_and_chunk_gives_one_gradient(spec, reverse):
+    problem = make_problem(0)
+    variants = [TANGENT, *CHUNKED]
+    flags = {"mask": problem.mask, "resets": problem.resets}
+    assert_variants_agree(problem, spec, variants, reverse=reverse, **flags)
+
+
+@in_float64
+@pytest.mark.parametrize("spec", OTHERS, ids=spec_name)
+def test_every_activation_has_one_gradient(spec):
+    problem = make_problem(1)
+    assert_variants_agree(problem, spec, [TANGENT, *POLICIES], mask=problem.mask)
+
+
+@in_float64
+@pytest.mark.parametrize("bias", ["none", "b_x", "b_h"])
+@both_resets
+def test_absent_biases_have_no_gradient_and_leave_the_others_right(spec, bias):
+    problem = make_problem(2, bias=bias)
+    assert_variants_agree(problem, spec, [TANGENT, *POLICIES, {"chunk_size": 3}])
+
+
+@in_float64
+@pytest.mark.parametrize("flags", [("mask",), ("resets",), ()], ids=lambda f: "+".join(f) or "none")
+@both_resets
+def test_masks_and_resets_alone_have_one_gradient(spec, flags):
+    problem = make_problem(3)
+    case = {name: getattr(problem, name) for name in flags}
+    variants = [TANGENT, {}, {"residuals": "boundaries", "chunk_size": 3}]
+    assert_variants_agree(problem, spec, variants, reverse=True, **case)
+
+
+@in_float64
+@pytest.mark.parametrize("batch", [(), (2, 3)], ids=["no_batch", "two_batch_axes"])
+@both_resets
+def test_any_number_of_batch_axes_has_one_gradient(spec, batch):
+    problem = make_problem(4, batch=batch)
+    variants = [TANGENT, {}, {"residuals": "states", "chunk_size": 3}]
+    assert_variants_agree(problem, spec, variants, mask=problem.mask, resets=problem.resets)
+
+
+@in_float64
+@both_resets
+def test_single_step_has_one_gradient(spec):
+    problem = make_problem(5, steps=1)
+    assert_variants_agree(problem, spec, [TANGENT, *POLICIES, {"chunk_size": 1}])
+
+
+@in_float64
+@both_resets
+def test_unrolled_loops_have_one_gradient(spec):
+    problem = make_problem(6)
+    assert_variants_agree(problem, spec, [TANGENT, {}, {"chunk_size": 3}], unroll=3)
+
+
+@in_float64
+@pytest.mark.parametrize("choice", ["only_h_last", "only_hs", "zero"])
+@both_resets
+def test_cotangent_of_either_result_may_be_zero(spec, choice):
+    """A zero array, as autodiff of a loss that multiplies by zero would send."""
+    problem = make_problem(7)
+    dh_last, dhs = problem.cotangents
+    dh_last = dh_last if choice == "only_h_last" else jnp.zeros_like(dh_last)
+    dhs = dhs if choice == "only_hs" else jnp.zeros_like(dhs)
+    problem = problem._replace(cotangents=(dh_last, dhs))
+    variants = [TANGENT, {}, {"residuals": "boundaries", "chunk_size": 3}]
+    assert_variants_agree(problem, spec, variants, mask=problem.mask)
+
+
+@in_float64
+@pytest.mark.parametrize("pick", [0, 1], ids=["h_last", "hs"])
+@both_resets
+def test_loss_that_uses_one_result_has_one_gradient(spec, pick):
+    """Here the other result's cotangent is symbolic, known to be zero when traced."""
+    problem = make_problem(8)
+    arguments = (problem.params, problem.xs, problem.h0)
+
+    @jax.jit
+    def every_variant(*arguments):
+        def gradient(**variant):
+            def loss(*arguments):
+                return jnp.sin(gru(*arguments, spec=spec, mask=problem.mask, **variant)[pick]).sum()
+
+            return jax.grad(loss, (0, 1, 2))(*arguments)
+
+        return [gradient(**v) for v in (AUTODIFF, TANGENT, *POLICIES, {"chunk_size": 3})]
+
+    reference, *results = every_variant(*arguments)
+    values = oracle_pullback(problem, spec, mask=problem.mask)[0]
+    dead = jax.tree.map(jnp.zeros_like, problem.cotangents)
+    dead = tuple(np.cos(v) if i == pick else d for i, (v, d) in enumerate(zip(values, dead)))
+    wanted = oracle_pullback(problem._replace(cotangents=dead), spec, mask=problem.mask)[1]
+    assert_close(reference, wanted, EXACT)
+    for result in results:
+        assert_close(result, reference, EXACT)
+
+
+@in_float64
+@pytest.mark.parametrize("spec", [*SPECS, OTHERS[2]], ids=spec_name)
+def test_gradients_are_the_slopes_of_finite_differences(spec):
+    """Central differences at 1e-5: error about 1e-10 of curvature, 1e-11 of rounding; 1e-6 asked."""
+    problem = make_problem(9)
+    flat, unravel = ravel_pytree((problem.params, problem.xs, problem.h0))
+    dh_last, dhs = problem.cotangents
+    run = functools.partial(gru, spec=spec, mask=problem.mask, resets=problem.resets)
+
+    @jax.jit
+    def both(flat):
+        def loss(flat):
+            h_last, hs = run(*unravel(flat))
+            return (h_last * dh_last).sum() + (hs * dhs).sum()
+
+        steps = 1e-5 * jnp.eye(flat.size)
+        ends = jax.lax.map(lambda d: loss(flat + d) - loss(flat - d), steps)
+        return jax.grad(loss)(flat), ends / 2e-5
+
+    assert_close(*both(flat), 1e-6)
+
+
+@in_float64
+@pytest.mark.parametrize("variant", [TANGENT, *POLICIES], ids=str)
+@both_resets
+def test_wholly_masked_data_gives_weight_gradients_of_exactly_zero(spec, variant):
+    problem = make_problem(10)
+    nothing = jnp.zeros_like(problem.mask)
+    [(_, (dparams, dxs, dh0))] = pullbacks(problem, [variant], spec=spec, mask=nothing)
+    assert not any(np.any(d) for d in dparams)
+    assert not np.any(dxs)
+    dh_last, dhs = problem.cotangents
+    assert_close(dh0, dh_last + dhs.sum(axis=0), EXACT)
+
+
+@in_float64
+def test_reset_cuts_the_gradient_exactly():
+    problem = make_problem(11)
+    resets = jnp.zeros((7, 3), bool).at[4].set(True)
+    dh_last, dhs = problem.cotangents
+    problem = problem._replace(cotangents=(dh_last, dhs.at[:4].set(0.0)))
+    for _, (_, dxs, dh0) in pullbacks(problem, [TANGENT, *POLICIES], resets=resets):
+        assert not np.any(dxs[:4]) and not np.any(dh0)
+        assert np.abs(np.asarray(dxs[4:])).min() > 0
+
+
+@both_resets
+@pytest.mark.parametrize("reverse", [False, True])
+def test_float32_gradients_agree_with_float32_autodiff(spec, reverse):
+    """2e-5: float32 keeps 6e-8, T = 40 steps and sums over 120 rows lose two digits."""
+    problem = make_problem(12, steps=40, hidden=8, dtype=jnp.float32)
+    variants = [AUTODIFF, TANGENT, *POLICIES, {"residuals": "states", "chunk_size": 7}]
+    reference, *results = pullbacks(
+        problem, variants, spec=spec, mask=problem.mask, reverse=reverse
+    )
+    for variant, result in zip(variants[1:], results):
+        assert_close(result, reference, 2e-5, str(variant))
+        assert {v.dtype for v in jax.tree.leaves(result)} == {jnp.dtype(jnp.float32)}
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@both_resets
+def test_half_precision_gradients_are_near_and_in_their_parameters_dtype(spec, dtype):
+    """2e-2 of the float32 gradient at the same parameters: operands have 8 or 11 bits."""
+    problem = make_problem(13, hidden=8, dtype=dtype)
+    wide = jax.tree.map(
+        lambda v: v.astype(jnp.float32) if jnp.issubdtype(v.dtype, jnp.floating) else v, problem
+    )
+    [(_, reference)] = pullbacks(wide, [AUTODIFF], spec=spec, mask=problem.mask)
+    variants = [AUTODIFF, TANGENT, *POLICIES, {"chunk_size": 3}]
+    for variant, (values, result) in zip(
+        variants, pullbacks(problem, variants, spec=spec, mask=problem.mask)
+    ):
+        assert {v.dtype for v in jax.tree.leaves((values, result))} == {jnp.dtype(dtype)}
+        assert_close(result, reference, 2e-2, str(variant))
+
+
+# Higher orders and forward mode.
+
+
+def small_loss(problem, spec, **variant):
+    """(flat arguments, a scalar loss of them) of a problem small enough for whole Hessians."""
+    flat, unravel = ravel_pytree((problem.params, problem.xs, problem.h0))
+
+    def loss(flat):
+        h_last, hs = gru(
+            *unravel(flat), spec=spec, mask=problem.mask, resets=problem.resets, **variant
+        )
+        return jnp.sin(hs).sum() + (h_last**3).sum()
+
+    return flat, loss
+
+
+def small_problem(seed):
+    """Three steps, one row, two units; one held step and one reset."""
+    problem = make_problem(seed, steps=4, batch=(1,), inputs=1, hidden=2)
+    mask = jnp.array([True, True, False, True])[:, None]
+    resets = jnp.array([False, False, True, False])[:, None]
+    return problem._replace(mask=mask, resets=resets)
+
+
+@in_float64
+@both_resets
+def test_hessian_of_every_rule_is_autodiffs(spec):
+    problem = small_problem(20)
+    variants = [AUTODIFF, TANGENT, *POLICIES, {"residuals": "gates", "chunk_size": 3}]
+
+    @jax.jit
+    def hessians(flat):
+        return [jax.hessian(small_loss(problem, spec, **v)[1])(flat) for v in variants]
+
+    flat, _ = small_loss(problem, spec)
+    reference, *results = hessians(flat)
+    assert_close(reference, reference.T, EXACT, "symmetry")
+    assert np.linalg.matrix_rank(np.asarray(reference)) > 10  # there is curvature to agree on
+    for variant, result in zip(variants[1:], results):
+        assert_close(result, reference, EXACT, str(variant))
+
+
+@in_float64
+@both_resets
+def test_gradient_of_gradient_of_bptt_is_autodiffs(spec):
+    problem = small_problem(21)
+    variants = [AUTODIFF, *POLICIES, {"residuals": "boundaries", "chunk_size": 3}]
+
+    @jax.jit
+    def twice(flat, direction):
+        def once(variant):
+            loss = small_loss(problem, spec, **variant)[1]
+            return jax.grad(lambda flat: jnp.vdot(jax.grad(loss)(flat), direction))(flat)
+
+        return [once(variant) for variant in variants]
+
+    flat, _ = small_loss(problem, spec)
+    direction = jax.random.normal(jax.random.key(22), flat.shape, flat.dtype)
+    reference, *results = twice(flat, direction)
+    for variant, result in zip(variants[1:], results):
+        assert_close(result, reference, EXACT, str(variant))
+
+
+def hessian_product(loss, order):
+    """flat, v -> H v (or v H v where both derivatives are forward) in the named order."""
+
+    def forward(f, v):
+        return lambda flat: jax.jvp(f, (flat,), (v,))[1]
+
+    return {
+        "forward_over_reverse": lambda flat, v: forward(jax.grad(loss), v)(flat),
+        "reverse_over_forward": lambda flat, v: jax.grad(forward(loss, v))(flat),
+        "reverse_over_reverse": lambda flat, v: jax.grad(
+            lambda flat: jnp.vdot(jax.grad(loss)(flat), v)
+        )(flat),
+        "forward_over_forward": lambda flat, v: forward(forward(loss, v), v)(flat),
+    }[order]
+
+
+@in_float64
+@both_resets
+def test_hessian_products_of_tangent_agree_in_every_order(spec):
+    problem = small_problem(23)
+    orders = (
+        "forward_over_reverse",
+        "reverse_over_forward",
+        "reverse_over_reverse",
+        "forward_over_forward",
+    )
+
+    @jax.jit
+    def products(flat, v):
+        tangent, autodiff = (small_loss(problem, spec, **g)[1] for g in (TANGENT, AUTODIFF))
+        reference = hessian_product(autodiff, "forward_over_reverse")(flat, v)
+        return reference, [hessian_product(tangent, order)(flat, v) for order in orders]
+
+    flat, _ = small_loss(problem, spec)
+    v = jax.random.normal(jax.random.key(24), flat.shape, flat.dtype)
+    reference, (*products_, quadratic) = products(flat, v)
+    for order, product in zip(orders, products_):
+        assert_close(product, reference, EXACT, order)
+    assert_close(quadratic, np.vdot(v, reference), EXACT, orders[-1])
+
+
+@in_float64
+@both_resets
+def test_third_derivatives_of_tangent_are_autodiffs(spec):
+    problem = small_problem(25)
+
+    @jax.jit
+    def third(flat, v):
+        def along(f):
+            return lambda flat: jax.jvp(f, (flat,), (v,))[1]
+
+        tangent, autodiff = (small_loss(problem, spec, **g)[1] for g in (TANGENT, AUTODIFF))
+        return (
+            along(along(along(autodiff)))(flat),
+            along(along(along(tangent)))(flat),
+            along(along(jax.grad(autodiff)))(flat),
+            along(along(jax.grad(tangent)))(flat),
+        )
+
+    flat, _ = small_loss(problem, spec)
+    v = jax.random.normal(jax.random.key(26), flat.shape, flat.dtype)
+    wanted, got, wanted_gradient, got_gradient = third(flat, v)
+    assert_close(got, wanted, EXACT)
+    assert_close(got_gradient, wanted_gradient, EXACT)
+
+
+@in_float64
+@both_resets
+def test_forward_and_reverse_jacobians_of_tangent_are_autodiffs(spec):
+    problem = small_problem(27)
+    flat, unravel = ravel_pytree((problem.params, problem.xs, problem.h0))
+
+    @jax.jit
+    def jacobians(flat):
+        def run(flat, **variant):
+            return gru(*unravel(flat), spec=spec, mask=problem.mask, reverse=True, **variant)
+
+        tangent = functools.partial(run, **TANGENT)
+        return (
+            jax.jacrev(functools.partial(run, **AUTODIFF))(flat),
+            jax.jacfwd(tangent)(flat),
+            jax.jacrev(tangent)(flat),
+            jax.jacrev(run)(flat),
+            jax.vmap(jax.linearize(tangent, flat)[1], out_axes=-1)(jnp.eye(flat.size)),
+        )
+
+    reference, *others = jacobians(flat)
+    for other in others:
+        assert_close(other, reference, EXACT)
+
+
+@pytest.mark.parametrize("transform", ["jvp", "jacfwd", "linearize"])
+def test_forward_mode_of_bptt_is_refused(transform):
+    problem = make_problem(28, dtype=jnp.float32)
+    calls = {
+        "jvp": lambda f, x: jax.jvp(f, (x,), (x,)),
+        "jacfwd": lambda f, x: jax.jacfwd(f)(x),
+        "linearize": lambda f, x: jax.linearize(f, x)[1](x),
+    }
+    with pytest.raises(TypeError, match="custom_vjp"):
+        calls[transform](lambda h0: gru(problem.params, problem.xs, h0), problem.h0)
+
+
+@in_float64
+@both_resets
+def test_tangent_takes_any_part_of_the_arguments(spec):
+    """The others' tangents are symbolic zeros, which the rule leaves out of its drive."""
+    problem, direction = make_problem(29), make_problem(30)
+    case = {"spec": spec, "mask": problem.mask, "resets": problem.resets}
+    names = ("w_x", "w_h", "b_x", "b_h", "xs", "h0")
+
+    @jax.jit
+    def every_part(values, tangents):
+        def along(name, **variant):
+            def run(value):
+                *params, xs, h0 = (values | {name: value}).values()
+                return gru(type(problem.params)(*params), xs, h0, **case, **variant)
+
+            return jax.jvp(run, (values[name],), (tangents[name],))
+
+        return [(along(name, **AUTODIFF), along(name, **TANGENT)) for name in names]
+
+    values, tangents = (
+        dict(zip(names, (*p.params, p.xs, p.h0))) for p in (problem, direction)
+    )
+    for name, (wanted, got) in zip(names, every_part(values, tangents)):
+        assert np.abs(np.asarray(wanted[1][1])).max() > 1e-3, name
+        assert_close(got, wanted, EXACT, name)
+
+
+@in_float64
+@both_resets
+def test_gradient_of_any_part_of_the_arguments_is_the_whole_gradients_part(spec):
+    problem = make_problem(31)
+    wanted_params, wanted_xs, wanted_h0 = oracle_pullback(problem, spec, mask=problem.mask)[1]
+    dh_last, dhs = problem.cotangents
+
+    def loss(params, xs, h0, **variant):
+        h_last, hs = gru(params, xs, h0, spec=spec, mask=problem.mask, **variant)
+        return (h_last * dh_last).sum() + (hs * dhs).sum()
+
+    @jax.jit
+    def every_part(*arguments):
+        def gradient(argument, variant):
+            return jax.grad(functools.partial(loss, **variant), argument)(*arguments)
+
+        return [[gradient(i, v) for i in range(3)] for v in (TANGENT, {}, POLICIES[2])]
+
+    for result in every_part(problem.params, problem.xs, problem.h0):
+        assert_close(tuple(result), (wanted_params, wanted_xs, wanted_h0), EXACT)
+
+
+# What the backward sweep keeps and carries.
+
+SIZES = {"steps": 12, "batch": (5,), "inputs": 2, "hidden": 7}  # T, B, I, H
+TBH, BH = 12 * 5 * 7, 5 * 7
+
+
+def saved_numbers(problem, **choices):
+    """How many floats the backward sweep keeps beside the arguments and hs."""
+    run = functools.partial(gru, **choices)
+    (_, hs), pull = jax.vjp(run, problem.params, problem.xs, problem.h0)
+    kept = sum(v.size for v in jax.tree.leaves(pull) if jnp.issubdtype(v.dtype, jnp.floating))
+    arguments = sum(v.size for v in jax.tree.leaves((problem.params, problem.xs, problem.h0)))
+    return kept - arguments - (hs.size if choices.get("residuals") != "boundaries" else 0)
+
+
+@pytest.mark.parametrize("chunk_size", [12, 4, 5])
+@pytest.mark.parametrize("residuals", ["gates", "states", "boundaries"])
+@both_resets
+def test_backward_keeps_what_its_residuals_say(spec, residuals, chunk_size):
+    """Each policy keeps the state at the start of every chunk, BH a chunk, beside its own."""
+    problem = make_problem(40, dtype=jnp.float32, **SIZES)
+    chunks = -(-12 // chunk_size)
+    own = {"gates": (3 if spec.reset == "before" else 4) * TBH, "states": 0, "boundaries": 0}
+    kept = saved_numbers(problem, spec=spec, residuals=residuals, chunk_size=chunk_size)
+    assert kept == own[residuals] + chunks * BH
+
+
+@both_resets
+def test_backward_of_bptt_keeps_less_than_autodiff(spec):
+    problem = make_problem(41, dtype=jnp.float32, **SIZES)
+    bptt = saved_numbers(problem, spec=spec)
+    assert bptt < saved_numbers(problem, spec=spec, gradient="autodiff")
+
+
+def scans(jaxpr):
+    """Every scan equation in a jaxpr and in those inside it."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "scan":
+            yield equation
+        for value in jax.tree.leaves(
+            list(equation.params.values()),
+            is_leaf=lambda v: isinstance(v, (jex.Jaxpr, jex.ClosedJaxpr)),
+        ):
+            if isinstance(value, jex.ClosedJaxpr):
+                yield from scans(value.jaxpr)
+            elif isinstance(value, jex.Jaxpr):
+                yield from scans(value)
+
+
+def backward_carries(problem, **choices):
+    """The sizes of what each scan that runs backwards in time carries."""
+
+    def gradient(params, xs, h0, cotangents):
+        return jax.vjp(functools.partial(gru, **choices), params, xs, h0)[1](cotangents)
+
+    jaxpr = jax.make_jaxpr(gradient)(problem.params, problem.xs, problem.h0, problem.cotangents)
+    found = []
+    for equation in scans(jaxpr.jaxpr):
+        if equation.params["reverse"]:
+            outputs = equation.outvars[: equation.params["num_carry"]]
+            found.append([v.aval.size for v in outputs])
+    return found
+
+
+@pytest.mark.parametrize("residuals", ["gates", "states", "boundaries"])
+@both_resets
+def test_backward_sweep_carries_the_cotangent_of_the_state_alone(spec, residuals):
+    problem = make_problem(42, dtype=jnp.float32, **SIZES)
+    carries = backward_carries(problem, spec=spec, residuals=residuals, chunk_size=12)
+    assert carries == [[BH]]
+    autodiff = backward_carries(problem, spec=spec, gradient="autodiff")
+    assert max(len(carry) for carry in autodiff) > 1  # JAX's own sums weight gradients in there

@@ -1,0 +1,194 @@
+"""The token model: its equations against NumPy, its loss against the definition, its sampling."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from oracle import forward
+
+from jaxgru import (
+    CHO_2014,
+    CHUNG_2014,
+    PYTORCH,
+    generate,
+    gru_cell,
+    init_token_model,
+    token_logits,
+    token_loss,
+)
+
+V, E, H = 7, 3, 5
+
+
+def make(embedding_size=E, seed=0):
+    key, key_b = jax.random.split(jax.random.key(seed))
+    params = init_token_model(key, V, H, embedding_size=embedding_size, scheme="pytorch")
+    return params._replace(b=jax.random.normal(key_b, (V,)))
+
+
+def make_tokens(shape, seed=1):
+    return jax.random.randint(jax.random.key(seed), shape, 0, V)
+
+
+def by_hand(params, tokens, spec):
+    """Logits in NumPy: a table look-up or a one-hot row, the oracle's recurrence, the head."""
+    p = jax.tree.map(np.float64, params)
+    table = np.eye(V) if p.embedding is None else p.embedding
+    xs = table[np.asarray(tokens)]
+    _, hs, _ = forward(p.gru, spec, xs, np.zeros((xs.shape[1], H)))
+    return hs @ p.w + p.b
+
+
+@pytest.mark.parametrize("spec", [CHUNG_2014, PYTORCH])
+@pytest.mark.parametrize("embedding_size", [None, E])
+def test_logits_equal_the_equations_in_numpy(embedding_size, spec):
+    params, tokens = make(embedding_size), make_tokens((6, 2))
+    logits = token_logits(params, tokens, spec=spec)[1]
+    # 1e-5: float32 against float64 over six steps.
+    np.testing.assert_allclose(logits, by_hand(params, tokens, spec), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_loss_is_the_cross_entropy_of_the_counted_targets(reduction, masked):
+    params, tokens, targets = make(), make_tokens((6, 2)), make_tokens((6, 2), seed=2)
+    mask = np.ones((6, 2), bool)
+    if masked:
+        mask[4:, 0] = False  # a suffix: held steps come after every counted one of that row
+    loss = token_loss(
+        params, tokens, targets, reduction=reduction, mask=jnp.array(mask) if masked else None
+    )[0]
+    logits = by_hand(params, tokens, CHO_2014)
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    picked = np.take_along_axis(log_p, np.asarray(targets)[..., None], -1)[..., 0]
+    expected = -picked[mask].sum() / (mask.sum() if reduction == "mean" else 1)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+def test_loss_without_a_counted_target_is_zero_with_zero_gradient():
+    params, tokens = make(), make_tokens((3, 2))
+    mask = jnp.zeros((3, 2), bool)
+    loss, grads = jax.value_and_grad(lambda p: token_loss(p, tokens, tokens, mask=mask)[0])(params)
+    assert loss == 0
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(grads))
+
+
+def test_padding_tokens_change_no_loss_and_no_gradient():
+    params, tokens, targets = make(), make_tokens((5, 2)), make_tokens((5, 2), seed=2)
+    mask = jnp.ones((5, 2), bool).at[3:, 1].set(False)
+    run = jax.jit(jax.value_and_grad(lambda p, x, y: token_loss(p, x, y, mask=mask)[0]))
+    first = run(params, tokens, targets)
+    second = run(params, tokens.at[3:, 1].set(0), targets.at[4:, 1].set(6))
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second)):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_carried_state_makes_two_halves_one_sequence():
+    params, tokens, targets = make(), make_tokens((6, 2)), make_tokens((6, 2), seed=2)
+    whole = token_loss(params, tokens, targets, reduction="sum")[0]
+    first, h = token_loss(params, tokens[:3], targets[:3], reduction="sum")
+    second, _ = token_loss(params, tokens[3:], targets[3:], h, reduction="sum")
+    np.testing.assert_allclose(first + second, whole, rtol=1e-6)
+
+
+def test_model_learns_a_cycle_through_the_handwritten_gradient():
+    tokens = jnp.arange(40)[:, None] % 4
+    params = init_token_model(jax.random.key(0), V, H)
+    optimizer = optax.sgd(0.5, momentum=0.9)
+
+    @jax.jit
+    def update(params, opt_state):
+        loss, grads = jax.value_and_grad(lambda p: token_loss(p, tokens[:-1], tokens[1:])[0])(
+            params
+        )
+        updates, opt_state = optimizer.update(grads, opt_state)
+        return optax.apply_updates(params, updates), opt_state, loss
+
+    opt_state = optimizer.init(params)
+    for _ in range(150):
+        params, opt_state, loss = update(params, opt_state)
+    assert loss < 0.05
+    drawn = generate(params, jax.random.key(1), jnp.array([0, 1]), 6, temperature=0.0)[1]
+    assert drawn.tolist() == [2, 3, 0, 1, 2, 3]
+
+
+def test_greedy_generation_is_the_argmax_step_by_step():
+    params, prompt = make(), jnp.array([1, 4, 2])
+    h = jnp.zeros(H)
+    for token in prompt:
+        h = gru_cell(params.gru, params.embedding[token], h, spec=PYTORCH)
+    expected = []
+    for _ in range(5):
+        token = jnp.argmax(h @ params.w + params.b)
+        expected.append(int(token))
+        h = gru_cell(params.gru, params.embedding[token], h, spec=PYTORCH)
+    drawn = generate(params, jax.random.key(0), prompt, 5, temperature=0.0, spec=PYTORCH)[1]
+    assert drawn.tolist() == expected
+
+
+def test_generation_goes_on_from_its_state_and_last_token():
+    params, key = make(), jax.random.key(0)
+    whole = generate(params, key, jnp.array([1, 4]), 8, temperature=0.0)[1]
+    h, first = generate(params, key, jnp.array([1, 4]), 5, temperature=0.0)
+    rest = generate(params, key, first[-1:], 3, h0=h, temperature=0.0)[1]
+    assert [*first.tolist(), *rest.tolist()] == whole.tolist()
+
+
+def test_draws_follow_the_softmax_at_the_temperature():
+    params = make()
+    prompt = jnp.full((1, 4000), 3)
+    drawn = np.asarray(generate(params, jax.random.key(5), prompt, 1, temperature=0.7)[1][0])
+    logits = by_hand(params, prompt[:, :1], CHO_2014)[0, 0] / 0.7
+    p = np.exp(logits) / np.exp(logits).sum()
+    # Four standard deviations of a frequency over 4000 draws.
+    bound = 4 * np.sqrt(p * (1 - p) / 4000)
+    assert np.all(np.abs(np.bincount(drawn, minlength=V) / 4000 - p) < bound)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (lambda p: init_token_model(jax.random.key(0), 0, H), ValueError, "vocab_size must be at"),
+        (
+            lambda p: init_token_model(jax.random.key(0), V, H, embedding_size=0),
+            ValueError,
+            "embedding_size must be at least 1, got 0",
+        ),
+        (lambda p: token_logits(p, jnp.ones(3)), TypeError, "tokens must be an integer array, got"),
+        (lambda p: token_logits(p, [1, 2]), TypeError, "got list"),
+        (
+            lambda p: token_loss(p, jnp.ones(3, int), jnp.ones(2, int)),
+            ValueError,
+            r"targets must have the shape of tokens, \(3,\), got \(2,\)",
+        ),
+        (
+            lambda p: token_loss(p, jnp.ones(3, int), jnp.ones(3, int), reduction="avg"),
+            ValueError,
+            "reduction must be one of 'mean', 'sum', got 'avg'",
+        ),
+        (
+            lambda p: generate(p, jax.random.key(0), jnp.array([V]), 1),
+            ValueError,
+            r"prompt must hold tokens in \[0, 7\), got 7 to 7",
+        ),
+        (
+            lambda p: generate(p, jax.random.key(0), jnp.array([], int), 1),
+            ValueError,
+            "prompt must hold at least one token",
+        ),
+        (
+            lambda p: generate(p, jax.random.key(0), jnp.array([1]), 1, temperature=-1.0),
+            ValueError,
+            "temperature must be finite and >= 0, got -1.0",
+        ),
+        (
+            lambda p: generate(p, jax.random.key(0), jnp.array([1]), 0),
+            ValueError,
+            "num_steps must be at least 1, got 0",
+        ),
+    ],
+)
+def test_bad_call_names_the_argument(call, error, match):
+    with pytest.raises(error, match=match):
+        call(make())

@@ -1,0 +1,235 @@
+"""The train step, the loop and the files of weights, on losses small enough to do by hand."""
+
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxgru import (
+    fit,
+    init_train_state,
+    load_arrays,
+    make_train_step,
+    read_metadata,
+    save_arrays,
+)
+
+
+def quadratic(params, carry, batch, key):
+    """1/2 sum (p - batch)^2; the carry counts the batches."""
+    return 0.5 * jnp.sum((params["p"] - batch) ** 2), (carry + 1, {"batch": batch.sum()})
+
+
+def start(optimizer, value=0.0):
+    params = {"p": jnp.full(2, value)}
+    return init_train_state(params, optimizer, key=jax.random.key(0), carry=jnp.float32(0))
+
+
+def test_update_is_the_optimizer_s_on_the_gradient():
+    optimizer = optax.sgd(0.25)
+    state, metrics = make_train_step(quadratic, optimizer)(start(optimizer), jnp.array([1.0, 2.0]))
+    np.testing.assert_array_equal(state.params["p"], [0.25, 0.5])  # p - 0.25 (p - batch)
+    assert (float(metrics["loss"]), float(metrics["batch"])) == (2.5, 3.0)
+    np.testing.assert_allclose(metrics["gradient_norm"], 5**0.5, rtol=1e-6)
+    assert (int(state.step), int(state.skipped), float(state.carry)) == (1, 0, 1.0)
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+def test_update_that_is_not_finite_changes_no_parameter_and_is_counted(poison):
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1, momentum=0.9))
+    step, state = make_train_step(quadratic, optimizer, donate=False), start(optimizer)
+    state, _ = step(state, jnp.array([1.0, 1.0]))
+    after, metrics = step(state, jnp.array([1.0, poison]))
+    kept = (state.params, state.opt_state, state.carry)
+    for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves((*after[:2], after.carry))):
+        np.testing.assert_array_equal(a, b)
+    assert (int(after.step), int(after.skipped), int(metrics["skipped"])) == (2, 1, 1)
+    good, _ = step(after, jnp.array([1.0, 1.0]))
+    assert np.isfinite(good.params["p"]).all()
+    assert not np.array_equal(good.params["p"], after.params["p"])
+
+
+def test_each_update_draws_its_own_key():
+    def loss_fn(params, carry, batch, key):
+        return params.sum(), (carry, {"draw": jax.random.uniform(key)})
+
+    optimizer = optax.sgd(0.1)
+    step = make_train_step(loss_fn, optimizer)
+    state = init_train_state(jnp.zeros(1), optimizer, key=jax.random.key(0))
+    draws = []
+    for _ in range(3):
+        state, metrics = step(state, None)
+        draws.append(float(metrics["draw"]))
+    assert len(set(draws)) == 3
+
+
+def test_callers_arrays_survive_donation_and_may_share_a_buffer():
+    shared = jnp.zeros(2)
+    optimizer = optax.sgd(0.5)
+    state = init_train_state({"p": shared, "q": shared}, optimizer, key=jax.random.key(0))
+
+    def loss_fn(params, carry, batch, key):
+        return params["p"].sum() + 2 * params["q"].sum(), (carry, {})
+
+    state, _ = make_train_step(loss_fn, optimizer)(state, None)
+    np.testing.assert_array_equal(shared, [0.0, 0.0])
+    np.testing.assert_array_equal(state.params["q"], [-1.0, -1.0])
+
+
+def run_fit(num_updates=7, batches=None, optimizer=None, value=0.0, **options):
+    optimizer = optax.sgd(0.5) if optimizer is None else optimizer
+    batches = [jnp.ones(2)] * num_updates if batches is None else batches
+    return fit(
+        make_train_step(quadratic, optimizer),
+        start(optimizer, value),
+        batches,
+        num_updates=num_updates,
+        progress=False,
+        **options,
+    )
+
+
+def test_loop_makes_every_update_and_records_means():
+    state, records = run_fit(log_every=3, items_per_update=4, items_name="rows")
+    np.testing.assert_allclose(state.params["p"], 1 - 0.5**7)  # the distance halves
+    assert [record["update"] for record in records] == [3, 6, 7]
+    losses = [0.25**i for i in range(7)]  # 1/2 * 2 * (0.5^i)^2
+    expected = [np.mean(losses[:3]), np.mean(losses[3:6]), losses[6]]
+    np.testing.assert_allclose([record["loss"] for record in records], expected, rtol=1e-6)
+    assert all(record["rows_per_second"] > 0 for record in records)
+
+
+def test_evaluation_comes_when_due_and_at_the_end():
+    seen, called = [], []
+
+    def evaluate(state):
+        seen.append(int(state.step))
+        return {"distance": float(jnp.abs(state.params["p"] - 1).max())}
+
+    def callback(state, record):
+        called.append((record["update"], "distance" in record))
+
+    run_fit(evaluate=evaluate, evaluate_every=3, callbacks=[callback], log_every=2)
+    assert seen == [3, 6, 7]
+    assert called == [(2, False), (3, True), (4, False), (6, True), (7, True)]
+
+
+def test_loop_stops_after_ten_updates_that_are_not_finite():
+    batches = [jnp.ones(2)] * 5 + [jnp.full(2, jnp.nan)] * 15
+    with pytest.raises(FloatingPointError, match="not finite in the last 10 updates, up to"):
+        run_fit(20, batches, log_every=5)
+
+
+def test_nine_bad_updates_are_survived():
+    batches = [jnp.full(2, jnp.nan)] * 9 + [jnp.ones(2)] * 3
+    state, records = run_fit(12, batches, log_every=1)
+    assert records[-1]["skipped"] == 9
+    np.testing.assert_allclose(state.params["p"], 1 - 0.5**3)
+
+
+def test_batches_that_end_early_are_named():
+    with pytest.raises(ValueError, match="batches must hold 7, got 2"):
+        run_fit(7, [jnp.ones(2)] * 2)
+
+
+@pytest.mark.parametrize("name", ["num_updates", "log_every", "evaluate_every"])
+def test_count_below_one_is_refused(name):
+    options = {"num_updates": 3, "batches": [], name: 0}
+    with pytest.raises(ValueError, match=f"fit: {name} must be at least 1, got 0"):
+        run_fit(**options)
+
+
+def test_progress_bar_shows_the_records(capsys):
+    optimizer = optax.sgd(0.5)
+    batches = [jnp.ones(2)] * 4
+    fit(
+        make_train_step(quadratic, optimizer), start(optimizer), batches,
+        num_updates=4, log_every=2, items_per_update=3, items_name="rows",
+    )  # fmt: skip
+    shown = capsys.readouterr().err
+    assert "4/4" in shown
+    assert "loss=" in shown and "rows_per_second=" in shown
+    assert "skipped" not in shown
+
+
+TREE = {
+    "a": jnp.array([[1.5, -2.0]], jnp.float32),
+    "b": (jnp.array([1.0, 3.0], jnp.bfloat16), None),
+    "c": jnp.array([3], jnp.int32),
+}
+
+
+def test_file_gives_back_the_same_bits_dtypes_and_metadata(tmp_path):
+    save_arrays(tmp_path / "x.npz", TREE, {"note": "ü", "n": 3})
+    loaded = load_arrays(tmp_path / "x.npz", jax.eval_shape(lambda: TREE))
+    assert jax.tree.structure(loaded) == jax.tree.structure(TREE)
+    for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(TREE)):
+        assert a.dtype == b.dtype
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    assert read_metadata(tmp_path / "x.npz") == {"note": "ü", "n": 3}
+    assert os.listdir(tmp_path) == ["x.npz"]
+
+
+@pytest.mark.parametrize(
+    ("like", "match"),
+    [
+        ({"a": TREE["a"]}, r"missing \[\] and surplus"),
+        ({**TREE, "d": TREE["a"]}, r"missing \[\"\['d'\]\"\]"),
+        ({**TREE, "a": jnp.zeros((2, 1))}, r"\['a'\] of .* must be float32\[2, 1\], got"),
+        ({**TREE, "c": jnp.zeros(1)}, r"\['c'\] of .* must be float32\[1\], got int32\[1\]"),
+    ],
+)
+def test_file_of_another_model_is_refused(tmp_path, like, match):
+    save_arrays(tmp_path / "x.npz", TREE, {})
+    with pytest.raises(ValueError, match=match):
+        load_arrays(tmp_path / "x.npz", like)
+
+
+def test_damaged_file_is_refused_at_any_truncation_and_any_flipped_bit(tmp_path):
+    save_arrays(tmp_path / "x.npz", TREE, {"n": 1})
+    whole = (tmp_path / "x.npz").read_bytes()
+    bad = tmp_path / "bad.npz"
+    silent = []
+    for position in range(0, len(whole), 37):
+        for content in (
+            whole[:position],
+            whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :],
+        ):
+            bad.write_bytes(content)
+            try:
+                loaded = load_arrays(bad, TREE)
+            except ValueError as error:
+                assert "bad.npz" in str(error) or "must be" in str(error)
+                continue
+            same = [
+                np.asarray(a).tobytes() == np.asarray(b).tobytes()
+                for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(TREE))
+            ]
+            silent += [] if all(same) else [position]
+    assert not silent  # what loads in spite of a flipped bit (in a date, say) holds the same arrays
+
+
+def test_pickled_objects_are_not_loaded(tmp_path):
+    np.savez(tmp_path / "evil.npz", jaxgru=np.array({"code": print}, dtype=object))
+    with pytest.raises(ValueError, match="must be a whole 'jaxgru arrays 1' file"):
+        load_arrays(tmp_path / "evil.npz", {})
+
+
+def test_failed_write_keeps_the_old_file(tmp_path):
+    save_arrays(tmp_path / "x.npz", TREE, {"n": 1})
+    with pytest.raises(TypeError):
+        save_arrays(tmp_path / "x.npz", TREE, {"n": object()})
+    assert read_metadata(tmp_path / "x.npz") == {"n": 1}
+    with pytest.raises(OSError):
+        save_arrays(tmp_path / "missing" / "x.npz", TREE, {})
+    assert os.listdir(tmp_path) == ["x.npz"]
+
+
+def test_metadata_of_another_format_is_refused(tmp_path):
+    np.savez(tmp_path / "x.npz", jaxgru=np.array(json.dumps({"format": "other"})))
+    with pytest.raises(ValueError, match="format 'other'"):
+        read_metadata(tmp_path / "x.npz")

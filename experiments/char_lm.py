@@ -155,9 +155,7 @@ def sample(args):
         config = json.loads((run / "config.json").read_text("utf-8"))
         vocabulary = config["vocabulary"]
         trained = argparse.Namespace(**config)
-        like = jax.eval_shape(
-            lambda: init_params(trained, jax.random.key(0), len(vocabulary))
-        )
+        like = jax.eval_shape(lambda: init_params(trained, jax.random.key(0), len(vocabulary)))
         if jaxgru.read_metadata(run / "weights.npz")["vocabulary_sha256"] != digest(vocabulary):
             raise data.DataError(f"{run} holds weights of another vocabulary than its config.json")
         params = jaxgru.load_arrays(run / "weights.npz", like)
@@ -248,14 +246,16 @@ def cross_check(args, run, params, h0, tokens, targets):
 
 def evaluate_streams(args, state, *, streams):
     """Mean cross-entropy over the validation streams, the state carried through."""
-    loss = _mean_loss(state.params, *streams, spec=SPECS[args.spec])
+    inputs, targets = streams
+    loss = _mean_loss(state.params, inputs, targets, spec=SPECS[args.spec])
     return {"validation_bits_per_character": float(loss) / math.log(2)}
 
 
 @functools.partial(jax.jit, static_argnames="spec")
 def _mean_loss(params, inputs, targets, spec):
     def body(h, batch):
-        loss, h = jaxgru.token_loss(params, *batch, h, spec=spec)
+        tokens, targets = batch
+        loss, h = jaxgru.token_loss(params, tokens, targets, h, spec=spec)
         return h, loss
 
     h0 = jnp.zeros((inputs.shape[2], params.w.shape[0]), params.w.dtype)
@@ -274,7 +274,7 @@ def check_prompt(args, text, vocabulary):
 def draw(args, params, vocabulary, prompt, count, seed):
     """The prompt and count characters drawn after it."""
     tokens = jaxgru.generate(
-        params, jax.random.key(seed), data.encode(prompt, vocabulary), count,
+        params, jax.random.key(seed), jnp.asarray(data.encode(prompt, vocabulary)), count,
         temperature=args.temperature, spec=SPECS[args.spec],
     )[1]  # fmt: skip
     return prompt + data.decode(np.asarray(tokens), vocabulary)

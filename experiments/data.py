@@ -85,9 +85,7 @@ def decode(tokens: np.ndarray, vocabulary: str) -> str:
     return "".join(vocabulary[int(token)] for token in tokens)
 
 
-def streams(
-    tokens: np.ndarray, batch_size: int, num_steps: int
-) -> tuple[np.ndarray, np.ndarray]:
+def streams(tokens: np.ndarray, batch_size: int, num_steps: int) -> tuple[np.ndarray, np.ndarray]:
     """Contiguous streams: (inputs, targets) [number of batches, T, B], targets one step ahead.
 
     The tokens are cut into B streams of equal length; batch k holds steps kT to (k + 1)T of each,

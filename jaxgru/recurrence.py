@@ -420,7 +420,7 @@ def _default_chunk_size(num_steps, h0, residuals):
     elif num_steps * h0.size <= _WHOLE_SEQUENCE:
         return max(1, num_steps)
     else:
-        target = min(max(_CHUNK // max(1, h0.size), 16), 64)
+        target = min(max(_CHUNK // max(1, h0.size), 16), 32)
     near = [size for size in range(target, 2 * target) if num_steps % size == 0]
     return near[0] if near else target
 

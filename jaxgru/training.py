@@ -27,25 +27,25 @@ import optax
 from jaxgru.arguments import require_count
 
 Array = jax.Array
-LossFn = Callable[[Any, Any, Any, Array], tuple[Array, tuple[Any, dict[str, Array]]]]
+LossFn = Callable[[Any, Any, Any, chex.PRNGKey], tuple[Array, tuple[Any, dict[str, Array]]]]
 
 
 class TrainState(NamedTuple):
     """All that an update reads and writes, arrays only."""
 
-    params: chex.ArrayTree
+    params: Any
     opt_state: optax.OptState
     carry: Any  # what runs from batch to batch, e.g. a recurrent state
-    key: Array
+    key: chex.PRNGKey
     step: Array  # int32, updates asked for
     skipped: Array  # int32, updates left out because the loss or a gradient was not finite
 
 
 def init_train_state(
-    params: chex.ArrayTree,
+    params: Any,
     optimizer: optax.GradientTransformation,
     *,
-    key: Array,
+    key: chex.PRNGKey,
     carry: Any = None,
 ) -> TrainState:
     """The state before the first update.
@@ -105,6 +105,8 @@ def make_train_step(
         finite = jnp.stack(leaves).all()
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        # apply_updates would broadcast an update of another shape without a word.
+        chex.assert_trees_all_equal_shapes_and_dtypes(params, state.params)
         params, opt_state, carry = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
             (params, opt_state, carry),
@@ -187,7 +189,7 @@ def fit(
     return state, records
 
 
-def save_arrays(path: str | os.PathLike, tree: chex.ArrayTree, metadata: dict[str, Any]) -> None:
+def save_arrays(path: str | os.PathLike, tree: Any, metadata: dict[str, Any]) -> None:
     """Writes a pytree of arrays and a dict of JSON values into one .npz file.
 
     The file appears whole or not at all: a temporary file in the same folder is written, flushed
@@ -234,7 +236,7 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
     return _read(path)[0]["metadata"]
 
 
-def load_arrays(path: str | os.PathLike, like: chex.ArrayTree) -> chex.ArrayTree:
+def load_arrays(path: str | os.PathLike, like: Any) -> Any:
     """The pytree of a file that `save_arrays` wrote; runs no code of the file.
 
     Args:

@@ -53,6 +53,14 @@ def test_update_that_is_not_finite_changes_no_parameter_and_is_counted(poison):
     assert not np.array_equal(good.params["p"], after.params["p"])
 
 
+def test_optimizer_whose_update_broadcasts_a_parameter_is_refused():
+    wide = optax.GradientTransformation(
+        lambda params: (), lambda updates, state, params=None: ({"p": jnp.ones((3, 2))}, state)
+    )
+    with jax.numpy_rank_promotion("allow"), pytest.raises(AssertionError, match="shape"):
+        make_train_step(quadratic, wide)(start(wide), jnp.ones(2))
+
+
 def test_each_update_draws_its_own_key():
     def loss_fn(params, carry, batch, key):
         return params.sum(), (carry, {"draw": jax.random.uniform(key)})

@@ -15,6 +15,7 @@ import argparse
 import datetime
 import functools
 import hashlib
+import importlib
 import json
 import math
 import pathlib
@@ -37,7 +38,7 @@ PRESETS = {
         "spec": "chung", "init": "small", "embedding_size": 0, "hidden_size": 64,
         "optimizer": "sgd", "learning_rate": 0.01, "warm_up": 0, "clip_norm": 0.0,
         "clip_value": 5.0, "weight_decay": 0.0, "reduction": "sum", "passage": 5000,
-        "epochs": 100, "evaluate_every": 25, "sample_size": 100, "prompt": "T",
+        "epochs": 100, "evaluate_every": 25, "sample_size": 100, "temperature": 1.0,
     },
     "smoke": {
         "passage": 4000, "embedding_size": 8, "hidden_size": 16, "batch_size": 4,
@@ -57,7 +58,7 @@ def parse_args(argv):
     add("--smoke", action="store_true", help="a run of seconds, to see that all of it works")
     add("--sample", metavar="RUN", help="continue --prompt with the weights of this run folder")
     add("--out", metavar="FOLDER", help="run folder, new or empty; runs/char_lm-DATE unless told")
-    add("--prompt", default="The ")
+    add("--prompt", help="what samples begin with; 'The ' (classic: 'T') unless told")
     add("--temperature", type=float, default=0.8)
     add("--sample-size", type=int, default=200, help="characters a sample")
     add("--passage", type=int, default=0, help="use the first N characters; 0 for all")
@@ -80,18 +81,31 @@ def parse_args(argv):
     preset = parser.parse_known_args(argv)[0]
     parser.set_defaults(**PRESETS[preset.preset], **(PRESETS["smoke"] if preset.smoke else {}))
     args = parser.parse_args(argv)
-    for name in ("hidden_size", "batch_size", "num_steps", "epochs", "sample_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    if args.temperature < 0 or not math.isfinite(args.temperature):
-        parser.error("--temperature must be finite and at least 0")
-    if not args.prompt:
+    counts = ("hidden_size", "batch_size", "num_steps", "epochs", "sample_size")
+    amounts = (
+        "passage", "embedding_size", "evaluate_every", "warm_up", "learning_rate", "weight_decay",
+        "clip_norm", "clip_value", "temperature",
+    )  # fmt: skip
+    for name in (*counts, *amounts):
+        value, least = getattr(args, name), 1 if name in counts else 0
+        if not least <= value < math.inf:
+            option = f"--{name.replace('_', '-')}"
+            parser.error(f"{option} must be finite and at least {least}, got {value}")
+    if args.prompt == "":
         parser.error("--prompt must not be empty")
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
+    try:
+        for extra in ("tqdm", "matplotlib.figure"):
+            importlib.import_module(extra)
+    except ImportError as error:
+        print(
+            f"char_lm: {error}; install the extra: pip install -e '.[experiments]'", file=sys.stderr
+        )
+        return 2
     try:
         return sample(args) if args.sample else train(args)
     except (data.DataError, OSError) as error:
@@ -104,7 +118,7 @@ def train(args):
     text = text[: args.passage] if args.passage else text
     vocabulary = "".join(sorted(set(text)))
     tokens = data.encode(text, vocabulary)
-    prompt = check_prompt(args, text, vocabulary)
+    prompt = choose_prompt(args, text, vocabulary)
     classic = args.preset == "classic"
     if classic:  # one passage is one sequence, and all of it trains
         args.batch_size, args.num_steps = 1, len(tokens) - 1
@@ -112,7 +126,10 @@ def train(args):
     else:
         cut = int(0.9 * len(tokens))
         train_tokens = tokens[:cut]
-        validation = data.streams(tokens[cut:], args.batch_size, args.num_steps)
+        size = (args.batch_size, args.num_steps)
+        validation = data.streams(
+            tokens[cut:], *size, "the last tenth of the text, for validation,"
+        )
     inputs, targets = data.streams(train_tokens, args.batch_size, args.num_steps)
     num_updates = args.epochs * len(inputs)
     run = make_run_folder(args, {"vocabulary": vocabulary, "num_updates": num_updates})
@@ -127,18 +144,23 @@ def train(args):
     state = jaxgru.init_train_state(params, optimizer, key=key_state, carry=h0)
     evaluate = functools.partial(evaluate_streams, args, streams=validation)
     train_step = jaxgru.make_train_step(make_loss(args), optimizer)
-    state, records = jaxgru.fit(
-        train_step,
-        state,
-        data.epochs(inputs, targets, args.epochs, restart=not classic),
-        num_updates=num_updates,
-        evaluate=evaluate if validation else None,
-        evaluate_every=args.evaluate_every or len(inputs),
-        callbacks=[make_reporter(args, run, vocabulary, prompt)],
-        items_per_update=args.batch_size * args.num_steps,
-        items_name="characters",
-    )
     metadata = {"config": vars(args), "vocabulary_sha256": digest(vocabulary)}
+    try:
+        state, records = jaxgru.fit(
+            train_step,
+            state,
+            data.epochs(inputs, targets, args.epochs, restart=not classic),
+            num_updates=num_updates,
+            evaluate=evaluate if validation else None,
+            evaluate_every=args.evaluate_every or len(inputs),
+            callbacks=[make_reporter(args, run, vocabulary, prompt)],
+            items_per_update=args.batch_size * args.num_steps,
+            items_name="characters",
+        )
+    except jaxgru.NonFiniteError as error:
+        jaxgru.save_arrays(run / "weights.npz", error.state.params, metadata)
+        print(f"char_lm: {error} They are in {run}.", file=sys.stderr)
+        return 1
     jaxgru.save_arrays(run / "weights.npz", state.params, metadata)
     plot(run / "loss.png", records)
     last = {k: v for k, v in records[-1].items() if "bits" in k or k in ("seconds",)}
@@ -161,9 +183,9 @@ def sample(args):
         params = jaxgru.load_arrays(run / "weights.npz", like)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise data.DataError(f"{run} is no whole run folder: {error}") from None
-    data.encode(args.prompt, vocabulary)
-    trained.temperature = args.temperature
-    print(draw(trained, params, vocabulary, args.prompt, args.sample_size, args.seed))
+    trained.temperature, trained.prompt = args.temperature, args.prompt
+    prompt = choose_prompt(trained, vocabulary, vocabulary)
+    print(draw(trained, params, vocabulary, prompt, args.sample_size, args.seed))
     return 0
 
 
@@ -235,8 +257,11 @@ def cross_check(args, run, params, h0, tokens, targets):
         # A gradient that has vanished is below what a difference of float64 outputs can resolve;
         # such rows have a wider tolerance of their own, and say nothing about the rule.
         rows = [row for row in report.rows if (row.dtype, row.witness) == (dtype, witness)]
-        error = max(row.error for row in rows if row.tolerance < 2 * limit)
-        print(f"  {dtype} against {name:<18}  largest relative error {error:.1e}  (limit {limit})")
+        clear = [row.error for row in rows if row.tolerance < 2 * limit]
+        line = f"  {dtype} against {name:<18}  largest relative error {max(clear):.1e}"
+        line += f"  (limit {limit}"
+        vanished = len(rows) - len(clear)
+        print(line + (f"; {vanished} comparisons below its resolution)" if vanished else ")"))
     verdict = str(report).rsplit("\n", 1)[-1]
     print(f"  {verdict}  Every leaf: {run / 'cross_check.txt'}\n", flush=True)
     if not report.passed:
@@ -262,12 +287,12 @@ def _mean_loss(params, inputs, targets, spec):
     return jax.lax.scan(body, h0, (inputs, targets))[1].mean()
 
 
-def check_prompt(args, text, vocabulary):
-    """The prompt; the default one gives way to the text's own beginning where it does not fit."""
-    unknown = set(args.prompt) - set(vocabulary)
-    if unknown and args.prompt in ("The ", "T"):
-        return text[:1]
-    data.encode(args.prompt, vocabulary)
+def choose_prompt(args, text, vocabulary):
+    """The prompt asked for, or the default, or the text's first letter where that does not fit."""
+    if args.prompt is None:
+        default = "T" if args.preset == "classic" else "The "
+        return default if set(default) <= set(vocabulary) else text[0]
+    data.encode(args.prompt, vocabulary, "--prompt")
     return args.prompt
 
 
@@ -286,7 +311,8 @@ def make_reporter(args, run, vocabulary, prompt):
 
     def report(state, record):
         with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            finite = {k: v if math.isfinite(v) else None for k, v in record.items()}
+            file.write(json.dumps(finite, allow_nan=False) + "\n")
         due = args.evaluate_every and record["update"] % args.evaluate_every == 0
         if not (due or "validation_bits_per_character" in record):
             return

@@ -70,13 +70,13 @@ def download(url: str, sha256: str, path: pathlib.Path) -> pathlib.Path:
     return path
 
 
-def encode(text: str, vocabulary: str) -> np.ndarray:
-    """int32 positions of the characters in the vocabulary."""
+def encode(text: str, vocabulary: str, subject: str = "the text") -> np.ndarray:
+    """int32 positions of the characters in the vocabulary; subject names the text in an error."""
     index = {character: i for i, character in enumerate(vocabulary)}
     unknown = sorted(set(text) - set(vocabulary))
     if unknown:
         shown = " ".join(repr(character) for character in unknown[:10])
-        raise DataError(f"the text has characters outside of the vocabulary: {shown}")
+        raise DataError(f"{subject} has characters outside of the vocabulary: {shown}")
     return np.array([index[character] for character in text], np.int32)
 
 
@@ -85,18 +85,21 @@ def decode(tokens: np.ndarray, vocabulary: str) -> str:
     return "".join(vocabulary[int(token)] for token in tokens)
 
 
-def streams(tokens: np.ndarray, batch_size: int, num_steps: int) -> tuple[np.ndarray, np.ndarray]:
+def streams(
+    tokens: np.ndarray, batch_size: int, num_steps: int, subject: str = "the text"
+) -> tuple[np.ndarray, np.ndarray]:
     """Contiguous streams: (inputs, targets) [number of batches, T, B], targets one step ahead.
 
     The tokens are cut into B streams of equal length; batch k holds steps kT to (k + 1)T of each,
     so the state after one batch is the state before the next. The tail that fills no batch is left
     out.
     """
-    num_batches = (len(tokens) - 1) // (batch_size * num_steps)
+    batch = batch_size * num_steps
+    num_batches = (len(tokens) - 1) // batch if batch else 0
     if num_batches < 1:
         raise DataError(
-            f"{len(tokens)} characters are fewer than one batch of {batch_size} x {num_steps} and "
-            "its next character needs; lower the batch size or the number of steps"
+            f"{subject} has {len(tokens)} characters, fewer than the {batch + 1} of one batch of "
+            f"{batch_size} x {num_steps}; lower --batch-size or --num-steps"
         )
     used = num_batches * batch_size * num_steps
 

@@ -35,6 +35,7 @@ from jaxgru.comparison import GradientReport, GradientRow
 from jaxgru.models import TokenParams, generate, init_token_model, token_logits, token_loss
 from jaxgru.recurrence import gru, length_mask
 from jaxgru.training import (
+    NonFiniteError,
     TrainState,
     fit,
     init_train_state,
@@ -52,6 +53,7 @@ __all__ = [
     "GRUSpec",
     "GradientReport",
     "GradientRow",
+    "NonFiniteError",
     "TokenParams",
     "TrainState",
     "check_gradients",

@@ -12,8 +12,8 @@ Blocks of `3H` are reset | update | candidate (r | z | n), PyTorch's order. With
     update="keep":   h' = z * h + (1 - z) * n
     update="write":  h' = (1 - z) * h + z * n
 
-Half-precision parameters (bfloat16, float16) multiply in their own dtype; sums, gates, the state
-and all cotangents are float32.
+With half-precision parameters (bfloat16, float16) the operands of every product are half, but for
+those of the weight gradients; sums, gates, the state and cotangents between products are float32.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxgru.arguments import require_choice, require_count, require_float
+from jaxgru.arguments import require_choice, require_count, require_dtype, require_float
 
 Array = jax.Array
 Activation = Literal["tanh", "relu", "sigmoid", "softplus", "identity"]
@@ -146,7 +146,8 @@ def init_gru(
 
     Raises:
       ValueError: a size is not positive, or the scheme is unknown.
-      TypeError: a size is no integer, or dtype is no floating type.
+      TypeError: a size is no integer, or dtype is not one of float64 (which needs JAX's x64 mode),
+        float32, bfloat16 and float16.
 
     Cost: the orthogonal schemes take three QR decompositions of [H, H] or one of [3H, H].
 
@@ -157,9 +158,7 @@ def init_gru(
     require_count("init_gru", "input_size", input_size)
     require_count("init_gru", "hidden_size", hidden_size)
     require_choice("init_gru", "scheme", scheme, get_args(Scheme))
-    dtype = jnp.dtype(dtype)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"init_gru: dtype must be a floating type, got {dtype}.")
+    dtype = require_dtype("init_gru", dtype)
     draw = state_dtype(dtype)
     shape_x, shape_h = (input_size, 3 * hidden_size), (hidden_size, 3 * hidden_size)
     key_x, key_h, key_bx, key_bh = jax.random.split(key, 4)
@@ -206,7 +205,7 @@ def gru_cell(params: GRUParams, x: Array, h: Array, *, spec: GRUSpec = CHO_2014)
       ValueError: shapes do not fit.
       TypeError: an array is not floating, or dtypes differ.
 
-    Cost: 6H(I + H) multiply-adds a row; JAX differentiates it in every mode.
+    Cost: 3H(I + H) multiply-adds a row; JAX differentiates it in every mode.
 
     >>> params = init_gru(jax.random.key(0), 2, 3)
     >>> gru_cell(params, jnp.ones((4, 2)), jnp.zeros((4, 3))).shape
@@ -227,6 +226,7 @@ def gru_cell(params: GRUParams, x: Array, h: Array, *, spec: GRUSpec = CHO_2014)
             f"gru_cell: h must have shape {wanted} (x's leading axes, then H={hidden_size} rows of "
             f"params.w_h), got {h.shape}."
         )
+    params, x, h = jax.tree.map(jnp.asarray, (params, x, h))
     a = project(params, x, spec)
     return step(params, a, h.astype(state_dtype(h.dtype)), spec)[0].astype(h.dtype)
 
@@ -439,7 +439,7 @@ def _flatten(x):
     sharding = getattr(jax.typeof(x), "sharding", None)
     if sharding is not None and any(axis is not None for axis in sharding.spec[:-1]):
         return x
-    return x.reshape(-1, x.shape[-1]) if x.size else x.reshape(0, x.shape[-1])
+    return lax.collapse(x, 0, x.ndim - 1) if x.ndim > 1 else x[None]
 
 
 def _bias_vjp(da):

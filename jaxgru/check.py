@@ -176,7 +176,8 @@ def check_gru(
     Raises:
       ValueError, TypeError: as `gru` and `check_gradients`; ValueError for an empty grid.
 
-    Cost: that of `check_gradients` for each point of the grid, mostly compilation: some seconds.
+    Cost: that of `check_gradients` for each point of the grid, mostly compilation: some seconds a
+    point, so minutes for the default grid of 42.
 
     >>> params = GRUParams(jnp.ones((1, 3)), jnp.ones((1, 3)), None, None)
     >>> grid = {"specs": [CHO_2014], "reverses": [False], "policies": [{"residuals": "states"}]}

@@ -65,9 +65,16 @@ class GradientReport:
         return self.passed
 
     def max_error(self, dtype: str | None = None, witness: str | None = None) -> float:
-        """Largest `error` over the rows of a dtype and witness (None: of all), 0 without any."""
+        """Largest `error` over the rows of a dtype and witness (None: of all).
+
+        Raises:
+          ValueError: there is no such row.
+        """
         rows = [row for row in self.rows if dtype in (None, row.dtype)]
-        return max((row.error for row in rows if witness in (None, row.witness)), default=0.0)
+        errors = [row.error for row in rows if witness in (None, row.witness)]
+        if not errors:
+            raise ValueError(f"max_error: no row has dtype={dtype!r} and witness={witness!r}.")
+        return max(errors)
 
     def raise_if_failed(self) -> None:
         """Raises AssertionError, with the table as its message, unless the check passed."""

@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
 
 from jaxgru.arguments import is_traced, require_choice, require_count
-from jaxgru.cell import CHO_2014, GRUParams, GRUSpec, gru_cell, init_gru
+from jaxgru.cell import CHO_2014, GRUParams, GRUSpec, gru_cell, init_gru, state_dtype
 from jaxgru.recurrence import gru
 
 Array = jax.Array
@@ -86,7 +87,7 @@ def token_logits(
       **gru_options: spec, mask, resets, gradient, residuals, ... of `gru`; time is axis 0.
 
     Returns:
-      h_last [..., H] and logits [T, ..., V].
+      h_last [..., H] and logits [T, ..., V], float32 for half types.
 
     Raises:
       TypeError: tokens are no integers.
@@ -127,8 +128,8 @@ def token_loss(
       **gru_options: to `gru`.
 
     Returns:
-      loss, a scalar, and h_last [..., H]: the order that `jax.value_and_grad(..., has_aux=True)`
-      wants.
+      loss, a scalar (float32 for half types), and h_last [..., H]: the order that
+      `jax.value_and_grad(..., has_aux=True)` wants.
 
     Raises:
       ValueError: targets do not have the shape of tokens, or the reduction is unknown.
@@ -229,7 +230,7 @@ def _generate(params, key, prompt, h0, temperature, num_steps, spec):
 
     keys = jax.random.split(key, num_steps)
     first = draw(keys[0], logits[-1])
-    (h, _), rest = jax.lax.scan(body, (h, first), keys[1:])
+    (h, _), rest = lax.scan(body, (h, first), keys[1:])
     return h, jnp.concatenate([first[None], rest])
 
 
@@ -241,9 +242,11 @@ def _embed(params, tokens):
 
 
 def _head(params, hs):
-    """logits = h w + b."""
-    logits = hs @ params.w
-    return logits + params.b.reshape((1,) * (logits.ndim - 1) + params.b.shape)
+    """logits = h w + b, summed in the state dtype: float32 for half types."""
+    contract = (((hs.ndim - 1,), (0,)), ((), ()))
+    wide = state_dtype(params.w.dtype)
+    logits = lax.dot_general(hs, params.w, contract, preferred_element_type=wide)
+    return logits + params.b.astype(wide).reshape((1,) * (logits.ndim - 1) + params.b.shape)
 
 
 def _require_tokens(function, tokens, argument="tokens"):

@@ -52,7 +52,7 @@ class _Static:
     spec: GRUSpec
     reverse: bool
     residuals: Residuals
-    chunk_size: int
+    chunk_size: int | None  # None: the whole sequence at once
     unroll: int
 
 
@@ -91,7 +91,8 @@ def gru(
       residuals: what "bptt" keeps for its backward sweep. "gates": hs and r, z, n (and q, where
         spec.reset="after"). "states": hs; the gates are redone in bulk products. "boundaries": one
         state a chunk; the chunk is run again.
-      chunk_size: steps that "bptt" treats at once; None picks by size. T need not divide by it.
+      chunk_size: steps that "bptt" treats at once; None picks by size, and takes all of them where
+        T or B is symbolic. T need not divide by it.
       unroll: as in `lax.scan`.
       axis: where xs, mask, resets and hs have their time; 1 for batch-major [B, T, I].
 
@@ -105,12 +106,15 @@ def gru(
       TypeError: a dtype or kind is wrong; float dtypes must be the same throughout.
 
     Dtypes: results have the dtype of xs, each cotangent that of its primal. With bfloat16 and
-    float16 the products take half operands and sum in float32, weight gradients take float32
-    operands, and state, gates, cotangents of the state and their sums are float32.
+    float16 every product takes half operands and sums in float32, but for those of the weight
+    gradients, whose operands are float32; state, gates, and cotangents between products are
+    float32. What is read back from hs is rounded there, so the residuals then differ by roundings.
 
-    Cost: 6TBH(I + H) multiply-adds forward and twice that backward, half as much again with
-    residuals other than "gates". Kept for the backward beside inputs and outputs, in numbers:
-    3TBH or 4TBH (reset="after") for "gates", none for "states", BHT/chunk_size for "boundaries".
+    Cost: 6TBH(I + H) floating-point operations in products forward and twice that backward, half as
+    much again with residuals other than "gates". Kept for the backward beside inputs and outputs,
+    in numbers: 3TBH or 4TBH (reset="after") for "gates", none for "states" and "boundaries", and
+    one state, BH, a chunk for each of them. "boundaries" does not keep hs either: it is free to go
+    where only h_last is used.
 
     Sources: Cho et al. 2014 (arXiv:1406.1078), eqs. 5-8, and Chung et al. 2014 (arXiv:1412.3555),
     section 3.2, for the forward equations; the backward pass is derived in the README.
@@ -124,17 +128,16 @@ def gru(
     """
     _require_choices(spec, reverse, gradient, residuals, chunk_size, unroll)
     xs, mask, resets, axis = _require_arrays(params, xs, h0, mask, resets, axis)
+    params = jax.tree.map(jnp.asarray, params)  # NumPy arrays come as JAX's own dtypes
+    h0 = None if h0 is None else jnp.asarray(h0)
     if mask is not None:
         xs = jnp.where(mask, xs, jnp.zeros_like(xs))  # before the cell: 0 * NaN is NaN
     if h0 is None:
         h0 = _zero_state(params, xs)
     params, xs, h0, mask, resets = _vary_alike((params, xs, h0, mask, resets))
-    num_steps = xs.shape[0]
-    if gradient == "bptt":
-        size = _default_chunk_size(num_steps, h0, residuals) if chunk_size is None else chunk_size
-    else:
-        size = num_steps
-    static = _Static(spec, reverse, residuals, size, unroll)
+    if gradient == "bptt" and chunk_size is None:
+        chunk_size = _default_chunk_size(xs.shape[0], h0, residuals)
+    static = _Static(spec, reverse, residuals, chunk_size, unroll)
     rule = {"bptt": _gru_bptt, "tangent": _gru_tangent, "autodiff": _gru_scan}[gradient]
     h_last, hs = rule(static, params, xs, h0, mask, resets)
     return h_last, jnp.moveaxis(hs, 0, axis)
@@ -176,8 +179,8 @@ def length_mask(lengths: Any, num_steps: int) -> Array:
             raise ValueError(
                 f"length_mask: lengths must lie between 0 and num_steps={num_steps}, got {worst}."
             )
-    lengths = jnp.asarray(lengths)
-    steps = lax.broadcasted_iota(lengths.dtype, (num_steps, *lengths.shape), 0)
+    lengths = jnp.asarray(lengths).astype(jnp.int32)  # a narrow type could not count the steps
+    steps = lax.broadcasted_iota(jnp.int32, (num_steps, *lengths.shape), 0)
     return steps < lengths[None]
 
 
@@ -326,7 +329,7 @@ def _sweep(static, chunk, carry, per_step, per_chunk, *, reverse):
     per_step are [T, ...] and those of per_chunk [number of chunks, ...], in and out.
     """
     num_steps, size = jax.tree.leaves(per_step)[0].shape[0], static.chunk_size
-    if size >= num_steps:
+    if size is None or size >= num_steps:
         carry, steps, chunks = chunk(carry, per_step, jax.tree.map(lambda v: v[0], per_chunk))
         return carry, steps, jax.tree.map(lambda v: v[None], chunks)
     count, rest = divmod(num_steps, size)
@@ -413,8 +416,11 @@ def _varying_axes(v):
 def _default_chunk_size(num_steps, h0, residuals):
     """The chunk whose temporaries stay in a core's cache; sqrt(T) where only its ends are kept.
 
-    A divisor of T where one is near, so that no shorter last chunk is compiled.
+    A divisor of T where one is near, so that no shorter last chunk is compiled. None, the whole
+    sequence, where a size is symbolic (`jax.export`) and cannot be compared.
     """
+    if not all(isinstance(size, int) for size in (num_steps, *h0.shape)):
+        return None
     if residuals == "boundaries":
         target = max(1, math.isqrt(num_steps))
     elif num_steps * h0.size <= _WHOLE_SEQUENCE:

@@ -30,6 +30,14 @@ Array = jax.Array
 LossFn = Callable[[Any, Any, Any, chex.PRNGKey], tuple[Array, tuple[Any, dict[str, Array]]]]
 
 
+class NonFiniteError(FloatingPointError):
+    """Training stopped because updates in a row were not finite; `state` is the last good one."""
+
+    def __init__(self, message: str, state: "TrainState"):
+        super().__init__(message)
+        self.state = state
+
+
 class TrainState(NamedTuple):
     """All that an update reads and writes, arrays only."""
 
@@ -65,7 +73,9 @@ def init_train_state(
     """
     params, carry, key = jax.tree.map(jnp.copy, (params, carry, key))
     step, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
-    return TrainState(params, optimizer.init(params), carry, key, step, skipped)
+    # Some optimizers keep the parameters' own buffers in their state.
+    opt_state = jax.tree.map(jnp.copy, optimizer.init(params))
+    return TrainState(params, opt_state, carry, key, step, skipped)
 
 
 def make_train_step(
@@ -73,8 +83,10 @@ def make_train_step(
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]:
     """One jitted optimizer update: train_step(state, batch) -> (state, metrics).
 
-    An update whose loss or gradient is not finite changes nothing but step, key and the count of
-    skipped updates. The check comes before the optimizer, since a clip turns inf into NaN.
+    An update whose loss, gradient, gradient norm or resulting parameters are not finite changes
+    nothing but step, key and the count of skipped updates. The gradient is checked as it is, since
+    a clip turns inf into NaN; its norm, since entries of 1e30 in float32 have finite values and
+    squares that no optimizer survives.
 
     Args:
       loss_fn: loss_fn(params, carry, batch, key) -> (loss, (carry, metrics)).
@@ -84,6 +96,9 @@ def make_train_step(
     Returns:
       The function. Its metrics are those of the loss, and "loss", "gradient_norm" (before any
       clipping) and "skipped".
+
+    Raises:
+      ValueError: when traced, where the optimizer's updates change a parameter's shape or dtype.
 
     Cost: one gradient of the loss; parameters are held once where buffers are donated.
 
@@ -101,12 +116,11 @@ def make_train_step(
         gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, (carry, metrics)), grads = gradient_fn(state.params, state.carry, batch, key_loss)
         norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
-        leaves = [jnp.isfinite(leaf).all() for leaf in [loss, *jax.tree.leaves(grads)]]
-        finite = jnp.stack(leaves).all()
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        # apply_updates would broadcast an update of another shape without a word.
-        chex.assert_trees_all_equal_shapes_and_dtypes(params, state.params)
+        _require_same_shapes(params, state.params)
+        leaves = [loss, norm, *jax.tree.leaves((grads, params))]
+        finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
         params, opt_state, carry = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
             (params, opt_state, carry),
@@ -141,7 +155,7 @@ def fit(
       batches: as many as there are updates, or more.
       num_updates: at least 1.
       evaluate: evaluate(state) -> dict, called every evaluate_every updates and after the last.
-      evaluate_every: updates between evaluations; None for the end alone.
+      evaluate_every: updates between evaluations, with a record each; None for the end alone.
       callbacks: each is called with (state, record) whenever a record is made. Copy what is kept:
         the state's buffers are donated to the next update.
       log_every: updates between records; the loop waits for the device only then.
@@ -152,12 +166,14 @@ def fit(
     Returns:
       The state after the last update, and the records: dicts of "update", "seconds" (of training,
       evaluations left out), the means of the step's metrics since the last record ("skipped" is a
-      total), f"{items_name}_per_second", and what evaluate returned.
+      total; values that are not finite are left out of a mean), f"{items_name}_per_second", and
+      what evaluate returned.
 
     Raises:
       ValueError: batches ended early, or a count is below 1.
       TypeError: a count is no integer.
-      FloatingPointError: at least ten updates in a row were skipped as not finite.
+      NonFiniteError: the last ten updates or more were skipped as not finite. Checked when a record
+        is made; `state` of the error holds the parameters from before them.
       ImportError: progress is asked for and tqdm is missing.
     """
     counts = {"num_updates": num_updates, "log_every": log_every}
@@ -175,10 +191,16 @@ def fit(
             meter.pending.append(metrics)
             last = update == num_updates
             due = last or (evaluate_every is not None and update % evaluate_every == 0)
-            due = due and evaluate is not None
-            if not (due or last or update % log_every == 0):
+            if not (due or update % log_every == 0):
                 continue
             record = meter.read(update)
+            if meter.in_row >= _MAX_SKIPPED_IN_ROW:
+                raise NonFiniteError(
+                    f"fit: loss, gradient or parameters were not finite in the last {meter.in_row} "
+                    f"updates, up to update {update}; the parameters are as before them. Lower the "
+                    "learning rate.",
+                    state,
+                )
             if due and evaluate is not None:
                 record.update(evaluate(state))
             records.append(record)
@@ -220,10 +242,16 @@ def save_arrays(path: str | os.PathLike, tree: Any, metadata: dict[str, Any]) ->
             np.savez(file, **{_HEADER: np.array(header)}, **plain)  # pyright: ignore[reportArgumentType]
             file.flush()
             os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
         raise
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)  # the new name, too, is on the disk
+    finally:
+        os.close(opened)
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
@@ -281,17 +309,34 @@ _MAX_SKIPPED_IN_ROW = 10
 
 def _read(path):
     """(header, arrays) of a file; ValueError where it is damaged or another's."""
-    try:
-        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        header = json.loads(str(arrays.pop(_HEADER)))
-        if header["format"] != _FORMAT:
-            raise ValueError(f"format {header['format']!r}")
-    except (KeyError, TypeError, ValueError, EOFError, RuntimeError, *_DAMAGE) as error:
-        raise ValueError(
-            f"load_arrays: {path} must be a whole {_FORMAT!r} file: {error}"
-        ) from error
+    with open(path, "rb") as opened:
+        try:
+            with np.load(opened, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+            header = json.loads(str(arrays.pop(_HEADER)))
+            if header["format"] != _FORMAT:
+                raise ValueError(f"format {header['format']!r}")
+            if set(header["dtypes"]) != set(arrays) or not isinstance(header["metadata"], dict):
+                raise ValueError("its header does not fit its arrays")
+        except (
+            KeyError,
+            TypeError,
+            ValueError,
+            EOFError,
+            OSError,
+            RuntimeError,
+            *_DAMAGE,
+        ) as error:
+            message = f"{os.fspath(path)} must be a whole {_FORMAT!r} file: {error}"
+            raise ValueError(message) from error
     return header, arrays
+
+
+def _umask():
+    """The process's mask for new files, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 class _Meter:
@@ -318,15 +363,21 @@ class _Meter:
         record["skipped"] = int(host[-1]["skipped"])
         if self.items_per_update is not None:
             record[self.rate] = self.items_per_update * len(host) / elapsed
-        all_skipped = record["skipped"] - self.skipped == len(host)
-        self.in_row = self.in_row + len(host) if all_skipped else 0
-        self.skipped = record["skipped"]
-        if self.in_row >= _MAX_SKIPPED_IN_ROW:
-            raise FloatingPointError(
-                f"fit: loss or gradient was not finite in the last {self.in_row} updates, up to "
-                f"update {update}; the parameters are as before them. Lower the learning rate."
-            )
+        for metrics in host:
+            self.in_row = self.in_row + 1 if metrics["skipped"] > self.skipped else 0
+            self.skipped = int(metrics["skipped"])
         return record
+
+
+def _require_same_shapes(params, old):
+    """ValueError where an update, which `optax.apply_updates` would broadcast, changed params."""
+    for (path, new), leaf in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(old)):
+        if new.shape != leaf.shape or new.dtype != leaf.dtype:
+            name = jax.tree_util.keystr(path)
+            raise ValueError(
+                f"train_step: the optimizer must keep params{name} as {leaf.dtype}"
+                f"{list(leaf.shape)}, got {new.dtype}{list(new.shape)}."
+            )
 
 
 @contextlib.contextmanager

@@ -29,6 +29,19 @@ def x64():
         yield
 
 
+@pytest.fixture
+def quick_compilation():
+    """Without XLA's optimisations, which the mathematics checked here does not depend on.
+
+    Compiling is nearly the whole cost of the float64 tests that ask for this. The float32 and
+    half-precision tests, and all of test_recurrence.py and test_transforms.py, compile as users do.
+    """
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 class Problem(NamedTuple):
     """The array arguments of `jaxgru.gru`, and random cotangents of its two results."""
 

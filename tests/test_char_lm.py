@@ -28,7 +28,8 @@ def test_run_learns_and_leaves_all_its_files(run):
         "config.json", "cross_check.txt", "loss.png", "metrics.jsonl", "samples.txt", "weights.npz",
     }  # fmt: skip
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    scores = [r["validation_bits_per_character"] for r in records if len(r) > 7]
+    name = "validation_bits_per_character"
+    scores = [record[name] for record in records if name in record]
     assert len(scores) > 3
     assert scores[-1] < 0.7 * scores[0]
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -50,13 +51,15 @@ def test_saved_run_continues_a_prompt_the_same_way_each_time(run, capsys):
 def test_classic_preset_is_the_documented_setting(tmp_path, capsys):
     (tmp_path / "text.txt").write_text(TEXT * 3)
     out = tmp_path / "run"
-    arguments = ["--preset", "classic", "--passage", "300", "--epochs", "3", "--out", str(out)]
+    arguments = ["--preset", "classic", "--passage", "60", "--epochs", "55", "--out", str(out)]
     assert char_lm.main([*arguments, "--text", str(tmp_path / "text.txt")]) == 0
+    assert (out / "samples.txt").read_text().count("--- update") == 2  # at 25 and 50
     config = json.loads((out / "config.json").read_text())
     expected = {
         "spec": "chung", "embedding_size": 0, "hidden_size": 64, "optimizer": "sgd",
         "learning_rate": 0.01, "clip_value": 5.0, "clip_norm": 0.0, "reduction": "sum",
-        "batch_size": 1, "num_steps": 299, "sample_size": 100, "num_updates": 3,
+        "batch_size": 1, "num_steps": 59, "sample_size": 100, "num_updates": 55,
+        "temperature": 1.0,
     }  # fmt: skip
     assert {name: config[name] for name in expected} == expected
     assert char_lm.parse_args(["--preset", "classic"]).passage == 5000
@@ -69,6 +72,7 @@ def bad_inputs(tmp_path, run):
     for name, content in {
         "empty": b"",
         "short": b"too short",
+        "one": b"x",
         "latin": "caf\xe9".encode("latin-1"),
         "fine": TEXT.encode(),
     }.items():
@@ -82,7 +86,12 @@ def bad_inputs(tmp_path, run):
         "missing file": (["--text", str(tmp_path / "none")], "cannot be read: No such file"),
         "folder as file": (["--text", str(tmp_path)], "cannot be read: Is a directory"),
         "empty file": (["--text", str(tmp_path / "empty")], "is empty"),
-        "short file": (["--text", str(tmp_path / "short")], "fewer than one batch of 32 x 128"),
+        "short file": (
+            ["--text", str(tmp_path / "short")],
+            "fewer than the 4097 of one batch of 32 x 128",
+        ),
+        "one character": (["--text", str(tmp_path / "one"), "--preset", "classic"], "has 1 char"),
+        "default prompt asked for": ([*fine, "--prompt", "T"], "--prompt has characters outside"),
         "undecodable": (["--text", str(tmp_path / "latin")], "not UTF-8 text: byte 3"),
         "unknown prompt": ([*fine, "--prompt", "Ω"], "outside of the vocabulary: 'Ω'"),
         "unwritable": ([*fine, "--out", str(tmp_path / "fine" / "run")], "Not a directory"),
@@ -110,9 +119,13 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(tmp_path, run, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--epochs", "0"], "--epochs must be at least 1"),
-        (["--hidden-size", "0"], "--hidden-size must be at least 1"),
+        (["--epochs", "0"], "--epochs must be finite and at least 1, got 0"),
+        (["--hidden-size", "0"], "--hidden-size must be finite and at least 1"),
         (["--temperature", "-1"], "--temperature must be finite and at least 0"),
+        (["--embedding-size", "-3"], "--embedding-size must be finite and at least 0, got -3"),
+        (["--passage", "-5"], "--passage must be finite and at least 0, got -5"),
+        (["--learning-rate", "nan"], "--learning-rate must be finite and at least 0, got nan"),
+        (["--evaluate-every", "-1"], "--evaluate-every must be finite and at least 0"),
         (["--prompt", ""], "--prompt must not be empty"),
         (["--corpus", "war-and-peace"], "invalid choice"),
     ],
@@ -122,6 +135,17 @@ def test_bad_option_exits_with_code_2(arguments, message, capsys):
         char_lm.main(arguments)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_run_that_diverges_keeps_its_last_good_weights(tmp_path, capsys):
+    (tmp_path / "text.txt").write_text(TEXT)
+    out = tmp_path / "run"
+    arguments = ["--smoke", "--text", str(tmp_path / "text.txt"), "--out", str(out)]
+    arguments += ["--optimizer", "sgd", "--learning-rate", "1e38", "--clip-norm", "0"]
+    assert char_lm.main([*arguments, "--epochs", "10"]) == 1
+    assert "not finite in the last" in capsys.readouterr().err
+    assert (out / "weights.npz").exists()
+    assert "NaN" not in (out / "metrics.jsonl").read_text()
 
 
 def test_run_folder_of_another_vocabulary_is_refused(tmp_path, run, capsys):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxgru import recurrence
-from jaxgru.cell import CHO_2014, GRUParams, init_gru
+from jaxgru.cell import CHO_2014, CHUNG_2014, PYTORCH, GRUParams, init_gru
 from jaxgru.check import check_gradients
 
 
@@ -173,20 +173,84 @@ FAULTS = {
 }
 
 
-def run_check(fn, **options):
+def product_not_gated(params, gates, h_tm1, dh, dh_tm1, da):
+    return dh_tm1, da._replace(q=da.n)
+
+
+def no_product_path(params, gates, h_tm1, dh, dh_tm1, da):
+    return dh_tm1 - da.q @ block(params.w_h, 2).T, da
+
+
+def bias_inside_the_gate(xs, gates, h_tm1, da):
+    return xs, gates, h_tm1, da._replace(q=da.n)
+
+
+def kept_state_of_the_other_convention(params, gates, h_tm1, dh, dh_tm1, da):
+    return dh_tm1 - dh * (1 - 2 * gates.z), da
+
+
+def no_reset_gate_in_tangent(original):
+    def faulty(params, gates, h_tm1, th, drive, spec):
+        w_h = params.w_h.at[:, : h_tm1.shape[-1]].set(0)
+        return original(params._replace(w_h=w_h), gates, h_tm1, th, drive, spec)
+
+    return faulty
+
+
+def no_recurrent_weights_in_drive(original):
+    def faulty(params, tparams, xs, txs, gates, h_tm1, spec):
+        return original(params, tparams._replace(w_h=None), xs, txs, gates, h_tm1, spec)
+
+    return faulty
+
+
+def drive_of_half_the_inputs(original):
+    def faulty(params, tparams, xs, txs, gates, h_tm1, spec):
+        return original(params, tparams, 0.5 * xs, txs, gates, h_tm1, spec)
+
+    return faulty
+
+
+AFTER = {
+    "product_not_gated": ("step_vjp", of_step(product_not_gated)),
+    "no_product_path": ("step_vjp", of_step(no_product_path)),
+    "no_reset_gate_path": ("step_vjp", of_step(no_reset_gate_path)),
+    "update_gate_sign": ("step_vjp", of_step(update_gate_sign)),
+    "bias_inside_the_gate": ("params_vjp", of_params(bias_inside_the_gate)),
+}
+WRITE = {
+    "kept_state": ("step_vjp", of_step(kept_state_of_the_other_convention)),
+    "update_gate_sign": ("step_vjp", of_step(update_gate_sign)),
+}
+TANGENT = {
+    "no_reset_gate_in_tangent": ("step_jvp", no_reset_gate_in_tangent),
+    "no_recurrent_weights_in_drive": ("step_drive", no_recurrent_weights_in_drive),
+    "drive_of_half_the_inputs": ("step_drive", drive_of_half_the_inputs),
+}
+
+
+def run_check(fn, spec=CHO_2014, **options):
     keys = jax.random.split(jax.random.key(7), 4)
     params = init_gru(keys[0], 2, 3, scheme="pytorch")
     xs, h0 = jax.random.normal(keys[1], (5, 2, 2)), jax.random.normal(keys[2], (2, 3))
     options = {"num_cotangents": 1, "finite_differences": False, **options}
-    reference = functools.partial(plain, gradient="autodiff")
+    fn = functools.partial(fn, spec=spec)
+    reference = functools.partial(plain, gradient="autodiff", spec=spec)
     return check_gradients(fn, reference, params, xs, h0, **options)
 
 
-def plain(params, xs, h0, gradient="bptt", chunk_size=None):
+def plain(params, xs, h0, gradient="bptt", chunk_size=None, spec=CHO_2014):
     mask = jnp.array([[1, 1], [1, 0], [1, 1], [0, 1], [1, 1]], bool)
     resets = jnp.array([[0, 0], [0, 0], [1, 0], [0, 1], [0, 0]], bool)
     return recurrence.gru(
-        params, xs, h0, mask=mask, resets=resets, gradient=gradient, chunk_size=chunk_size
+        params,
+        xs,
+        h0,
+        mask=mask,
+        resets=resets,
+        gradient=gradient,
+        chunk_size=chunk_size,
+        spec=spec,
     )
 
 
@@ -200,6 +264,22 @@ def test_fault_is_caught_in_both_precisions(fault, monkeypatch):
     name, mutate = FAULTS[fault]
     monkeypatch.setattr(recurrence, name, mutate(getattr(recurrence, name)))
     report = run_check(plain)
+    assert {row.dtype for row in report.failures if row.reason == "value"} == {"float32", "float64"}
+
+
+@pytest.mark.parametrize(
+    ("spec", "gradient", "fault"),
+    [
+        *((PYTORCH, "bptt", fault) for fault in AFTER.items()),
+        *((CHUNG_2014, "bptt", fault) for fault in WRITE.items()),
+        *((spec, "tangent", fault) for spec in (CHO_2014, PYTORCH) for fault in TANGENT.items()),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else str(value),
+)
+def test_fault_of_another_equation_or_rule_is_caught(spec, gradient, fault, monkeypatch):
+    name, mutate = fault[1]
+    monkeypatch.setattr(recurrence, name, mutate(getattr(recurrence, name)))
+    report = run_check(functools.partial(plain, gradient=gradient), spec=spec)
     assert {row.dtype for row in report.failures if row.reason == "value"} == {"float32", "float64"}
 
 
@@ -265,10 +345,8 @@ def test_lost_carry_between_chunks_is_caught(monkeypatch):
         return original(static, params, jnp.zeros_like(dh), *rest)
 
     monkeypatch.setattr(recurrence, "_backward_chunk", faulty)
-    report = run_check(
-        functools.partial(plain, chunk_size=2), dtypes=("float64",), num_cotangents=2
-    )
-    assert "value" in {row.reason for row in report.failures}
+    report = run_check(functools.partial(plain, chunk_size=2))
+    assert {row.dtype for row in report.failures if row.reason == "value"} == {"float32", "float64"}
 
 
 def test_grid_names_the_case_that_fails(monkeypatch):

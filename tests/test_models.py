@@ -66,6 +66,19 @@ def test_loss_is_the_cross_entropy_of_the_counted_targets(reduction, masked):
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_loss_of_half_types_is_summed_in_float32(dtype, masked):
+    """80,000 targets: their sum and even their count are beyond float16."""
+    params = init_token_model(jax.random.key(0), V, 2, dtype=dtype)
+    params = params._replace(w=jnp.zeros_like(params.w))
+    tokens = jnp.zeros((4, 20000), int)
+    mask = jnp.ones(tokens.shape, bool) if masked else None
+    loss = token_loss(params, tokens, tokens, mask=mask)[0]
+    assert loss.dtype == jnp.float32
+    np.testing.assert_allclose(loss, np.log(V), rtol=1e-5)
+
+
 def test_loss_without_a_counted_target_is_zero_with_zero_gradient():
     params, tokens = make(), make_tokens((3, 2))
     mask = jnp.zeros((3, 2), bool)

@@ -143,9 +143,7 @@ def test_row_of_any_length_is_that_row_cut_to_its_length(reverse):
 def test_zero_length_row_returns_initial_state():
     problem = make_problem(7, dtype=jnp.float32)  # its row 0 is held throughout
     for reverse in (False, True):
-        h_last, hs = gru(
-            problem.params, problem.xs, problem.h0, mask=problem.mask, reverse=reverse
-        )
+        h_last, hs = gru(problem.params, problem.xs, problem.h0, mask=problem.mask, reverse=reverse)
         np.testing.assert_array_equal(h_last[0], problem.h0[0])
         np.testing.assert_array_equal(hs[:, 0], np.tile(problem.h0[0], (7, 1)))
 
@@ -327,9 +325,7 @@ def test_state_of_half_types_is_carried_in_float32(dtype):
     steps, hidden = 200, 8
     problem = make_problem(22, steps=steps, hidden=hidden, dtype=dtype)
     slow = jnp.concatenate([jnp.zeros(hidden), jnp.full(hidden, 4.0), jnp.full(hidden, 0.7)])
-    params = problem.params._replace(
-        w_h=jnp.zeros_like(problem.params.w_h), b_x=slow.astype(dtype)
-    )
+    params = problem.params._replace(w_h=jnp.zeros_like(problem.params.w_h), b_x=slow.astype(dtype))
     wide_params, wide_xs = jax.tree.map(lambda v: v.astype(jnp.float32), (params, problem.xs))
     _, want = jax.jit(gru)(wide_params, wide_xs)
     _, hs = jax.jit(gru)(params, problem.xs)

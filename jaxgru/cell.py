@@ -252,9 +252,10 @@ def step(
     a_r, a_z, a_n = a
     activation = _ACTIVATIONS[spec.activation]
     if spec.reset == "before":
-        w_r, w_z, w_n = _blocks(params.w_h)
-        r = jax.nn.sigmoid(a_r + _matmul(h, w_r))
-        z = jax.nn.sigmoid(a_z + _matmul(h, w_z))
+        w_rz, w_n = _gates_and_candidate(params.w_h)
+        u_r, u_z = jnp.split(_matmul(h, w_rz), 2, axis=-1)
+        r = jax.nn.sigmoid(a_r + u_r)
+        z = jax.nn.sigmoid(a_z + u_z)
         n, q = activation(a_n + _matmul(r * h, w_n)), None
     else:  # one product of width 3H: nothing in it waits for r
         u_r, u_z, q = _blocks(_matmul(h, params.w_h))
@@ -285,18 +286,18 @@ def step_vjp(
     """The transpose of `step`: dh_tm1, and the cotangents of a_r, a_z, a_n and q.
 
     before:  dp = (dh A) w_hn^T,  da = (dp R, dh Z, dh A)
-             dh_tm1 = dh K + dp r + da_r w_hr^T + da_z w_hz^T
+             dh_tm1 = dh K + dp r + [da_r | da_z] [w_hr | w_hz]^T
     after:   da = (dh R, dh Z, dh A),  dq = dh Q
              dh_tm1 = dh K + [da_r | da_z | dq] w_h^T
     """
     c = coefficients(gates, h_tm1, spec)
     da_z, da_n = dh * c.z, dh * c.a
     if c.q is None:
-        w_r, w_z, w_n = _blocks(params.w_h)
+        w_rz, w_n = _gates_and_candidate(params.w_h)
         dp = _matmul_transposed(da_n, w_n)
         da_r, dq = dp * c.r, None
-        dh_tm1 = dh * c.k + dp * gates.r
-        dh_tm1 += _matmul_transposed(da_r, w_r) + _matmul_transposed(da_z, w_z)
+        du = jnp.concatenate([da_r, da_z], axis=-1)
+        dh_tm1 = dh * c.k + dp * gates.r + _matmul_transposed(du, w_rz)
     else:
         da_r, dq = dh * c.r, dh * c.q
         du = jnp.concatenate([da_r, da_z, dq], axis=-1)
@@ -307,34 +308,33 @@ def step_vjp(
 def params_vjp(
     params: GRUParams, xs: Array, gates: Gates, h_tm1: Array, da: Gates, spec: GRUSpec
 ) -> GRUParams:
-    """The cotangents of all parameters, summed over every leading axis in one product a block.
+    """The cotangents of all parameters, each one product over all leading axes (w_hn its own).
 
     dw_x = x^T [da_r | da_z | da_n],  dw_hr = h^T da_r,  dw_hz = h^T da_z,
     dw_hn = (r h)^T da_n (before) or h^T dq (after); a bias gets the sum of its block.
     In the state dtype, whatever the parameters' own.
     """
-    da_x = (da.r, da.z, da.n)
-    da_h = da_x if da.q is None else (da.r, da.z, da.q)
-    h_n = gates.r * h_tm1 if da.q is None else h_tm1
     xs = xs.astype(h_tm1.dtype)
-    dw_x = [_weight_vjp(xs, d, w) for d, w in zip(da_x, _blocks(params.w_x))]
-    dw_h = [_weight_vjp(h, d, w) for h, d, w in zip((h_tm1, h_tm1, h_n), da_h, _blocks(params.w_h))]
+    da_x = jnp.concatenate([da.r, da.z, da.n], axis=-1)
+    if da.q is None:
+        w_rz, w_n = _gates_and_candidate(params.w_h)
+        du = da_x[..., : w_rz.shape[-1]]
+        dw_h = [_weight_vjp(h_tm1, du, w_rz), _weight_vjp(gates.r * h_tm1, da.n, w_n)]
+        da_h, dw_h = da_x, jnp.concatenate(dw_h, axis=-1)
+    else:
+        da_h = jnp.concatenate([da.r, da.z, da.q], axis=-1)
+        dw_h = _weight_vjp(h_tm1, da_h, params.w_h)
     return GRUParams(
-        jnp.concatenate(dw_x, axis=-1),
-        jnp.concatenate(dw_h, axis=-1),
-        None if params.b_x is None else _bias_vjp(da_x),
-        None if params.b_h is None else _bias_vjp(da_h),
+        _weight_vjp(xs, da_x, params.w_x),
+        dw_h,
+        None if params.b_x is None else da_x.sum(axis=tuple(range(da_x.ndim - 1))),
+        None if params.b_h is None else da_h.sum(axis=tuple(range(da_h.ndim - 1))),
     )
 
 
 def inputs_vjp(params: GRUParams, da: Gates) -> Array:
     """dx = [da_r | da_z | da_n] w_x^T, in the state dtype."""
-    w_r, w_z, w_n = _blocks(params.w_x)
-    return (
-        _matmul_transposed(da.r, w_r)
-        + _matmul_transposed(da.z, w_z)
-        + _matmul_transposed(da.n, w_n)
-    )
+    return _matmul_transposed(jnp.concatenate([da.r, da.z, da.n], axis=-1), params.w_x)
 
 
 def step_jvp(
@@ -347,9 +347,10 @@ def step_jvp(
     """
     c = coefficients(gates, h_tm1, spec)
     if c.q is None:
-        w_r, w_z, w_n = _blocks(params.w_h)
-        tp = th * gates.r + _matmul(th, w_r) * c.r
-        return th * c.k + _matmul(th, w_z) * c.z + _matmul(tp, w_n) * c.a + drive
+        w_rz, w_n = _gates_and_candidate(params.w_h)
+        y_r, y_z = jnp.split(_matmul(th, w_rz), 2, axis=-1)
+        tp = th * gates.r + y_r * c.r
+        return th * c.k + y_z * c.z + _matmul(tp, w_n) * c.a + drive
     y_r, y_z, y_q = _blocks(_matmul(th, params.w_h))
     return th * c.k + y_z * c.z + y_r * c.r + y_q * c.q + drive
 
@@ -403,6 +404,11 @@ def _blocks(w):
     return jnp.split(w, 3, axis=-1)
 
 
+def _gates_and_candidate(w):
+    """The blocks r | z of the last axis, side by side, and the block n."""
+    return jnp.split(w, [2 * (w.shape[-1] // 3)], axis=-1)
+
+
 def _like_row(b, v):
     """[H] with as many unit axes in front as v has, so that the sum broadcasts explicitly."""
     return b.reshape((1,) * (v.ndim - 1) + b.shape)
@@ -440,11 +446,6 @@ def _flatten(x):
     if sharding is not None and any(axis is not None for axis in sharding.spec[:-1]):
         return x
     return lax.collapse(x, 0, x.ndim - 1) if x.ndim > 1 else x[None]
-
-
-def _bias_vjp(da):
-    """The sums of each block over all leading axes, joined."""
-    return jnp.concatenate([d.sum(axis=tuple(range(d.ndim - 1))) for d in da], axis=-1)
 
 
 def require_spec(function: str, spec: Any) -> None:

@@ -417,7 +417,13 @@ BAD_CALLS = {
     "init_dtype": (
         lambda: init_gru(KEY, 2, 3, dtype=jnp.int32),
         TypeError,
-        "init_gru: dtype must be a floating type, got int32.",
+        "init_gru: dtype must be one of float64, float32, bfloat16, float16, got int32.",
+    ),
+    "init_dtype_not_enabled": (
+        lambda: init_gru(KEY, 2, 3, dtype=jnp.float64),
+        TypeError,
+        "init_gru: dtype must be enabled, got float64; set "
+        "jax.config.update('jax_enable_x64', True) or cast to float32.",
     ),
     "params_kind": (
         lambda: call_cell(params=tuple(bad_params())),
@@ -438,6 +444,18 @@ BAD_CALLS = {
         lambda: call_cell(params=bad_params(w_x=jnp.zeros((2, 9), jnp.int32))),
         TypeError,
         "gru_cell: params.w_x must be a floating array, got dtype int32.",
+    ),
+    "w_x_eight_bits": (
+        lambda: call_cell(params=bad_params(w_x=jnp.zeros((2, 9), jnp.float8_e4m3fn))),
+        TypeError,
+        "gru_cell: the dtype of params.w_x must be one of float64, float32, bfloat16, float16, "
+        "got float8_e4m3fn.",
+    ),
+    "x_of_numpy_float64": (
+        lambda: call_cell(x=np.zeros((4, 2))),
+        TypeError,
+        "gru_cell: the dtype of x must be enabled, got float64; set "
+        "jax.config.update('jax_enable_x64', True) or cast to float32.",
     ),
     "w_h_dtype": (
         lambda: call_cell(params=bad_params(w_h=jnp.zeros((3, 9), jnp.bfloat16))),

@@ -537,8 +537,13 @@ def backward_carries(problem, **choices):
     found = []
     for equation in scans(jaxpr.jaxpr):
         if equation.params["reverse"]:
-            outputs = equation.outvars[: equation.params["num_carry"]]
-            found.append([v.aval.size for v in outputs])
+            body = equation.params["jaxpr"]
+            ends = getattr(body, "jaxpr", body).outvars
+            # What is stacked has an axis of time more outside the loop than in it.
+            carried = [
+                v for v, end in zip(equation.outvars, ends) if v.aval.shape == end.aval.shape
+            ]
+            found.append([v.aval.size for v in carried])
     return found
 
 

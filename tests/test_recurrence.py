@@ -18,7 +18,7 @@ from jaxgru.recurrence import gru, length_mask
 EXACT = 1e-12  # float64, relative to the largest entry: rounding of different orders of summation
 GRADIENTS = ("bptt", "tangent", "autodiff")
 SPECS = [GRUSpec(*choice) for choice in itertools.product(("before", "after"), ("keep", "write"))]
-in_float64 = pytest.mark.usefixtures("x64")
+in_float64 = pytest.mark.usefixtures("x64", "quick_compilation")
 each_gradient = pytest.mark.parametrize("gradient", GRADIENTS)
 
 
@@ -381,7 +381,7 @@ def test_default_precision_of_the_process_is_left_alone():
 # Compilation.
 
 
-@in_float64
+@pytest.mark.usefixtures("x64")  # and the optimisations of XLA
 @pytest.mark.parametrize("spec", [CHO_2014, PYTORCH], ids=["before", "after"])
 @each_gradient
 def test_compiled_and_eager_runs_agree(spec, gradient):

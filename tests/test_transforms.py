@@ -15,6 +15,7 @@ from jaxgru.recurrence import gru
 
 EXACT = 1e-11  # float64, relative to the largest entry: sums in another order
 pytestmark = pytest.mark.usefixtures("x64")
+quickly = pytest.mark.usefixtures("quick_compilation")
 
 # Each rule with one equation; both equations and all policies meet in test_gradients.py.
 RULES = {
@@ -75,6 +76,7 @@ def test_gradient_of_compiled_and_compiled_gradient_are_the_plain_one(rule):
     assert_close(jax.jit(rule_gradient(rule))(*arrays(problem)), wanted, EXACT)
 
 
+@quickly
 @each_rule
 def test_gradient_of_vmap_over_rows_is_that_of_the_batch(rule):
     problem = make_problem(1)
@@ -88,6 +90,7 @@ def test_gradient_of_vmap_over_rows_is_that_of_the_batch(rule):
     assert_close(by_row(*arrays(problem)), reference(rule, problem), EXACT)
 
 
+@quickly
 @each_rule
 def test_vmap_of_gradient_over_rows_gives_each_rows_gradient(rule):
     problem = make_problem(2)
@@ -103,6 +106,7 @@ def test_vmap_of_gradient_over_rows_gives_each_rows_gradient(rule):
         assert_close(got, (value, (wanted_params, wanted_xs[:, 0])), EXACT, f"row {row}")
 
 
+@quickly
 @each_rule
 def test_vmap_over_parameters_gives_each_members_gradient(rule):
     problem = make_problem(3)
@@ -114,6 +118,7 @@ def test_vmap_over_parameters_gives_each_members_gradient(rule):
         assert_close(jax.tree.map(lambda v, i=i: v[i], results), wanted, EXACT, f"member {i}")
 
 
+@quickly
 @two_rules
 def test_gradient_of_an_ensembles_total_reaches_every_member(rule):
     problem = make_problem(4)
@@ -131,6 +136,7 @@ def test_gradient_of_an_ensembles_total_reaches_every_member(rule):
         assert_close(jax.tree.map(lambda v, i=i: v[i], got), wanted, EXACT, f"member {i}")
 
 
+@quickly
 @pytest.mark.parametrize(
     "policy",
     [None, jax.checkpoint_policies.nothing_saveable, jax.checkpoint_policies.dots_saveable],
@@ -144,6 +150,7 @@ def test_rematerialisation_changes_no_gradient(rule, policy):
     assert_close(got, reference(rule, problem), EXACT)
 
 
+@quickly
 @each_rule
 def test_scan_over_segments_is_the_run_over_the_whole(rule):
     problem = make_problem(6, steps=8)
@@ -162,6 +169,7 @@ def test_scan_over_segments_is_the_run_over_the_whole(rule):
     assert_close(in_segments(*arrays(problem)), reference(rule, problem), EXACT)
 
 
+@quickly
 @two_rules
 def test_scan_over_stacked_layers_is_the_loop_over_layers(rule):
     problem = make_problem(7, inputs=3)

@@ -257,6 +257,12 @@ def save_arrays(path: str | os.PathLike, tree: Any, metadata: dict[str, Any]) ->
 def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
     """The metadata of a file that `save_arrays` wrote.
 
+    Args:
+      path: of the file.
+
+    Returns:
+      The dict.
+
     Raises:
       OSError: the file cannot be read.
       ValueError: it is no such file, or damaged.

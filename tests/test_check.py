@@ -426,7 +426,9 @@ def test_table_of_a_passed_check_has_one_row_per_leaf_dtype_and_witness():
 
 
 def test_table_shows_the_worst_of_each_group():
-    row = check.GradientRow("float32", "autodiff", 1e-5, "", "small", "x", error=1e-9)
+    row = check.GradientRow(
+        "float32", "autodiff", 1e-5, "", cotangent="small", leaf="x", error=1e-9
+    )
     worse = dataclasses.replace(row, cotangent="large", error=1e-6)
     text = str(check.GradientReport((row, worse, row)))
     assert "large" in text and "small" not in text

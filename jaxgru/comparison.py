@@ -152,10 +152,12 @@ def rerun_row(template: GradientRow, leaf: str, first: Any, again: Any) -> Gradi
 
 
 def unravel(flat: Any, shape: Sequence[int]) -> tuple[int, ...]:
+    """The index tuple of a flat position."""
     return tuple(int(i) for i in np.unravel_index(flat, tuple(shape)))
 
 
 def host(leaf: Any) -> np.ndarray:
+    """The leaf as a NumPy array; a typed key as its data."""
     if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
         leaf = jax.random.key_data(leaf)
     return np.asarray(leaf)
@@ -169,6 +171,7 @@ def named_leaves(prefix: str, *trees: Any) -> Iterator[tuple[Any, ...]]:
 
 
 def is_kind(leaf: Any, kind: Any) -> bool:
+    """Whether the leaf's dtype, or a Python float's, is of that kind."""
     dtype = getattr(leaf, "dtype", type(leaf) if isinstance(leaf, float | complex) else None)
     return dtype is not None and bool(jnp.issubdtype(dtype, kind))
 

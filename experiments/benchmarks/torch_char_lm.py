@@ -32,8 +32,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
+import torch  # pyright: ignore[reportMissingImports]  (extra `peers`)
+from torch import nn  # pyright: ignore[reportMissingImports]
 from tqdm import tqdm
 
 from experiments.benchmarks.timing import describe_machine

@@ -12,10 +12,8 @@ folder holds config.json, metrics.jsonl, loss.png, samples.txt, cross_check.txt 
 """
 
 import argparse
-import datetime
 import functools
 import hashlib
-import importlib
 import json
 import math
 import pathlib
@@ -27,7 +25,7 @@ import numpy as np
 import optax
 
 import jaxgru
-from experiments import data
+from experiments import data, runs
 
 SPECS = {"cho": jaxgru.CHO_2014, "chung": jaxgru.CHUNG_2014, "pytorch": jaxgru.PYTORCH}
 PRESETS = {
@@ -98,19 +96,7 @@ def parse_args(argv):
 
 def main(argv=None):
     args = parse_args(argv)
-    try:
-        for extra in ("tqdm", "matplotlib.figure"):
-            importlib.import_module(extra)
-    except ImportError as error:
-        print(
-            f"char_lm: {error}; install the extra: pip install -e '.[experiments]'", file=sys.stderr
-        )
-        return 2
-    try:
-        return sample(args) if args.sample else train(args)
-    except (data.DataError, OSError) as error:
-        print(f"char_lm: {error}", file=sys.stderr)
-        return 2
+    return runs.run_script("char_lm", lambda: sample(args) if args.sample else train(args))
 
 
 def train(args):
@@ -132,12 +118,15 @@ def train(args):
         )
     inputs, targets = data.streams(train_tokens, args.batch_size, args.num_steps)
     num_updates = args.epochs * len(inputs)
-    run = make_run_folder(args, {"vocabulary": vocabulary, "num_updates": num_updates})
-    print(f"{len(text):,} characters, {len(vocabulary)} of them different; {describe_device()}")
+    config = {**vars(args), "vocabulary": vocabulary, "num_updates": num_updates}
+    run = runs.make_run_folder("char_lm", args.out, config)
+    print(
+        f"{len(text):,} characters, {len(vocabulary)} of them different; {runs.describe_device()}"
+    )
 
     key_params, key_state = jax.random.split(jax.random.key(args.seed))
     params = init_params(args, key_params, len(vocabulary))
-    h0 = jnp.zeros((args.batch_size, args.hidden_size))
+    h0 = jaxgru.init_state(params.layers, (args.batch_size,))
     if not cross_check(args, run, params, h0, inputs[0], targets[0]):
         return 1
     optimizer = make_optimizer(args, num_updates)
@@ -210,7 +199,7 @@ def make_loss(args, **gru_options):
 
     def loss_fn(params, carry, batch, key):
         tokens, targets, start = batch
-        h0 = jnp.where(start, jnp.zeros_like(carry), carry)
+        h0 = jax.tree.map(lambda h: jnp.where(start, jnp.zeros_like(h), h), carry)
         loss, h_last = jaxgru.token_loss(
             params, tokens, targets, h0, reduction=args.reduction, spec=SPECS[args.spec],
             **gru_options,
@@ -283,7 +272,7 @@ def _mean_loss(params, inputs, targets, spec):
         loss, h = jaxgru.token_loss(params, tokens, targets, h, spec=spec)
         return h, loss
 
-    h0 = jnp.zeros((inputs.shape[2], params.w.shape[0]), params.w.dtype)
+    h0 = jaxgru.init_state(params.layers, inputs.shape[2:])
     return jax.lax.scan(body, h0, (inputs, targets))[1].mean()
 
 
@@ -310,9 +299,7 @@ def make_reporter(args, run, vocabulary, prompt):
     from tqdm import tqdm
 
     def report(state, record):
-        with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
-            finite = {k: v if math.isfinite(v) else None for k, v in record.items()}
-            file.write(json.dumps(finite, allow_nan=False) + "\n")
+        runs.append_metrics(run, record)
         due = args.evaluate_every and record["update"] % args.evaluate_every == 0
         if not (due or "validation_bits_per_character" in record):
             return
@@ -325,18 +312,6 @@ def make_reporter(args, run, vocabulary, prompt):
         tqdm.write(f"update {record['update']}: {words}\n  {text[:100]!r}")
 
     return report
-
-
-def make_run_folder(args, extra):
-    """A new folder with config.json in it; never one that holds something."""
-    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    run = pathlib.Path(args.out or pathlib.Path("runs") / f"char_lm-{stamp}")
-    if run.exists() and (not run.is_dir() or any(run.iterdir())):
-        raise data.DataError(f"{run} exists and is not an empty folder; nothing was overwritten")
-    run.mkdir(parents=True, exist_ok=True)
-    config = json.dumps({**vars(args), **extra}, indent=1, ensure_ascii=False)
-    (run / "config.json").write_text(config + "\n", encoding="utf-8")
-    return run
 
 
 def plot(path, records):
@@ -356,11 +331,6 @@ def plot(path, records):
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
-
-
-def describe_device():
-    device = jax.devices()[0]
-    return f"{device.platform} ({device.device_kind}), jax {jax.__version__}"
 
 
 def digest(vocabulary):

@@ -2,15 +2,18 @@
 
 The tour, from the equation outwards:
 
-* `jaxgru.cell`: one step. `GRUParams` are arrays, `GRUSpec` chooses the equation, `init_gru` draws
-  parameters, `gru_cell` is h' = step(x, h). `CHO_2014`, `CHUNG_2014` and `PYTORCH` name the three
-  usual specs.
+* `jaxgru.parameters`: `GRUParams` are arrays, `GRUSpec` chooses the equation, `init_gru` draws
+  parameters. `CHO_2014`, `CHUNG_2014` and `PYTORCH` name the three usual specs.
+* `jaxgru.cell`: one step, `gru_cell`, is h' = step(x, h).
 * `jaxgru.recurrence`: `gru` scans the cell over a sequence. Its gradient is a handwritten
   `custom_vjp` ("bptt"), a handwritten JVP ("tangent": forward mode, any order), or JAX's own
   ("autodiff"). `length_mask` turns lengths into a mask.
 * `jaxgru.check`: `check_gradients` compares any handwritten derivative with autodiff and finite
   differences, `check_gru` does so for this package.
-* `jaxgru.models`: `token_loss` and `generate` put an embedding and a head around the recurrence.
+* `jaxgru.layers`: `gru_stack` runs any depth, both directions, dropout and residual connections;
+  `gru_stack_cell` is one step of it, for streams. `resets_from_dones` is for episodes.
+* `jaxgru.models` and `jaxgru.losses`: heads for every step or the last one (`sequence_outputs`,
+  `final_outputs`), token models with `generate`, and the losses that go with them.
 * `jaxgru.training`: `make_train_step` and `fit` train any loss with optax; `save_arrays` and
   `load_arrays` keep weights in files that run no code.
 
@@ -21,19 +24,32 @@ The tour, from the equation outwards:
 (5, 4, 3)
 """
 
-from jaxgru.cell import (
-    CHO_2014,
-    CHUNG_2014,
-    PYTORCH,
-    GRUParams,
-    GRUSpec,
-    gru_cell,
-    init_gru,
-)
+from jaxgru.cell import gru_cell
 from jaxgru.check import check_gradients, check_gru
 from jaxgru.comparison import GradientReport, GradientRow
-from jaxgru.models import TokenParams, generate, init_token_model, token_logits, token_loss
-from jaxgru.recurrence import gru, length_mask
+from jaxgru.layers import (
+    Bidirectional,
+    gru_bidirectional,
+    gru_stack,
+    gru_stack_cell,
+    init_stack,
+    init_state,
+)
+from jaxgru.losses import bernoulli_loss, categorical_loss, squared_loss
+from jaxgru.masks import length_mask, resets_from_dones
+from jaxgru.models import (
+    SequenceParams,
+    TokenParams,
+    final_outputs,
+    generate,
+    init_sequence_model,
+    init_token_model,
+    sequence_outputs,
+    token_logits,
+    token_loss,
+)
+from jaxgru.parameters import CHO_2014, CHUNG_2014, PYTORCH, GRUParams, GRUSpec, init_gru
+from jaxgru.recurrence import gru
 from jaxgru.training import (
     NonFiniteError,
     TrainState,
@@ -49,27 +65,41 @@ __all__ = [
     "CHO_2014",
     "CHUNG_2014",
     "PYTORCH",
+    "Bidirectional",
     "GRUParams",
     "GRUSpec",
     "GradientReport",
     "GradientRow",
     "NonFiniteError",
+    "SequenceParams",
     "TokenParams",
     "TrainState",
+    "bernoulli_loss",
+    "categorical_loss",
     "check_gradients",
     "check_gru",
+    "final_outputs",
     "fit",
     "generate",
     "gru",
+    "gru_bidirectional",
     "gru_cell",
+    "gru_stack",
+    "gru_stack_cell",
     "init_gru",
+    "init_sequence_model",
+    "init_stack",
+    "init_state",
     "init_token_model",
     "init_train_state",
     "length_mask",
     "load_arrays",
     "make_train_step",
     "read_metadata",
+    "resets_from_dones",
     "save_arrays",
+    "sequence_outputs",
+    "squared_loss",
     "token_logits",
     "token_loss",
 ]

@@ -59,6 +59,41 @@ def require_dtype(function: str, dtype: Any, argument: str = "") -> Any:
     return found
 
 
+def require_axis(function: str, axis: Any, shape: tuple[int, ...]) -> int:
+    """The axis of time of xs, counted from the front; TypeError or ValueError if it is none."""
+    if isinstance(axis, bool) or not isinstance(axis, int):
+        raise TypeError(f"{function}: axis must be an integer, got {axis!r}.")
+    if not -len(shape) <= axis < len(shape) - 1 or axis == -1:
+        raise ValueError(
+            f"{function}: axis must name an axis of xs other than its last, got {axis} for shape "
+            f"{shape}."
+        )
+    return axis % len(shape)
+
+
+def require_rates(function: str, rates: dict[str, Any], key: Any, deterministic: Any) -> None:
+    """TypeError or ValueError unless each rate is in [0, 1), and a key there where one acts."""
+    for argument, rate in rates.items():
+        if isinstance(rate, bool) or not isinstance(rate, int | float):
+            raise TypeError(f"{function}: {argument} must be a Python float, got {rate!r}.")
+        if not 0 <= rate < 1:
+            raise ValueError(f"{function}: {argument} must be in [0, 1), got {rate}.")
+    if not isinstance(deterministic, bool):
+        raise TypeError(f"{function}: deterministic must be a bool, got {deterministic!r}.")
+    acting = [f"{argument}={rate}" for argument, rate in rates.items() if rate > 0]
+    if acting and key is None and not deterministic:
+        raise ValueError(
+            f"{function}: key must be a jax.random.key for {', '.join(acting)}, got None; pass "
+            "deterministic=True for evaluation."
+        )
+    dtype = getattr(key, "dtype", None)
+    if key is not None and (
+        dtype is None
+        or not (jnp.issubdtype(dtype, jax.dtypes.prng_key) or jnp.issubdtype(dtype, jnp.uint32))
+    ):
+        raise TypeError(f"{function}: key must be a jax.random.key, got {key!r}.")
+
+
 def is_traced(value: Any) -> bool:
     """True inside a transformation, where a value cannot be read and so not be checked."""
     return isinstance(value, Tracer)

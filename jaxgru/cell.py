@@ -4,30 +4,49 @@ Everything here is a pure function of arrays with any leading axes, so the same 
 runs on `[B, H]` also redoes a whole sequence of gates in bulk on `[T, B, H]`.
 
 Blocks of `3H` are reset | update | candidate (r | z | n), PyTorch's order. With
-`a = x w_x + b_x` split into `a_r, a_z, a_n`::
+`a = N(x w_x) + b_x` split into `a_r, a_z, a_n`::
 
-    r = sigmoid(a_r + h w_hr + b_hr)          z = sigmoid(a_z + h w_hz + b_hz)
-    reset="before":  n = f(a_n + (r * h) w_hn + b_hn)
-    reset="after":   n = f(a_n + r * q),   q = h w_hn + b_hn
+    r = sigmoid(a_r + N(h w_hr) + b_hr)       z = sigmoid(a_z + N(h w_hz) + b_hz)
+    reset="before":  n = f(a_n + N((r * h) w_hn) + b_hn)
+    reset="after":   n = f(a_n + r * q),   q = N(h w_hn) + b_hn
     update="keep":   h' = z * h + (1 - z) * n
     update="write":  h' = (1 - z) * h + z * n
+
+N is the identity unless params hold gains. With them it is layer normalization (Ba et al. 2016,
+arXiv:1607.06450, eq. 4, and the GRU of its supplement), of each gate's product by itself.
+
+Recurrent dropout scales what the products read, not the state that is kept: in w_h's products h is
+then `scale * h` with a scale [..., H] that is the same at every step (Gal and Ghahramani 2016,
+arXiv:1512.05287, eq. 7).
 
 With half-precision parameters (bfloat16, float16) the operands of every product are half, but for
 those of the weight gradients; sums, gates, the state and cotangents between products are float32.
 """
 
-import dataclasses
-from typing import Any, Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from jaxgru.arguments import require_choice, require_count, require_dtype, require_float
+from jaxgru.arguments import require_float
+from jaxgru.parameters import CHO_2014, GRUParams, GRUSpec, require_params, require_spec
+from jaxgru.products import (
+    Norm,
+    blocks,
+    gates_and_candidate,
+    like_row,
+    matmul,
+    matmul_transposed,
+    normalize,
+    normalize_jvp,
+    normalize_vjp,
+    state_dtype,
+    sum_rows,
+    weight_vjp,
+)
 
 Array = jax.Array
-Activation = Literal["tanh", "relu", "sigmoid", "softplus", "identity"]
-Scheme = Literal["orthogonal", "pytorch", "keras"]
+Norms = tuple[Norm | None, Norm | None, Norm | None]
 
 _ACTIVATIONS = {
     "tanh": jnp.tanh,
@@ -46,58 +65,17 @@ _DERIVATIVES = {
 }
 
 
-class GRUParams(NamedTuple):
-    """The arrays of one GRU layer, blocks r | z | n on the last axis.
-
-    An absent bias is None, which is a legal pytree: optax, `jax.tree.map` and `jax.grad` accept it.
-    """
-
-    w_x: Array  # [I, 3H]
-    w_h: Array  # [H, 3H]
-    b_x: Array | None  # [3H]
-    b_h: Array | None  # [3H]
-
-
-@dataclasses.dataclass(frozen=True)
-class GRUSpec:
-    """Which GRU equation: static and hashable, so it may be a static argument of `jax.jit`.
-
-    Attributes:
-      reset: the reset gate acts on the state "before" the recurrent product of the candidate
-        (Cho et al. 2014, eq. 8) or "after" it (PyTorch, cuDNN, Keras's default).
-      update: the update gate z says how much of the old state to "keep" (Cho et al. 2014, eq. 7)
-        or how much of the candidate to "write" (Chung et al. 2014, section 3.2).
-      activation: the candidate's f: tanh, relu, sigmoid, softplus or identity.
-
-    Raises:
-      ValueError: a field is none of its choices.
-
-    >>> GRUSpec(reset="after")
-    GRUSpec(reset='after', update='keep', activation='tanh')
-    """
-
-    reset: Literal["before", "after"] = "before"
-    update: Literal["keep", "write"] = "keep"
-    activation: Activation = "tanh"
-
-    def __post_init__(self):
-        require_choice("GRUSpec", "reset", self.reset, ("before", "after"))
-        require_choice("GRUSpec", "update", self.update, ("keep", "write"))
-        require_choice("GRUSpec", "activation", self.activation, tuple(_ACTIVATIONS))
-
-
-CHO_2014 = GRUSpec(reset="before", update="keep")
-CHUNG_2014 = GRUSpec(reset="before", update="write")
-PYTORCH = GRUSpec(reset="after", update="keep")
-
-
 class Gates(NamedTuple):
-    """The r, z, n and q of a step, or what belongs to each; q is None where reset="before"."""
+    """The r, z, n and q of a step, or what belongs to each; q is None where reset="before".
+
+    norms are those of the three products with w_h, each None where params.g_h is.
+    """
 
     r: Array
     z: Array
     n: Array
     q: Array | None
+    norms: Norms = (None, None, None)
 
 
 class Coefficients(NamedTuple):
@@ -112,80 +90,6 @@ class Coefficients(NamedTuple):
     a: Array
     r: Array
     q: Array | None
-
-
-def init_gru(
-    key: Array,
-    input_size: int,
-    hidden_size: int,
-    *,
-    bias: bool = True,
-    scheme: Scheme = "orthogonal",
-    dtype: Any = jnp.float32,
-) -> GRUParams:
-    """Draws the parameters of one GRU layer.
-
-    ============  ======================  =============================  ==================
-    scheme        w_x                     w_h                            b_x, b_h
-    ============  ======================  =============================  ==================
-    orthogonal    LeCun normal per gate   orthogonal per gate            0
-    pytorch       U(-1/sqrt(H), 1/sqrt(H)) for every array, as `torch.nn.GRU`
-    keras         Glorot uniform [I, 3H]  orthonormal rows of [H, 3H]    0
-    ============  ======================  =============================  ==================
-
-    Args:
-      key: a `jax.random.key`.
-      input_size: I, at least 1.
-      hidden_size: H, at least 1.
-      bias: False leaves both biases out (None).
-      scheme: "orthogonal" (default; Saxe et al. 2014, arXiv:1312.6120), "pytorch" or "keras".
-      dtype: of every array; half types are drawn in float32 and rounded.
-
-    Returns:
-      GRUParams: w_x [I, 3H], w_h [H, 3H], b_x [3H], b_h [3H].
-
-    Raises:
-      ValueError: a size is not positive, or the scheme is unknown.
-      TypeError: a size is no integer, or dtype is not one of float64 (which needs JAX's x64 mode),
-        float32, bfloat16 and float16.
-
-    Cost: the orthogonal schemes take three QR decompositions of [H, H] or one of [3H, H].
-
-    >>> params = init_gru(jax.random.key(0), 2, 3)
-    >>> params.w_x.shape, params.w_h.shape, params.b_x.shape
-    ((2, 9), (3, 9), (9,))
-    """
-    require_count("init_gru", "input_size", input_size)
-    require_count("init_gru", "hidden_size", hidden_size)
-    require_choice("init_gru", "scheme", scheme, get_args(Scheme))
-    dtype = require_dtype("init_gru", dtype)
-    draw = state_dtype(dtype)
-    shape_x, shape_h = (input_size, 3 * hidden_size), (hidden_size, 3 * hidden_size)
-    key_x, key_h, key_bx, key_bh = jax.random.split(key, 4)
-    b_x, b_h = jnp.zeros(3 * hidden_size, draw), jnp.zeros(3 * hidden_size, draw)
-    init = jax.nn.initializers
-    if scheme == "pytorch":
-        bound = hidden_size**-0.5
-
-        def uniform(key, shape):
-            return jax.random.uniform(key, shape, draw, -bound, bound)
-
-        w_x, w_h = uniform(key_x, shape_x), uniform(key_h, shape_h)
-        b_x, b_h = uniform(key_bx, b_x.shape), uniform(key_bh, b_h.shape)
-    elif scheme == "keras":
-        w_x = init.glorot_uniform()(key_x, shape_x, draw)
-        w_h = init.orthogonal()(key_h, shape_h, draw)
-    else:
-
-        def per_gate(initializer, key, rows):
-            keys = jax.random.split(key, 3)
-            blocks = [initializer(k, (rows, hidden_size), draw) for k in keys]
-            return jnp.concatenate(blocks, axis=-1)
-
-        w_x = per_gate(init.lecun_normal(), key_x, input_size)
-        w_h = per_gate(init.orthogonal(), key_h, hidden_size)
-    params = GRUParams(w_x, w_h, b_x if bias else None, b_h if bias else None)
-    return jax.tree.map(lambda v: v.astype(dtype), params)
 
 
 def gru_cell(params: GRUParams, x: Array, h: Array, *, spec: GRUSpec = CHO_2014) -> Array:
@@ -207,6 +111,7 @@ def gru_cell(params: GRUParams, x: Array, h: Array, *, spec: GRUSpec = CHO_2014)
 
     Cost: 3H(I + H) multiply-adds a row; JAX differentiates it in every mode.
 
+    >>> from jaxgru import init_gru
     >>> params = init_gru(jax.random.key(0), 2, 3)
     >>> gru_cell(params, jnp.ones((4, 2)), jnp.zeros((4, 3))).shape
     (4, 3)
@@ -232,127 +137,170 @@ def gru_cell(params: GRUParams, x: Array, h: Array, *, spec: GRUSpec = CHO_2014)
 
 
 def project(params: GRUParams, xs: Array, spec: GRUSpec) -> tuple[Array, Array, Array]:
-    """a_r, a_z, a_n = x w_x + every bias that acts outside the reset gate, in the state dtype.
+    """a_r, a_z, a_n = N(x w_x) + every bias that acts outside the reset gate, in the state dtype.
 
     Three arrays rather than one of width 3H: a scan over them needs no slicing inside its loop.
     """
-    a = [_matmul(xs, w) for w in _blocks(params.w_x)]
+    a = [v for v, _ in _input_products(params, xs)]
     merged_biases = 3 if spec.reset == "before" else 2
-    for b, blocks in ((params.b_x, 3), (params.b_h, merged_biases)):
+    for b, count in ((params.b_x, 3), (params.b_h, merged_biases)):
         if b is not None:
-            parts = _blocks(b.astype(a[0].dtype))[:blocks]
-            a[:blocks] = [v + _like_row(part, v) for v, part in zip(a, parts)]
+            a[:count] = [v + like_row(part, v) for v, part in zip(a, blocks(b)[:count])]
     return a[0], a[1], a[2]
 
 
 def step(
-    params: GRUParams, a: tuple[Array, Array, Array], h: Array, spec: GRUSpec
+    params: GRUParams,
+    a: tuple[Array, Array, Array],
+    h: Array,
+    spec: GRUSpec,
+    scale: Array | None = None,
 ) -> tuple[Array, Gates]:
     """h' and the gates from the projected input a and the state h, all [..., H]."""
     a_r, a_z, a_n = a
-    activation = _ACTIVATIONS[spec.activation]
+    read, activation = _read(h, scale), _ACTIVATIONS[spec.activation]
+    g_r, g_z, g_n = _gains(params.g_h)
     if spec.reset == "before":
-        w_rz, w_n = _gates_and_candidate(params.w_h)
-        u_r, u_z = jnp.split(_matmul(h, w_rz), 2, axis=-1)
-        r = jax.nn.sigmoid(a_r + u_r)
-        z = jax.nn.sigmoid(a_z + u_z)
-        n, q = activation(a_n + _matmul(r * h, w_n)), None
+        w_rz, w_n = gates_and_candidate(params.w_h)
+        v_r, v_z = jnp.split(matmul(read, w_rz), 2, axis=-1)
+        v_n = None
     else:  # one product of width 3H: nothing in it waits for r
-        u_r, u_z, q = _blocks(_matmul(h, params.w_h))
-        if params.b_h is not None:
-            q = q + _like_row(_blocks(params.b_h.astype(q.dtype))[2], q)
-        r = jax.nn.sigmoid(a_r + u_r)
-        z = jax.nn.sigmoid(a_z + u_z)
+        v_r, v_z, v_n = blocks(matmul(read, params.w_h))
+        w_n = None
+    (u_r, norm_r), (u_z, norm_z) = normalize(v_r, g_r), normalize(v_z, g_z)
+    r = jax.nn.sigmoid(a_r + u_r)
+    z = jax.nn.sigmoid(a_z + u_z)
+    if v_n is None:
+        u_n, norm_n = normalize(matmul(r * read, w_n), g_n)
+        n, q = activation(a_n + u_n), None
+    else:
+        q, norm_n = normalize(v_n, g_n)
+        q = q if params.b_h is None else q + like_row(blocks(params.b_h)[2], q)
         n = activation(a_n + r * q)
     h = z * h + (1 - z) * n if spec.update == "keep" else (1 - z) * h + z * n
-    return h, Gates(r, z, n, q)
+    return h, Gates(r, z, n, q, (norm_r, norm_z, norm_n))
 
 
-def coefficients(gates: Gates, h_tm1: Array, spec: GRUSpec) -> Coefficients:
+def coefficients(
+    gates: Gates, h_tm1: Array, spec: GRUSpec, scale: Array | None = None
+) -> Coefficients:
     """K, Z, A, R, Q: every local derivative of a step, from values its forward pass has."""
-    r, z, n, q = gates
+    r, z, n, q, _ = gates
     keep, write = (z, 1 - z) if spec.update == "keep" else (1 - z, z)
     sign = 1 if spec.update == "keep" else -1
     k_z = sign * (h_tm1 - n) * (z * (1 - z))
     k_a = write * _DERIVATIVES[spec.activation](n)
     if q is None:
-        return Coefficients(keep, k_z, k_a, h_tm1 * (r * (1 - r)), None)
+        return Coefficients(keep, k_z, k_a, _read(h_tm1, scale) * (r * (1 - r)), None)
     return Coefficients(keep, k_z, k_a, k_a * q * (r * (1 - r)), k_a * r)
 
 
 def step_vjp(
-    params: GRUParams, gates: Gates, h_tm1: Array, dh: Array, spec: GRUSpec
+    params: GRUParams,
+    gates: Gates,
+    h_tm1: Array,
+    dh: Array,
+    spec: GRUSpec,
+    scale: Array | None = None,
 ) -> tuple[Array, Gates]:
     """The transpose of `step`: dh_tm1, and the cotangents of a_r, a_z, a_n and q.
 
-    before:  dp = (dh A) w_hn^T,  da = (dp R, dh Z, dh A)
-             dh_tm1 = dh K + dp r + [da_r | da_z] [w_hr | w_hz]^T
+    before:  dp = N'(dh A) w_hn^T,  da = (dp R, dh Z, dh A)
+             dh_tm1 = dh K + scale (dp r + N'[da_r | da_z] [w_hr | w_hz]^T)
     after:   da = (dh R, dh Z, dh A),  dq = dh Q
-             dh_tm1 = dh K + [da_r | da_z | dq] w_h^T
+             dh_tm1 = dh K + scale (N'[da_r | da_z | dq] w_h^T)
+    with N' the transpose of the normalization, the identity without gains.
     """
-    c = coefficients(gates, h_tm1, spec)
+    c = coefficients(gates, h_tm1, spec, scale)
     da_z, da_n = dh * c.z, dh * c.a
     if c.q is None:
-        w_rz, w_n = _gates_and_candidate(params.w_h)
-        dp = _matmul_transposed(da_n, w_n)
-        da_r, dq = dp * c.r, None
-        du = jnp.concatenate([da_r, da_z], axis=-1)
-        dh_tm1 = dh * c.k + dp * gates.r + _matmul_transposed(du, w_rz)
+        w_rz, w_n = gates_and_candidate(params.w_h)
+        dv_n = normalize_vjp(da_n, _gains(params.g_h)[2], gates.norms[2])
+        dp = matmul_transposed(dv_n, w_n)
+        da = Gates(dp * c.r, da_z, da_n, None)
+        dv_rz = jnp.concatenate(_products_vjp(params, gates, da)[:2], axis=-1)
+        dread = dp * gates.r + matmul_transposed(dv_rz, w_rz)
     else:
-        da_r, dq = dh * c.r, dh * c.q
-        du = jnp.concatenate([da_r, da_z, dq], axis=-1)
-        dh_tm1 = dh * c.k + _matmul_transposed(du, params.w_h)
-    return dh_tm1, Gates(da_r, da_z, da_n, dq)
+        da = Gates(dh * c.r, da_z, da_n, dh * c.q)
+        dv = jnp.concatenate(_products_vjp(params, gates, da), axis=-1)
+        dread = matmul_transposed(dv, params.w_h)
+    return dh * c.k + _read(dread, scale), da
 
 
 def params_vjp(
-    params: GRUParams, xs: Array, gates: Gates, h_tm1: Array, da: Gates, spec: GRUSpec
+    params: GRUParams,
+    xs: Array,
+    gates: Gates,
+    h_tm1: Array,
+    da: Gates,
+    spec: GRUSpec,
+    scale: Array | None = None,
 ) -> GRUParams:
     """The cotangents of all parameters, each one product over all leading axes (w_hn its own).
 
-    dw_x = x^T [da_r | da_z | da_n],  dw_hr = h^T da_r,  dw_hz = h^T da_z,
-    dw_hn = (r h)^T da_n (before) or h^T dq (after); a bias gets the sum of its block.
+    dw_x = x^T N'[da_r | da_z | da_n],  [dw_hr | dw_hz] = read^T N'[da_r | da_z],
+    dw_hn = (r read)^T N' da_n (before) or read^T N' dq (after), read = scale h; a bias gets the sum
+    of its block, a gain that of its block times the normalized product.
     In the state dtype, whatever the parameters' own.
     """
-    xs = xs.astype(h_tm1.dtype)
+    read = _read(h_tm1, scale)
     da_x = jnp.concatenate([da.r, da.z, da.n], axis=-1)
+    da_h = da_x if da.q is None else jnp.concatenate([da.r, da.z, da.q], axis=-1)
+    dv_x, dv_h = da_x, da_h
+    if params.g_x is not None:
+        dv_x = jnp.concatenate(_inputs_vjp(params, xs, da), axis=-1)
+    if params.g_h is not None:
+        dv_h = jnp.concatenate(_products_vjp(params, gates, da), axis=-1)
     if da.q is None:
-        w_rz, w_n = _gates_and_candidate(params.w_h)
-        du = da_x[..., : w_rz.shape[-1]]
-        dw_h = [_weight_vjp(h_tm1, du, w_rz), _weight_vjp(gates.r * h_tm1, da.n, w_n)]
-        da_h, dw_h = da_x, jnp.concatenate(dw_h, axis=-1)
+        w_rz, w_n = gates_and_candidate(params.w_h)
+        dv_rz, dv_n = gates_and_candidate(dv_h)
+        dw_h = [weight_vjp(read, dv_rz, w_rz), weight_vjp(gates.r * read, dv_n, w_n)]
+        dw_h = jnp.concatenate(dw_h, axis=-1)
     else:
-        da_h = jnp.concatenate([da.r, da.z, da.q], axis=-1)
-        dw_h = _weight_vjp(h_tm1, da_h, params.w_h)
+        dw_h = weight_vjp(read, dv_h, params.w_h)
     return GRUParams(
-        _weight_vjp(xs, da_x, params.w_x),
+        weight_vjp(xs.astype(h_tm1.dtype), dv_x, params.w_x),
         dw_h,
-        None if params.b_x is None else da_x.sum(axis=tuple(range(da_x.ndim - 1))),
-        None if params.b_h is None else da_h.sum(axis=tuple(range(da_h.ndim - 1))),
+        None if params.b_x is None else sum_rows(da_x),
+        None if params.b_h is None else sum_rows(da_h),
+        _gain_vjp(params.g_x, da_x, _input_norms(params, xs)),
+        _gain_vjp(params.g_h, da_h, gates.norms),
     )
 
 
-def inputs_vjp(params: GRUParams, da: Gates) -> Array:
-    """dx = [da_r | da_z | da_n] w_x^T, in the state dtype."""
-    return _matmul_transposed(jnp.concatenate([da.r, da.z, da.n], axis=-1), params.w_x)
+def inputs_vjp(params: GRUParams, xs: Array, da: Gates) -> Array:
+    """dx = N'[da_r | da_z | da_n] w_x^T, in the state dtype."""
+    dv = jnp.concatenate(_inputs_vjp(params, xs, da), axis=-1)
+    return matmul_transposed(dv, params.w_x)
 
 
 def step_jvp(
-    params: GRUParams, gates: Gates, h_tm1: Array, th: Array, drive: Array, spec: GRUSpec
+    params: GRUParams,
+    gates: Gates,
+    h_tm1: Array,
+    th: Array,
+    drive: Array,
+    spec: GRUSpec,
+    scale: Array | None = None,
 ) -> Array:
     """The tangent of `step`: th_t = th_tm1 M + drive, linear in th and drive.
 
-    before:  th M = th K + (th w_hz) Z + ((th r + (th w_hr) R) w_hn) A
-    after:   th M = th K + (th w_hz) Z + (th w_hr) R + (th w_hn) Q
+    before:  th M = th K + N'(t w_hz) Z + N'((t r + N'(t w_hr) R) w_hn) A,  t = scale th
+    after:   th M = th K + N'(t w_hz) Z + N'(t w_hr) R + N'(t w_hn) Q
+    with N' the derivative of the normalization, the identity without gains.
     """
-    c = coefficients(gates, h_tm1, spec)
+    c, tread = coefficients(gates, h_tm1, spec, scale), _read(th, scale)
+    g_r, g_z, g_n = _gains(params.g_h)
+    norm_r, norm_z, norm_n = gates.norms
     if c.q is None:
-        w_rz, w_n = _gates_and_candidate(params.w_h)
-        y_r, y_z = jnp.split(_matmul(th, w_rz), 2, axis=-1)
-        tp = th * gates.r + y_r * c.r
-        return th * c.k + y_z * c.z + _matmul(tp, w_n) * c.a + drive
-    y_r, y_z, y_q = _blocks(_matmul(th, params.w_h))
-    return th * c.k + y_z * c.z + y_r * c.r + y_q * c.q + drive
+        w_rz, w_n = gates_and_candidate(params.w_h)
+        y_r, y_z = jnp.split(matmul(tread, w_rz), 2, axis=-1)
+        tp = tread * gates.r + normalize_jvp(y_r, g_r, norm_r) * c.r
+        y_n = normalize_jvp(matmul(tp, w_n), g_n, norm_n)
+        return th * c.k + normalize_jvp(y_z, g_z, norm_z) * c.z + y_n * c.a + drive
+    y_r, y_z, y_q = blocks(matmul(tread, params.w_h))
+    y_r, y_z = normalize_jvp(y_r, g_r, norm_r), normalize_jvp(y_z, g_z, norm_z)
+    return th * c.k + y_z * c.z + y_r * c.r + normalize_jvp(y_q, g_n, norm_n) * c.q + drive
 
 
 def step_drive(
@@ -363,125 +311,79 @@ def step_drive(
     gates: Gates,
     h_tm1: Array,
     spec: GRUSpec,
+    scale: Array | None = None,
 ) -> Array:
     """What the tangents of parameters and inputs add to th_t, in bulk over all leading axes.
 
-    With e_g = tx w_xg + x tw_xg + tb_g + h tw_hg for each block g:
-    before:  drive = e_z Z + (e_n + (e_r R) w_hn) A,  where e_n has (r h) tw_hn
-    after:   drive = e_z Z + e_r R + e_n A,           where e_n has r (h tw_hn + tb_hn)
+    With e_g the tangent of N(x w_xg) + b_g and u_g that of N(read w_hg) + b_hg for a fixed state:
+    before:  drive = (e_z + u_z) Z + (e_n + u_n + N'(((e_r + u_r) R) w_hn)) A,  u_n of (r read) w_hn
+    after:   drive = (e_z + u_z) Z + (e_r + u_r) R + e_n A + u_n Q
     None stands for a tangent that is zero, and costs nothing.
     """
-    c = coefficients(gates, h_tm1, spec)
-    e: list[Array] = [jnp.zeros_like(h_tm1)] * 3
+    c, read = coefficients(gates, h_tm1, spec, scale), _read(h_tm1, scale)
+    zero = jnp.zeros_like(h_tm1)
+    e = [zero] * 3
     if txs is not None:
-        e = [v + _matmul(txs, w) for v, w in zip(e, _blocks(params.w_x))]
+        e = [v + matmul(txs, w) for v, w in zip(e, blocks(params.w_x))]
     if tparams.w_x is not None:
-        e = [v + _matmul(xs, w) for v, w in zip(e, _blocks(tparams.w_x))]
-    if tparams.b_x is not None:
-        tb = _blocks(tparams.b_x.astype(h_tm1.dtype))
-        e = [v + _like_row(b, v) for v, b in zip(e, tb)]
-    u: list[Array] = [jnp.zeros_like(h_tm1)] * 3
+        e = [v + matmul(xs, w) for v, w in zip(e, blocks(tparams.w_x))]
+    e = _affine_jvp(e, params.g_x, _input_norms(params, xs), tparams.g_x, tparams.b_x)
+    u = [zero] * 3
     if tparams.w_h is not None:
-        h_n = gates.r * h_tm1 if c.q is None else h_tm1
-        u = [_matmul(h, w) for h, w in zip((h_tm1, h_tm1, h_n), _blocks(tparams.w_h))]
-    if tparams.b_h is not None:
-        tb = _blocks(tparams.b_h.astype(h_tm1.dtype))
-        u = [v + _like_row(b, v) for v, b in zip(u, tb)]
+        reads = (read, read, gates.r * read if c.q is None else read)
+        u = [matmul(h, w) for h, w in zip(reads, blocks(tparams.w_h))]
+    u = _affine_jvp(u, params.g_h, gates.norms, tparams.g_h, tparams.b_h)
     e_r, e_z = e[0] + u[0], e[1] + u[1]
     if c.q is None:
-        e_n = e[2] + u[2] + _matmul(e_r * c.r, _blocks(params.w_h)[2])
-        return e_z * c.z + e_n * c.a
+        through_r = matmul(e_r * c.r, blocks(params.w_h)[2])
+        through_r = normalize_jvp(through_r, _gains(params.g_h)[2], gates.norms[2])
+        return e_z * c.z + (e[2] + u[2] + through_r) * c.a
     return e_z * c.z + e_r * c.r + e[2] * c.a + u[2] * c.q
 
 
-def state_dtype(dtype: Any) -> Any:
-    """The dtype of state, gates and sums: float32 for half types, else the dtype itself."""
-    return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else jnp.dtype(dtype)
+def _read(h, scale):
+    """What the products read of a state, or its transpose: scale h."""
+    return h if scale is None else h * scale.reshape((1,) * (h.ndim - scale.ndim) + scale.shape)
 
 
-def _blocks(w):
-    """The three blocks r | z | n of the last axis."""
-    return jnp.split(w, 3, axis=-1)
+def _gains(g):
+    """The three blocks of a gain, or None for each."""
+    return (None, None, None) if g is None else blocks(g)
 
 
-def _gates_and_candidate(w):
-    """The blocks r | z of the last axis, side by side, and the block n."""
-    return jnp.split(w, [2 * (w.shape[-1] // 3)], axis=-1)
+def _input_products(params, xs):
+    """N(x w_x) and its norm, for each of the three blocks."""
+    gains = _gains(params.g_x)
+    return [normalize(matmul(xs, w), g) for w, g in zip(blocks(params.w_x), gains)]
 
 
-def _like_row(b, v):
-    """[H] with as many unit axes in front as v has, so that the sum broadcasts explicitly."""
-    return b.reshape((1,) * (v.ndim - 1) + b.shape)
+def _input_norms(params, xs):
+    """The norms of the three products x w_x, which nothing keeps: they are made again."""
+    if params.g_x is None:
+        return (None, None, None)
+    return tuple(norm for _, norm in _input_products(params, xs))
 
 
-def _matmul(x, w):
-    """x w: operands in w's dtype, summed in the state dtype."""
-    contract = (((x.ndim - 1,), (0,)), ((), ()))
-    return lax.dot_general(
-        x.astype(w.dtype), w, contract, preferred_element_type=state_dtype(w.dtype)
-    )
+def _inputs_vjp(params, xs, da):
+    """The cotangents of the three products x w_x."""
+    du = (da.r, da.z, da.n)
+    return list(map(normalize_vjp, du, _gains(params.g_x), _input_norms(params, xs)))
 
 
-def _matmul_transposed(d, w):
-    """d w^T, with the dtypes of `_matmul`."""
-    contract = (((d.ndim - 1,), (1,)), ((), ()))
-    return lax.dot_general(
-        d.astype(w.dtype), w, contract, preferred_element_type=state_dtype(w.dtype)
-    )
+def _products_vjp(params, gates, da):
+    """The cotangents of the three products with w_h."""
+    du = (da.r, da.z, da.n if da.q is None else da.q)
+    return list(map(normalize_vjp, du, _gains(params.g_h), gates.norms))
 
 
-def _weight_vjp(x, d, w):
-    """x^T d: the cotangent of w in y = x w, summed over the leading axes.
-
-    Formed as JAX's own transpose of the product, which knows how to reduce over an axis that an
-    explicit mesh shards; a product written out by hand is refused there.
-    """
-    x, d = _flatten(x), _flatten(d)
-    return jax.vjp(lambda w: _matmul(x, w), w.astype(d.dtype))[1](d)[0]
+def _gain_vjp(g, da, norms):
+    """The sum over rows of da times the normalized products, or None without a gain."""
+    return None if g is None else sum_rows(da * jnp.concatenate([n.y for n in norms], axis=-1))
 
 
-def _flatten(x):
-    """[..., F] as one matrix, the fastest form on CPU, unless a leading axis is sharded."""
-    sharding = getattr(jax.typeof(x), "sharding", None)
-    if sharding is not None and any(axis is not None for axis in sharding.spec[:-1]):
-        return x
-    return lax.collapse(x, 0, x.ndim - 1) if x.ndim > 1 else x[None]
-
-
-def require_spec(function: str, spec: Any) -> None:
-    """TypeError unless spec is a GRUSpec."""
-    if not isinstance(spec, GRUSpec):
-        raise TypeError(f"{function}: spec must be a GRUSpec, got {spec!r}.")
-
-
-def require_params(function: str, params: Any) -> tuple[int, int]:
-    """(I, H) of well-formed parameters; TypeError or ValueError naming the array that is not."""
-    if not isinstance(params, GRUParams):
-        raise TypeError(f"{function}: params must be a GRUParams, got {type(params).__name__}.")
-    require_float(function, "params.w_x", params.w_x)
-    arrays: dict[str, Any] = params._asdict()
-    for name in ("w_x", "w_h"):
-        value = arrays[name]
-        require_float(function, f"params.{name}", value, params.w_x.dtype)
-        if value.ndim != 2:
-            raise ValueError(
-                f"{function}: params.{name} must have two axes, got shape {value.shape}."
-            )
-    hidden_size = params.w_h.shape[0]
-    wanted = {
-        "w_x": (params.w_x.shape[0], 3 * hidden_size),
-        "w_h": (hidden_size, 3 * hidden_size),
-        "b_x": (3 * hidden_size,),
-        "b_h": (3 * hidden_size,),
-    }
-    for name, shape in wanted.items():
-        value = arrays[name]
-        if value is None:
-            continue
-        require_float(function, f"params.{name}", value, params.w_x.dtype)
-        if value.shape != shape:
-            raise ValueError(
-                f"{function}: params.{name} must have shape {shape} (H={hidden_size}, the rows of "
-                f"params.w_h), got {value.shape}."
-            )
-    return params.w_x.shape[0], hidden_size
+def _affine_jvp(tv, g, norms, tg, tb):
+    """The tangents of N(v) + b from those of v, of the gain and of the bias; None is zero."""
+    tu = list(map(normalize_jvp, tv, _gains(g), norms))
+    if tg is not None:
+        tu = [u + like_row(part, u) * norm.y for u, part, norm in zip(tu, blocks(tg), norms)]
+    return tu if tb is None else [u + like_row(part, u) for u, part in zip(tu, blocks(tb))]

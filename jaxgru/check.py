@@ -22,7 +22,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgru.cell import CHO_2014, CHUNG_2014, PYTORCH, GRUParams, GRUSpec
 from jaxgru.comparison import (
     GradientReport,
     GradientRow,
@@ -34,6 +33,7 @@ from jaxgru.comparison import (
     rerun_row,
     unravel,
 )
+from jaxgru.parameters import CHO_2014, CHUNG_2014, PYTORCH, GRUParams, GRUSpec
 from jaxgru.recurrence import gru
 
 # float16 resolves 1e-3 and bfloat16 8e-3: 5e-3 and 2e-2 are both a few of those roundings.
@@ -152,6 +152,7 @@ def check_gru(
     specs: Sequence[GRUSpec] = (CHO_2014, CHUNG_2014, PYTORCH),
     reverses: Sequence[bool] = (False, True),
     policies: Sequence[Mapping[str, Any]] | None = None,
+    gru_options: Mapping[str, Any] | None = None,
     **check_options: Any,
 ) -> GradientReport:
     """Runs `check_gradients` on `gru` over a grid of its options; autodiff is the reference.
@@ -168,6 +169,8 @@ def check_gru(
       reverses: directions to check.
       policies: dicts of gradient, residuals, chunk_size and unroll, as `gru` takes them; unless
         told, every residuals of "bptt", whole and in chunks of two steps, and "tangent".
+      gru_options: what `gru` and its reference are both given, such as truncate, or zoneout,
+        recurrent_dropout and their key.
       **check_options: dtypes, tolerances, num_cotangents, ... of `check_gradients`.
 
     Returns:
@@ -188,6 +191,7 @@ def check_gru(
     rows: list[GradientRow] = []
     for spec, reverse, policy in itertools.product(specs, reverses, policies):
         choices = {"mask": mask, "resets": resets, "spec": spec, "reverse": reverse}
+        choices |= gru_options or {}
         report = check_gradients(
             functools.partial(gru, **choices, **policy),
             functools.partial(gru, **choices, gradient="autodiff"),

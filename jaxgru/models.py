@@ -1,81 +1,214 @@
-"""Models around the recurrence: a token model, its loss, and sampling from it.
+"""Models around a stack: sequences in, outputs of every step or of the last; tokens; sampling.
 
-x_t = embedding[token_t]  (or its one-hot row)
-h_t = gru step(x_t, h_{t-1})
-logits_t = h_t w + b
+many to many:  o_t = y_t w + b                  many to one:  o = y_last w + b
+tokens:        x_t = embedding[token_t]  (or its one-hot row),  logits_t = y_t w + b
+
+with y the outputs of `gru_stack`, and y_last those after the last real step (of both directions).
 """
 
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import lax
 
-from jaxgru.arguments import is_traced, require_choice, require_count
-from jaxgru.cell import CHO_2014, GRUParams, GRUSpec, gru_cell, init_gru, state_dtype
-from jaxgru.recurrence import gru
+from jaxgru.arguments import is_traced, require_choice, require_count, require_rates
+from jaxgru.layers import (
+    Layer,
+    Merge,
+    drop,
+    gru_stack,
+    gru_stack_cell,
+    init_stack,
+    output_size_of,
+)
+from jaxgru.losses import Reduction, categorical_loss, require_labels
+from jaxgru.parameters import CHO_2014, GRUSpec
+from jaxgru.products import state_dtype
 
 Array = jax.Array
+
+
+class SequenceParams(NamedTuple):
+    """The arrays of a model with K outputs."""
+
+    layers: tuple[Layer, ...]
+    w: Array  # [H, K], H the size of the top layer's outputs
+    b: Array  # [K]
 
 
 class TokenParams(NamedTuple):
     """The arrays of a token model with V tokens; embedding None feeds one-hot rows of size V."""
 
     embedding: Array | None  # [V, E]
-    gru: GRUParams
+    layers: tuple[Layer, ...]
     w: Array  # [H, V]
     b: Array  # [V]
+
+
+def init_sequence_model(
+    key: Array,
+    input_size: int,
+    hidden_size: int | Sequence[int],
+    output_size: int,
+    *,
+    dtype: Any = jnp.float32,
+    **stack_options: Any,
+) -> SequenceParams:
+    """Draws a model: `init_stack`, head LeCun normal with zero bias.
+
+    Args:
+      key: a `jax.random.key`.
+      input_size: I.
+      hidden_size: H of every layer, or a sequence with each layer's own.
+      output_size: K.
+      dtype: of every array.
+      **stack_options: num_layers, bidirectional, merge, bias, layer_norm, scheme, to `init_stack`.
+
+    Returns:
+      SequenceParams: layers, w [H, K] ([2H, K] for two directions side by side), b [K].
+
+    Raises:
+      ValueError, TypeError: a size is no positive integer, or as `init_stack`.
+
+    >>> params = init_sequence_model(jax.random.key(0), 2, 3, 1, bidirectional=True)
+    >>> params.w.shape
+    (6, 1)
+    """
+    require_count("init_sequence_model", "output_size", output_size)
+    key_layers, key_head = jax.random.split(key)
+    layers = init_stack(key_layers, input_size, hidden_size, dtype=dtype, **stack_options)
+    w, b = _init_head(key_head, layers, output_size, stack_options.get("merge", "concat"), dtype)
+    return SequenceParams(layers, w, b)
+
+
+def sequence_outputs(
+    params: SequenceParams, xs: Array, h0: Any = None, **stack_options: Any
+) -> tuple[Any, Array]:
+    """(h_last, outputs), many to many: one output a step.
+
+    Args:
+      params: of the model.
+      xs: [T, ..., I].
+      h0: in the form of `init_state`; None for zeros.
+      **stack_options: mask, resets, dropout, key, merge, gradient, axis, ... of `gru_stack`.
+
+    Returns:
+      h_last, as `gru_stack`, and outputs [T, ..., K], float32 for half types.
+
+    Raises:
+      ValueError, TypeError: as `gru_stack`.
+
+    >>> params = init_sequence_model(jax.random.key(0), 2, 3, 1)
+    >>> h_last, outputs = sequence_outputs(params, jnp.ones((5, 4, 2)))
+    >>> outputs.shape
+    (5, 4, 1)
+    """
+    h_last, ys = gru_stack(params.layers, xs, h0, **stack_options)
+    return h_last, _head(params, ys)
+
+
+def final_outputs(
+    params: SequenceParams,
+    xs: Array,
+    h0: Any = None,
+    *,
+    merge: Merge = "concat",
+    residual: bool = False,
+    output_dropout: float = 0.0,
+    key: Array | None = None,
+    deterministic: bool = False,
+    **stack_options: Any,
+) -> tuple[Any, Array]:
+    """(h_last, outputs), many to one: one output a sequence, after its last real step.
+
+    The head reads the top layer's last state (of both directions: forward's after the last step
+    beside, or plus, backward's after the first); with residual, the sum of that over the layers.
+
+    Args:
+      params: of the model.
+      xs: [T, ..., I].
+      h0: in the form of `init_state`; None for zeros.
+      merge: "concat" or "sum", as `gru_stack`.
+      residual: as `gru_stack`.
+      output_dropout: rate in [0, 1) of the dropout of what the head reads.
+      key: a `jax.random.key`, needed where a rate acts.
+      deterministic: as `gru_stack`.
+      **stack_options: mask, resets, dropout, gradient, axis, ... of `gru_stack`.
+
+    Returns:
+      h_last, as `gru_stack`, and outputs [..., K], float32 for half types.
+
+    Raises:
+      ValueError, TypeError: as `gru_stack`.
+
+    >>> params = init_sequence_model(jax.random.key(0), 2, 3, 1, bidirectional=True)
+    >>> h_last, outputs = final_outputs(params, jnp.ones((5, 4, 2)))
+    >>> outputs.shape
+    (4, 1)
+    """
+    require_rates("final_outputs", {"output_dropout": output_dropout}, key, deterministic)
+    acting = key is not None and not deterministic
+    stack_key, head_key = jax.random.split(key) if acting else (None, None)
+    options = {"merge": merge, "residual": residual, "deterministic": deterministic}
+    h_last, _ = gru_stack(params.layers, xs, h0, key=stack_key, **options, **stack_options)
+
+    def join(h):
+        if not isinstance(h, tuple):
+            return h
+        return h[0] + h[1] if merge == "sum" else jnp.concatenate(h, axis=-1)
+
+    finals = [join(h) for h in h_last]
+    final = sum(finals[:-1], finals[-1]) if residual else finals[-1]
+    return h_last, _head(params, drop(head_key, final, output_dropout))
 
 
 def init_token_model(
     key: Array,
     vocab_size: int,
-    hidden_size: int,
+    hidden_size: int | Sequence[int],
     *,
     embedding_size: int | None = None,
     dtype: Any = jnp.float32,
-    **gru_options: Any,
+    **stack_options: Any,
 ) -> TokenParams:
-    """Draws a token model: embedding N(0, 1), `init_gru`, head LeCun normal with zero bias.
+    """Draws a token model: embedding N(0, 1), `init_stack`, head LeCun normal with zero bias.
 
     Args:
       key: a `jax.random.key`.
       vocab_size: V.
-      hidden_size: H.
+      hidden_size: H of every layer, or a sequence with each layer's own.
       embedding_size: E; None feeds the tokens as one-hot rows.
       dtype: of every array.
-      **gru_options: bias and scheme, to `init_gru`.
+      **stack_options: num_layers, bias, layer_norm, scheme, ... to `init_stack`.
 
     Returns:
-      TokenParams: embedding [V, E] or None, gru, w [H, V], b [V].
+      TokenParams: embedding [V, E] or None, layers, w [H, V], b [V].
 
     Raises:
-      ValueError, TypeError: a size is no positive integer, or as `init_gru`.
+      ValueError, TypeError: a size is no positive integer, or as `init_stack`.
 
     >>> params = init_token_model(jax.random.key(0), 5, 3, embedding_size=2)
-    >>> params.embedding.shape, params.gru.w_x.shape, params.w.shape
+    >>> params.embedding.shape, params.layers[0].w_x.shape, params.w.shape
     ((5, 2), (2, 9), (3, 5))
     """
     require_count("init_token_model", "vocab_size", vocab_size)
-    key_embedding, key_gru, key_head = jax.random.split(key, 3)
+    key_embedding, key_layers, key_head = jax.random.split(key, 3)
     embedding = None
     if embedding_size is not None:
         require_count("init_token_model", "embedding_size", embedding_size)
         embedding = jax.random.normal(key_embedding, (vocab_size, embedding_size), dtype)
     input_size = vocab_size if embedding_size is None else embedding_size
-    return TokenParams(
-        embedding,
-        init_gru(key_gru, input_size, hidden_size, dtype=dtype, **gru_options),
-        jax.nn.initializers.lecun_normal()(key_head, (hidden_size, vocab_size), dtype),
-        jnp.zeros(vocab_size, dtype),
-    )
+    layers = init_stack(key_layers, input_size, hidden_size, dtype=dtype, **stack_options)
+    w, b = _init_head(key_head, layers, vocab_size, stack_options.get("merge", "concat"), dtype)
+    return TokenParams(embedding, layers, w, b)
 
 
 def token_logits(
-    params: TokenParams, tokens: Array, h0: Array | None = None, **gru_options: Any
+    params: TokenParams, tokens: Array, h0: Any = None, **stack_options: Any
 ) -> tuple[Array, Array]:
     """(h_last, logits): the unnormalized log-probabilities of the token after each token.
 
@@ -83,37 +216,37 @@ def token_logits(
       params: of the model.
       tokens: [T, ...] integers in [0, V). Inside jit an index outside is clamped by JAX, so check
         tokens where they are made.
-      h0: [..., H]; None for zeros.
-      **gru_options: spec, mask, resets, gradient, residuals, ... of `gru`; time is axis 0.
+      h0: in the form of `init_state`; None for zeros.
+      **stack_options: spec, mask, resets, dropout, key, ... of `gru_stack`; time is axis 0.
 
     Returns:
-      h_last [..., H] and logits [T, ..., V], float32 for half types.
+      h_last, as `gru_stack`, and logits [T, ..., V], float32 for half types.
 
     Raises:
       TypeError: tokens are no integers.
-      ValueError, TypeError: as `gru`.
+      ValueError, TypeError: as `gru_stack`.
 
-    Cost: that of `gru`, and HV multiply-adds a token for the head.
+    Cost: that of `gru_stack`, and HV multiply-adds a token for the head.
 
     >>> params = init_token_model(jax.random.key(0), 5, 3)
     >>> h_last, logits = token_logits(params, jnp.array([1, 2, 0, 4]))
-    >>> h_last.shape, logits.shape
+    >>> h_last[0].shape, logits.shape
     ((3,), (4, 5))
     """
-    _require_tokens("token_logits", tokens)
-    h_last, hs = gru(params.gru, _embed(params, tokens), h0, **gru_options)
-    return h_last, _head(params, hs)
+    require_labels("token_logits", "tokens", tokens)
+    h_last, ys = gru_stack(params.layers, _embed(params, tokens), h0, **stack_options)
+    return h_last, _head(params, ys)
 
 
 def token_loss(
     params: TokenParams,
     tokens: Array,
     targets: Array,
-    h0: Array | None = None,
+    h0: Any = None,
     *,
     mask: Array | None = None,
-    reduction: str = "mean",
-    **gru_options: Any,
+    reduction: Reduction = "mean",
+    **stack_options: Any,
 ) -> tuple[Array, Array]:
     """(loss, h_last): the cross-entropy of the next token, -log softmax(logits)[target], in nats.
 
@@ -121,14 +254,15 @@ def token_loss(
       params: of the model.
       tokens: [T, ...] integers in [0, V).
       targets: [T, ...] integers in [0, V): the token that follows each token.
-      h0: [..., H]; None for zeros. Passing the last call's h_last, outside of what is
-        differentiated, is truncated backpropagation through time.
+      h0: in the form of `init_state`; None for zeros. Passing the last call's h_last, outside of
+        what is differentiated, is truncated backpropagation through time.
       mask: [T, ...] bool: where it is False the state is held and the target not counted.
-      reduction: "mean" over the counted targets (0 if there are none) or their "sum".
-      **gru_options: to `gru`.
+      reduction: "mean" over the counted targets (0 if there are none), "sum", ... as
+        `jaxgru.losses` has them.
+      **stack_options: to `gru_stack`.
 
     Returns:
-      loss, a scalar (float32 for half types), and h_last [..., H]: the order that
+      loss, a scalar (float32 for half types), and h_last, as `gru_stack`: the order that
       `jax.value_and_grad(..., has_aux=True)` wants.
 
     Raises:
@@ -141,22 +275,15 @@ def token_loss(
     >>> round(float(loss), 4)  # log 5
     1.6094
     """
-    require_choice("token_loss", "reduction", reduction, ("mean", "sum"))
-    _require_tokens("token_loss", targets, "targets")
+    require_choice("token_loss", "reduction", reduction, get_args(Reduction))
+    require_labels("token_loss", "targets", targets)
     if targets.shape != tokens.shape:
         raise ValueError(
             f"token_loss: targets must have the shape of tokens, {tokens.shape}, "
             f"got {targets.shape}."
         )
-    h_last, logits = token_logits(params, tokens, h0, mask=mask, **gru_options)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-    if mask is not None:
-        losses = jnp.where(mask, losses, jnp.zeros_like(losses))
-    loss = losses.sum()
-    if reduction == "mean":
-        count = losses.size if mask is None else jnp.maximum(mask.sum(), 1).astype(loss.dtype)
-        loss = loss / max(count, 1) if mask is None else loss / count
-    return loss, h_last
+    h_last, logits = token_logits(params, tokens, h0, mask=mask, **stack_options)
+    return categorical_loss(logits, targets, mask, reduction=reduction), h_last
 
 
 def generate(
@@ -165,38 +292,49 @@ def generate(
     prompt: Array,
     num_steps: int,
     *,
-    h0: Array | None = None,
+    h0: Any = None,
     temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
     spec: GRUSpec = CHO_2014,
-) -> tuple[Array, Array]:
+    residual: bool = False,
+    zoneout: float = 0.0,
+) -> tuple[Any, Array]:
     """(h_last, tokens): continues a prompt, each token drawn from softmax(logits / temperature).
 
-    Compiled once for each prompt shape and num_steps; the whole loop is one program.
+    Compiled once for each prompt shape, num_steps and set of filters in use; the whole loop is one
+    program, and temperature, top_k and top_p may change from call to call.
 
     Args:
       params: of the model.
       key: a `jax.random.key`.
       prompt: [P, ...] integers in [0, V), P at least 1.
       num_steps: how many tokens to draw.
-      h0: [..., H], the state before the prompt; None for zeros.
-      temperature: above 0; 0 takes the likeliest token.
+      h0: the state before the prompt, in the form of `init_state`; None for zeros.
+      temperature: above 0; 0 takes the likeliest token (greedy).
+      top_k: draws from the k likeliest tokens (and those as likely as the k-th); None for all.
+      top_p: draws from the fewest likeliest tokens whose probabilities add up to at least p
+        (Holtzman et al. 2020, arXiv:1904.09751, eq. 2), after top_k; None for all.
       spec: which equation.
+      residual: as the model was trained with.
+      zoneout: as the model was trained with; its mean is used.
 
     Returns:
-      h_last [..., H], the state before the last token is read, so that a call with that token as
-      prompt and h_last as h0 goes on; and tokens [num_steps, ...] int32.
+      h_last, the state before the last token is read, so that a call with that token as prompt and
+      h_last as h0 goes on; and tokens [num_steps, ...] int32.
 
     Raises:
-      ValueError: a token is outside [0, V), the prompt is empty, num_steps is below 1, or the
-        temperature is negative or not finite.
+      ValueError: a token is outside [0, V), the prompt is empty, num_steps or top_k is below 1,
+        top_p is outside (0, 1], the temperature is negative or not finite, or a layer is
+        bidirectional.
       TypeError: the prompt holds no integers.
 
     >>> params = init_token_model(jax.random.key(0), 5, 3)
-    >>> _, tokens = generate(params, jax.random.key(1), jnp.array([1]), 4)
+    >>> _, tokens = generate(params, jax.random.key(1), jnp.array([1]), 4, top_k=2)
     >>> tokens.shape
     (4,)
     """
-    _require_tokens("generate", prompt, "prompt")
+    require_labels("generate", "prompt", prompt)
     require_count("generate", "num_steps", num_steps)
     vocab_size = params.w.shape[1]
     if prompt.ndim < 1 or prompt.shape[0] < 1:
@@ -210,28 +348,60 @@ def generate(
             )
     if not is_traced(temperature) and not 0 <= temperature < float("inf"):
         raise ValueError(f"generate: temperature must be finite and >= 0, got {temperature}.")
-    return _generate(params, key, prompt, h0, jnp.float32(temperature), num_steps, spec)
+    if top_k is not None and not is_traced(top_k):
+        require_count("generate", "top_k", top_k)
+    if top_p is not None and not is_traced(top_p) and not 0 < top_p <= 1:
+        raise ValueError(f"generate: top_p must be in (0, 1], got {top_p}.")
+    filters = (
+        jnp.float32(temperature),
+        None if top_k is None else jnp.int32(top_k),
+        None if top_p is None else jnp.float32(top_p),
+    )
+    equation = (("spec", spec), ("residual", residual), ("zoneout", zoneout))
+    return _generate(params, key, prompt, h0, filters, num_steps, equation)
 
 
-@functools.partial(jax.jit, static_argnames=("num_steps", "spec"))
-def _generate(params, key, prompt, h0, temperature, num_steps, spec):
-    h, logits = token_logits(params, prompt, h0, spec=spec)
-
-    def draw(key, logits):
-        logits = logits.astype(jnp.float32)
-        sampled = jax.random.categorical(key, logits / jnp.where(temperature > 0, temperature, 1))
-        return jnp.where(temperature > 0, sampled, logits.argmax(-1)).astype(jnp.int32)
+@functools.partial(jax.jit, static_argnames=("num_steps", "equation"))
+def _generate(params, key, prompt, h0, filters, num_steps, equation):
+    options = {**dict(equation), "deterministic": True}
+    h, logits = token_logits(params, prompt, h0, **options)
 
     def body(carry, key):
         h, token = carry
-        h = gru_cell(params.gru, _embed(params, token), h, spec=spec)
-        token_next = draw(key, _head(params, h))
+        h, y = gru_stack_cell(params.layers, _embed(params, token), h, **options)
+        token_next = _draw(key, _head(params, y), *filters)
         return (h, token_next), token_next
 
     keys = jax.random.split(key, num_steps)
-    first = draw(keys[0], logits[-1])
+    first = _draw(keys[0], logits[-1], *filters)
     (h, _), rest = lax.scan(body, (h, first), keys[1:])
     return h, jnp.concatenate([first[None], rest])
+
+
+def _draw(key, logits, temperature, top_k, top_p):
+    """A token from softmax(logits / temperature) under the filters; the likeliest where it is 0."""
+    likeliest = logits.argmax(-1)
+    logits = logits.astype(jnp.float32) / jnp.where(temperature > 0, temperature, 1)
+    if top_k is not None:
+        place = jnp.minimum(top_k, logits.shape[-1]) - 1
+        logits = _at_least(logits, jnp.take(_descending(logits), place[None], axis=-1))
+    if top_p is not None:
+        ordered = _descending(logits)
+        probabilities = jax.nn.softmax(ordered, axis=-1)
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities
+        kept = jnp.where(before < top_p, ordered, jnp.inf)  # the first is always kept
+        logits = _at_least(logits, kept.min(axis=-1, keepdims=True))
+    sampled = jax.random.categorical(key, logits)
+    return jnp.where(temperature > 0, sampled, likeliest).astype(jnp.int32)
+
+
+def _descending(logits):
+    return -jnp.sort(-logits, axis=-1)
+
+
+def _at_least(logits, threshold):
+    """Logits below the threshold become -inf."""
+    return jnp.where(logits < threshold, -jnp.inf, logits)
 
 
 def _embed(params, tokens):
@@ -249,9 +419,7 @@ def _head(params, hs):
     return logits + params.b.astype(wide).reshape((1,) * (logits.ndim - 1) + params.b.shape)
 
 
-def _require_tokens(function, tokens, argument="tokens"):
-    """TypeError unless tokens is an integer array."""
-    dtype = getattr(tokens, "dtype", None)
-    if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
-        found = f"dtype {dtype}" if dtype is not None else type(tokens).__name__
-        raise TypeError(f"{function}: {argument} must be an integer array, got {found}.")
+def _init_head(key, layers, output_size, merge, dtype):
+    """w, LeCun normal, and b, zero, on the outputs of the top layer."""
+    shape = (output_size_of(layers[-1], merge), output_size)
+    return jax.nn.initializers.lecun_normal()(key, shape, dtype), jnp.zeros(output_size, dtype)

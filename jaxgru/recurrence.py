@@ -15,30 +15,32 @@ Inside, time is the leading axis, masks and resets are [T, ..., 1], and the stat
 import dataclasses
 import functools
 import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from jaxgru.arguments import is_traced, require_choice, require_count, require_float
+from jaxgru.arguments import (
+    require_axis,
+    require_choice,
+    require_count,
+    require_float,
+    require_rates,
+)
 from jaxgru.cell import (
-    CHO_2014,
-    GRUParams,
-    GRUSpec,
     inputs_vjp,
     params_vjp,
     project,
-    require_params,
-    require_spec,
-    state_dtype,
     step,
     step_drive,
     step_jvp,
     step_vjp,
 )
+from jaxgru.masks import require_flags
+from jaxgru.parameters import CHO_2014, GRUParams, GRUSpec, require_params, require_spec
+from jaxgru.products import state_dtype
 
 Array = jax.Array
 Gradient = Literal["bptt", "tangent", "autodiff"]
@@ -54,6 +56,9 @@ class _Static:
     residuals: Residuals
     chunk_size: int | None  # None: the whole sequence at once
     unroll: int
+    truncate: int | None
+    zoneout: float  # share of the units that a key holds at each step
+    kept: float  # share of every unit that is held at each step: the mean of the above
 
 
 def gru(
@@ -69,12 +74,22 @@ def gru(
     residuals: Residuals = "gates",
     chunk_size: int | None = None,
     unroll: int = 1,
+    truncate: int | None = None,
+    recurrent_dropout: float = 0.0,
+    zoneout: float = 0.0,
+    key: Array | None = None,
+    deterministic: bool = False,
     axis: int = 0,
 ) -> tuple[Array, Array]:
     """Runs a GRU over a sequence: (h_last, hs), the order of `lax.scan`.
 
     h_t = step(x_t, h_{t-1}) as in `jaxgru.cell`. Where `resets[t]`, h_{t-1} is zero for that step;
     where not `mask[t]`, the step holds its state: h_t = h_{t-1}.
+
+    With recurrent dropout at rate p the products with w_h read d * h_{t-1} in place of h_{t-1}, one
+    d for all steps, of entries 0 and 1/(1 - p). With zoneout at rate p each step holds each unit
+    with probability p; its mean, h_t = p h_{t-1} + (1 - p) step(x_t, h_{t-1}), is what runs where
+    deterministic.
 
     Args:
       params: one layer's, in the dtype of xs and h0 (float64, float32, bfloat16 or float16).
@@ -94,6 +109,12 @@ def gru(
       chunk_size: steps that "bptt" treats at once; None picks by size, and takes all of them where
         T or B is symbolic. T need not divide by it.
       unroll: as in `lax.scan`.
+      truncate: cuts the gradient of the state after every `truncate` steps of the run, and leaves
+        the values: truncated backpropagation through time. None cuts nothing.
+      recurrent_dropout: rate in [0, 1) of Gal and Ghahramani's dropout of the state that is read.
+      zoneout: rate in [0, 1) of Krueger et al.'s zoneout.
+      key: a `jax.random.key` for the two; the same key draws the same masks, whatever the policy.
+      deterministic: no dropout, and zoneout's mean: for evaluation; key is not used.
       axis: where xs, mask, resets and hs have their time; 1 for batch-major [B, T, I].
 
     Returns:
@@ -102,7 +123,7 @@ def gru(
 
     Raises:
       ValueError: a shape does not fit, a choice is unknown, or residuals or chunk_size are set for
-        a gradient other than "bptt".
+        a gradient other than "bptt", a rate is outside [0, 1), or one acts without a key.
       TypeError: a dtype or kind is wrong; float dtypes must be the same throughout.
 
     Dtypes: results have the dtype of xs, each cotangent that of its primal. With bfloat16 and
@@ -114,10 +135,13 @@ def gru(
     much again with residuals other than "gates". Kept for the backward beside inputs and outputs,
     in numbers: 3TBH or 4TBH (reset="after") for "gates", none for "states" and "boundaries", and
     one state, BH, a chunk for each of them. "boundaries" does not keep hs either: it is free to go
-    where only h_last is used.
+    where only h_last is used. Gains add 3TBH to "gates". Zoneout keeps its key alone and draws its
+    masks again in the backward; recurrent dropout keeps BH.
 
     Sources: Cho et al. 2014 (arXiv:1406.1078), eqs. 5-8, and Chung et al. 2014 (arXiv:1412.3555),
-    section 3.2, for the forward equations; the backward pass is derived in the README.
+    section 3.2, for the forward equations; Gal and Ghahramani 2016 (arXiv:1512.05287), eq. 7, for
+    recurrent dropout; Krueger et al. 2017 (arXiv:1606.01305), eq. 2, for zoneout; the backward pass
+    is derived in the README.
 
     >>> from jaxgru import init_gru
     >>> params = init_gru(jax.random.key(0), 2, 3)
@@ -126,7 +150,9 @@ def gru(
     >>> hs.shape, bool(jnp.all(h_last == hs[-1]))
     ((5, 4, 3), True)
     """
-    _require_choices(spec, reverse, gradient, residuals, chunk_size, unroll)
+    _require_choices(spec, reverse, gradient, residuals, chunk_size, unroll, truncate)
+    rates = {"recurrent_dropout": recurrent_dropout, "zoneout": zoneout}
+    require_rates("gru", rates, key, deterministic)
     xs, mask, resets, axis = _require_arrays(params, xs, h0, mask, resets, axis)
     params = jax.tree.map(jnp.asarray, params)  # NumPy arrays come as JAX's own dtypes
     h0 = None if h0 is None else jnp.asarray(h0)
@@ -134,70 +160,38 @@ def gru(
         xs = jnp.where(mask, xs, jnp.zeros_like(xs))  # before the cell: 0 * NaN is NaN
     if h0 is None:
         h0 = _zero_state(params, xs)
-    params, xs, h0, mask, resets = _vary_alike((params, xs, h0, mask, resets))
+    scale = zoneout_key = None
+    if key is not None and not deterministic and (recurrent_dropout or zoneout):
+        scale_key, zoneout_key = jax.random.split(key)
+        scale = _draw_scale(scale_key, recurrent_dropout, h0) if recurrent_dropout else None
+        zoneout_key = zoneout_key if zoneout else None
+    kept, zoneout = (zoneout, 0.0) if deterministic else (0.0, zoneout)
+    params, xs, h0, mask, resets, scale = _vary_alike((params, xs, h0, mask, resets, scale))
     if gradient == "bptt" and chunk_size is None:
         chunk_size = _default_chunk_size(xs.shape[0], h0, residuals)
-    static = _Static(spec, reverse, residuals, chunk_size, unroll)
+    static = _Static(
+        spec, reverse, residuals, chunk_size, unroll, truncate, float(zoneout), float(kept)
+    )
     rule = {"bptt": _gru_bptt, "tangent": _gru_tangent, "autodiff": _gru_scan}[gradient]
-    h_last, hs = rule(static, params, xs, h0, mask, resets)
+    h_last, hs = rule(static, params, xs, h0, mask, resets, scale, zoneout_key)
     return h_last, jnp.moveaxis(hs, 0, axis)
 
 
-def length_mask(lengths: Any, num_steps: int) -> Array:
-    """mask[t, ...] = t < lengths[...]: True on the real steps of right-padded sequences.
-
-    Args:
-      lengths: [...] integers from 0 to num_steps.
-      num_steps: T.
-
-    Returns:
-      [T, ...] bool, for `gru(..., mask=...)`; transpose it for batch-major input.
-
-    Raises:
-      TypeError: lengths are no integers.
-      ValueError: a length is negative or above num_steps. Lengths that are traced cannot be read;
-        for them a negative length acts as 0 and one above num_steps as num_steps.
-
-    Cost: one comparison an entry.
-
-    >>> length_mask([2, 0], 3).astype(int).tolist()
-    [[1, 0], [1, 0], [0, 0]]
-    """
-    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 0:
-        raise ValueError(
-            f"length_mask: num_steps must be an integer of at least 0, got {num_steps!r}."
-        )
-    if not isinstance(lengths, jax.Array):
-        lengths = np.asarray(lengths)
-        lengths = lengths.astype(np.int32) if lengths.size == 0 else lengths
-    if not jnp.issubdtype(lengths.dtype, jnp.integer):
-        raise TypeError(f"length_mask: lengths must be integers, got dtype {lengths.dtype}.")
-    if not is_traced(lengths) and lengths.size:
-        values = np.asarray(lengths)
-        worst = values.min() if values.min() < 0 else values.max()
-        if not 0 <= worst <= num_steps:
-            raise ValueError(
-                f"length_mask: lengths must lie between 0 and num_steps={num_steps}, got {worst}."
-            )
-    lengths = jnp.asarray(lengths).astype(jnp.int32)  # a narrow type could not count the steps
-    steps = lax.broadcasted_iota(jnp.int32, (num_steps, *lengths.shape), 0)
-    return steps < lengths[None]
-
-
-def _gru_scan(static, params, xs, h0, mask, resets):
+def _gru_scan(static, params, xs, h0, mask, resets, scale, key):
     """The plain recurrence, differentiated by JAX."""
-    h_last, (hs, _), _ = _forward(static, params, xs, h0, mask, resets, keep_gates=False)
+    arrays = (params, xs, h0, mask, resets, scale, key)
+    h_last, (hs, _), _ = _forward(static, *arrays, keep_gates=False)
     return h_last, hs
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gru_bptt(static, params, xs, h0, mask, resets):
+def _gru_bptt(static, params, xs, h0, mask, resets, scale, key):
     """The plain recurrence, keeping nothing."""
-    return _gru_scan(static, params, xs, h0, mask, resets)
+    return _gru_scan(static, params, xs, h0, mask, resets, scale, key)
 
 
-def _gru_bptt_fwd(static, params, xs, h0, mask, resets):
-    primals = (params, xs, h0, mask, resets)
+def _gru_bptt_fwd(static, params, xs, h0, mask, resets, scale, key):
+    primals = (params, xs, h0, mask, resets, scale, key)
     primals = jax.tree.map(lambda p: p.value, primals, is_leaf=lambda p: hasattr(p, "perturbed"))
     keep_gates = static.residuals == "gates"
     h_last, (hs, gates), h_starts = _forward(static, *primals, keep_gates=keep_gates)
@@ -206,48 +200,50 @@ def _gru_bptt_fwd(static, params, xs, h0, mask, resets):
 
 
 def _gru_bptt_bwd(static, residuals, cotangents):
-    (params, xs, h0, mask, resets), hs, gates, h_starts = residuals
+    (params, xs, h0, mask, resets, scale, key), hs, gates, h_starts = residuals
     dh_last, dhs = (None if isinstance(ct, SymbolicZero) else ct for ct in cotangents)
     dtype = h_starts.dtype
     dh_last = jnp.zeros_like(h0) if dh_last is None else dh_last
 
     def chunk(carry, per_step, h_start):
         dh, dparams = carry
-        xs, mask, resets, hs, gates, dhs = per_step
+        steps, hs, gates, dhs = per_step
         if static.residuals == "boundaries":
-            _, (hs, gates) = _forward_chunk(static, params, h_start, xs, mask, resets, True)
-        h_tm1 = _shift(static, h_start, hs, resets)
+            _, (hs, gates) = _forward_chunk(static, params, h_start, steps, scale, key, True)
+        h_tm1 = _shift(static, h_start, hs, steps.resets)
         if static.residuals == "states":
-            gates = step(params, project(params, xs, static.spec), h_tm1, static.spec)[1]
-        dh, da = _backward_chunk(static, params, dh, gates, h_tm1, dhs, mask, resets)
-        of_chunk = params_vjp(params, xs, gates, h_tm1, da, static.spec)
+            a = project(params, steps.xs, static.spec)
+            gates = step(params, a, h_tm1, static.spec, scale)[1]
+        steps = _with_flags(static, steps, key, dh)
+        dh, da = _backward_chunk(static, params, dh, gates, h_tm1, dhs, steps, scale)
+        of_chunk = params_vjp(params, steps.xs, gates, h_tm1, da, static.spec, scale)
         dparams = jax.tree.map(jnp.add, dparams, of_chunk)
-        return (dh, dparams), inputs_vjp(params, da).astype(xs.dtype), None
+        return (dh, dparams), inputs_vjp(params, steps.xs, da).astype(xs.dtype), None
 
     dparams = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype), params)
     (dh, dparams), dxs, _ = _sweep(
         static,
         chunk,
         (dh_last.astype(dtype), dparams),
-        (xs, mask, resets, hs, gates, dhs),
+        (_make_steps(static, xs, mask, resets, key), hs, gates, dhs),
         h_starts,
         reverse=not static.reverse,
     )
     dparams = jax.tree.map(lambda d, p: d.astype(p.dtype), dparams, params)
-    return dparams, dxs, dh.astype(h0.dtype), None, None
+    return dparams, dxs, dh.astype(h0.dtype), None, None, None, None
 
 
 _gru_bptt.defvjp(_gru_bptt_fwd, _gru_bptt_bwd, symbolic_zeros=True)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _gru_tangent(static, params, xs, h0, mask, resets):
+def _gru_tangent(static, params, xs, h0, mask, resets, scale, key):
     """The plain recurrence."""
-    return _gru_scan(static, params, xs, h0, mask, resets)
+    return _gru_scan(static, params, xs, h0, mask, resets, scale, key)
 
 
 def _gru_tangent_jvp(static, primals, tangents):
-    params, xs, h0, mask, resets = primals
+    params, xs, h0, mask, resets, scale, key = primals
     tparams, txs, th0 = jax.tree.map(
         lambda t: None if isinstance(t, SymbolicZero) else t,
         tangents[:3],
@@ -256,69 +252,102 @@ def _gru_tangent_jvp(static, primals, tangents):
     h_last, hs = _gru_tangent(static, *primals)  # itself differentiable: every order
     spec, dtype = static.spec, state_dtype(h0.dtype)
     h_tm1 = _shift(static, h0.astype(dtype), hs, resets)
-    gates = step(params, project(params, xs, spec), h_tm1, spec)[1]
-    drive = step_drive(params, tparams, xs, txs, gates, h_tm1, spec)
-    th0 = jnp.zeros_like(h0) if th0 is None else th0
+    gates = step(params, project(params, xs, spec), h_tm1, spec, scale)[1]
+    drive = step_drive(params, tparams, xs, txs, gates, h_tm1, spec, scale)
+    th0 = (jnp.zeros_like(h0) if th0 is None else th0).astype(dtype)
+    steps = _with_flags(static, _make_steps(static, xs, mask, resets, key), key, th0)
 
     def body(th, inputs):
-        gates, h_tm1, drive, mask, resets = inputs
-        th_tm1 = _zero_where(resets, th)
-        th_t = step_jvp(params, gates, h_tm1, th_tm1, drive, spec)
-        th_t = _hold(mask, th_t, th_tm1)
+        gates, h_tm1, drive, mask, resets, cut = inputs
+        th_tm1 = _zero_where(cut, _zero_where(resets, th))
+        th_t = step_jvp(params, gates, h_tm1, th_tm1, drive, spec, scale)
+        th_t = _hold(static, mask, th_t, th_tm1)
         return th_t, th_t.astype(hs.dtype)
 
-    inputs = (gates, h_tm1, drive, mask, resets)
-    th, ths = lax.scan(
-        body, th0.astype(dtype), inputs, reverse=static.reverse, unroll=static.unroll
-    )
+    inputs = (gates, h_tm1, drive, steps.mask, steps.resets, steps.cut)
+    th, ths = lax.scan(body, th0, inputs, reverse=static.reverse, unroll=static.unroll)
     return (h_last, hs), (th.astype(h_last.dtype), ths)
 
 
 _gru_tangent.defjvp(_gru_tangent_jvp, symbolic_zeros=True)
 
 
-def _forward(static, params, xs, h0, mask, resets, *, keep_gates):
+class _Steps(NamedTuple):
+    """What each step is given, [T, ...]; None where there is nothing."""
+
+    xs: Array
+    mask: Array | None  # [T, ..., 1], or [T, ..., H] with zoneout drawn
+    resets: Array | None
+    order: Array | None  # [T], how many steps the run has taken before
+    cut: Array | None = None  # [T], where the gradient of the state ends
+
+
+def _make_steps(static, xs, mask, resets, key):
+    """The steps of a run, with their order where something depends on it."""
+    if key is None and static.truncate is None:
+        return _Steps(xs, mask, resets, None)
+    order = lax.broadcasted_iota(jnp.int32, (xs.shape[0],), 0)
+    return _Steps(xs, mask, resets, xs.shape[0] - 1 - order if static.reverse else order)
+
+
+def _with_flags(static, steps, key, h):
+    """The steps with their cuts, and with zoneout's held units, drawn step by step, in the mask.
+
+    Each step draws from the key and its own number, so that chunks and the backward draw the same.
+    """
+    if static.truncate is not None:
+        cut = (steps.order % static.truncate == 0) & (steps.order > 0)
+        steps = steps._replace(cut=cut)
+    if key is None:
+        return steps
+
+    def draw(order):
+        return jax.random.bernoulli(jax.random.fold_in(key, order), 1 - static.zoneout, h.shape)
+
+    written = jax.vmap(draw)(steps.order)
+    return steps._replace(mask=written if steps.mask is None else steps.mask & written)
+
+
+def _forward(static, params, xs, h0, mask, resets, scale, key, *, keep_gates):
     """h_last, (hs, gates or None), and the state at the start of each chunk [K, ..., H]."""
 
-    def chunk(h, per_step, _):
-        xs, mask, resets = per_step
-        h_end, outputs = _forward_chunk(static, params, h, xs, mask, resets, keep_gates)
+    def chunk(h, steps, _):
+        h_end, outputs = _forward_chunk(static, params, h, steps, scale, key, keep_gates)
         return h_end, outputs, h
 
-    h = h0.astype(state_dtype(h0.dtype))
-    h, outputs, h_starts = _sweep(
-        static, chunk, h, (xs, mask, resets), None, reverse=static.reverse
-    )
+    h, steps = h0.astype(state_dtype(h0.dtype)), _make_steps(static, xs, mask, resets, key)
+    h, outputs, h_starts = _sweep(static, chunk, h, steps, None, reverse=static.reverse)
     return h.astype(h0.dtype), outputs, h_starts
 
 
-def _forward_chunk(static, params, h, xs, mask, resets, keep_gates) -> tuple[Any, Any]:
+def _forward_chunk(static, params, h, steps, scale, key, keep_gates) -> tuple[Any, Any]:
     """A chunk's last state and (hs, gates or None): projection in bulk, then the scan."""
 
     def body(h, inputs):
-        a, mask, resets = inputs
+        a, mask, resets, cut = inputs
         h_tm1 = _zero_where(resets, h)
-        h_t, gates = step(params, a, h_tm1, static.spec)
-        h_t = _hold(mask, h_t, h_tm1)
-        return h_t, (h_t.astype(xs.dtype), gates if keep_gates else None)
+        h_tm1 = h_tm1 if cut is None else jnp.where(cut, lax.stop_gradient(h_tm1), h_tm1)
+        h_t, gates = step(params, a, h_tm1, static.spec, scale)
+        h_t = _hold(static, mask, h_t, h_tm1)
+        return h_t, (h_t.astype(steps.xs.dtype), gates if keep_gates else None)
 
-    inputs = (project(params, xs, static.spec), mask, resets)
+    steps = _with_flags(static, steps, key, h)
+    inputs = (project(params, steps.xs, static.spec), steps.mask, steps.resets, steps.cut)
     return lax.scan(body, h, inputs, reverse=static.reverse, unroll=static.unroll)
 
 
-def _backward_chunk(static, params, dh, gates, h_tm1, dhs, mask, resets):
+def _backward_chunk(static, params, dh, gates, h_tm1, dhs, steps, scale):
     """dh before the chunk and the cotangents of a_r, a_z, a_n (and q) of each of its steps."""
 
     def body(dh, inputs):
-        gates, h_tm1, dh_t, mask, resets = inputs
+        gates, h_tm1, dh_t, mask, resets, cut = inputs
         dh = dh if dh_t is None else dh + dh_t.astype(dh.dtype)
-        through = None if mask is None else jnp.where(mask, jnp.zeros_like(dh), dh)
-        dh = dh if mask is None else jnp.where(mask, dh, jnp.zeros_like(dh))
-        dh_tm1, da = step_vjp(params, gates, h_tm1, dh, static.spec)
-        dh_tm1 = dh_tm1 if through is None else dh_tm1 + through
-        return _zero_where(resets, dh_tm1), da
+        dh, held = _hold_vjp(static, mask, dh)
+        dh_tm1, da = step_vjp(params, gates, h_tm1, dh, static.spec, scale)
+        dh_tm1 = dh_tm1 if held is None else dh_tm1 + held
+        return _zero_where(cut, _zero_where(resets, dh_tm1)), da
 
-    inputs = (gates, h_tm1, dhs, mask, resets)
+    inputs = (gates, h_tm1, dhs, steps.mask, steps.resets, steps.cut)
     return lax.scan(body, dh, inputs, reverse=not static.reverse, unroll=static.unroll)
 
 
@@ -378,9 +407,23 @@ def _zero_where(resets, h):
     return h if resets is None else jnp.where(resets, jnp.zeros_like(h), h)
 
 
-def _hold(mask, h_t, h_tm1):
-    """h_t on real steps, h_tm1 on the others."""
+def _hold(static, mask, h_t, h_tm1):
+    """h_t on real steps, h_tm1 on the others; on real ones a share may be kept."""
+    if static.kept:
+        h_t = (1 - static.kept) * h_t + static.kept * h_tm1
     return h_t if mask is None else jnp.where(mask, h_t, h_tm1)
+
+
+def _hold_vjp(static, mask, dh):
+    """The transpose of `_hold`: the cotangents of h_t and, None for zero, of h_tm1."""
+    held = None
+    if mask is not None:
+        zero = jnp.zeros_like(dh)
+        dh, held = jnp.where(mask, dh, zero), jnp.where(mask, zero, dh)
+    if static.kept:
+        kept = static.kept * dh
+        dh, held = (1 - static.kept) * dh, kept if held is None else held + kept
+    return dh, held
 
 
 def _zero_state(params, xs):
@@ -389,6 +432,12 @@ def _zero_state(params, xs):
     Only their type comes from the product; no value of it is used and jit leaves it out.
     """
     return jnp.zeros_like(project(params, xs.sum(axis=0), CHO_2014)[0], dtype=xs.dtype)
+
+
+def _draw_scale(key, rate, h0):
+    """1/(1 - rate) with probability 1 - rate, else 0, in the shape of h0 and the state dtype."""
+    kept = jax.random.bernoulli(key, 1 - rate, h0.shape)
+    return kept.astype(state_dtype(h0.dtype)) / (1 - rate)
 
 
 def _vary_alike(tree):
@@ -437,7 +486,7 @@ _WHOLE_SEQUENCE = 1 << 18
 _CHUNK = 1 << 17
 
 
-def _require_choices(spec, reverse, gradient, residuals, chunk_size, unroll):
+def _require_choices(spec, reverse, gradient, residuals, chunk_size, unroll, truncate):
     """TypeError or ValueError naming the choice that is none."""
     require_spec("gru", spec)
     require_choice("gru", "gradient", gradient, get_args(Gradient))
@@ -445,8 +494,9 @@ def _require_choices(spec, reverse, gradient, residuals, chunk_size, unroll):
     require_count("gru", "unroll", unroll)
     if not isinstance(reverse, bool):
         raise TypeError(f"gru: reverse must be a bool, got {reverse!r}.")
-    if chunk_size is not None:
-        require_count("gru", "chunk_size", chunk_size)
+    for name, count in (("chunk_size", chunk_size), ("truncate", truncate)):
+        if count is not None:
+            require_count("gru", name, count)
     if gradient != "bptt" and (residuals != "gates" or chunk_size is not None):
         raise ValueError(
             f"gru: residuals and chunk_size belong to gradient='bptt' and must be left out with "
@@ -458,31 +508,14 @@ def _require_arrays(params, xs, h0, mask, resets, axis):
     """(xs, mask, resets, axis) with time in front and flags [T, ..., 1]; errors name the array."""
     input_size, hidden_size = require_params("gru", params)
     require_float("gru", "xs", xs, params.w_x.dtype)
-    if isinstance(axis, bool) or not isinstance(axis, int):
-        raise TypeError(f"gru: axis must be an integer, got {axis!r}.")
     if xs.ndim < 2 or xs.shape[-1] != input_size:
         raise ValueError(
             f"gru: xs must have shape [T, ..., I] with I={input_size} (rows of params.w_x), "
             f"got {xs.shape}."
         )
-    if not -xs.ndim <= axis < xs.ndim - 1 or axis == -1:
-        raise ValueError(
-            f"gru: axis must name an axis of xs other than its last, got {axis} for shape "
-            f"{xs.shape}."
-        )
-    axis %= xs.ndim
+    axis = require_axis("gru", axis, xs.shape)
     time_and_batch = xs.shape[:-1]
-    for name, flags in (("mask", mask), ("resets", resets)):
-        if flags is None:
-            continue
-        if getattr(flags, "dtype", None) != jnp.bool_:
-            found = getattr(flags, "dtype", type(flags).__name__)
-            raise TypeError(f"gru: {name} must be a bool array, got {found}.")
-        if flags.shape != time_and_batch:
-            raise ValueError(
-                f"gru: {name} must have shape {time_and_batch} (xs without its last axis), "
-                f"got {flags.shape}."
-            )
+    require_flags("gru", {"mask": mask, "resets": resets}, time_and_batch)
     if h0 is not None:
         require_float("gru", "h0", h0, params.w_x.dtype)
         wanted = (*time_and_batch[:axis], *time_and_batch[axis + 1 :], hidden_size)

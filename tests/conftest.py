@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgru.cell import GRUParams, init_gru
+from jaxgru.parameters import GRUParams, init_gru
 
 
 @pytest.fixture(autouse=True)
@@ -53,14 +53,28 @@ class Problem(NamedTuple):
     cotangents: tuple[jax.Array, jax.Array]
 
 
-def make_problem(seed, *, steps=7, batch=(3,), inputs=2, hidden=3, bias="both", dtype=jnp.float64):
+def make_problem(
+    seed,
+    *,
+    steps=7,
+    batch=(3,),
+    inputs=2,
+    hidden=3,
+    bias="both",
+    dtype=jnp.float64,
+    layer_norm=False,
+):
     """Random arguments, float64 unless told.
 
     The mask has gaps and its first row, where there is a batch, is held throughout; resets fall on
-    real and on held steps. `bias` is "both", "none", "b_x" or "b_h": which of them exist.
+    real and on held steps. `bias` is "both", "none", "b_x" or "b_h": which of them exist. The gains
+    of layer_norm are random too.
     """
     keys = jax.random.split(jax.random.key(seed), 7)
     params = init_gru(keys[0], inputs, hidden, scheme="pytorch", dtype=dtype)
+    if layer_norm:
+        gains = 1 + 0.5 * jax.random.normal(jax.random.fold_in(keys[0], 1), (2, 3 * hidden), dtype)
+        params = params._replace(g_x=gains[0], g_h=gains[1])
     mask = jax.random.bernoulli(keys[3], 0.7, (steps, *batch))
     if batch and np.prod(batch):
         mask = mask.at[(slice(None), *([0] * len(batch)))].set(False)

@@ -12,16 +12,8 @@ import pytest
 from conftest import assert_close, make_problem
 
 import jaxgru.cell as cell
-from jaxgru.cell import (
-    CHO_2014,
-    CHUNG_2014,
-    PYTORCH,
-    Gates,
-    GRUParams,
-    GRUSpec,
-    gru_cell,
-    init_gru,
-)
+from jaxgru.cell import Gates, gru_cell
+from jaxgru.parameters import CHO_2014, CHUNG_2014, PYTORCH, GRUParams, GRUSpec, init_gru
 
 EXACT = 1e-12  # float64, relative to the largest entry: rounding of different orders of summation
 ACTIVATIONS = ("tanh", "relu", "sigmoid", "softplus", "identity")
@@ -59,7 +51,7 @@ def step_and_rules(params, x, h, dh, spec):
     dh_tm1, da = cell.step_vjp(params, gates, h, dh, spec)
     by_hand = (
         cell.params_vjp(params, x, gates, h, da, spec),
-        cell.inputs_vjp(params, da),
+        cell.inputs_vjp(params, x, da),
         dh_tm1,
     )
 
@@ -301,7 +293,7 @@ def test_pytorch_scheme_is_uniform_within_its_bound():
     """Every array is U(-b, b) with b = 1 / sqrt(H): deviation b / sqrt(3), and ends are reached."""
     params = init_gru(jax.random.key(2), 32, 64, scheme="pytorch")
     bound = 1 / 8
-    for value in params:
+    for value in jax.tree.leaves(params):
         value = np.asarray(value)
         assert np.abs(value).max() <= bound
         assert value.max() > 0.95 * bound and value.min() < -0.95 * bound
@@ -332,6 +324,10 @@ def test_initialisation_follows_its_arguments(scheme):
     make = functools.partial(init_gru, input_size=2, hidden_size=3, scheme=scheme)
     params = make(jax.random.key(5))
     assert jax.tree.map(jnp.shape, params) == GRUParams((2, 9), (3, 9), (9,), (9,))
+    normalized = make(jax.random.key(5), layer_norm=True)
+    np.testing.assert_array_equal(normalized.g_x, np.ones(9))
+    np.testing.assert_array_equal(normalized.g_h, np.ones(9))
+    np.testing.assert_array_equal(normalized.w_h, params.w_h)
     without = make(jax.random.key(5), bias=False)
     assert without.b_x is None and without.b_h is None
     np.testing.assert_array_equal(without.w_h, params.w_h)
@@ -341,7 +337,7 @@ def test_initialisation_follows_its_arguments(scheme):
     assert not np.array_equal(other.w_h, params.w_h)
     for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
         drawn = make(jax.random.key(5), dtype=dtype)
-        assert {v.dtype for v in drawn} == {jnp.dtype(dtype)}
+        assert {v.dtype for v in jax.tree.leaves(drawn)} == {jnp.dtype(dtype)}
         rounded = jax.tree.map(lambda v, dtype=dtype: v.astype(dtype), params)
         jax.tree.map(np.testing.assert_array_equal, drawn, rounded)
 
@@ -350,7 +346,7 @@ def test_initialisation_follows_its_arguments(scheme):
 def test_float64_parameters_are_drawn_in_float64():
     """Orthogonal to 1e-14, which a float32 draw that was cast would miss by eight digits."""
     params = init_gru(jax.random.key(7), 4, 8, dtype=jnp.float64)
-    assert {v.dtype for v in params} == {jnp.dtype(jnp.float64)}
+    assert {v.dtype for v in jax.tree.leaves(params)} == {jnp.dtype(jnp.float64)}
     for block in gate_blocks(params.w_h):
         np.testing.assert_allclose(block @ block.T, np.eye(8), atol=1e-14)
 

@@ -7,16 +7,18 @@ import jax.numpy as jnp
 import pytest
 
 from jaxgru import recurrence
-from jaxgru.cell import CHO_2014, CHUNG_2014, PYTORCH, GRUParams, init_gru
 from jaxgru.check import check_gradients
+from jaxgru.parameters import CHO_2014, CHUNG_2014, PYTORCH, GRUParams, init_gru
 
 
 def of_step(change):
     """A fault of step_vjp: change(params, gates, h_tm1, dh, dh_tm1, da) -> dh_tm1, da."""
 
     def mutate(original):
-        def faulty(params, gates, h_tm1, dh, spec):
-            return change(params, gates, h_tm1, dh, *original(params, gates, h_tm1, dh, spec))
+        def faulty(params, gates, h_tm1, dh, spec, scale):
+            return change(
+                params, gates, h_tm1, dh, *original(params, gates, h_tm1, dh, spec, scale)
+            )
 
         return faulty
 
@@ -67,8 +69,8 @@ def of_params(change):
     """A fault of params_vjp: change(params, xs, gates, h_tm1, da) before it."""
 
     def mutate(original):
-        def faulty(params, xs, gates, h_tm1, da, spec):
-            return original(params, *change(xs, gates, h_tm1, da), spec)
+        def faulty(params, xs, gates, h_tm1, da, spec, scale):
+            return original(params, *change(xs, gates, h_tm1, da), spec, scale)
 
         return faulty
 
@@ -96,16 +98,16 @@ def scaled_recurrent_weights(original):
 
 
 def bias_of_one_row(original):
-    def faulty(params, xs, gates, h_tm1, da, spec):
+    def faulty(params, xs, gates, h_tm1, da, spec, scale):
         one = jax.tree.map(lambda d: d[:, :1], da)
         row = original(params, xs[:, :1], gates._replace(r=gates.r[:, :1]), h_tm1[:, :1], one, spec)
-        return original(params, xs, gates, h_tm1, da, spec)._replace(b_h=row.b_h)
+        return original(params, xs, gates, h_tm1, da, spec, scale)._replace(b_h=row.b_h)
 
     return faulty
 
 
 def wrong_block_of_inputs(original):
-    return lambda params, da: original(params, da._replace(r=da.z, z=da.r))
+    return lambda params, xs, da: original(params, xs, da._replace(r=da.z, z=da.r))
 
 
 def neighbour_state(original):
@@ -119,28 +121,28 @@ def of_sweep(change):
     """A fault of the backward chunk: change(dh, dhs, mask, resets) before it."""
 
     def mutate(original):
-        def faulty(static, params, dh, gates, h_tm1, dhs, mask, resets):
-            return original(static, params, *change(dh, gates, h_tm1, dhs, mask, resets))
+        def faulty(static, params, dh, gates, h_tm1, dhs, steps, scale):
+            return original(static, params, *change(dh, gates, h_tm1, dhs, steps), scale)
 
         return faulty
 
     return mutate
 
 
-def final_state_ignored(dh, gates, h_tm1, dhs, mask, resets):
-    return jnp.zeros_like(dh), gates, h_tm1, dhs, mask, resets
+def final_state_ignored(dh, gates, h_tm1, dhs, steps):
+    return jnp.zeros_like(dh), gates, h_tm1, dhs, steps
 
 
-def outputs_one_step_late(dh, gates, h_tm1, dhs, mask, resets):
-    return dh, gates, h_tm1, jnp.roll(dhs, 1, axis=0), mask, resets
+def outputs_one_step_late(dh, gates, h_tm1, dhs, steps):
+    return dh, gates, h_tm1, jnp.roll(dhs, 1, axis=0), steps
 
 
-def mask_ignored(dh, gates, h_tm1, dhs, mask, resets):
-    return dh, gates, h_tm1, dhs, None, resets
+def mask_ignored(dh, gates, h_tm1, dhs, steps):
+    return dh, gates, h_tm1, dhs, steps._replace(mask=None)
 
 
-def resets_ignored(dh, gates, h_tm1, dhs, mask, resets):
-    return dh, gates, h_tm1, dhs, mask, None
+def resets_ignored(dh, gates, h_tm1, dhs, steps):
+    return dh, gates, h_tm1, dhs, steps._replace(resets=None)
 
 
 FAULTS = {
@@ -190,23 +192,23 @@ def kept_state_of_the_other_convention(params, gates, h_tm1, dh, dh_tm1, da):
 
 
 def no_reset_gate_in_tangent(original):
-    def faulty(params, gates, h_tm1, th, drive, spec):
+    def faulty(params, gates, h_tm1, th, drive, spec, scale):
         w_h = params.w_h.at[:, : h_tm1.shape[-1]].set(0)
-        return original(params._replace(w_h=w_h), gates, h_tm1, th, drive, spec)
+        return original(params._replace(w_h=w_h), gates, h_tm1, th, drive, spec, scale)
 
     return faulty
 
 
 def no_recurrent_weights_in_drive(original):
-    def faulty(params, tparams, xs, txs, gates, h_tm1, spec):
-        return original(params, tparams._replace(w_h=None), xs, txs, gates, h_tm1, spec)
+    def faulty(params, tparams, xs, txs, gates, h_tm1, spec, scale):
+        return original(params, tparams._replace(w_h=None), xs, txs, gates, h_tm1, spec, scale)
 
     return faulty
 
 
 def drive_of_half_the_inputs(original):
-    def faulty(params, tparams, xs, txs, gates, h_tm1, spec):
-        return original(params, tparams, 0.5 * xs, txs, gates, h_tm1, spec)
+    def faulty(params, tparams, xs, txs, gates, h_tm1, spec, scale):
+        return original(params, tparams, 0.5 * xs, txs, gates, h_tm1, spec, scale)
 
     return faulty
 
@@ -355,8 +357,8 @@ def test_grid_names_the_case_that_fails(monkeypatch):
 
     original = recurrence.step
 
-    def faulty(params, a, h, spec):
-        h, gates = original(params, a, h, spec)
+    def faulty(params, a, h, spec, scale):
+        h, gates = original(params, a, h, spec, scale)
         bulk = a[0].ndim == 3
         return h, gates._replace(r=gates.r * 0.9) if bulk else gates
 

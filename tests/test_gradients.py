@@ -13,7 +13,7 @@ from conftest import assert_close, make_problem
 from jax.extend import core as jex
 from jax.flatten_util import ravel_pytree
 
-from jaxgru.cell import CHO_2014, PYTORCH, GRUSpec
+from jaxgru.parameters import CHO_2014, PYTORCH, GRUSpec
 from jaxgru.recurrence import gru
 
 # float64, relative to the largest entry of a leaf. Rounding reaches about 1e-14 here.
@@ -434,9 +434,9 @@ def test_forward_mode_of_bptt_is_refused(transform):
 @both_resets
 def test_tangent_takes_any_part_of_the_arguments(spec):
     """The others' tangents are symbolic zeros, which the rule leaves out of its drive."""
-    problem, direction = make_problem(29), make_problem(30)
+    problem, direction = make_problem(29, layer_norm=True), make_problem(30, layer_norm=True)
     case = {"spec": spec, "mask": problem.mask, "resets": problem.resets}
-    names = ("w_x", "w_h", "b_x", "b_h", "xs", "h0")
+    names = (*problem.params._fields, "xs", "h0")
 
     @jax.jit
     def every_part(values, tangents):

@@ -11,9 +11,15 @@ from jaxgru import (
     CHO_2014,
     CHUNG_2014,
     PYTORCH,
+    final_outputs,
     generate,
     gru_cell,
+    gru_stack,
+    init_sequence_model,
+    init_state,
     init_token_model,
+    length_mask,
+    sequence_outputs,
     token_logits,
     token_loss,
 )
@@ -36,7 +42,7 @@ def by_hand(params, tokens, spec):
     p = jax.tree.map(np.float64, params)
     table = np.eye(V) if p.embedding is None else p.embedding
     xs = table[np.asarray(tokens)]
-    _, hs, _ = forward(p.gru, spec, xs, np.zeros((xs.shape[1], H)))
+    _, hs, _ = forward(p.layers[0], spec, xs, np.zeros((xs.shape[1], H)))
     return hs @ p.w + p.b
 
 
@@ -130,12 +136,12 @@ def test_greedy_generation_is_the_argmax_step_by_step():
     params, prompt = make(), jnp.array([1, 4, 2])
     h = jnp.zeros(H)
     for token in prompt:
-        h = gru_cell(params.gru, params.embedding[token], h, spec=PYTORCH)
+        h = gru_cell(params.layers[0], params.embedding[token], h, spec=PYTORCH)
     expected = []
     for _ in range(5):
         token = jnp.argmax(h @ params.w + params.b)
         expected.append(int(token))
-        h = gru_cell(params.gru, params.embedding[token], h, spec=PYTORCH)
+        h = gru_cell(params.layers[0], params.embedding[token], h, spec=PYTORCH)
     drawn = generate(params, jax.random.key(0), prompt, 5, temperature=0.0, spec=PYTORCH)[1]
     assert drawn.tolist() == expected
 
@@ -159,6 +165,103 @@ def test_draws_follow_the_softmax_at_the_temperature():
     assert np.all(np.abs(np.bincount(drawn, minlength=V) / 4000 - p) < bound)
 
 
+def frequencies(params, **options):
+    """Of each token among 4000 draws after one token 3, beside its probability in NumPy."""
+    prompt = jnp.full((1, 4000), 3)
+    drawn = np.asarray(generate(params, jax.random.key(5), prompt, 1, **options)[1][0])
+    logits = by_hand(params, prompt[:, :1], CHO_2014)[0, 0]
+    p = np.exp(logits) / np.exp(logits).sum()
+    return np.bincount(drawn, minlength=V) / 4000, p
+
+
+@pytest.mark.parametrize("k", [1, 3, V, 50])
+def test_top_k_draws_from_the_k_likeliest_alone(k):
+    found, p = frequencies(make(), top_k=k)
+    chosen = np.argsort(-p)[:k]
+    wanted = np.zeros(V)
+    wanted[chosen] = p[chosen] / p[chosen].sum()
+    assert np.all((found > 0) <= (wanted > 0))
+    assert np.all(np.abs(found - wanted) < 4 * np.sqrt(wanted * (1 - wanted) / 4000) + 1e-9)
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 1.0])
+def test_top_p_draws_from_the_smallest_set_that_reaches_p(top_p):
+    found, p = frequencies(make(), top_p=top_p)
+    order = np.argsort(-p)
+    count = int(np.searchsorted(np.cumsum(p[order]), top_p - 1e-6)) + 1
+    wanted = np.zeros(V)
+    wanted[order[:count]] = p[order[:count]] / p[order[:count]].sum()
+    assert np.all((found > 0) <= (wanted > 0))
+    assert np.all(np.abs(found - wanted) < 4 * np.sqrt(wanted * (1 - wanted) / 4000) + 1e-9)
+
+
+def test_generation_compiles_once_for_all_temperatures_and_filters():
+    from jaxgru.models import _generate
+
+    params, key, prompt = make(), jax.random.key(0), jnp.array([1, 2])
+    before = _generate._cache_size()
+    for temperature, k, p in ((1.0, 2, 0.5), (0.5, 3, 0.9), (0.0, 1, 1.0)):
+        generate(params, key, prompt, 3, temperature=temperature, top_k=k, top_p=p)
+    assert _generate._cache_size() == before + 1
+
+
+def test_deep_generation_is_the_model_run_step_by_step():
+    """Two layers, a batch of prompts, residual, zoneout's mean: greedy tokens from the logits."""
+    params = init_token_model(jax.random.key(0), V, H, embedding_size=E, num_layers=2)
+    prompt, options = make_tokens((3, 2)), {"residual": True, "zoneout": 0.2}
+    h, drawn = generate(params, jax.random.key(0), prompt, 4, temperature=0.0, **options)
+    tokens = jnp.concatenate([prompt, drawn[:-1]])
+    h_last, logits = token_logits(params, tokens, deterministic=True, **options)
+    np.testing.assert_array_equal(logits[2:].argmax(-1), drawn)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), h, h_last)
+
+
+@pytest.mark.parametrize("merge", ["concat", "sum"])
+@pytest.mark.parametrize("residual", [False, True])
+def test_final_output_reads_the_last_real_step_of_each_direction(merge, residual):
+    """From the outputs of all steps by hand: forward's at the row's end, backward's at its start."""
+    sizes = {"num_layers": 2, "bidirectional": True, "merge": merge}
+    params = init_sequence_model(jax.random.key(0), E, H, 2, scheme="pytorch", **sizes)
+    xs, lengths = jax.random.normal(jax.random.key(1), (5, 2, E)), [3, 5]
+    options = {"merge": merge, "residual": residual}
+    _, outputs = final_outputs(params, xs, mask=length_mask(lengths, 5), **options)
+    for row, length in enumerate(lengths):
+        h_last, ys = gru_stack(params.layers, xs[:length, row], **options)
+        if merge == "concat":
+            top = jnp.concatenate([ys[-1, :H], ys[0, H:]])
+        else:
+            top = sum(f + b for f, b in h_last) if residual else h_last[-1][0] + h_last[-1][1]
+        np.testing.assert_allclose(outputs[row], top @ params.w + params.b, atol=1e-6)
+
+
+def test_dropout_before_the_head_scales_what_it_reads():
+    """A head that sums: each output is the sum of the kept entries times 1 / (1 - rate)."""
+    params = init_sequence_model(jax.random.key(0), E, H, 1)
+    params = params._replace(w=jnp.ones((H, 1)))
+    xs = jax.random.normal(jax.random.key(1), (5, 200, E))
+    h_last, clean = final_outputs(params, xs)
+    key = jax.random.key(2)
+    _, noisy = final_outputs(params, xs, output_dropout=0.5, key=key)
+    kept = jax.random.bernoulli(jax.random.split(key)[1], 0.5, (200, H))
+    wanted = jnp.where(kept, 2 * h_last[0], 0.0).sum(-1, keepdims=True)
+    np.testing.assert_allclose(noisy, wanted, atol=1e-5)
+    _, same = final_outputs(params, xs, output_dropout=0.5, deterministic=True)
+    np.testing.assert_array_equal(same, clean)
+    with pytest.raises(ValueError, match="final_outputs: key must be .* for output_dropout=0.5"):
+        final_outputs(params, xs, output_dropout=0.5)
+
+
+def test_sequence_outputs_are_the_head_of_every_step():
+    params = init_sequence_model(jax.random.key(0), E, H, 2, scheme="pytorch")
+    params = params._replace(b=jnp.array([1.0, -1.0]))
+    xs = jax.random.normal(jax.random.key(1), (5, 2, E))
+    h_last, outputs = sequence_outputs(params, xs)
+    _, hs, _ = forward(params.layers[0], CHO_2014, xs, np.zeros((2, H)))
+    np.testing.assert_allclose(outputs, hs @ np.asarray(params.w) + [1, -1], atol=1e-5)
+    np.testing.assert_allclose(h_last[0], hs[-1], atol=1e-5)
+    assert jax.tree.structure(h_last) == jax.tree.structure(init_state(params.layers, (2,)))
+
+
 @pytest.mark.parametrize(
     ("call", "error", "match"),
     [
@@ -178,7 +281,7 @@ def test_draws_follow_the_softmax_at_the_temperature():
         (
             lambda p: token_loss(p, jnp.ones(3, int), jnp.ones(3, int), reduction="avg"),
             ValueError,
-            "reduction must be one of 'mean', 'sum', got 'avg'",
+            "token_loss: reduction must be one of 'none', 'sum', 'mean', .*, got 'avg'",
         ),
         (
             lambda p: generate(p, jax.random.key(0), jnp.array([V]), 1),
@@ -199,6 +302,21 @@ def test_draws_follow_the_softmax_at_the_temperature():
             lambda p: generate(p, jax.random.key(0), jnp.array([1]), 0),
             ValueError,
             "num_steps must be at least 1, got 0",
+        ),
+        (
+            lambda p: generate(p, jax.random.key(0), jnp.array([1]), 1, top_k=0),
+            ValueError,
+            "generate: top_k must be at least 1, got 0",
+        ),
+        (
+            lambda p: generate(p, jax.random.key(0), jnp.array([1]), 1, top_p=1.5),
+            ValueError,
+            r"generate: top_p must be in \(0, 1\], got 1.5",
+        ),
+        (
+            lambda p: init_sequence_model(jax.random.key(0), 2, 3, 0),
+            ValueError,
+            "output_size must be at least 1, got 0",
         ),
     ],
 )

@@ -12,8 +12,10 @@ import oracle
 import pytest
 from conftest import assert_close, make_problem
 
-from jaxgru.cell import CHO_2014, CHUNG_2014, PYTORCH, GRUParams, GRUSpec, gru_cell
-from jaxgru.recurrence import gru, length_mask
+from jaxgru.cell import gru_cell
+from jaxgru.masks import length_mask
+from jaxgru.parameters import CHO_2014, CHUNG_2014, PYTORCH, GRUParams, GRUSpec
+from jaxgru.recurrence import gru
 
 EXACT = 1e-12  # float64, relative to the largest entry: rounding of different orders of summation
 GRADIENTS = ("bptt", "tangent", "autodiff")

@@ -10,7 +10,7 @@ from conftest import assert_close, make_problem
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxgru.cell import CHO_2014, PYTORCH, init_gru
+from jaxgru.parameters import CHO_2014, PYTORCH, init_gru
 from jaxgru.recurrence import gru
 
 EXACT = 1e-11  # float64, relative to the largest entry: sums in another order

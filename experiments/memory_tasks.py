@@ -1,0 +1,296 @@
+"""What gates are for: two tasks of pure memory over growing lengths, GRU against tanh RNN.
+
+    python -m experiments.memory_tasks                             # the default: four to six minutes
+    python -m experiments.memory_tasks --adding-steps 400 --copy-blanks
+    python -m experiments.memory_tasks --no-chrono                 # zero gate biases
+
+Adding (Hochreiter and Schmidhuber 1997; ranges and halves as Arjovsky et al. 2016,
+arXiv:1511.06464): every step brings a number from U(0, 1) and a mark, which is 1 at one step of
+each half; the target at the end is the sum of the two marked numbers. The mean, 1, has a squared
+error of 1/6. An answer counts as correct within 0.08, the 0.04 of the 1997 paper on this scale.
+
+Copy (the same sources): 10 symbols of 8, T blanks whose last one is the signal to start, then 10
+steps that repeat the symbols. Only those ten are scored; guessing costs log 8 nats a symbol.
+
+Both models have one layer, the same size, head, optimizer, number of updates and fresh batches,
+and orthogonal recurrent weights (Saxe et al. 2014, arXiv:1312.6120). The GRU's update gate starts
+with time constants spread up to the length (Tallec and Ollivier 2018, arXiv:1804.11188). Each model
+has a learning rate of its own. A run folder holds config.json, metrics.jsonl and memory_tasks.png.
+"""
+
+import argparse
+import functools
+import itertools
+import math
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import jaxgru
+from experiments import runs
+
+SMOKE = {
+    "adding_steps": [10], "copy_blanks": [1], "adding_updates": 200, "copy_updates": 200,
+    "hidden_size": 32,
+}  # fmt: skip
+NUM_SYMBOLS, NUM_RECALLED, TEST_SIZE = 8, 10, 1000
+
+
+class Task(NamedTuple):
+    """Sequences drawn anew for every update, and how the outputs of the last steps are judged."""
+
+    draw: Callable  # (key, length, batch_size) -> xs [T, B, I], targets [S, B, ...]
+    judge: Callable  # (outputs [S, B, K], targets) -> loss, share of correct answers
+    input_size: int
+    output_size: int
+    num_answers: int  # S, steps at the end that are judged
+    baseline: float  # loss without any memory
+    labels: tuple[str, str, str]  # of the length, the loss and the baseline
+
+
+class VanillaParams(NamedTuple):
+    """The arrays of a tanh RNN with a head."""
+
+    w_x: jax.Array  # [I, H]
+    w_h: jax.Array  # [H, H]
+    b_h: jax.Array  # [H]
+    w: jax.Array  # [H, K]
+    b: jax.Array  # [K]
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(
+        "python -m experiments.memory_tasks", description="GRU and tanh RNN on tasks of memory."
+    )
+    add = parser.add_argument
+    add("--smoke", action="store_true", help="a run of seconds, to see that all of it works")
+    add("--out", metavar="FOLDER", help="run folder, new or empty; runs/memory_tasks-DATE else")
+    add("--adding-steps", type=int, nargs="*", metavar="T", default=[10, 25, 50, 100, 200])
+    add("--copy-blanks", type=int, nargs="*", metavar="T", default=[5, 10, 20, 30, 50])
+    add("--adding-updates", type=int, default=1000, help="updates for each length and model")
+    add("--copy-updates", type=int, default=2000)
+    add("--hidden-size", type=int, default=64)
+    add("--batch-size", type=int, default=32)
+    add("--gru-learning-rate", type=float, default=0.03, help="falls to 0 by a cosine")
+    add("--rnn-learning-rate", type=float, default=0.003, help="falls to 0 by a cosine")
+    add("--clip-norm", type=float, default=1.0)
+    add("--chrono", action=argparse.BooleanOptionalAction, default=True, help="spread gate biases")
+    add("--seed", type=int, default=0)
+    parser.set_defaults(**(SMOKE if parser.parse_known_args(argv)[0].smoke else {}))
+    args = parser.parse_args(argv)
+    least = {"adding_steps": 2, "copy_blanks": 1, "seed": 0}
+    least |= dict.fromkeys(("adding_updates", "copy_updates", "hidden_size", "batch_size"), 1)
+    most = {"seed": 2**32 - 1}
+    above = ("gru_learning_rate", "rnn_learning_rate", "clip_norm")
+    for name, value in vars(args).items():
+        option = f"--{name.replace('_', '-')}"
+        for entry in value if isinstance(value, list) else [value]:
+            if name in least and not least[name] <= entry <= most.get(name, math.inf):
+                parser.error(f"{option} must be at least {least[name]}, got {entry}")
+            if name in above and not 0 < entry < math.inf:
+                parser.error(f"{option} must be finite and above 0, got {entry}")
+    if not args.adding_steps and not args.copy_blanks:
+        parser.error("--adding-steps and --copy-blanks must not both be empty")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    return runs.run_script("memory_tasks", lambda: train_all(args))
+
+
+def train_all(args):
+    run = runs.make_run_folder("memory_tasks", args.out, vars(args))
+    print(runs.describe_device())
+    lengths = {"adding": args.adding_steps, "copy": args.copy_blanks}
+    results = []
+    for name, task in TASKS.items():
+        for length, model in itertools.product(sorted(set(lengths[name])), MODELS):
+            print(f"{name}, T={length}, {model}", flush=True)
+            try:
+                records = train_one(args, run, name, task, length, model)
+            except jaxgru.NonFiniteError as error:
+                print(f"memory_tasks: {error}", file=sys.stderr)
+                return 1
+            results.append({"task": name, "length": length, "model": model, **records[-1]})
+    plot(run / "memory_tasks.png", results)
+    print_table(results)
+    print(f"run folder: {run}")
+    return 0
+
+
+def train_one(args, run, name, task, length, model):
+    """The records of one model on one task at one length."""
+    # The same draws for both models, and other ones for every task and length.
+    key = jax.random.fold_in(jax.random.key(args.seed), 1000 * list(TASKS).index(name) + length)
+    key_params, key_state, key_test = jax.random.split(key, 3)
+    init_params, apply_model = MODELS[model]
+    num_updates = getattr(args, f"{name}_updates")
+
+    def loss_of(params, xs, targets):
+        loss, correct = task.judge(apply_model(params, xs)[-task.num_answers :], targets)
+        return loss, {"correct": correct}
+
+    def loss_fn(params, carry, batch, key):
+        loss, metrics = loss_of(params, *task.draw(key, length, args.batch_size))
+        return loss, (carry, metrics)
+
+    test = task.draw(key_test, length, TEST_SIZE)
+    judge_test = jax.jit(loss_of)
+
+    def evaluate(state):
+        loss, metrics = judge_test(state.params, *test)
+        return {"test_loss": float(loss), "test_correct": float(metrics["correct"])}
+
+    def report(state, record):
+        runs.append_metrics(run, {"task": name, "length": length, "model": model, **record})
+
+    learning_rate = args.gru_learning_rate if model == "GRU" else args.rnn_learning_rate
+    schedule = optax.cosine_decay_schedule(learning_rate, num_updates)
+    optimizer = optax.chain(optax.clip_by_global_norm(args.clip_norm), optax.adam(schedule))
+    params = init_params(key_params, task, args, len(test[0]))
+    state = jaxgru.init_train_state(params, optimizer, key=key_state)
+    every = max(1, num_updates // 10)
+    _, records = jaxgru.fit(
+        jaxgru.make_train_step(loss_fn, optimizer),
+        state,
+        itertools.repeat(()),  # the loss draws its own batch
+        num_updates=num_updates,
+        evaluate=evaluate,
+        evaluate_every=every,
+        callbacks=[report],
+        log_every=every,
+        items_per_update=args.batch_size,
+        items_name="sequences",
+    )
+    return records
+
+
+def init_gru_model(key, task, args, num_steps):
+    key_model, key_gate = jax.random.split(key)
+    params = jaxgru.init_sequence_model(
+        key_model, task.input_size, args.hidden_size, task.output_size
+    )
+    if not args.chrono:
+        return params
+    # sigmoid(log c) = c / (c + 1): a unit that forgets over c + 1 steps.
+    constants = jax.random.uniform(key_gate, (args.hidden_size,), minval=1.0, maxval=num_steps)
+    (layer,) = params.layers
+    update_gate = slice(args.hidden_size, 2 * args.hidden_size)
+    b_x = layer.b_x.at[update_gate].set(jnp.log(constants))
+    return params._replace(layers=(layer._replace(b_x=b_x),))
+
+
+def apply_gru_model(params, xs):
+    return jaxgru.sequence_outputs(params, xs)[1]
+
+
+def init_vanilla(key, task, args, num_steps):
+    key_x, key_h, key_head = jax.random.split(key, 3)
+    normal, orthogonal = jax.nn.initializers.lecun_normal(), jax.nn.initializers.orthogonal()
+    size = args.hidden_size
+    return VanillaParams(
+        w_x=normal(key_x, (task.input_size, size)),
+        w_h=orthogonal(key_h, (size, size)),
+        b_h=jnp.zeros(size),
+        w=normal(key_head, (size, task.output_size)),
+        b=jnp.zeros(task.output_size),
+    )
+
+
+def apply_vanilla(params, xs):
+    """h_t = tanh(x_t w_x + h_{t-1} w_h + b_h), outputs h_t w + b; JAX differentiates the scan."""
+
+    def body(h, drive):
+        h = jnp.tanh(drive + h @ params.w_h)
+        return h, h
+
+    h0 = jnp.zeros((xs.shape[1], params.w_h.shape[0]))
+    _, hs = jax.lax.scan(body, h0, xs @ params.w_x + params.b_h)
+    return hs @ params.w + params.b
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def draw_adding(key, num_steps, batch_size):
+    """xs [T, B, 2], a number and a mark a step; targets [1, B, 1]."""
+    key_numbers, key_early, key_late = jax.random.split(key, 3)
+    numbers = jax.random.uniform(key_numbers, (num_steps, batch_size))
+    early = jax.random.randint(key_early, (batch_size,), 0, num_steps // 2)
+    late = jax.random.randint(key_late, (batch_size,), num_steps // 2, num_steps)
+    marks = jax.nn.one_hot(early, num_steps, axis=0) + jax.nn.one_hot(late, num_steps, axis=0)
+    return jnp.stack([numbers, marks], axis=-1), (numbers * marks).sum(axis=0)[None, :, None]
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def draw_copy(key, num_blanks, batch_size):
+    """xs [T + 20, B, 10], one-hot symbols, blank and signal; targets [10, B], the symbols."""
+    blank, signal = NUM_SYMBOLS, NUM_SYMBOLS + 1
+    symbols = jax.random.randint(key, (NUM_RECALLED, batch_size), 0, NUM_SYMBOLS)
+    after = jnp.full((num_blanks + NUM_RECALLED, batch_size), blank)
+    after = after.at[num_blanks - 1].set(signal)
+    return jax.nn.one_hot(jnp.concatenate([symbols, after]), NUM_SYMBOLS + 2), symbols
+
+
+def judge_adding(outputs, targets):
+    correct = jnp.abs(outputs - targets) < 0.08
+    return jaxgru.squared_loss(outputs, targets), correct.mean()
+
+
+def judge_copy(outputs, targets):
+    correct = outputs.argmax(axis=-1) == targets
+    return jaxgru.categorical_loss(outputs, targets), correct.mean()
+
+
+TASKS = {
+    "adding": Task(
+        draw_adding, judge_adding, 2, 1, 1, 1 / 6,
+        ("steps of the sequence, T", "mean squared error", "always the mean: 1/6"),
+    ),
+    "copy": Task(
+        draw_copy, judge_copy, NUM_SYMBOLS + 2, NUM_SYMBOLS, NUM_RECALLED, math.log(NUM_SYMBOLS),
+        ("blanks to wait, T", "cross-entropy, nats per recalled symbol", "guessing: log 8"),
+    ),
+}  # fmt: skip
+MODELS = {"GRU": (init_gru_model, apply_gru_model), "tanh RNN": (init_vanilla, apply_vanilla)}
+
+
+def print_table(results):
+    print(f"\n{'task':<8}{'T':>5}{'model':>10}{'test loss':>12}{'baseline':>10}{'correct':>9}")
+    for result in results:
+        print(
+            f"{result['task']:<8}{result['length']:>5}{result['model']:>10}"
+            f"{result['test_loss']:>12.5f}{TASKS[result['task']].baseline:>10.4f}"
+            f"{100 * result['test_correct']:>8.1f}%"
+        )
+
+
+def plot(path, results):
+    """Test loss against length, a panel for each task."""
+    from matplotlib.figure import Figure
+
+    names = [name for name in TASKS if any(result["task"] == name for result in results)]
+    figure = Figure(figsize=(5.2 * len(names), 4.2), layout="constrained")
+    panels = figure.subplots(1, len(names), squeeze=False)[0]
+    for name, axes in zip(names, panels):
+        task = TASKS[name]
+        for model, style in zip(MODELS, ("o-", "s-")):
+            chosen = [r for r in results if (r["task"], r["model"]) == (name, model)]
+            points = [(result["length"], result["test_loss"]) for result in chosen]
+            axes.plot(*zip(*points), style, label=model, markersize=5)
+        length, loss, baseline = task.labels
+        axes.axhline(task.baseline, color="black", linestyle="--", label=baseline)
+        axes.set(xscale="log", yscale="log", xlabel=length, ylabel=loss, title=f"{name} task")
+        axes.set_xticks([point[0] for point in points], [str(point[0]) for point in points])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.suptitle("Test error after the same number of updates")
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,382 @@
+"""Forecasts of a series of numbers, many to many: after every step, the value of the next one.
+
+    python -m experiments.regression                            # a noisy sine wave
+    python -m experiments.regression --series sunspots          # yearly, 1700 to 2008
+    python -m experiments.regression --csv FILE --column NAME   # your own, with a header line
+
+The sine wave is the setting of "Back Propagation Through Time in Many-to-Many type" (section 9.5,
+eqs. 9.17 to 9.20) and of its companion code (H. Suzuki 2024, github.com/s-hironobu/guide2dl): the
+update gate writes, every window of 25 steps starts from a zero state, every step predicts the next
+value, and the loss is half the squared errors summed over time. The sunspot numbers come with
+statsmodels (SIDC, Royal Observatory of Belgium).
+
+The series is split in time. The training part alone sets the scale and trains, the validation part
+chooses among the updates, and the test part is scored once, at the end: one step ahead, beside the
+last value and a linear autoregression; and free-running, where the model reads all before the test
+part and from there on its own predictions. A run folder holds config.json, metrics.jsonl, loss.png,
+forecast.png and weights.npz.
+"""
+
+import argparse
+import csv
+import functools
+import io
+import math
+import sys
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jaxgru
+from experiments import data, runs
+
+SPEC = jaxgru.CHUNG_2014  # the update gate writes, the reset gate comes before the product
+AR_ORDER = 9  # of the linear autoregression beside it
+REAL = {
+    "window": 60, "hidden_size": 32, "batch_size": 32, "num_updates": 2000,
+    "learning_rate": 2e-3, "weight_decay": 1e-2, "recurrent_dropout": 0.2, "evaluate_every": 50,
+}  # fmt: skip
+PRESETS = {
+    "sine": {},
+    "sunspots": REAL,
+    "csv": REAL,
+    "smoke": {
+        "window": 20, "hidden_size": 12, "batch_size": 16, "num_updates": 200,
+        "learning_rate": 1e-2, "evaluate_every": 20,
+    },
+}  # fmt: skip
+
+
+class Series(NamedTuple):
+    """Numbers in order of time; training ends before `validation`, that before `test`."""
+
+    name: str
+    unit: str
+    time: str  # what the times are
+    times: np.ndarray  # [N]
+    values: np.ndarray  # [N] float64
+    validation: int
+    test: int
+
+    def standardize(self, values):
+        training = self.values[: self.validation]
+        return (values - training.mean()) / training.std()
+
+    def restore(self, values):
+        training = self.values[: self.validation]
+        return np.asarray(values, np.float64) * training.std() + training.mean()
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(
+        "python -m experiments.regression", description="Trains a GRU to forecast a series."
+    )
+    add, group = parser.add_argument, parser.add_mutually_exclusive_group()
+    group.add_argument("--series", choices=("sine", "sunspots"), default="sine")
+    group.add_argument("--csv", metavar="FILE", help="a UTF-8 file with a header line")
+    add("--column", metavar="NAME", help="of the CSV; the only one of numbers unless told")
+    add("--smoke", action="store_true", help="a run of seconds, to see that all of it works")
+    add("--out", metavar="FOLDER", help="run folder; runs/regression-DATE unless told")
+    add("--window", type=int, default=25, help="steps of a training sequence")
+    add("--hidden-size", type=int, default=32)
+    add("--batch-size", type=int, default=1, help="windows an update")
+    add("--num-updates", type=int, default=15000)
+    add("--learning-rate", type=float, default=1e-4, help="of AdamW")
+    add("--weight-decay", type=float, default=0.0)
+    add("--recurrent-dropout", type=float, default=0.0, help="rate in [0, 1)")
+    add("--evaluate-every", type=int, default=250, help="in updates")
+    add("--seed", type=int, default=0)
+    known = parser.parse_known_args(argv)[0]
+    parser.set_defaults(**PRESETS["csv" if known.csv else known.series])
+    parser.set_defaults(**(PRESETS["smoke"] if known.smoke else {}))
+    args = parser.parse_args(argv)
+    counts = ("window", "hidden_size", "batch_size", "num_updates", "evaluate_every")
+    for name in (*counts, "learning_rate", "weight_decay", "recurrent_dropout"):
+        value, least = getattr(args, name), 1 if name in counts else 0
+        if not least <= value < (1 if name == "recurrent_dropout" else math.inf):
+            option = f"--{name.replace('_', '-')}"
+            limit = "below 1" if name == "recurrent_dropout" else "finite"
+            parser.error(f"{option} must be {limit} and at least {least}, got {value}")
+    if args.column is not None and args.csv is None:
+        parser.error("--column is of a --csv file")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    extras = () if args.csv or args.series == "sine" else ("statsmodels.datasets",)
+    return runs.run_script("regression", lambda: train(args), extras)
+
+
+def train(args):
+    series = load_series(args)
+    inputs, targets = cut_windows(series, args.window)
+    config = {**vars(args), "training": series.validation, "test": len(series.values) - series.test}
+    run = runs.make_run_folder("regression", args.out, config)
+    parts = (series.validation, series.test - series.validation, config["test"])
+    print(f"{series.name}: %d training, %d validation and %d test steps; " % parts, end="")
+    print(runs.describe_device())
+
+    key_params, key_state = jax.random.split(jax.random.key(args.seed))
+    params = jaxgru.init_sequence_model(key_params, 1, args.hidden_size, 1)
+    optimizer = optax.adamw(args.learning_rate, weight_decay=args.weight_decay)
+    best = {"validation_rmse": math.inf}
+    try:
+        _, records = jaxgru.fit(
+            jaxgru.make_train_step(make_loss(args), optimizer),
+            jaxgru.init_train_state(params, optimizer, key=key_state),
+            draw_batches(args, inputs, targets),
+            num_updates=args.num_updates,
+            evaluate=functools.partial(evaluate_validation, series),
+            evaluate_every=args.evaluate_every,
+            callbacks=[make_reporter(run, best)],
+            log_every=args.evaluate_every,
+        )
+    except jaxgru.NonFiniteError as error:
+        print(f"regression: {error}", file=sys.stderr)
+        return 1
+    jaxgru.save_arrays(run / "weights.npz", best["params"], {"config": vars(args)})
+    scores, curves = score_test(series, best["params"])
+    runs.append_metrics(run, {"update": best["update"], **scores})
+    plot_loss(run / "loss.png", series, records, best["update"])
+    plot_forecast(run / "forecast.png", series, *curves, scores["free_rmse"])
+    print_summary(series, scores, best["update"])
+    print(f"run folder: {run}")
+    return 0
+
+
+def load_series(args):
+    """The series that was asked for, its parts long enough and its scale usable."""
+    if args.csv:
+        name, values = read_column(args.csv, args.column)
+        cuts = (int(0.7 * len(values)), int(0.8 * len(values)))
+        series = Series(name, name, "row", np.arange(1, len(values) + 1), values, *cuts)
+    elif args.series == "sunspots":
+        from statsmodels.datasets import sunspots
+
+        table = sunspots.load_pandas().data
+        years = table["YEAR"].to_numpy().astype(int)
+        values, cuts = table["SUNACTIVITY"].to_numpy(), np.searchsorted(years, [1921, 1956])
+        series = Series("Sunspots", "sunspot number", "year", years, values, *map(int, cuts))
+    else:  # a period of 50 steps; two of them to train
+        times = np.arange(500)
+        noise = 0.05 * np.random.default_rng(args.seed).standard_normal(len(times))
+        values = np.sin(2 * np.pi * times / 50) + noise
+        series = Series("Noisy sine wave", "amplitude", "step", times, values, 300, 400)
+    source, least = args.csv or args.series, max(args.window + 1, 2 * AR_ORDER + 2)
+    if series.validation < least:
+        raise data.DataError(
+            f"{source} has {len(series.values)} values; its training part, {series.validation} of "
+            f"them, is shorter than the {least} that --window {args.window} needs"
+        )
+    with np.errstate(all="ignore"):
+        standard = series.standardize(series.values)
+    if np.ptp(series.values[: series.validation]) == 0:
+        raise data.DataError(f"{source} never changes in its training part")
+    if not np.abs(standard).max() < 1e6:
+        raise data.DataError(f"{source} leaves the scale of its training part a millionfold")
+    return series
+
+
+def read_column(path, column):
+    """(name, float64 values) of one column of a CSV file with a header line."""
+    text = data.read_text(path).removeprefix("\ufeff")
+    reader = csv.DictReader(io.StringIO(text), restval="")
+    try:
+        rows, names = list(reader), reader.fieldnames
+    except csv.Error as error:
+        raise data.DataError(f"{path}, line {reader.line_num}: {error}") from None
+    if not rows:
+        raise data.DataError(f"{path} has no rows below a header line")
+    numbers = {name: np.array([parse_number(row[name]) for row in rows]) for name in names}
+    # Half of the rows are enough, so that a bad cell is named instead of hiding its column.
+    numeric = [name for name in names if np.isfinite(numbers[name]).mean() >= 0.5]
+    if column is None and len(numeric) != 1:
+        found = "several columns" if numeric else "no column"
+        shown = ", ".join(map(repr, numeric or names))
+        raise data.DataError(f"{path} has {found} of numbers; choose with --column from {shown}")
+    column = numeric[0] if column is None else column
+    if names.count(column) != 1:
+        found = "more than one column" if column in names else "no column"
+        raise data.DataError(f"{path} has {found} {column!r}; it has {', '.join(map(repr, names))}")
+    for number, row in enumerate(rows, 1):
+        if None in row:
+            raise data.DataError(f"{path}: row {number} has more cells than the header line")
+        if not math.isfinite(numbers[column][number - 1]):
+            cell = f"{column!r} must be a finite number, got {row[column]!r}"
+            raise data.DataError(f"{path}: row {number} below the header: {cell}")
+    return column, numbers[column]
+
+
+def parse_number(cell):
+    """The number in a cell, NaN where there is none."""
+    try:
+        return math.nan if "_" in cell else float(cell)  # Python reads 1_000 as a number
+    except ValueError:
+        return math.nan
+
+
+def cut_windows(series, window):
+    """(inputs, targets) [number of windows, T]: every window of the training part."""
+    training = series.standardize(series.values[: series.validation]).astype(np.float32)
+    windows = np.lib.stride_tricks.sliding_window_view(training, window + 1)
+    return windows[:, :-1], windows[:, 1:]
+
+
+def draw_batches(args, inputs, targets):
+    """Batches [T, B, 1] of windows, without end; an epoch's windows come in a new order."""
+    generator = np.random.default_rng(args.seed)
+    rows = np.empty(0, np.int64)
+    while True:
+        while len(rows) < args.batch_size:
+            rows = np.concatenate([rows, generator.permutation(len(inputs))])
+        chosen, rows = rows[: args.batch_size], rows[args.batch_size :]
+        yield inputs[chosen].T[..., None], targets[chosen].T[..., None]
+
+
+def make_loss(args):
+    """loss_fn for `make_train_step`: eq. 9.18 of each window from a zero state, their mean."""
+
+    def loss_fn(params, carry, batch, key):
+        inputs, targets = batch
+        _, outputs = jaxgru.sequence_outputs(
+            params, inputs, spec=SPEC, recurrent_dropout=args.recurrent_dropout, key=key
+        )
+        loss = jaxgru.squared_loss(outputs, targets, form="half_sum", reduction="batch_mean")
+        return loss, (carry, {"training_mse": 2 * loss / len(inputs)})
+
+    return loss_fn
+
+
+@jax.jit
+def predict(params, xs):
+    """The prediction after every value of xs [T], read as one sequence."""
+    return jaxgru.sequence_outputs(params, xs[:, None], spec=SPEC)[1][:, 0]
+
+
+@functools.partial(jax.jit, static_argnames="num_steps")
+def run_freely(params, xs, num_steps):
+    """num_steps predictions after xs [T], each one read as the value that it predicts."""
+    h, outputs = jaxgru.sequence_outputs(params, xs[:, None], spec=SPEC)
+
+    def body(carry, _):
+        h, x = carry
+        h, outputs = jaxgru.sequence_outputs(params, x[None], h, spec=SPEC)
+        return (h, outputs[0]), x[0]
+
+    return jax.lax.scan(body, (h, outputs[-1]), length=num_steps)[1]
+
+
+def predict_series(series, params):
+    """[N - 1] predictions of values[1:], in the series' own unit."""
+    xs = jnp.asarray(series.standardize(series.values)[:-1], jnp.float32)
+    return series.restore(predict(params, xs))
+
+
+def evaluate_validation(series, state):
+    part = slice(series.validation, series.test)
+    predictions = predict_series(series, state.params)[part.start - 1 : part.stop - 1]
+    return {"validation_rmse": root_mean_square(predictions - series.values[part])}
+
+
+def root_mean_square(errors):
+    return float(np.sqrt(np.mean(np.square(errors))))
+
+
+def lag_rows(values):
+    """[N - 8, 10]: rows 1, y_{t-1}, ..., y_{t-9}, the last one of the step after the values."""
+    lags = np.lib.stride_tricks.sliding_window_view(values, AR_ORDER)[:, ::-1]
+    return np.column_stack([np.ones(len(lags)), lags])
+
+
+@np.errstate(all="ignore")  # an autoregression may explode where it runs freely
+def score_test(series, params):
+    """(scores, curves): root mean square errors on the test part, and the GRU's predictions."""
+    values, test, count = series.values, series.test, len(series.values) - series.test
+    training = values[: series.validation]
+    coefficients = np.linalg.lstsq(lag_rows(training[:-1]), training[AR_ORDER:], rcond=None)[0]
+    linear_free = list(values[test - AR_ORDER : test])
+    for _ in range(count):
+        linear_free.append(lag_rows(np.array(linear_free[-AR_ORDER:]))[0] @ coefficients)
+    past = jnp.asarray(series.standardize(values[:test]), jnp.float32)
+    free = series.restore(run_freely(params, past, count))
+    predictions = predict_series(series, params)
+    forecasts = {
+        "test_rmse": predictions[test - 1 :],
+        "test_rmse_autoregression": lag_rows(values[test - AR_ORDER : -1]) @ coefficients,
+        "test_rmse_last_value": values[test - 1 : -1],
+        "free_rmse": free,
+        "free_rmse_autoregression": np.array(linear_free[AR_ORDER:]),
+        "free_rmse_training_mean": training.mean(),
+    }
+    scores = {name: root_mean_square(y - values[test:]) for name, y in forecasts.items()}
+    return scores, (predictions, free)
+
+
+def make_reporter(run, best):
+    """A callback of `fit`: metrics to a file, and the best parameters so far into best."""
+
+    def report(state, record):
+        runs.append_metrics(run, record)
+        if "params" not in best or record["validation_rmse"] < best["validation_rmse"]:
+            best.update(record, params=jax.tree.map(jnp.copy, state.params))
+
+    return report
+
+
+def print_summary(series, scores, update):
+    shown = [f"{score:.4g}" for score in scores.values()]
+    print(f"\n{series.name}, root mean square error on the test part, model of update {update}:")
+    print(f"  one step ahead  GRU %s, autoregression of order {AR_ORDER} %s, last value %s\n"
+          f"  free-running    GRU %s, autoregression of order {AR_ORDER} %s, training mean %s"
+          % tuple(shown))  # fmt: skip
+
+
+def plot_loss(path, series, records, chosen):
+    """Root mean square error one step ahead against updates, training and validation."""
+    from matplotlib.figure import Figure
+
+    scale = series.values[: series.validation].std()
+    updates = [record["update"] for record in records]
+    training = [scale * math.sqrt(record["training_mse"]) for record in records]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(updates, training, label="training, every window from a zero state")
+    axes.plot(updates, [r["validation_rmse"] for r in records], label="validation, state carried")
+    axes.axvline(chosen, color="gray", linestyle=":", label=f"model chosen, update {chosen}")
+    axes.set(xlabel="update", ylabel=f"root mean square error ({series.unit})", yscale="log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.set_title(f"One step ahead: {series.name}")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def plot_forecast(path, series, predictions, free, error):
+    """The end of the warm-up, read from the truth, and the free-running forecast after it."""
+    from matplotlib.figure import Figure
+
+    test, times = series.test, series.times
+    first = max(1, 2 * test - len(times))  # as long a warm-up as the forecast
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.axvspan(times[first], times[test - 1], color="tab:blue", alpha=0.08, linewidth=0)
+    axes.plot(times[first:], series.values[first:], color="black", linewidth=1, label="truth")
+    warm_up = predictions[first - 1 : test - 1]
+    label = "warm-up: one step ahead, reads the truth"
+    axes.plot(times[first:test], warm_up, ".-", color="tab:blue", linewidth=1, label=label)
+    name, count = series.time, len(times) - test
+    label = f"free-running: reads itself, {count} {name}s, error {error:.3g}"
+    axes.plot(times[test:], free, ".-", color="tab:red", label=label)
+    axes.set(xlabel=name, ylabel=series.unit, title=f"{series.name}: free-running forecast")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=3)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

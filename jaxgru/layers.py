@@ -1,0 +1,431 @@
+"""Layers around the recurrence: both directions, stacks, dropout between layers, and streams.
+
+A layer is a `GRUParams`, or a `Bidirectional` pair of them; a stack is a tuple of layers. A state
+has the form of the parameters it belongs to: [..., H] for a `GRUParams`, a pair of those for a
+`Bidirectional`, a tuple with one entry a layer for a stack. All of it is composed of `gru`, and
+every derivative rule and policy of `gru` holds for it.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxgru.arguments import (
+    require_axis,
+    require_choice,
+    require_count,
+    require_float,
+    require_rates,
+)
+from jaxgru.masks import require_flags
+from jaxgru.parameters import GRUParams, init_gru, require_params
+from jaxgru.recurrence import gru
+
+Array = jax.Array
+Merge = Literal["concat", "sum"]
+_MERGES = ("concat", "sum")
+
+
+class Bidirectional(NamedTuple):
+    """A layer of two GRUs that read the sequence in both directions."""
+
+    forward: GRUParams
+    backward: GRUParams
+
+
+Layer = GRUParams | Bidirectional
+
+
+def init_stack(
+    key: Array,
+    input_size: int,
+    hidden_size: int | Sequence[int],
+    num_layers: int = 1,
+    *,
+    bidirectional: bool = False,
+    merge: Merge = "concat",
+    **gru_options: Any,
+) -> tuple[Layer, ...]:
+    """Draws the parameters of a stack; `init_gru` draws each layer and direction.
+
+    Args:
+      key: a `jax.random.key`.
+      input_size: I of the first layer.
+      hidden_size: H of every layer, or a sequence with each layer's own.
+      num_layers: at least 1.
+      bidirectional: True makes every layer a `Bidirectional`.
+      merge: how `gru_stack` will join the directions: "concat" makes the next layer's input 2H
+        wide, "sum" H.
+      **gru_options: bias, layer_norm, scheme and dtype, to `init_gru`.
+
+    Returns:
+      A tuple of layers.
+
+    Raises:
+      ValueError: a size is not positive, the sizes are not one a layer, or merge is unknown.
+      TypeError: a size is no integer, or bidirectional no bool.
+
+    >>> layers = init_stack(jax.random.key(0), 2, 3, num_layers=2, bidirectional=True)
+    >>> layers[1].backward.w_x.shape
+    (6, 9)
+    """
+    require_count("init_stack", "input_size", input_size)
+    require_count("init_stack", "num_layers", num_layers)
+    require_choice("init_stack", "merge", merge, _MERGES)
+    if not isinstance(bidirectional, bool):
+        raise TypeError(f"init_stack: bidirectional must be a bool, got {bidirectional!r}.")
+    several = isinstance(hidden_size, Sequence)
+    sizes = list(hidden_size) if several else [hidden_size] * num_layers
+    if len(sizes) != num_layers:
+        raise ValueError(
+            f"init_stack: hidden_size must hold one size for each of num_layers={num_layers} "
+            f"layers, got {len(sizes)}."
+        )
+    layers: list[Layer] = []
+    for size, layer_key in zip(sizes, jax.random.split(key, num_layers)):
+        require_count("init_stack", "hidden_size", size)
+        if bidirectional:
+            keys = jax.random.split(layer_key)
+            layers.append(
+                Bidirectional(*(init_gru(k, input_size, size, **gru_options) for k in keys))
+            )
+        else:
+            layers.append(init_gru(layer_key, input_size, size, **gru_options))
+        input_size = 2 * size if bidirectional and merge == "concat" else size
+    return tuple(layers)
+
+
+def init_state(params: Any, batch_shape: Sequence[int] = ()) -> Any:
+    """The state of zeros of a layer or stack.
+
+    Args:
+      params: a `GRUParams`, a `Bidirectional`, or a stack.
+      batch_shape: the batch axes of the sequences, none unless told.
+
+    Returns:
+      [*batch_shape, H] in the parameters' dtype; a pair of those for a `Bidirectional`, a tuple
+      with one entry a layer for a stack.
+
+    Raises:
+      TypeError: params is none of the three.
+
+    >>> [h.shape for h in init_state(init_stack(jax.random.key(0), 2, 3, num_layers=2), (4,))]
+    [(4, 3), (4, 3)]
+    """
+    if isinstance(params, GRUParams):
+        return jnp.zeros((*batch_shape, params.w_h.shape[0]), params.w_h.dtype)
+    if isinstance(params, Bidirectional):
+        return (init_state(params.forward, batch_shape), init_state(params.backward, batch_shape))
+    _require_stack("init_state", params)
+    return tuple(init_state(layer, batch_shape) for layer in params)
+
+
+def gru_bidirectional(
+    params: Bidirectional,
+    xs: Array,
+    h0: tuple[Array, Array] | None = None,
+    *,
+    mask: Array | None = None,
+    resets: Array | None = None,
+    merge: Merge = "concat",
+    key: Array | None = None,
+    axis: int = 0,
+    **gru_options: Any,
+) -> tuple[tuple[Array, Array], Array]:
+    """Runs one GRU forward and one backward over a sequence: (h_last, ys).
+
+    ys_t = [forward_t | backward_t], or their sum (Schuster and Paliwal 1997; `torch.nn.GRU` and
+    Keras's `Bidirectional` concatenate).
+
+    Args:
+      params: of both directions.
+      xs: [T, ..., I].
+      h0: a pair, forward's [..., H] before the first step and backward's after the last; None for
+        zeros.
+      mask: [T, ...] bool, True where a step is real. Backward starts with the last real step.
+      resets: [T, ...] bool. True at t parts step t from step t - 1 for both directions: forward is
+        reset before step t, backward before step t - 1.
+      merge: "concat" or "sum".
+      key: a `jax.random.key` where a rate acts; each direction draws its own masks.
+      axis: where xs, mask, resets and ys have their time.
+      **gru_options: spec, gradient, residuals, recurrent_dropout, zoneout, ... of `gru`.
+
+    Returns:
+      h_last, a pair: forward's state after the last step and backward's after the first; and ys
+      [T, ..., 2H], or [T, ..., H] for "sum".
+
+    Raises:
+      ValueError: merge is unknown, h0 is no pair, or as `gru`.
+      TypeError: params is no `Bidirectional`, or as `gru`.
+
+    Cost: twice that of `gru`.
+
+    >>> (layer,) = init_stack(jax.random.key(0), 2, 3, bidirectional=True)
+    >>> h_last, ys = gru_bidirectional(layer, jnp.ones((5, 4, 2)))
+    >>> h_last[0].shape, ys.shape
+    ((4, 3), (5, 4, 6))
+    """
+    if not isinstance(params, Bidirectional):
+        raise TypeError(
+            f"gru_bidirectional: params must be a Bidirectional, got {type(params).__name__}."
+        )
+    require_choice("gru_bidirectional", "merge", merge, _MERGES)
+    _require_pair("gru_bidirectional", "h0", h0)
+    if merge == "sum" and params.forward.w_h.shape != params.backward.w_h.shape:
+        raise ValueError(
+            "gru_bidirectional: params must have one hidden size in both directions for "
+            f"merge='sum', got {params.forward.w_h.shape[0]} and {params.backward.w_h.shape[0]}."
+        )
+    h0_forward, h0_backward = (None, None) if h0 is None else h0
+    key_forward, key_backward = (None, None) if key is None else jax.random.split(key)
+    options = {"mask": mask, "axis": axis, **gru_options}
+    forward, hs = gru(params.forward, xs, h0_forward, resets=resets, key=key_forward, **options)
+    backward, reverse_hs = gru(
+        params.backward, xs, h0_backward, resets=_reverse_resets(resets, axis), key=key_backward,
+        reverse=True, **options,
+    )  # fmt: skip
+    ys = hs + reverse_hs if merge == "sum" else jnp.concatenate([hs, reverse_hs], axis=-1)
+    return (forward, backward), ys
+
+
+def gru_stack(
+    params: Sequence[Layer],
+    xs: Array,
+    h0: Sequence[Any] | None = None,
+    *,
+    mask: Array | None = None,
+    resets: Array | None = None,
+    merge: Merge = "concat",
+    residual: bool = False,
+    input_dropout: float = 0.0,
+    dropout: float = 0.0,
+    output_dropout: float = 0.0,
+    variational: bool = False,
+    recurrent_dropout: float = 0.0,
+    zoneout: float = 0.0,
+    key: Array | None = None,
+    deterministic: bool = False,
+    axis: int = 0,
+    **gru_options: Any,
+) -> tuple[tuple[Any, ...], Array]:
+    """Runs a stack of GRU layers over a sequence: (h_last, ys).
+
+        y^0 = drop(xs),   x^l = drop(y^{l-1}) for l > 1,   y^l = layer_l(x^l)
+        residual:  y^l = layer_l(x^l) + y^{l-1} for l > 1
+        ys = drop(y^L)
+
+    which without options is `torch.nn.GRU(num_layers=..., bidirectional=..., dropout=...)`.
+
+    Args:
+      params: a sequence of `GRUParams` and `Bidirectional` layers.
+      xs: [T, ..., I].
+      h0: a sequence with each layer's initial state, [..., H] or a pair of them; None for zeros.
+      mask: [T, ...] bool, True where a step is real, in every layer and direction.
+      resets: [T, ...] bool, True where every layer starts anew; see `gru_bidirectional`.
+      merge: how the directions of a `Bidirectional` are joined, "concat" or "sum".
+      residual: adds each layer's input to its output, from the second layer on (Wu et al. 2016,
+        arXiv:1609.08144, eq. 6).
+      input_dropout: rate in [0, 1) of the dropout of xs.
+      dropout: rate in [0, 1) of the dropout of every layer's input but the first's.
+      output_dropout: rate in [0, 1) of the dropout of ys, for a head that reads them.
+      variational: draws one mask for all steps for these three (Gal and Ghahramani 2016,
+        arXiv:1512.05287) instead of one a step.
+      recurrent_dropout: rate in [0, 1), to `gru`; its mask is the same at every step.
+      zoneout: rate in [0, 1), to `gru`.
+      key: a `jax.random.key`, needed where a rate acts; the same key draws the same masks.
+      deterministic: no dropout, and zoneout's mean: for evaluation.
+      axis: where xs, mask, resets and ys have their time; 1 for batch-major.
+      **gru_options: spec, gradient, residuals, chunk_size, truncate, unroll of `gru`.
+
+    Returns:
+      h_last, a tuple with each layer's last state in the form of h0; and ys [T, ..., H], the top
+      layer's outputs (2H if bidirectional and merged by "concat").
+
+    Raises:
+      ValueError: sizes of layers do not fit each other or the form of h0 the layers, a rate is
+        outside [0, 1) or acts without a key, merge is unknown, or as `gru`.
+      TypeError: params is no sequence of layers, or as `gru`.
+
+    Cost: the sum of the layers'. Dropout keeps its key; its masks are drawn again in the backward.
+
+    >>> layers = init_stack(jax.random.key(0), 2, 3, num_layers=2, bidirectional=True)
+    >>> h_last, ys = gru_stack(layers, jnp.ones((5, 4, 2)), dropout=0.2, key=jax.random.key(1))
+    >>> ys.shape, h_last[1][0].shape
+    ((5, 4, 6), (4, 3))
+    """
+    _require_layers(params, xs, h0, merge, residual)
+    rates = {"input_dropout": input_dropout, "dropout": dropout, "output_dropout": output_dropout}
+    rates |= {"recurrent_dropout": recurrent_dropout, "zoneout": zoneout}
+    require_rates("gru_stack", rates, key, deterministic)
+    axis = require_axis("gru_stack", axis, xs.shape)
+    require_flags("gru_stack", {"mask": mask, "resets": resets}, xs.shape[:-1])
+    ys, mask, resets = (v if v is None else jnp.moveaxis(v, axis, 0) for v in (xs, mask, resets))
+    keys = _split(None if deterministic else key, 2 * len(params) + 1)
+    shared, h_last = (0,) if variational else (), []
+    for number, layer in enumerate(params):
+        rate = dropout if number else input_dropout
+        inputs = drop(keys[2 * number], ys, rate, shared)
+        options = {"mask": mask, "resets": resets, "recurrent_dropout": recurrent_dropout}
+        options |= {"zoneout": zoneout, "key": keys[2 * number + 1], "deterministic": deterministic}
+        h0_layer = None if h0 is None else h0[number]
+        if isinstance(layer, Bidirectional):
+            h, hs = gru_bidirectional(
+                layer, inputs, h0_layer, merge=merge, **options, **gru_options
+            )
+        else:
+            h, hs = gru(layer, inputs, h0_layer, **options, **gru_options)
+        ys = hs + ys if residual and number else hs
+        h_last.append(h)
+    ys = drop(keys[-1], ys, output_dropout, shared)
+    return tuple(h_last), jnp.moveaxis(ys, 0, axis)
+
+
+def gru_stack_cell(
+    params: Sequence[Layer], x: Array, h: Sequence[Array], **stack_options: Any
+) -> tuple[tuple[Array, ...], Array]:
+    """One step of a stack of one direction: (h, y). What a stream calls for each input.
+
+    Args:
+      params: a sequence of `GRUParams`.
+      x: [..., I].
+      h: a sequence with each layer's state [..., H]; the first from `init_state`.
+      **stack_options: of `gru_stack`; mask and resets are [...].
+
+    Returns:
+      h, the states after the step, and y [..., H], the top layer's output.
+
+    Raises:
+      ValueError: a layer is `Bidirectional`, which has to see the end before its first output, or
+        as `gru_stack`.
+      TypeError: as `gru_stack`.
+
+    Cost: that of one step; XLA removes the loop of length 1.
+
+    >>> layers = init_stack(jax.random.key(0), 2, 3, num_layers=2)
+    >>> h, y = gru_stack_cell(layers, jnp.ones((4, 2)), init_state(layers, (4,)))
+    >>> y.shape
+    (4, 3)
+    """
+    _require_stack("gru_stack_cell", params)
+    if any(isinstance(layer, Bidirectional) for layer in params):
+        raise ValueError(
+            "gru_stack_cell: params must hold layers of one direction, got a Bidirectional, whose "
+            "outputs depend on later inputs; use gru_stack on whole sequences."
+        )
+    for name in ("mask", "resets"):
+        if stack_options.get(name) is not None:
+            stack_options[name] = stack_options[name][None]
+    h, ys = gru_stack(params, jnp.asarray(x)[None], h, **stack_options)
+    return h, ys[0]
+
+
+def drop(key: Array | None, x: Array, rate: float, shared: tuple[int, ...] = ()) -> Array:
+    """x m / (1 - rate) with m drawn from the key, one for all entries along the axes `shared`.
+
+    x itself without a key. Under `jax.checkpoint` the key is all that is kept: the backward draws the mask again.
+    """
+    if key is None or rate == 0:
+        return x
+    shape = tuple(1 if axis in shared else size for axis, size in enumerate(x.shape))
+
+    def masked(key, x):
+        kept = jax.random.bernoulli(key, 1 - rate, shape)
+        return jnp.where(kept, x / (1 - rate), jnp.zeros_like(x))
+
+    return jax.checkpoint(masked)(key, x)
+
+
+def _reverse_resets(resets, axis):
+    """Resets of the backward direction: a parting between t - 1 and t comes before step t - 1."""
+    if resets is None:
+        return None
+    resets = jnp.moveaxis(resets, axis, 0)
+    none = jnp.zeros_like(resets, shape=(1, *resets.shape[1:]))
+    return jnp.moveaxis(jnp.concatenate([resets, none])[1:], 0, axis)
+
+
+def _split(key, count):
+    """Keys, or None for each without one."""
+    return [None] * count if key is None else jax.random.split(key, count)
+
+
+def output_size_of(layer: Layer, merge: Merge) -> int:
+    """The size of a layer's outputs."""
+    if isinstance(layer, Bidirectional):
+        sizes = [direction.w_h.shape[0] for direction in layer]
+        return sum(sizes) if merge == "concat" else sizes[0]
+    return layer.w_h.shape[0]
+
+
+def _require_stack(function, params):
+    """TypeError unless params is a sequence of well-formed layers."""
+    sequence = isinstance(params, list | tuple) and not isinstance(
+        params, GRUParams | Bidirectional
+    )
+    if not sequence or not params:
+        found = type(params).__name__ if not sequence else "an empty one"
+        raise TypeError(
+            f"{function}: params must be a sequence of layers, GRUParams or Bidirectional, "
+            f"got {found}."
+        )
+    for number, layer in enumerate(params):
+        if not isinstance(layer, GRUParams | Bidirectional):
+            raise TypeError(
+                f"{function}: params[{number}] must be a GRUParams or a Bidirectional, "
+                f"got {type(layer).__name__}."
+            )
+        for direction in layer if isinstance(layer, Bidirectional) else (layer,):
+            require_params(function, direction)
+
+
+def _require_layers(params, xs, h0, merge, residual):
+    """Errors of `gru_stack` for layers that do not fit xs, each other, or h0."""
+    _require_stack("gru_stack", params)
+    require_choice("gru_stack", "merge", merge, _MERGES)
+    if not isinstance(residual, bool):
+        raise TypeError(f"gru_stack: residual must be a bool, got {residual!r}.")
+    require_float("gru_stack", "xs", xs)
+    if xs.ndim < 2:
+        raise ValueError(f"gru_stack: xs must have shape [T, ..., I], got {xs.shape}.")
+    size, source = xs.shape[-1], "xs's last axis"
+    for number, layer in enumerate(params):
+        for direction in layer if isinstance(layer, Bidirectional) else (layer,):
+            if direction.w_x.shape[0] != size:
+                raise ValueError(
+                    f"gru_stack: params[{number}].w_x must have {size} rows ({source}), "
+                    f"got {direction.w_x.shape[0]}."
+                )
+        output = output_size_of(layer, merge)
+        if residual and number and output != size:
+            raise ValueError(
+                f"gru_stack: params[{number}] must have outputs of the size of its inputs for "
+                f"residual=True, {size}, got {output}."
+            )
+        size, source = output, f"the outputs of params[{number}], merge={merge!r}"
+    if h0 is None:
+        return
+    if not isinstance(h0, list | tuple) or len(h0) != len(params):
+        found = f"{len(h0)} of them" if isinstance(h0, list | tuple) else type(h0).__name__
+        raise ValueError(
+            f"gru_stack: h0 must be a sequence of {len(params)} states, one for each layer, got "
+            f"{found}; init_state(params, batch_shape) has the form."
+        )
+    for number, (layer, h) in enumerate(zip(params, h0)):
+        if isinstance(layer, Bidirectional):
+            _require_pair("gru_stack", f"h0[{number}]", h)
+        elif isinstance(h, list | tuple):
+            raise ValueError(
+                f"gru_stack: h0[{number}] must be one array [..., H], as params[{number}] has one "
+                f"direction, got {len(h)} of them."
+            )
+
+
+def _require_pair(function, argument, h):
+    """ValueError unless h is None or a pair."""
+    if h is not None and (not isinstance(h, list | tuple) or len(h) != 2):
+        found = f"{len(h)} of them" if isinstance(h, list | tuple) else type(h).__name__
+        raise ValueError(
+            f"{function}: {argument} must be a pair of states, forward and backward, got {found}."
+        )

@@ -1,0 +1,683 @@
+"""Stacks, directions, dropout, streams: against the oracle, autodiff, and each other."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from conftest import assert_close
+
+from jaxgru import (
+    CHO_2014,
+    PYTORCH,
+    Bidirectional,
+    GRUParams,
+    gru,
+    gru_bidirectional,
+    gru_cell,
+    gru_stack,
+    gru_stack_cell,
+    init_gru,
+    init_stack,
+    init_state,
+    length_mask,
+    resets_from_dones,
+)
+
+EXACT = 1e-11  # float64, relative to the largest entry of a leaf
+in_float64 = pytest.mark.usefixtures("x64", "quick_compilation")
+T, B, INPUTS, H = 3, 2, 2, 3
+KEY = 11
+KINDS = {
+    "none": {},
+    "input": {"input_dropout": 0.4},
+    "between": {"dropout": 0.4},
+    "variational": {"input_dropout": 0.3, "dropout": 0.4, "variational": True},
+    "recurrent": {"recurrent_dropout": 0.4},
+    "zoneout": {"zoneout": 0.3},
+    "all": {
+        "input_dropout": 0.2,
+        "dropout": 0.3,
+        "output_dropout": 0.3,
+        "recurrent_dropout": 0.3,
+        "zoneout": 0.2,
+    },
+}
+AUTODIFF = {"gradient": "autodiff"}
+POLICIES = [{}, {"residuals": "states", "chunk_size": 2}, {"residuals": "boundaries"}]
+
+
+def make_stack(num_layers=2, bidirectional=False, dtype=jnp.float64, **options):
+    """Layers with random biases, and gains where there are any."""
+    key = jax.random.key(num_layers)
+    layers = init_stack(
+        key,
+        INPUTS,
+        H,
+        num_layers,
+        bidirectional=bidirectional,
+        scheme="pytorch",
+        dtype=dtype,
+        **options,
+    )
+
+    def spread(v):  # so that gains differ too
+        factors = jnp.linspace(0.8, 1.2, v.shape[-1], dtype=dtype)
+        return v * factors.reshape((1,) * (v.ndim - 1) + factors.shape)
+
+    return jax.tree.map(spread, layers)
+
+
+def make_data(layers, seed=0, dtype=jnp.float64, steps=T):
+    """xs, h0, mask with gaps and a row of length 0, resets on real and held steps."""
+    keys = jax.random.split(jax.random.key(seed), 4)
+    xs = jax.random.normal(keys[0], (steps, B, INPUTS), dtype)
+    zeros, treedef = jax.tree.flatten(init_state(layers, (B,)))
+    starts = jax.random.split(keys[1], len(zeros))
+    h0 = treedef.unflatten(
+        [jax.random.normal(k, h.shape, dtype) for k, h in zip(starts, zeros, strict=True)]
+    )
+    mask = jax.random.bernoulli(keys[2], 0.7, (steps, B)).at[:, 0].set(False)
+    return xs, h0, mask, jax.random.bernoulli(keys[3], 0.4, (steps, B))
+
+
+def make_cotangents(outputs):
+    leaves, treedef = jax.tree.flatten(outputs)
+    keys = jax.random.split(jax.random.key(5), len(leaves))
+    return treedef.unflatten([jax.random.normal(k, v.shape, v.dtype) for k, v in zip(keys, leaves)])
+
+
+def draw(key, rate, shape):
+    """0 with probability rate, else 1 / (1 - rate)."""
+    return np.asarray(jax.random.bernoulli(key, 1 - rate, shape)) / (1 - rate)
+
+
+def draw_noise(layers, key, rates, reverses):
+    """What each key draws, as the oracle wants it: from one key to each layer's and direction's."""
+    keys, noise = jax.random.split(key, 2 * len(layers) + 1), []
+    for number, layer in enumerate(layers):
+        rate = rates.get("dropout" if number else "input_dropout", 0.0)
+        width = oracle.directions(layer)[0].w_x.shape[0]
+        shape = (1 if rates.get("variational") else T, B, width)
+        factor = draw(keys[2 * number], rate, shape) if rate else None
+        sides = oracle.directions(layer)
+        side_keys = [keys[2 * number + 1]]
+        side_keys = jax.random.split(side_keys[0]) if len(sides) == 2 else side_keys
+        drawn = []
+        for side_key, reverse in zip(side_keys, reverses):
+            scale_key, zoneout_key = jax.random.split(side_key)
+            rate, held = rates.get("recurrent_dropout", 0.0), rates.get("zoneout", 0.0)
+            scale = draw(scale_key, rate, (B, H)) if rate else None
+            zoneout = np.zeros((T, B, H))
+            for t in range(T) if held else ():
+                step_key = jax.random.fold_in(zoneout_key, T - 1 - t if reverse else t)
+                zoneout[t] = 1 - np.asarray(jax.random.bernoulli(step_key, 1 - held, (B, H)))
+            drawn.append((scale, zoneout))
+        noise.append((factor, drawn))
+    return noise
+
+
+def oracle_pullback(layers, data, spec, rates, merge="concat", residual=False):
+    """Values and cotangents of layers, xs and h0 by the NumPy oracle."""
+    xs, h0, mask, resets = data
+    mask, resets = (None if v is None else np.asarray(v) for v in (mask, resets))
+    noise = draw_noise(layers, jax.random.key(KEY), rates, (False, True))
+    equation = oracle.Equation(*dataclasses.astuple(spec))
+    choices = (merge, residual, noise)
+    last, ys, tape = oracle.stack_forward(layers, equation, xs, h0, mask, resets, *choices)
+    output_key = jax.random.split(jax.random.key(KEY), 2 * len(layers) + 1)[-1]
+    ys_factor = draw(output_key, rates.get("output_dropout", 0.0), ys.shape)
+    ys = ys * ys_factor
+    dlast, dys = make_cotangents((last, ys))
+    dys = np.asarray(dys) * ys_factor
+    dlayers, dxs, dh0 = oracle.stack_backward(layers, equation, tape, dlast, dys, *choices)
+
+    def as_params(arrays):
+        if isinstance(arrays, tuple) and len(arrays) == 2:
+            return Bidirectional(*map(as_params, arrays))
+        return GRUParams(*arrays)
+
+    return (last, ys), (tuple(map(as_params, dlayers)), dxs, dh0)
+
+
+def pullback(layers, data, spec, **options):
+    """The same by `gru_stack`."""
+    xs, h0, mask, resets = data
+
+    def run(layers, xs, h0):
+        return gru_stack(
+            layers, xs, h0, mask=mask, resets=resets, spec=spec, key=jax.random.key(KEY), **options
+        )
+
+    out, vjp = jax.vjp(run, layers, xs, h0)
+    return out, vjp(make_cotangents(out))
+
+
+# Values and gradients.
+
+
+@in_float64
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["one_way", "both_ways"])
+@pytest.mark.parametrize("num_layers", [1, 2, 3])
+def test_stack_has_the_oracles_values_and_gradients_under_every_policy(
+    num_layers, bidirectional, kind
+):
+    """With and without a mask and resets. Loops in Python: the grid would take long to compile."""
+    layers = make_stack(num_layers, bidirectional)
+    xs, h0, mask, resets = make_data(layers)
+    spec = PYTORCH if num_layers == 2 else CHO_2014
+    with jax.disable_jit():
+        for flags in ((None, None), (mask, None), (None, resets), (mask, resets)):
+            data = (xs, h0, *flags)
+            wanted = oracle_pullback(layers, data, spec, KINDS[kind])
+            for policy in (AUTODIFF, *POLICIES):
+                got = pullback(layers, data, spec, **KINDS[kind], **policy)
+                assert_close(got, wanted, EXACT, f"{policy}")
+
+
+@in_float64
+@pytest.mark.parametrize(
+    ("bidirectional", "choices"),
+    [
+        (False, {"residual": True}),
+        (True, {"merge": "sum"}),
+        (True, {"merge": "sum", "residual": True}),
+        (True, {"merge": "concat", "residual": True}),
+    ],
+    ids=str,
+)
+def test_merged_and_residual_stacks_have_the_oracles_values_and_gradients(bidirectional, choices):
+    merge = choices.get("merge", "concat")
+    layers = make_stack(3, bidirectional, merge=merge)
+    data = make_data(layers)
+    with jax.disable_jit():
+        wanted = oracle_pullback(layers, data, CHO_2014, KINDS["between"], **choices)
+        for policy in (AUTODIFF, {}):
+            got = pullback(layers, data, CHO_2014, **KINDS["between"], **policy, **choices)
+            assert_close(got, wanted, EXACT, f"{policy}")
+
+
+@in_float64
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["one_way", "both_ways"])
+@pytest.mark.parametrize("spec", [CHO_2014, PYTORCH], ids=["before", "after"])
+def test_normalized_stack_has_the_oracles_values_and_gradients(spec, bidirectional):
+    layers = make_stack(2, bidirectional, layer_norm=True)
+    data = (*make_data(layers)[:2], None, None)
+    with jax.disable_jit():
+        wanted = oracle_pullback(layers, data, spec, KINDS["all"])
+        sides = [side for layer in wanted[1][0] for side in oracle.directions(layer)]
+        assert all(np.abs(g).max() > 1e-3 for side in sides for g in (side.g_x, side.g_h))
+        for policy in (AUTODIFF, *POLICIES, {"gradient": "tangent"}):
+            got = pullback(layers, data, spec, **KINDS["all"], **policy)
+            assert_close(got, wanted, EXACT, f"{policy}")
+
+
+@in_float64
+def test_compiled_stack_is_the_uncompiled_one():
+    layers = make_stack(2, True, layer_norm=True)
+    data = make_data(layers)
+    compiled = jax.jit(functools.partial(pullback, spec=CHO_2014, **KINDS["all"]))(layers, data)
+    assert_close(compiled, oracle_pullback(layers, data, CHO_2014, KINDS["all"]), EXACT)
+
+
+@in_float64
+def test_tangent_rule_pushes_a_stack_forward():
+    """jvp along a direction, through dropout and zoneout, against the transposed rule."""
+    layers = make_stack(2, True, layer_norm=True)
+    xs, h0, mask, resets = make_data(layers)
+    options = {"mask": mask, "resets": resets, "key": jax.random.key(1), **KINDS["all"]}
+
+    def run(gradient, layers, xs):
+        return gru_stack(layers, xs, h0, gradient=gradient, **options)[1]
+
+    tangents = jax.tree.map(jnp.cos, (layers, xs))
+
+    @jax.jit
+    def both():
+        ys, tys = jax.jvp(functools.partial(run, "tangent"), (layers, xs), tangents)
+        cotangents = jax.vjp(functools.partial(run, "bptt"), layers, xs)[1](jnp.sin(ys))
+        return jnp.sum(tys * jnp.sin(ys)), cotangents
+
+    forward, cotangents = both()
+    backward = sum(
+        jnp.sum(d * t) for d, t in zip(jax.tree.leaves(cotangents), jax.tree.leaves(tangents))
+    )
+    assert abs(forward) > 1e-3
+    np.testing.assert_allclose(forward, backward, rtol=EXACT)
+
+
+# Masks and resets.
+
+
+@in_float64
+def test_content_of_padding_changes_no_value_and_no_gradient():
+    """NaN and infinity where nothing is real, in every layer and direction, with dropout."""
+    layers = make_stack(3, True)
+    xs, h0, mask, resets = make_data(layers)
+
+    @jax.jit
+    def run(xs):
+        def loss(layers, xs, h0):
+            options = {"mask": mask, "resets": resets, "key": jax.random.key(1), **KINDS["all"]}
+            h_last, ys = gru_stack(layers, xs, h0, **options)
+            return sum(jnp.sum(jnp.sin(v)) for v in (ys, *jax.tree.leaves(h_last)))
+
+        return jax.value_and_grad(loss, argnums=(0, 1, 2))(layers, xs, h0)
+
+    clean = run(xs)
+    for poison in (jnp.nan, jnp.inf):
+        poisoned = run(jnp.where(mask[..., None], xs, poison))
+        jax.tree.map(np.testing.assert_array_equal, poisoned, clean)
+
+
+@in_float64
+def test_padded_row_is_the_row_alone():
+    """A batch padded to one length gives each row what it gives alone, in both directions."""
+    layers = make_stack(2, True)
+    xs, h0, _, _ = make_data(layers, steps=5)
+    lengths = [3, 5]
+    mask = length_mask(lengths, 5)
+    h_last, ys = jax.jit(gru_stack)(layers, xs, h0, mask=mask)
+    for row, length in enumerate(lengths):
+        alone = jax.tree.map(lambda h, row=row: h[row], h0)
+        h_alone, ys_alone = jax.jit(gru_stack)(layers, xs[:length, row], alone)
+        assert_close(jax.tree.map(lambda h, row=row: h[row], h_last), h_alone, EXACT)
+        assert_close(ys[:length, row], ys_alone, EXACT)
+
+
+@in_float64
+def test_reset_makes_two_sequences_of_one_in_both_directions():
+    layers = make_stack(2, True)
+    xs, h0, _, _ = make_data(layers, steps=5)
+    resets = jnp.zeros((5, B), bool).at[2].set(True)
+    h_last, ys = jax.jit(gru_stack)(layers, xs, h0, resets=resets)
+    zeros = init_state(layers, (B,))
+    first = [(forward, zero) for (forward, _), (_, zero) in zip(h0, zeros)]
+    second = [(zero, backward) for (zero, _), (_, backward) in zip(zeros, h0)]
+    early, ys_early = jax.jit(gru_stack)(layers, xs[:2], first)
+    late, ys_late = jax.jit(gru_stack)(layers, xs[2:], second)
+    assert_close(ys, jnp.concatenate([ys_early, ys_late]), EXACT)
+    ends = tuple((forward, backward) for (forward, _), (_, backward) in zip(late, early))
+    assert_close(h_last, ends, EXACT)
+
+
+@in_float64
+def test_episodes_replayed_as_one_sequence_are_the_episodes_step_by_step():
+    """A rollout buffer of two environments: values and gradients of acting and of replaying."""
+    layers = make_stack(2)
+    steps = 7
+    xs, h0, _, _ = make_data(layers, steps=steps)
+    dones = jnp.array([[0, 1, 0, 0, 1, 0, 0], [0, 0, 0, 1, 1, 0, 1]], bool).T
+    done_before = jnp.array([False, True])
+
+    def act(layers, xs, h):
+        done, ys = done_before, []
+        for t in range(steps):
+            zeros = init_state(layers, (B,))
+            h = jax.tree.map(lambda h, z, done=done: jnp.where(done[:, None], z, h), h, zeros)
+            h, y = gru_stack_cell(layers, xs[t], h)
+            done = dones[t]
+            ys.append(y)
+        return h, jnp.stack(ys)
+
+    def replay(layers, xs, h):
+        return gru_stack(layers, xs, h, resets=resets_from_dones(dones, done_before))
+
+    def run(fn):
+        out, vjp = jax.vjp(fn, layers, xs, h0)
+        return out, vjp(make_cotangents(out))
+
+    got, wanted = jax.jit(lambda: (run(replay), run(act)))()
+    assert_close(got, wanted, EXACT)
+    assert not np.any(got[1][2][0][1])  # the second environment started anew
+    assert np.any(got[1][2][0][0])
+
+
+def test_resets_follow_the_step_that_ended_an_episode():
+    dones = jnp.array([[True, False], [False, False], [True, True]])
+    assert resets_from_dones(dones).tolist() == [[False, False], [True, False], [False, False]]
+    carried = resets_from_dones(dones, jnp.array([False, True]))
+    assert carried.tolist() == [[False, True], [True, False], [False, False]]
+    assert resets_from_dones(dones[:0]).shape == (0, 2)
+
+
+# Streams.
+
+
+def stream_options(layers, spec):
+    xs, h0, mask, resets = make_data(layers, steps=7, dtype=layers[0].w_x.dtype)
+    options = {"spec": spec, "residual": True, "zoneout": 0.2, "deterministic": True}
+    return xs, h0, mask, resets, options
+
+
+@pytest.mark.parametrize("layer_norm", [False, True], ids=["plain", "normalized"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_full_run_is_the_steps_is_the_chunks(dtype, layer_norm):
+    with jax.enable_x64(dtype == "float64"):
+        layers = make_stack(2, dtype=jnp.dtype(dtype), layer_norm=layer_norm)
+        xs, h0, mask, resets, options = stream_options(layers, PYTORCH)
+        run = jax.jit(functools.partial(gru_stack, **options))
+        whole = run(layers, xs, h0, mask=mask, resets=resets)
+        chunks, h = [], h0
+        for start, stop in ((0, 3), (3, 4), (4, 7)):
+            part = slice(start, stop)
+            h, ys = run(layers, xs[part], h, mask=mask[part], resets=resets[part])
+            chunks.append(ys)
+        tolerance = 1e-13 if dtype == "float64" else 2e-6
+        assert_close((h, jnp.concatenate(chunks)), whole, tolerance, "chunks")
+        one_step = jax.jit(functools.partial(gru_stack_cell, **options))
+        outputs, h = [], h0
+        for t in range(7):
+            h, y = one_step(layers, xs[t], h, mask=mask[t], resets=resets[t])
+            outputs.append(y)
+        assert_close((h, jnp.stack(outputs)), whole, tolerance, "steps")
+
+
+@in_float64
+def test_one_step_of_a_stack_is_one_cell_after_the_other():
+    layers = make_stack(2)
+    xs, h0, _, _ = make_data(layers)
+    below = gru_cell(layers[0], xs[0], h0[0])
+    above = gru_cell(layers[1], below, h0[1])
+    assert_close(gru_stack_cell(layers, xs[0], h0), ((below, above), above), EXACT)
+
+
+def test_initial_state_is_zeros_in_the_form_of_the_parameters():
+    layers = (
+        init_stack(jax.random.key(0), 2, 3, dtype=jnp.bfloat16)[0],
+        init_stack(jax.random.key(0), 3, 4, bidirectional=True, dtype=jnp.bfloat16)[0],
+    )
+    below, (forward, backward) = init_state(layers, (5, 6))
+    assert below.shape == (5, 6, 3) and forward.shape == backward.shape == (5, 6, 4)
+    leaves = jax.tree.leaves(init_state(layers))
+    assert all(h.dtype == jnp.bfloat16 and not np.any(h) for h in leaves)
+
+
+@in_float64
+@pytest.mark.parametrize("gradient", ["bptt", "tangent", "autodiff"])
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+def test_truncated_gradient_is_that_of_chunks_with_a_stopped_state(reverse, gradient):
+    """Against separate calls with stop_gradient between them; the values are those of one run."""
+    params = make_stack(1)[0]
+    steps, cut = 7, 3
+    xs = jax.random.normal(jax.random.key(0), (steps, B, INPUTS))
+    h0 = jax.random.normal(jax.random.key(1), (B, H))
+
+    def truncated(params, xs, h0):
+        chunks = {} if gradient != "bptt" else {"chunk_size": 2}
+        return gru(params, xs, h0, truncate=cut, gradient=gradient, reverse=reverse, **chunks)
+
+    def stopped(params, xs, h):
+        xs = xs[::-1] if reverse else xs
+        hs = []
+        for start in range(0, steps, cut):
+            h = h if start == 0 else jax.lax.stop_gradient(h)
+            h, part = gru(params, xs[start : start + cut], h, gradient="autodiff")
+            hs.append(part)
+        hs = jnp.concatenate(hs)
+        return h, hs[::-1] if reverse else hs
+
+    def run(fn):
+        out, vjp = jax.vjp(fn, params, xs, h0)
+        return out, vjp(make_cotangents(out))
+
+    got, wanted = jax.jit(lambda: (run(truncated), run(stopped)))()
+    assert_close(got, wanted, EXACT)
+
+
+@in_float64
+def test_gradient_truncated_beyond_the_sequence_is_the_full_one():
+    layers = make_stack(2)
+    xs, h0, _, _ = make_data(layers, steps=6)
+
+    def gradient(truncate):
+        def loss(layers):
+            return jnp.sum(gru_stack(layers, xs, h0, truncate=truncate)[1][-1])
+
+        return jax.jit(jax.grad(loss))(layers)
+
+    full = gradient(None)
+    jax.tree.map(np.testing.assert_array_equal, gradient(6), full)
+    shorter = gradient(4)[0].w_h
+    assert np.abs(shorter - full[0].w_h).max() > 1e-3
+
+
+# Dropout.
+
+
+def test_dropout_keeps_the_mean_and_drops_its_share():
+    """One layer reading ones: what it drops shows in a linear readout of its inputs."""
+    layers = init_stack(jax.random.key(0), 1, 1)
+    seen = []
+
+    def spy(params, xs, h0, **options):
+        seen.append(xs)
+        return gru(params, xs, h0, **options)
+
+    import jaxgru.layers as module
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "gru", spy)
+        for variational in (False, True):
+            gru_stack(
+                layers, jnp.ones((20, 400, 1)), input_dropout=0.25, variational=variational,
+                key=jax.random.key(3),
+            )  # fmt: skip
+    independent, shared = (np.asarray(xs)[..., 0] for xs in seen)
+    for drawn in (independent, shared):
+        assert set(np.unique(drawn)) == {0, np.float32(1 / 0.75)}
+    np.testing.assert_array_equal(shared, np.broadcast_to(shared[:1], shared.shape))
+    # Four standard deviations of a share over 400 and 8000 draws.
+    assert abs((shared[0] == 0).mean() - 0.25) < 4 * np.sqrt(0.25 * 0.75 / 400)
+    assert abs((independent == 0).mean() - 0.25) < 4 * np.sqrt(0.25 * 0.75 / 8000)
+    assert (independent[0] != independent[1]).any()
+
+
+def test_evaluation_is_deterministic_and_needs_no_key():
+    layers = make_stack(2, dtype=jnp.float32)
+    xs, h0, _, _ = make_data(layers, dtype=jnp.float32)
+    run = jax.jit(gru_stack, static_argnames=("deterministic", *KINDS["all"]))
+    plain = run(layers, xs, h0)
+    dropout = {name: rate for name, rate in KINDS["all"].items() if name != "zoneout"}
+    evaluated = run(layers, xs, h0, deterministic=True, **dropout)
+    jax.tree.map(np.testing.assert_array_equal, evaluated, plain)
+    for key in (None, jax.random.key(1)):
+        same = run(layers, xs, h0, key=key)  # no rate acts
+        jax.tree.map(np.testing.assert_array_equal, same, plain)
+    noisy = [run(layers, xs, h0, key=jax.random.key(k), **KINDS["all"])[1] for k in (1, 1, 2)]
+    np.testing.assert_array_equal(noisy[0], noisy[1])
+    assert np.abs(noisy[0] - noisy[2]).max() > 1e-2
+
+
+def kept_by_backward(**options):
+    """The dtype and size of what the backward pass keeps."""
+    layers = init_stack(jax.random.key(0), 8, 8, 2)
+    xs = jnp.ones((16, 4, 8))
+
+    def run(layers, xs):
+        return gru_stack(layers, xs, residuals="states", **options)
+
+    _, vjp = jax.vjp(run, layers, xs)
+    leaves = [leaf for leaf in jax.tree.leaves(vjp) if hasattr(leaf, "size")]
+    return sorted((str(leaf.dtype), leaf.size) for leaf in leaves)
+
+
+def test_masks_of_every_step_are_drawn_again_and_not_kept():
+    """Dropout keeps the inputs it made, recurrent dropout one mask a layer, zoneout nothing."""
+    steps, rows = 16 * 4 * 8, 4 * 8
+    plain, key = kept_by_backward(), jax.random.key(0)
+    for rates, extra in (
+        ({"zoneout": 0.5}, []),
+        ({"recurrent_dropout": 0.5}, [rows, rows]),
+        ({"dropout": 0.5}, [steps]),
+    ):
+        kept = list(kept_by_backward(key=key, **rates))
+        for entry in plain:
+            kept.remove(entry)
+        large = [(dtype, size) for dtype, size in kept if size >= rows]
+        assert large == [("float32", size) for size in extra], rates
+
+
+# Layouts, transforms, initialisation.
+
+
+@in_float64
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["one_way", "both_ways"])
+def test_batch_major_is_time_major_transposed(bidirectional):
+    layers = make_stack(2, bidirectional)
+    xs, h0, mask, resets = make_data(layers)
+    h_last, ys = gru_stack(layers, xs, h0, mask=mask, resets=resets)
+    for axis in (1, -2):
+        h_other, ys_other = gru_stack(
+            layers, xs.swapaxes(0, 1), h0, mask=mask.T, resets=resets.T, axis=axis
+        )
+        assert_close((h_other, ys_other.swapaxes(0, 1)), (h_last, ys), EXACT)
+    if bidirectional:
+        lone, ys_lone = gru_bidirectional(
+            layers[0], xs.swapaxes(0, 1), h0[0], mask=mask.T, resets=resets.T, axis=1
+        )
+        assert_close((lone, ys_lone.swapaxes(0, 1)), gru_bidirectional(
+            layers[0], xs, h0[0], mask=mask, resets=resets
+        ), EXACT)  # fmt: skip
+
+
+@in_float64
+def test_ensemble_under_vmap_is_its_members():
+    """Parameters and keys on a leading axis: every member has its own masks."""
+    members = [make_stack(1), jax.tree.map(lambda v: 0.5 * v, make_stack(1))]
+    xs, h0, _, _ = make_data(members[0])
+    keys = jax.random.split(jax.random.key(2), 2)
+
+    def gradient(layers, key):
+        def loss(layers):
+            return jnp.sum(jnp.sin(gru_stack(layers, xs, h0, key=key, **KINDS["all"])[1]))
+
+        return jax.value_and_grad(loss)(layers)
+
+    together = jax.jit(jax.vmap(gradient))(jax.tree.map(lambda *v: jnp.stack(v), *members), keys)
+    for number, (member, key) in enumerate(zip(members, keys)):
+        got = jax.tree.map(lambda v, number=number: v[number], together)
+        assert_close(got, jax.jit(gradient)(member, key), EXACT)
+
+
+def test_stack_of_half_type_returns_it_and_its_gradient():
+    layers = make_stack(2, True, dtype=jnp.bfloat16, layer_norm=True)
+    xs, h0, mask, _ = make_data(layers, dtype=jnp.bfloat16)
+    options = {"mask": mask, "key": jax.random.key(1), **KINDS["all"]}
+
+    def run(layers, xs, h0):
+        return gru_stack(layers, xs, h0, **options)
+
+    out, vjp = jax.vjp(run, layers, xs, h0)
+    grads = vjp(make_cotangents(out))
+    assert {leaf.dtype for leaf in jax.tree.leaves((out, grads))} == {jnp.dtype(jnp.bfloat16)}
+    wide = jax.tree.map(lambda v: v.astype(jnp.float32), (layers, xs, h0))
+    ys = gru_stack(*wide, **options)[1]
+    assert np.abs(np.asarray(out[1], np.float32) - ys).max() < 2e-2
+
+
+def test_stack_is_drawn_layer_by_layer_with_the_sizes_asked_for():
+    key = jax.random.key(3)
+    layers = init_stack(key, 2, (3, 5), 2, bidirectional=True, merge="sum", layer_norm=True)
+    shapes = [[side.w_x.shape for side in layer] for layer in layers]
+    assert shapes == [[(2, 9), (2, 9)], [(3, 15), (3, 15)]]
+    concatenated = init_stack(key, 2, (3, 5), 2, bidirectional=True)
+    assert concatenated[1].forward.w_x.shape == (6, 15)
+    forward, backward = layers[0]
+    assert not np.array_equal(forward.w_h, backward.w_h)
+    first_key = jax.random.split(jax.random.split(key, 2)[0])[0]
+    np.testing.assert_array_equal(forward.w_h, init_gru(first_key, 2, 3).w_h)
+
+
+# Errors: the message names the function, the argument, what it must be, and what came.
+
+
+def call(**changes):
+    arguments = {
+        "params": init_stack(jax.random.key(0), INPUTS, H, 2),
+        "xs": jnp.ones((T, B, INPUTS)),
+    }
+    arguments.update(changes)
+    return gru_stack(arguments.pop("params"), arguments.pop("xs"), **arguments)
+
+
+def two_way(num_layers=1):
+    return init_stack(jax.random.key(0), INPUTS, H, num_layers, bidirectional=True)
+
+
+@pytest.mark.parametrize(
+    ("run", "error", "match"),
+    [
+        (lambda: call(params=(*init_stack(jax.random.key(0), INPUTS, H), *init_stack(
+            jax.random.key(0), 4, H))), ValueError,
+         r"gru_stack: params\[1\].w_x must have 3 rows \(the outputs of params\[0\], .*got 4"),
+        (lambda: call(xs=jnp.ones((T, B, 5))), ValueError,
+         r"params\[0\].w_x must have 5 rows \(xs's last axis\), got 2"),
+        (lambda: call(params=two_way(2), merge="sum"), ValueError,
+         r"params\[1\].w_x must have 3 rows \(the outputs of params\[0\], merge='sum'\), got 6"),
+        (lambda: call(merge="mean"),
+         ValueError, "merge must be one of 'concat', 'sum', got 'mean'"),
+        (lambda: call(h0=jnp.zeros((2, B, H))), ValueError,
+         "h0 must be a sequence of 2 states, one for each layer, got .*init_state"),
+        (lambda: call(h0=[jnp.zeros((B, H))]), ValueError, "of 2 states.*got 1 of them"),
+        (lambda: call(h0=[jnp.zeros((B, H)), (jnp.zeros((B, H)),) * 2]), ValueError,
+         r"h0\[1\] must be one array \[..., H\], as params\[1\] has one direction, got 2"),
+        (lambda: call(params=two_way(), h0=[jnp.zeros((B, H))]), ValueError,
+         r"h0\[0\] must be a pair of states, forward and backward"),
+        (lambda: call(h0=[jnp.zeros((B, H)), jnp.zeros((B, 4))]),
+         ValueError, r"gru: h0 must have sh"),
+        (lambda: call(mask=length_mask([1, 2, 3], T)), ValueError,
+         r"gru_stack: mask must have shape \(3, 2\) \(xs without its last axis\), got \(3, 3\)"),
+        (lambda: call(resets=jnp.ones((T, B))), TypeError, "resets must be a bool array"),
+        (lambda: call(dropout=1.0, key=jax.random.key(0)), ValueError,
+         r"gru_stack: dropout must be in \[0, 1\), got 1.0"),
+        (lambda: call(zoneout=-0.1, key=jax.random.key(0)), ValueError, "zoneout must be in"),
+        (lambda: call(input_dropout="a"),
+         TypeError, "input_dropout must be a Python float, got 'a'"),
+        (lambda: call(dropout=0.5), ValueError,
+         "key must be a jax.random.key for dropout=0.5, got None; pass deterministic=True"),
+        (lambda: call(dropout=0.5, key=3), TypeError, "key must be a jax.random.key, got 3"),
+        (lambda: call(deterministic=1), TypeError, "deterministic must be a bool, got 1"),
+        (lambda: call(params=init_gru(jax.random.key(0), INPUTS, H)), TypeError,
+         "params must be a sequence of layers, GRUParams or Bidirectional, got GRUParams"),
+        (lambda: call(params=()), TypeError, "got an empty one"),
+        (lambda: call(params=[{}]),
+         TypeError, r"params\[0\] must be a GRUParams or a Bidir.*got dict"),
+        (lambda: call(params=init_stack(jax.random.key(0), INPUTS, (3, 4), 2), residual=True),
+         ValueError,
+         r"params\[1\] must have outputs of the size of its inputs for residual=True, 3, got 4"),
+        (lambda: call(residual="yes"), TypeError, "residual must be a bool, got 'yes'"),
+        (lambda: call(axis=2),
+         ValueError, "axis must name an axis of xs other than its last, got 2"),
+        (lambda: call(truncate=0), ValueError, "gru: truncate must be at least 1, got 0"),
+        (lambda: gru_stack_cell(two_way(), jnp.ones((B, INPUTS)), None), ValueError,
+         "gru_stack_cell: params must hold layers of one direction"),
+        (lambda: gru_bidirectional(two_way(), jnp.ones((T, B, INPUTS))), TypeError,
+         "gru_bidirectional: params must be a Bidirectional, got tuple"),
+        (lambda: gru_bidirectional(two_way()[0], jnp.ones((T, B, INPUTS)), jnp.zeros((B, H))),
+         ValueError,
+         "h0 must be a pair of states"),
+        (lambda: gru_bidirectional(Bidirectional(init_gru(jax.random.key(0), INPUTS, 3), init_gru(
+            jax.random.key(0), INPUTS, 4)), jnp.ones((T, B, INPUTS)), merge="sum"), ValueError,
+         "params must have one hidden size in both directions for merge='sum', got 3 and 4"),
+        (lambda: gru(init_gru(jax.random.key(0), INPUTS, H), jnp.ones((T, B, INPUTS)),
+             recurrent_dropout=0.1), ValueError,
+         "gru: key must be a jax.random.key for recurrent_dropout=0.1, got None"),
+        (lambda: init_stack(jax.random.key(0), 2, (3, 4), 3), ValueError,
+         "hidden_size must hold one size for each of num_layers=3 layers, got 2"),
+        (lambda: init_stack(jax.random.key(0), 2, 3, 0),
+         ValueError, "num_layers must be at least 1"),
+        (lambda: init_stack(jax.random.key(0), 2, 3, bidirectional=2), TypeError, "must be a bool"),
+        (lambda: init_state(3), TypeError, "init_state: params must be a sequence of layers"),
+        (lambda: resets_from_dones(jnp.ones(3)), TypeError, "dones must be a bool array"),
+        (lambda: resets_from_dones(jnp.ones((3, 2), bool), jnp.ones(3, bool)), ValueError,
+         r"done_before must have shape \(2,\) \(dones without its first axis\), got \(3,\)"),
+    ],
+)  # fmt: skip
+def test_bad_call_says_what_was_expected_and_what_came(run, error, match):
+    with pytest.raises(error, match=match):
+        run()

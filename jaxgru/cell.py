@@ -157,26 +157,20 @@ def step(
     scale: Array | None = None,
 ) -> tuple[Array, Gates]:
     """h' and the gates from the projected input a and the state h, all [..., H]."""
-    a_r, a_z, a_n = a
     read, activation = _read(h, scale), _ACTIVATIONS[spec.activation]
-    g_r, g_z, g_n = _gains(params.g_h)
+    g_n = _gains(params.g_h)[2]
     if spec.reset == "before":
         w_rz, w_n = gates_and_candidate(params.w_h)
         v_r, v_z = jnp.split(matmul(read, w_rz), 2, axis=-1)
-        v_n = None
+        (r, norm_r), (z, norm_z) = _open_gates(params, a, v_r, v_z)
+        u_n, norm_n = normalize(matmul(r * read, w_n), g_n)
+        n, q = activation(a[2] + u_n), None
     else:  # one product of width 3H: nothing in it waits for r
         v_r, v_z, v_n = blocks(matmul(read, params.w_h))
-        w_n = None
-    (u_r, norm_r), (u_z, norm_z) = normalize(v_r, g_r), normalize(v_z, g_z)
-    r = jax.nn.sigmoid(a_r + u_r)
-    z = jax.nn.sigmoid(a_z + u_z)
-    if v_n is None:
-        u_n, norm_n = normalize(matmul(r * read, w_n), g_n)
-        n, q = activation(a_n + u_n), None
-    else:
+        (r, norm_r), (z, norm_z) = _open_gates(params, a, v_r, v_z)
         q, norm_n = normalize(v_n, g_n)
         q = q if params.b_h is None else q + like_row(blocks(params.b_h)[2], q)
-        n = activation(a_n + r * q)
+        n = activation(a[2] + r * q)
     h = z * h + (1 - z) * n if spec.update == "keep" else (1 - z) * h + z * n
     return h, Gates(r, z, n, q, (norm_r, norm_z, norm_n))
 
@@ -339,6 +333,13 @@ def step_drive(
         through_r = normalize_jvp(through_r, _gains(params.g_h)[2], gates.norms[2])
         return e_z * c.z + (e[2] + u[2] + through_r) * c.a
     return e_z * c.z + e_r * c.r + e[2] * c.a + u[2] * c.q
+
+
+def _open_gates(params, a, v_r, v_z):
+    """r and z, each with the norm of its product."""
+    g_r, g_z, _ = _gains(params.g_h)
+    (u_r, norm_r), (u_z, norm_z) = normalize(v_r, g_r), normalize(v_z, g_z)
+    return (jax.nn.sigmoid(a[0] + u_r), norm_r), (jax.nn.sigmoid(a[1] + u_z), norm_z)
 
 
 def _read(h, scale):

@@ -19,7 +19,7 @@ from jaxgru.arguments import (
     require_float,
     require_rates,
 )
-from jaxgru.masks import require_flags
+from jaxgru.masks import draw_kept, require_flags
 from jaxgru.parameters import GRUParams, init_gru, require_params
 from jaxgru.recurrence import gru
 
@@ -261,7 +261,8 @@ def gru_stack(
     require_rates("gru_stack", rates, key, deterministic)
     axis = require_axis("gru_stack", axis, xs.shape)
     require_flags("gru_stack", {"mask": mask, "resets": resets}, xs.shape[:-1])
-    ys, mask, resets = (v if v is None else jnp.moveaxis(v, axis, 0) for v in (xs, mask, resets))
+    ys = jnp.moveaxis(xs, axis, 0)
+    mask, resets = (None if v is None else jnp.moveaxis(v, axis, 0) for v in (mask, resets))
     keys = _split(None if deterministic else key, 2 * len(params) + 1)
     shared, h_last = (0,) if variational else (), []
     for number, layer in enumerate(params):
@@ -324,14 +325,14 @@ def gru_stack_cell(
 def drop(key: Array | None, x: Array, rate: float, shared: tuple[int, ...] = ()) -> Array:
     """x m / (1 - rate) with m drawn from the key, one for all entries along the axes `shared`.
 
-    x itself without a key. Under `jax.checkpoint` the key is all that is kept: the backward draws the mask again.
+    x itself without a key. Under `jax.checkpoint` the key is all that is kept: the backward draws
+    the mask again.
     """
     if key is None or rate == 0:
         return x
-    shape = tuple(1 if axis in shared else size for axis, size in enumerate(x.shape))
 
     def masked(key, x):
-        kept = jax.random.bernoulli(key, 1 - rate, shape)
+        kept = draw_kept(key, rate, x, shared)
         return jnp.where(kept, x / (1 - rate), jnp.zeros_like(x))
 
     return jax.checkpoint(masked)(key, x)

@@ -1,4 +1,4 @@
-"""Flags over time: which steps are real, and before which of them a state starts anew."""
+"""Flags: which steps are real, before which a state starts anew, and what dropout keeps."""
 
 from typing import Any
 
@@ -79,6 +79,32 @@ def resets_from_dones(dones: Array, done_before: Array | None = None) -> Array:
     shape, meaning = dones.shape[1:], "dones without its first axis"
     require_flags("resets_from_dones", {"done_before": done_before}, shape, meaning)
     return jnp.concatenate([jnp.asarray(done_before)[None], dones])[:-1]
+
+
+def draw_kept(key: Array, rate: float, like: Array, shared: tuple[int, ...] = ()) -> Array:
+    """Bool of the shape of `like` (1 along the axes `shared`), False with probability `rate`."""
+    shape = tuple(1 if axis in shared else size for axis, size in enumerate(like.shape))
+    return _place_like(jax.random.bernoulli(key, 1 - rate, shape), like)
+
+
+def draw_kept_per_step(key: Array, rate: float, like: Array, steps: Array) -> Array:
+    """The same for each number in `steps`, [T, *like.shape]; a step's draw depends on no other."""
+
+    def draw(step):
+        return jax.random.bernoulli(jax.random.fold_in(key, step), 1 - rate, like.shape)
+
+    return _place_like(jax.vmap(draw)(steps), like)
+
+
+def _place_like(kept, like):
+    """kept, divided over an explicit mesh as `like` is along the axes that they share."""
+    sharding = getattr(jax.typeof(like), "sharding", None)
+    if sharding is None or all(axis is None for axis in sharding.spec):
+        return kept
+    lead = kept.ndim - like.ndim
+    sizes = zip(kept.shape[lead:], like.shape, sharding.spec)
+    spec = [axis if size == whole else None for size, whole, axis in sizes]
+    return jax.sharding.reshard(kept, jax.P(*[None] * lead, *spec))
 
 
 def require_flags(

@@ -151,8 +151,8 @@ def final_outputs(
     (4, 1)
     """
     require_rates("final_outputs", {"output_dropout": output_dropout}, key, deterministic)
-    acting = key is not None and not deterministic
-    stack_key, head_key = jax.random.split(key) if acting else (None, None)
+    key = None if deterministic else key
+    stack_key, head_key = (None, None) if key is None else jax.random.split(key)
     options = {"merge": merge, "residual": residual, "deterministic": deterministic}
     h_last, _ = gru_stack(params.layers, xs, h0, key=stack_key, **options, **stack_options)
 
@@ -209,7 +209,7 @@ def init_token_model(
 
 def token_logits(
     params: TokenParams, tokens: Array, h0: Any = None, **stack_options: Any
-) -> tuple[Array, Array]:
+) -> tuple[Any, Array]:
     """(h_last, logits): the unnormalized log-probabilities of the token after each token.
 
     Args:
@@ -247,7 +247,7 @@ def token_loss(
     mask: Array | None = None,
     reduction: Reduction = "mean",
     **stack_options: Any,
-) -> tuple[Array, Array]:
+) -> tuple[Array, Any]:
     """(loss, h_last): the cross-entropy of the next token, -log softmax(logits)[target], in nats.
 
     Args:

@@ -38,7 +38,7 @@ from jaxgru.cell import (
     step_jvp,
     step_vjp,
 )
-from jaxgru.masks import require_flags
+from jaxgru.masks import draw_kept, draw_kept_per_step, require_flags
 from jaxgru.parameters import CHO_2014, GRUParams, GRUSpec, require_params, require_spec
 from jaxgru.products import state_dtype
 
@@ -135,8 +135,8 @@ def gru(
     much again with residuals other than "gates". Kept for the backward beside inputs and outputs,
     in numbers: 3TBH or 4TBH (reset="after") for "gates", none for "states" and "boundaries", and
     one state, BH, a chunk for each of them. "boundaries" does not keep hs either: it is free to go
-    where only h_last is used. Gains add 3TBH to "gates". Zoneout keeps its key alone and draws its
-    masks again in the backward; recurrent dropout keeps BH.
+    where only h_last is used. Gains add 3T(BH + B) to "gates". Zoneout keeps its key alone and
+    draws its masks again in the backward; recurrent dropout keeps BH.
 
     Sources: Cho et al. 2014 (arXiv:1406.1078), eqs. 5-8, and Chung et al. 2014 (arXiv:1412.3555),
     section 3.2, for the forward equations; Gal and Ghahramani 2016 (arXiv:1512.05287), eq. 7, for
@@ -300,11 +300,7 @@ def _with_flags(static, steps, key, h):
         steps = steps._replace(cut=cut)
     if key is None:
         return steps
-
-    def draw(order):
-        return jax.random.bernoulli(jax.random.fold_in(key, order), 1 - static.zoneout, h.shape)
-
-    written = jax.vmap(draw)(steps.order)
+    written = draw_kept_per_step(key, static.zoneout, h, steps.order)
     return steps._replace(mask=written if steps.mask is None else steps.mask & written)
 
 
@@ -436,7 +432,7 @@ def _zero_state(params, xs):
 
 def _draw_scale(key, rate, h0):
     """1/(1 - rate) with probability 1 - rate, else 0, in the shape of h0 and the state dtype."""
-    kept = jax.random.bernoulli(key, 1 - rate, h0.shape)
+    kept = draw_kept(key, rate, h0)
     return kept.astype(state_dtype(h0.dtype)) / (1 - rate)
 
 

@@ -44,22 +44,22 @@ def oracle_step(params, x, h, spec):
 
 
 @functools.partial(jax.jit, static_argnames="spec")
-def step_and_rules(params, x, h, dh, spec):
+def step_and_rules(params, x, h, dh, spec, scale=None):
     """The step's value, its handwritten VJP, and JAX's."""
     a = cell.project(params, x, spec)
-    h_t, gates = cell.step(params, a, h, spec)
-    dh_tm1, da = cell.step_vjp(params, gates, h, dh, spec)
+    h_t, gates = cell.step(params, a, h, spec, scale)
+    dh_tm1, da = cell.step_vjp(params, gates, h, dh, spec, scale)
     by_hand = (
-        cell.params_vjp(params, x, gates, h, da, spec),
+        cell.params_vjp(params, x, gates, h, da, spec, scale),
         cell.inputs_vjp(params, x, da),
         dh_tm1,
     )
 
     def whole(params, x, h):
-        return cell.step(params, cell.project(params, x, spec), h, spec)[0]
+        return cell.step(params, cell.project(params, x, spec), h, spec, scale)[0]
 
     _, pull = jax.vjp(whole, params, x, h)
-    _, pull_a = jax.vjp(lambda a, h: cell.step(params, a, h, spec)[0], a, h)
+    _, pull_a = jax.vjp(lambda a, h: cell.step(params, a, h, spec, scale)[0], a, h)
     return h_t, by_hand, pull(dh), ((da.r, da.z, da.n), dh_tm1), pull_a(dh)
 
 
@@ -155,16 +155,16 @@ def test_parameter_cotangents_sum_over_all_leading_axes(spec, batch):
 
 
 @functools.partial(jax.jit, static_argnames="spec")
-def tangents_by_hand_and_by_jax(params, tparams, x, tx, h, th, spec):
+def tangents_by_hand_and_by_jax(params, tparams, x, tx, h, th, spec, scale=None):
     """None among the tangents stands for zero."""
-    _, gates = cell.step(params, cell.project(params, x, spec), h, spec)
-    drive = cell.step_drive(params, tparams, x, tx, gates, h, spec)
-    by_hand = cell.step_jvp(params, gates, h, th, drive, spec)
+    _, gates = cell.step(params, cell.project(params, x, spec), h, spec, scale)
+    drive = cell.step_drive(params, tparams, x, tx, gates, h, spec, scale)
+    by_hand = cell.step_jvp(params, gates, h, th, drive, spec, scale)
     zeros = jax.tree.map(jnp.zeros_like, (params, x))
     filled = GRUParams(*(zero if t is None else t for t, zero in zip(tparams, zeros[0])))
 
     def whole(params, x, h):
-        return cell.step(params, cell.project(params, x, spec), h, spec)[0]
+        return cell.step(params, cell.project(params, x, spec), h, spec, scale)[0]
 
     tx = zeros[1] if tx is None else tx
     return by_hand, jax.jvp(whole, (params, x, h), (filled, tx, th))[1]
@@ -192,6 +192,37 @@ def test_drive_takes_none_for_a_tangent_that_is_zero(spec, only):
     by_hand, by_jax = tangents_by_hand_and_by_jax(params, tparams, x, tx, h, th, spec)
     assert np.abs(np.asarray(by_jax)).max() > 1e-3  # the tangent left in does reach the state
     assert_close(by_hand, by_jax, EXACT)
+
+
+@in_float64
+@pytest.mark.parametrize("spec", [CHO_2014, PYTORCH, CHUNG_2014], ids=["before", "after", "write"])
+@pytest.mark.parametrize("gains", ["both", "g_x", "g_h"])
+def test_normalized_step_with_a_scaled_read_has_its_value_and_rules(spec, gains):
+    """Layer norm and recurrent dropout inside one step: the oracle's value, JAX's derivatives."""
+
+    def problem(seed):
+        params, xs, h = make_problem(seed, steps=1, batch=(4,), layer_norm=True)[:3]
+        absent = {"both": (), "g_x": ("g_h",), "g_h": ("g_x",)}[gains]
+        return params._replace(**dict.fromkeys(absent)), xs[0], h
+
+    (params, x, h), (tparams, tx, th) = problem(62), problem(63)
+    scale = jax.random.bernoulli(jax.random.key(64), 0.6, h.shape).astype(h.dtype) / 0.6
+    rules = step_and_rules(params, x, h, th, spec, scale)
+    equation = oracle.Equation(*dataclasses.astuple(spec))
+    assert_close(rules[0], oracle.forward(params, equation, x[None], h, scale=scale)[0], EXACT)
+    assert_close(rules[1], rules[2], EXACT)
+    assert_close(rules[3], rules[4], EXACT)
+    by_hand, by_jax = tangents_by_hand_and_by_jax(params, tparams, x, tx, h, th, spec, scale)
+    assert_close(by_hand, by_jax, EXACT)
+
+
+def test_normalized_product_has_mean_zero_and_variance_one_in_every_gate():
+    """Large weights change nothing: with gains of one and no bias, a is of unit size."""
+    params = init_gru(jax.random.key(0), 5, 64, bias=False, layer_norm=True)
+    params = params._replace(w_x=100 * params.w_x + 7)
+    for a in cell.project(params, jax.random.normal(jax.random.key(1), (3, 5)), CHO_2014):
+        np.testing.assert_allclose(a.mean(-1), 0, atol=1e-5)
+        np.testing.assert_allclose(a.std(-1), 1, atol=1e-3)
 
 
 @in_float64

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import export
 
-from jaxgru import gru, init_gru
+from jaxgru import gru, gru_stack, init_gru, init_stack
 
 
 @pytest.mark.parametrize(
@@ -33,3 +33,20 @@ def test_exported_gradient_serves_every_length_and_batch(options):
         ):
             # 2e-5 of the largest entry: float32, two orders of summation.
             np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(b).max()), rtol=0)
+
+
+def test_exported_stack_serves_every_length_and_batch():
+    """Both directions, truncation and zoneout's mean: what depends on the number of the step."""
+    layers = init_stack(jax.random.key(0), 2, 3, 2, bidirectional=True, layer_norm=True)
+
+    def run(layers, xs):
+        options = {"truncate": 3, "zoneout": 0.2, "deterministic": True}
+        return jnp.sum(jnp.sin(gru_stack(layers, xs, **options)[1]))
+
+    steps, batch = export.symbolic_shape("t, b")
+    symbolic = jax.ShapeDtypeStruct((steps, batch, 2), jnp.float32)
+    exported = export.export(jax.jit(jax.grad(run)))(layers, symbolic)
+    xs = jax.random.normal(jax.random.key(1), (7, 4, 2))
+    got, wanted = exported.call(layers, xs), jax.jit(jax.grad(run))(layers, xs)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted)):
+        np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(b).max()), rtol=0)

@@ -224,6 +224,59 @@ WRITE = {
     "kept_state": ("step_vjp", of_step(kept_state_of_the_other_convention)),
     "update_gate_sign": ("step_vjp", of_step(update_gate_sign)),
 }
+
+
+def scale_ignored(original):
+    def faulty(params, gates, h_tm1, dh, spec, scale):
+        return original(params, gates, h_tm1, dh, spec, None)
+
+    return faulty
+
+
+def scale_ignored_by_weights(original):
+    def faulty(params, xs, gates, h_tm1, da, spec, scale):
+        return original(params, xs, gates, h_tm1, da, spec, None)
+
+    return faulty
+
+
+def held_units_written(original):
+    """The backward that takes the mask without the units that zoneout holds."""
+
+    def faulty(static, params, dh, gates, h_tm1, dhs, steps, scale):
+        real = steps.mask.any(axis=-1, keepdims=True)
+        return original(static, params, dh, gates, h_tm1, dhs, steps._replace(mask=real), scale)
+
+    return faulty
+
+
+def cut_ignored(dh, gates, h_tm1, dhs, steps):
+    return dh, gates, h_tm1, dhs, steps._replace(cut=None)
+
+
+def norms_of_the_wrong_gate(original):
+    def faulty(params, gates, h_tm1, dh, spec, scale):
+        r, z, n = gates.norms
+        return original(params, gates._replace(norms=(z, r, n)), h_tm1, dh, spec, scale)
+
+    return faulty
+
+
+def gain_of_inputs_ignored(original):
+    def faulty(params, xs, da):
+        return original(params._replace(g_x=None), xs, da)
+
+    return faulty
+
+
+INSIDE = {
+    "scale_ignored": ("step_vjp", scale_ignored),
+    "scale_ignored_by_weights": ("params_vjp", scale_ignored_by_weights),
+    "held_units_written": ("_backward_chunk", held_units_written),
+    "cut_ignored": ("_backward_chunk", of_sweep(cut_ignored)),
+    "norms_of_the_wrong_gate": ("step_vjp", norms_of_the_wrong_gate),
+    "gain_of_inputs_ignored": ("inputs_vjp", gain_of_inputs_ignored),
+}
 TANGENT = {
     "no_reset_gate_in_tangent": ("step_jvp", no_reset_gate_in_tangent),
     "no_recurrent_weights_in_drive": ("step_drive", no_recurrent_weights_in_drive),
@@ -231,17 +284,18 @@ TANGENT = {
 }
 
 
-def run_check(fn, spec=CHO_2014, **options):
+def run_check(fn, spec=CHO_2014, layer_norm=False, **options):
     keys = jax.random.split(jax.random.key(7), 4)
-    params = init_gru(keys[0], 2, 3, scheme="pytorch")
+    params = init_gru(keys[0], 2, 3, scheme="pytorch", layer_norm=layer_norm)
     xs, h0 = jax.random.normal(keys[1], (5, 2, 2)), jax.random.normal(keys[2], (2, 3))
     options = {"num_cotangents": 1, "finite_differences": False, **options}
     fn = functools.partial(fn, spec=spec)
-    reference = functools.partial(plain, gradient="autodiff", spec=spec)
+    inside = fn.keywords.get("inside", False)
+    reference = functools.partial(plain, gradient="autodiff", spec=spec, inside=inside)
     return check_gradients(fn, reference, params, xs, h0, **options)
 
 
-def plain(params, xs, h0, gradient="bptt", chunk_size=None, spec=CHO_2014):
+def plain(params, xs, h0, gradient="bptt", chunk_size=None, spec=CHO_2014, inside=False):
     mask = jnp.array([[1, 1], [1, 0], [1, 1], [0, 1], [1, 1]], bool)
     resets = jnp.array([[0, 0], [0, 0], [1, 0], [0, 1], [0, 0]], bool)
     return recurrence.gru(
@@ -253,7 +307,11 @@ def plain(params, xs, h0, gradient="bptt", chunk_size=None, spec=CHO_2014):
         gradient=gradient,
         chunk_size=chunk_size,
         spec=spec,
+        **(_INSIDE if inside else {}),
     )
+
+
+_INSIDE = {"key": jax.random.key(3), "recurrent_dropout": 0.4, "zoneout": 0.3, "truncate": 2}
 
 
 @pytest.mark.parametrize("chunk_size", [None, 2])
@@ -282,6 +340,18 @@ def test_fault_of_another_equation_or_rule_is_caught(spec, gradient, fault, monk
     name, mutate = fault[1]
     monkeypatch.setattr(recurrence, name, mutate(getattr(recurrence, name)))
     report = run_check(functools.partial(plain, gradient=gradient), spec=spec)
+    assert {row.dtype for row in report.failures if row.reason == "value"} == {"float32", "float64"}
+
+
+def test_unbroken_rule_with_all_that_acts_inside_passes():
+    assert run_check(functools.partial(plain, inside=True), layer_norm=True).passed
+
+
+@pytest.mark.parametrize("fault", INSIDE)
+def test_fault_of_what_acts_inside_the_recurrence_is_caught(fault, monkeypatch):
+    name, mutate = INSIDE[fault]
+    monkeypatch.setattr(recurrence, name, mutate(getattr(recurrence, name)))
+    report = run_check(functools.partial(plain, inside=True), layer_norm=True)
     assert {row.dtype for row in report.failures if row.reason == "value"} == {"float32", "float64"}
 
 

@@ -52,12 +52,24 @@ def pullbacks(problem, variants, **case):
     return every_variant(problem.params, problem.xs, problem.h0, problem.cotangents)
 
 
-def oracle_pullback(problem, spec, mask=None, resets=None, reverse=False):
-    """The same of the oracle, with None where a bias is."""
+def oracle_pullback(
+    problem, spec, mask=None, resets=None, reverse=False, truncate=None, key=None,
+    recurrent_dropout=0.0, zoneout=0.0, deterministic=False,
+):  # fmt: skip
+    """The same of the oracle, with None where a bias is; it is given what the key draws."""
     params, xs, h0 = problem.params, problem.xs, problem.h0
     equation = oracle.Equation(*dataclasses.astuple(spec))
-    h_last, hs, tape = oracle.forward(params, equation, xs, h0, mask, resets, reverse)
-    packed, dxs, dh0 = oracle.backward(params, equation, xs, tape, *problem.cotangents)
+    scale, held = None, zoneout
+    if key is not None and not deterministic:
+        scale_key, zoneout_key = jax.random.split(key)
+        kept = jax.random.bernoulli(scale_key, 1 - recurrent_dropout, h0.shape)
+        scale = np.asarray(kept) / (1 - recurrent_dropout)
+        steps = len(xs)
+        step_keys = [jax.random.fold_in(zoneout_key, order) for order in range(steps)]
+        written = [jax.random.bernoulli(k, 1 - zoneout, h0.shape) for k in step_keys]
+        held = 1.0 - np.asarray(jnp.stack(written[::-1] if reverse else written))
+    h_last, hs, tape = oracle.forward(params, equation, xs, h0, mask, resets, reverse, scale, held)
+    packed, dxs, dh0 = oracle.backward(params, equation, xs, tape, *problem.cotangents, truncate)
     dparams = (None if p is None else d for p, d in zip(params, packed))
     return (h_last, hs), (type(params)(*dparams), dxs, dh0)
 
@@ -120,6 +132,60 @@ def test_masks_and_resets_alone_have_one_gradient(spec, flags):
     case = {name: getattr(problem, name) for name in flags}
     variants = [TANGENT, {"residuals": "states", "chunk_size": 3}]
     assert_oracles(problem, spec, variants, reverse=True, **case)
+
+
+NOISE = {"key": jax.random.key(8), "recurrent_dropout": 0.4, "zoneout": 0.3}
+
+
+@in_float64
+@pytest.mark.parametrize("layer_norm", [False, True], ids=["plain", "normalized"])
+@pytest.mark.parametrize(
+    "choices",
+    [
+        NOISE,
+        {**NOISE, "reverse": True, "truncate": 3},
+        {"zoneout": 0.3, "deterministic": True},
+        {"truncate": 2},
+        {},
+    ],
+    ids=["noise", "reverse_noise_truncate", "mean_of_zoneout", "truncate", "nothing"],
+)
+@both_resets
+def test_what_acts_inside_the_recurrence_has_one_gradient(spec, choices, layer_norm):
+    """Layer norm, recurrent dropout, zoneout, truncation: every rule and policy, with flags."""
+    problem = make_problem(33, steps=5, layer_norm=layer_norm)
+    variants = [TANGENT, {}, *({**policy, "chunk_size": 2} for policy in POLICIES)]
+    flags = {"mask": problem.mask, "resets": problem.resets}
+    assert_variants_agree(problem, spec, variants, **flags, **choices)
+
+
+@in_float64
+@both_resets
+def test_second_order_of_what_acts_inside_is_autodiffs(spec):
+    """Reverse over reverse for "bptt", forward over reverse for "tangent"."""
+    problem = make_problem(34, steps=3, layer_norm=True)
+    flat, rebuild = ravel_pytree((problem.params, problem.xs, problem.h0))
+    direction = jnp.cos(jnp.arange(flat.size, dtype=flat.dtype))
+
+    def gradient(variant):
+        def loss(flat):
+            params, xs, h0 = rebuild(flat)
+            h_last, hs = gru(params, xs, h0, mask=problem.mask, spec=spec, **NOISE, **variant)
+            return jnp.sum(jnp.sin(hs)) + jnp.sum(h_last**2)
+
+        return jax.grad(loss)
+
+    @jax.jit
+    def products(flat):
+        def twice(variant):
+            return jax.grad(lambda flat: jnp.vdot(gradient(variant)(flat), direction))(flat)
+
+        forward = jax.jvp(gradient(TANGENT), (flat,), (direction,))[1]
+        return twice(AUTODIFF), [twice({}), twice({"residuals": "states"}), forward]
+
+    wanted, results = products(flat)
+    for result in results:
+        assert_close(result, wanted, EXACT)
 
 
 @in_float64

@@ -219,7 +219,7 @@ def test_deep_generation_is_the_model_run_step_by_step():
 @pytest.mark.parametrize("merge", ["concat", "sum"])
 @pytest.mark.parametrize("residual", [False, True])
 def test_final_output_reads_the_last_real_step_of_each_direction(merge, residual):
-    """From the outputs of all steps by hand: forward's at the row's end, backward's at its start."""
+    """From the outputs of all steps: forward's at the row's end, backward's at its start."""
     sizes = {"num_layers": 2, "bidirectional": True, "merge": merge}
     params = init_sequence_model(jax.random.key(0), E, H, 2, scheme="pytorch", **sizes)
     xs, lengths = jax.random.normal(jax.random.key(1), (5, 2, E)), [3, 5]
@@ -247,7 +247,7 @@ def test_dropout_before_the_head_scales_what_it_reads():
     np.testing.assert_allclose(noisy, wanted, atol=1e-5)
     _, same = final_outputs(params, xs, output_dropout=0.5, deterministic=True)
     np.testing.assert_array_equal(same, clean)
-    with pytest.raises(ValueError, match="final_outputs: key must be .* for output_dropout=0.5"):
+    with pytest.raises(ValueError, match=r"final_outputs: key must be .* for output_dropout=0.5"):
         final_outputs(params, xs, output_dropout=0.5)
 
 

@@ -10,6 +10,7 @@ from conftest import assert_close, make_problem
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxgru.layers import gru_stack, init_stack
 from jaxgru.parameters import CHO_2014, PYTORCH, init_gru
 from jaxgru.recurrence import gru
 
@@ -314,6 +315,51 @@ def test_explicit_mesh_takes_an_initial_state_divided_like_the_rows(rule):
         h0 = jax.device_put(problem.h0, NamedSharding(mesh, P("rows")))
         got = jax.jit(rule_gradient(rule))(params, *data, h0)
     assert_close(got, wanted, EXACT)
+
+
+def noisy_stack_gradient(layers, xs):
+    """Of a stack with every kind of dropout, zoneout and layer norm, from one key."""
+    options = {"input_dropout": 0.2, "dropout": 0.3, "recurrent_dropout": 0.3, "zoneout": 0.2}
+
+    def total(layers, xs):
+        h_last, ys = gru_stack(layers, xs, key=jax.random.key(2), **options)
+        return jnp.sum(jnp.sin(ys)) + sum(jnp.sum(h) for h in jax.tree.leaves(h_last))
+
+    return jax.value_and_grad(total, (0, 1))(layers, xs)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_mesh_of_devices_draws_the_masks_of_one_device(kind):
+    sizes = {"bidirectional": True, "layer_norm": True, "dtype": jnp.float64}
+    layers = init_stack(jax.random.key(0), 3, 4, 2, **sizes)
+    xs = jax.random.normal(jax.random.key(1), (5, 8, 3))
+    wanted = jax.jit(noisy_stack_gradient)(layers, xs)
+    mesh = four_devices(kind)
+    with jax.set_mesh(mesh):
+        params = jax.device_put(layers, NamedSharding(mesh, P()))
+        got = jax.jit(noisy_stack_gradient)(params, jax.device_put(xs, NamedSharding(mesh, ROWS)))
+    assert_close(got, wanted, EXACT)
+
+
+@each_check
+def test_noisy_stack_runs_on_each_device(check_vma):
+    """Each device draws from its own key, as it would alone."""
+    layers = init_stack(jax.random.key(0), 3, 4, 2, layer_norm=True, dtype=jnp.float64)
+    xs = jax.random.normal(jax.random.key(1), (5, 4, 3))
+    keys = jax.random.split(jax.random.key(2), 4)
+    options = {"dropout": 0.3, "recurrent_dropout": 0.3, "zoneout": 0.2}
+
+    def run(layers, xs, keys):
+        return gru_stack(layers, xs, key=keys[0], **options)[1]
+
+    sharded = shard_map(run, (P(), ROWS, P("rows")), ROWS, check_vma)
+    got = jax.jit(jax.grad(lambda *a: jnp.sum(jnp.sin(sharded(*a)))))(layers, xs, keys)
+
+    def total(layers):
+        parts = [run(layers, xs[:, i : i + 1], keys[i : i + 1]) for i in range(4)]
+        return jnp.sum(jnp.sin(jnp.concatenate(parts, axis=1)))
+
+    assert_close(got, jax.jit(jax.grad(total))(layers), EXACT)
 
 
 def test_four_devices_are_there():

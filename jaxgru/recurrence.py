@@ -14,7 +14,6 @@ Inside, time is the leading axis, masks and resets are [T, ..., 1], and the stat
 
 import dataclasses
 import functools
-import math
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -41,6 +40,7 @@ from jaxgru.cell import (
 from jaxgru.masks import draw_kept, draw_kept_per_step, require_flags
 from jaxgru.parameters import CHO_2014, GRUParams, GRUSpec, require_params, require_spec
 from jaxgru.products import state_dtype
+from jaxgru.sweeps import default_chunk_size, sweep
 
 Array = jax.Array
 Gradient = Literal["bptt", "tangent", "autodiff"]
@@ -168,7 +168,7 @@ def gru(
     kept, zoneout = (zoneout, 0.0) if deterministic else (0.0, zoneout)
     params, xs, h0, mask, resets, scale = _vary_alike((params, xs, h0, mask, resets, scale))
     if gradient == "bptt" and chunk_size is None:
-        chunk_size = _default_chunk_size(xs.shape[0], h0, residuals)
+        chunk_size = default_chunk_size(xs.shape[0], h0, residuals)
     static = _Static(
         spec, reverse, residuals, chunk_size, unroll, truncate, float(zoneout), float(kept)
     )
@@ -221,8 +221,8 @@ def _gru_bptt_bwd(static, residuals, cotangents):
         return (dh, dparams), inputs_vjp(params, steps.xs, da).astype(xs.dtype), None
 
     dparams = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype), params)
-    (dh, dparams), dxs, _ = _sweep(
-        static,
+    (dh, dparams), dxs, _ = sweep(
+        static.chunk_size,
         chunk,
         (dh_last.astype(dtype), dparams),
         (_make_steps(static, xs, mask, resets, key), hs, gates, dhs),
@@ -312,7 +312,7 @@ def _forward(static, params, xs, h0, mask, resets, scale, key, *, keep_gates):
         return h_end, outputs, h
 
     h, steps = h0.astype(state_dtype(h0.dtype)), _make_steps(static, xs, mask, resets, key)
-    h, outputs, h_starts = _sweep(static, chunk, h, steps, None, reverse=static.reverse)
+    h, outputs, h_starts = sweep(static.chunk_size, chunk, h, steps, None, reverse=static.reverse)
     return h.astype(h0.dtype), outputs, h_starts
 
 
@@ -345,47 +345,6 @@ def _backward_chunk(static, params, dh, gates, h_tm1, dhs, steps, scale):
 
     inputs = (gates, h_tm1, dhs, steps.mask, steps.resets, steps.cut)
     return lax.scan(body, dh, inputs, reverse=not static.reverse, unroll=static.unroll)
-
-
-def _sweep(static, chunk, carry, per_step, per_chunk, *, reverse):
-    """Scans `chunk` over time in chunks; a last one takes the steps that are left over.
-
-    chunk(carry, per_step, per_chunk) -> carry, per_step outputs, per_chunk outputs. Leaves of
-    per_step are [T, ...] and those of per_chunk [number of chunks, ...], in and out.
-    """
-    num_steps, size = jax.tree.leaves(per_step)[0].shape[0], static.chunk_size
-    if size is None or size >= num_steps:
-        carry, steps, chunks = chunk(carry, per_step, jax.tree.map(lambda v: v[0], per_chunk))
-        return carry, steps, jax.tree.map(lambda v: v[None], chunks)
-    count, rest = divmod(num_steps, size)
-    full = count * size
-
-    def run_full(carry):
-        split = jax.tree.map(lambda v: v[:full].reshape(count, size, *v.shape[1:]), per_step)
-        inputs = (split, jax.tree.map(lambda v: v[:count], per_chunk))
-
-        def body(carry, inputs):
-            carry, *outputs = chunk(carry, *inputs)
-            return carry, outputs
-
-        carry, (steps, chunks) = lax.scan(body, carry, inputs, reverse=reverse)
-        return carry, jax.tree.map(lambda v: v.reshape(full, *v.shape[2:]), steps), chunks
-
-    def run_rest(carry):
-        steps = jax.tree.map(lambda v: v[full:], per_step)
-        carry, steps, chunks = chunk(carry, steps, jax.tree.map(lambda v: v[count], per_chunk))
-        return carry, steps, jax.tree.map(lambda v: v[None], chunks)
-
-    if rest == 0:
-        return run_full(carry)
-    if reverse:
-        carry, *late = run_rest(carry)
-        carry, *early = run_full(carry)
-    else:
-        carry, *early = run_full(carry)
-        carry, *late = run_rest(carry)
-    steps, chunks = jax.tree.map(lambda u, v: jnp.concatenate([u, v]), early, late)
-    return carry, steps, chunks
 
 
 def _shift(static, h_start, hs, resets):
@@ -456,30 +415,6 @@ def _varying_axes(v):
     kind = jax.typeof(v)
     kind = getattr(kind, "manual_axis_type", kind)
     return getattr(kind, "varying", None) or getattr(kind, "vma", frozenset())
-
-
-def _default_chunk_size(num_steps, h0, residuals):
-    """The chunk whose temporaries stay in a core's cache; sqrt(T) where only its ends are kept.
-
-    A divisor of T where one is near, so that no shorter last chunk is compiled. None, the whole
-    sequence, where a size is symbolic (`jax.export`) and cannot be compared.
-    """
-    if not all(isinstance(size, int) for size in (num_steps, *h0.shape)):
-        return None
-    if residuals == "boundaries":
-        target = max(1, math.isqrt(num_steps))
-    elif num_steps * h0.size <= _WHOLE_SEQUENCE:
-        return max(1, num_steps)
-    else:
-        target = min(max(_CHUNK // max(1, h0.size), 16), 32)
-    near = [size for size in range(target, 2 * target) if num_steps % size == 0]
-    return near[0] if near else target
-
-
-# Numbers of state entries, T * B * H and chunk_size * B * H; measured on two cores with
-# `python -m experiments.benchmarks.scan`.
-_WHOLE_SEQUENCE = 1 << 18
-_CHUNK = 1 << 17
 
 
 def _require_choices(spec, reverse, gradient, residuals, chunk_size, unroll, truncate):

@@ -7,14 +7,14 @@
 The sine wave is the setting of "Back Propagation Through Time in Many-to-Many type" (section 9.5,
 eqs. 9.17 to 9.20) and of its companion code (H. Suzuki 2024, github.com/s-hironobu/guide2dl): the
 update gate writes, every window of 25 steps starts from a zero state, every step predicts the next
-value, and the loss is half the squared errors summed over time. The sunspot numbers come with
-statsmodels (SIDC, Royal Observatory of Belgium).
+value, and the loss is half the squared errors summed over time (there with Adam at 1e-4, which
+takes more updates). The sunspot numbers come with statsmodels (source: NOAA).
 
 The series is split in time. The training part alone sets the scale and trains, the validation part
 chooses among the updates, and the test part is scored once, at the end: one step ahead, beside the
 last value and a linear autoregression; and free-running, where the model reads all before the test
-part and from there on its own predictions. A run folder holds config.json, metrics.jsonl, loss.png,
-forecast.png and weights.npz.
+part and from there on its own predictions. A run folder holds config.json, metrics.jsonl (the last
+line is of the test part), loss.png, forecast.png and weights.npz.
 """
 
 import argparse
@@ -35,39 +35,32 @@ from experiments import data, runs
 
 SPEC = jaxgru.CHUNG_2014  # the update gate writes, the reset gate comes before the product
 AR_ORDER = 9  # of the linear autoregression beside it
-REAL = {
-    "window": 60, "hidden_size": 32, "batch_size": 32, "num_updates": 2000,
-    "learning_rate": 2e-3, "weight_decay": 1e-2, "recurrent_dropout": 0.2, "evaluate_every": 50,
-}  # fmt: skip
 PRESETS = {
     "sine": {},
-    "sunspots": REAL,
-    "csv": REAL,
+    "real": {
+        "window": 60, "batch_size": 32, "num_updates": 1000, "learning_rate": 1e-3,
+        "weight_decay": 1e-2, "recurrent_dropout": 0.4, "evaluate_every": 20,
+    },
     "smoke": {
-        "window": 20, "hidden_size": 12, "batch_size": 16, "num_updates": 200,
-        "learning_rate": 1e-2, "evaluate_every": 20,
+        "window": 20, "hidden_size": 12, "batch_size": 16, "num_updates": 300,
+        "learning_rate": 2e-2, "evaluate_every": 20,
     },
 }  # fmt: skip
 
 
 class Series(NamedTuple):
-    """Numbers in order of time; training ends before `validation`, that before `test`."""
+    """Numbers in order of time: training before index `validation`, that before `test`."""
 
-    name: str
+    title: str
     unit: str
     time: str  # what the times are
     times: np.ndarray  # [N]
     values: np.ndarray  # [N] float64
     validation: int
     test: int
-
-    def standardize(self, values):
-        training = self.values[: self.validation]
-        return (values - training.mean()) / training.std()
-
-    def restore(self, values):
-        training = self.values[: self.validation]
-        return np.asarray(values, np.float64) * training.std() + training.mean()
+    mean: float  # of the training part
+    std: float
+    standard: np.ndarray  # [N] float32, the values in the scale of the training part
 
 
 def parse_args(argv):
@@ -83,23 +76,23 @@ def parse_args(argv):
     add("--window", type=int, default=25, help="steps of a training sequence")
     add("--hidden-size", type=int, default=32)
     add("--batch-size", type=int, default=1, help="windows an update")
-    add("--num-updates", type=int, default=15000)
-    add("--learning-rate", type=float, default=1e-4, help="of AdamW")
+    add("--num-updates", type=int, default=12000)
+    add("--learning-rate", type=float, default=1e-3, help="of AdamW")
     add("--weight-decay", type=float, default=0.0)
     add("--recurrent-dropout", type=float, default=0.0, help="rate in [0, 1)")
     add("--evaluate-every", type=int, default=250, help="in updates")
     add("--seed", type=int, default=0)
     known = parser.parse_known_args(argv)[0]
-    parser.set_defaults(**PRESETS["csv" if known.csv else known.series])
+    parser.set_defaults(**PRESETS["real" if known.csv or known.series == "sunspots" else "sine"])
     parser.set_defaults(**(PRESETS["smoke"] if known.smoke else {}))
     args = parser.parse_args(argv)
     counts = ("window", "hidden_size", "batch_size", "num_updates", "evaluate_every")
-    for name in (*counts, "learning_rate", "weight_decay", "recurrent_dropout"):
+    for name in (*counts, "learning_rate", "weight_decay", "recurrent_dropout", "seed"):
         value, least = getattr(args, name), 1 if name in counts else 0
-        if not least <= value < (1 if name == "recurrent_dropout" else math.inf):
+        limit = {"recurrent_dropout": 1, "seed": 2**32}.get(name, math.inf)
+        if not least <= value < limit:
             option = f"--{name.replace('_', '-')}"
-            limit = "below 1" if name == "recurrent_dropout" else "finite"
-            parser.error(f"{option} must be {limit} and at least {least}, got {value}")
+            parser.error(f"{option} must be at least {least} and below {limit}, got {value}")
     if args.column is not None and args.csv is None:
         parser.error("--column is of a --csv file")
     return args
@@ -113,13 +106,8 @@ def main(argv=None):
 
 def train(args):
     series = load_series(args)
-    inputs, targets = cut_windows(series, args.window)
-    config = {**vars(args), "training": series.validation, "test": len(series.values) - series.test}
-    run = runs.make_run_folder("regression", args.out, config)
-    parts = (series.validation, series.test - series.validation, config["test"])
-    print(f"{series.name}: %d training, %d validation and %d test steps; " % parts, end="")
-    print(runs.describe_device())
-
+    run = runs.make_run_folder("regression", args.out, vars(args))
+    print(f"{series.title}, {len(series.values)} values; {runs.describe_device()}")
     key_params, key_state = jax.random.split(jax.random.key(args.seed))
     params = jaxgru.init_sequence_model(key_params, 1, args.hidden_size, 1)
     optimizer = optax.adamw(args.learning_rate, weight_decay=args.weight_decay)
@@ -128,7 +116,7 @@ def train(args):
         _, records = jaxgru.fit(
             jaxgru.make_train_step(make_loss(args), optimizer),
             jaxgru.init_train_state(params, optimizer, key=key_state),
-            draw_batches(args, inputs, targets),
+            draw_batches(args, series.standard[: series.validation]),
             num_updates=args.num_updates,
             evaluate=functools.partial(evaluate_validation, series),
             evaluate_every=args.evaluate_every,
@@ -142,53 +130,58 @@ def train(args):
     scores, curves = score_test(series, best["params"])
     runs.append_metrics(run, {"update": best["update"], **scores})
     plot_loss(run / "loss.png", series, records, best["update"])
-    plot_forecast(run / "forecast.png", series, *curves, scores["free_rmse"])
-    print_summary(series, scores, best["update"])
+    plot_forecast(run / "forecast.png", series, *curves, scores["free_running_rmse"])
+    print(f"\nRoot mean square errors on the test part, model of update {best['update']}:")
+    for name, score in scores.items():
+        print(f"  {name.replace('_', ' '):36} {score:.4g}")
     print(f"run folder: {run}")
     return 0
 
 
 def load_series(args):
-    """The series that was asked for, its parts long enough and its scale usable."""
     if args.csv:
         name, values = read_column(args.csv, args.column)
-        cuts = (int(0.7 * len(values)), int(0.8 * len(values)))
-        series = Series(name, name, "row", np.arange(1, len(values) + 1), values, *cuts)
+        name = name.replace("$", r"\$")  # in a plot's text two of them enclose mathematics
+        labels, times = (name, name, "row"), np.arange(1, len(values) + 1)
+        validation, test = int(0.7 * len(values)), int(0.8 * len(values))
     elif args.series == "sunspots":
         from statsmodels.datasets import sunspots
 
-        table = sunspots.load_pandas().data
-        years = table["YEAR"].to_numpy().astype(int)
-        values, cuts = table["SUNACTIVITY"].to_numpy(), np.searchsorted(years, [1921, 1956])
-        series = Series("Sunspots", "sunspot number", "year", years, values, *map(int, cuts))
-    else:  # a period of 50 steps; two of them to train
-        times = np.arange(500)
+        years, values = np.asarray(sunspots.load_pandas().data, np.float64).T
+        labels, times = ("Sunspots", "sunspot number", "year"), years.astype(int)
+        validation, test = map(int, np.searchsorted(times, [1921, 1956]))
+    else:
+        labels, times = ("Noisy sine wave", "amplitude", "step"), np.arange(500)
         noise = 0.05 * np.random.default_rng(args.seed).standard_normal(len(times))
-        values = np.sin(2 * np.pi * times / 50) + noise
-        series = Series("Noisy sine wave", "amplitude", "step", times, values, 300, 400)
+        values, validation, test = np.sin(2 * np.pi * times / 50) + noise, 300, 400
     source, least = args.csv or args.series, max(args.window + 1, 2 * AR_ORDER + 2)
-    if series.validation < least:
+    if validation < least:
         raise data.DataError(
-            f"{source} has {len(series.values)} values; its training part, {series.validation} of "
-            f"them, is shorter than the {least} that --window {args.window} needs"
+            f"{source} has {len(values)} values; its training part, the first {validation}, is "
+            f"shorter than the {least} that --window {args.window} needs"
         )
+    training = values[:validation]
     with np.errstate(all="ignore"):
-        standard = series.standardize(series.values)
-    if np.ptp(series.values[: series.validation]) == 0:
-        raise data.DataError(f"{source} never changes in its training part")
-    if not np.abs(standard).max() < 1e6:
-        raise data.DataError(f"{source} leaves the scale of its training part a millionfold")
-    return series
+        mean, std, spread = training.mean(), training.std(), np.ptp(training)
+        standard = (values - mean) / std
+    if spread == 0 or not np.abs(standard).max() < 1e6:
+        raise data.DataError(
+            f"{source} cannot be scaled: its training part, the first {validation} values, is "
+            "constant, or others are a million times its spread away"
+        )
+    standard = standard.astype(np.float32)
+    return Series(*labels, times, values, validation, test, mean, std, standard)
 
 
 def read_column(path, column):
     """(name, float64 values) of one column of a CSV file with a header line."""
     text = data.read_text(path).removeprefix("\ufeff")
-    reader = csv.DictReader(io.StringIO(text), restval="")
+    lines = io.StringIO(text, newline=None)
+    reader = csv.DictReader(lines, restval="", skipinitialspace=True)
     try:
-        rows, names = list(reader), reader.fieldnames
+        rows, names = list(reader), list(reader.fieldnames or [])
     except csv.Error as error:
-        raise data.DataError(f"{path}, line {reader.line_num}: {error}") from None
+        raise data.DataError(f"{path}: after line {reader.line_num}: {error}") from None
     if not rows:
         raise data.DataError(f"{path} has no rows below a header line")
     numbers = {name: np.array([parse_number(row[name]) for row in rows]) for name in names}
@@ -219,22 +212,14 @@ def parse_number(cell):
         return math.nan
 
 
-def cut_windows(series, window):
-    """(inputs, targets) [number of windows, T]: every window of the training part."""
-    training = series.standardize(series.values[: series.validation]).astype(np.float32)
-    windows = np.lib.stride_tricks.sliding_window_view(training, window + 1)
-    return windows[:, :-1], windows[:, 1:]
-
-
-def draw_batches(args, inputs, targets):
-    """Batches [T, B, 1] of windows, without end; an epoch's windows come in a new order."""
-    generator = np.random.default_rng(args.seed)
-    rows = np.empty(0, np.int64)
+def draw_batches(args, training):
+    """Batches (inputs, targets) [T, B, 1] of windows of the training part, without end."""
+    windows = np.lib.stride_tricks.sliding_window_view(training, args.window + 1)
+    generator = np.random.default_rng([args.seed, 1])
     while True:
-        while len(rows) < args.batch_size:
-            rows = np.concatenate([rows, generator.permutation(len(inputs))])
-        chosen, rows = rows[: args.batch_size], rows[args.batch_size :]
-        yield inputs[chosen].T[..., None], targets[chosen].T[..., None]
+        chosen = generator.integers(len(windows), size=args.batch_size)
+        steps = windows[chosen].T[..., None]
+        yield steps[:-1], steps[1:]
 
 
 def make_loss(args):
@@ -271,15 +256,14 @@ def run_freely(params, xs, num_steps):
 
 
 def predict_series(series, params):
-    """[N - 1] predictions of values[1:], in the series' own unit."""
-    xs = jnp.asarray(series.standardize(series.values)[:-1], jnp.float32)
-    return series.restore(predict(params, xs))
+    """[N - 1] predictions of values[1:], in the series' unit."""
+    return series.mean + series.std * np.asarray(predict(params, series.standard[:-1]), np.float64)
 
 
 def evaluate_validation(series, state):
-    part = slice(series.validation, series.test)
-    predictions = predict_series(series, state.params)[part.start - 1 : part.stop - 1]
-    return {"validation_rmse": root_mean_square(predictions - series.values[part])}
+    validation, test = series.validation, series.test
+    errors = predict_series(series, state.params) - series.values[1:]
+    return {"validation_rmse": root_mean_square(errors[validation - 1 : test - 1])}
 
 
 def root_mean_square(errors):
@@ -301,16 +285,15 @@ def score_test(series, params):
     linear_free = list(values[test - AR_ORDER : test])
     for _ in range(count):
         linear_free.append(lag_rows(np.array(linear_free[-AR_ORDER:]))[0] @ coefficients)
-    past = jnp.asarray(series.standardize(values[:test]), jnp.float32)
-    free = series.restore(run_freely(params, past, count))
-    predictions = predict_series(series, params)
+    free = np.asarray(run_freely(params, series.standard[:test], count), np.float64)
+    predictions, free = predict_series(series, params), series.mean + series.std * free
     forecasts = {
-        "test_rmse": predictions[test - 1 :],
-        "test_rmse_autoregression": lag_rows(values[test - AR_ORDER : -1]) @ coefficients,
-        "test_rmse_last_value": values[test - 1 : -1],
-        "free_rmse": free,
-        "free_rmse_autoregression": np.array(linear_free[AR_ORDER:]),
-        "free_rmse_training_mean": training.mean(),
+        "one_step_rmse": predictions[test - 1 :],
+        "one_step_rmse_of_autoregression": lag_rows(values[test - AR_ORDER : -1]) @ coefficients,
+        "one_step_rmse_of_last_value": values[test - 1 : -1],
+        "free_running_rmse": free,
+        "free_running_rmse_of_autoregression": np.array(linear_free[AR_ORDER:]),
+        "free_running_rmse_of_training_mean": training.mean(),
     }
     scores = {name: root_mean_square(y - values[test:]) for name, y in forecasts.items()}
     return scores, (predictions, free)
@@ -327,31 +310,20 @@ def make_reporter(run, best):
     return report
 
 
-def print_summary(series, scores, update):
-    shown = [f"{score:.4g}" for score in scores.values()]
-    print(f"\n{series.name}, root mean square error on the test part, model of update {update}:")
-    print(f"  one step ahead  GRU %s, autoregression of order {AR_ORDER} %s, last value %s\n"
-          f"  free-running    GRU %s, autoregression of order {AR_ORDER} %s, training mean %s"
-          % tuple(shown))  # fmt: skip
-
-
 def plot_loss(path, series, records, chosen):
     """Root mean square error one step ahead against updates, training and validation."""
     from matplotlib.figure import Figure
 
-    scale = series.values[: series.validation].std()
     updates = [record["update"] for record in records]
-    training = [scale * math.sqrt(record["training_mse"]) for record in records]
+    training = [series.std * math.sqrt(record["training_mse"]) for record in records]
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
-    axes.plot(updates, training, label="training, every window from a zero state")
+    axes.plot(updates, training, label="training windows, each from a zero state")
     axes.plot(updates, [r["validation_rmse"] for r in records], label="validation, state carried")
     axes.axvline(chosen, color="gray", linestyle=":", label=f"model chosen, update {chosen}")
-    axes.set(xlabel="update", ylabel=f"root mean square error ({series.unit})", yscale="log")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
-    axes.set_title(f"One step ahead: {series.name}")
-    axes.grid(alpha=0.3, which="both")
+    axes.set(xlabel="update", ylabel=f"root mean square error ({series.unit})")
+    axes.set(ylim=(0, None), title=f"{series.title}: error one step ahead")
+    axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
 
@@ -370,9 +342,9 @@ def plot_forecast(path, series, predictions, free, error):
     label = "warm-up: one step ahead, reads the truth"
     axes.plot(times[first:test], warm_up, ".-", color="tab:blue", linewidth=1, label=label)
     name, count = series.time, len(times) - test
-    label = f"free-running: reads itself, {count} {name}s, error {error:.3g}"
+    label = f"free-running: reads itself, {count} {name}s, root mean square error {error:.3g}"
     axes.plot(times[test:], free, ".-", color="tab:red", label=label)
-    axes.set(xlabel=name, ylabel=series.unit, title=f"{series.name}: free-running forecast")
+    axes.set(xlabel=name, ylabel=series.unit, title=f"{series.title}: free-running forecast")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=150)

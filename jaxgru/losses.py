@@ -102,9 +102,9 @@ def squared_loss(
       outputs: o [..., K].
       targets: y [..., K], in the dtype of the outputs.
       mask: [...] bool, True where an entry counts.
-      form: "mean" over the K outputs, or "half_sum": half the sum over them, the form of the
-        many-to-many regression "Gated Recurrent Unit", eqs. 9.18 to 9.20, whose total is
-        reduction="sum".
+      form: "mean" over the K outputs, or "half_sum": half the sum over them, the form of "Back
+        Propagation Through Time in Many-to-Many type", section 9.5, eqs. 9.18 to 9.20, whose total
+        is reduction="sum".
       reduction: see `jaxgru.losses`.
 
     Returns:

@@ -483,8 +483,9 @@ def test_evaluation_is_deterministic_and_needs_no_key():
     run = jax.jit(gru_stack, static_argnames=("deterministic", *KINDS["all"]))
     plain = run(layers, xs, h0)
     dropout = {name: rate for name, rate in KINDS["all"].items() if name != "zoneout"}
-    evaluated = run(layers, xs, h0, deterministic=True, **dropout)
-    jax.tree.map(np.testing.assert_array_equal, evaluated, plain)
+    for key in (None, jax.random.key(1)):
+        evaluated = run(layers, xs, h0, deterministic=True, key=key, **dropout)
+        jax.tree.map(np.testing.assert_array_equal, evaluated, plain)
     for key in (None, jax.random.key(1)):
         same = run(layers, xs, h0, key=key)  # no rate acts
         jax.tree.map(np.testing.assert_array_equal, same, plain)

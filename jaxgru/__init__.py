@@ -7,11 +7,13 @@ The tour, from the equation outwards:
 * `jaxgru.cell`: one step, `gru_cell`, is h' = step(x, h).
 * `jaxgru.recurrence`: `gru` scans the cell over a sequence. Its gradient is a handwritten
   `custom_vjp` ("bptt"), a handwritten JVP ("tangent": forward mode, any order), or JAX's own
-  ("autodiff"). `length_mask` turns lengths into a mask.
+  ("autodiff").
+* `jaxgru.masks`: `length_mask` turns lengths into a mask, `resets_from_dones` ends of episodes into
+  resets.
 * `jaxgru.check`: `check_gradients` compares any handwritten derivative with autodiff and finite
   differences, `check_gru` does so for this package.
 * `jaxgru.layers`: `gru_stack` runs any depth, both directions, dropout and residual connections;
-  `gru_stack_cell` is one step of it, for streams. `resets_from_dones` is for episodes.
+  `gru_stack_cell` is one step of it, for streams.
 * `jaxgru.models` and `jaxgru.losses`: heads for every step or the last one (`sequence_outputs`,
   `final_outputs`), token models with `generate`, and the losses that go with them.
 * `jaxgru.training`: `make_train_step` and `fit` train any loss with optax; `save_arrays` and

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -21,7 +22,7 @@ def require_choice(function: str, argument: str, value: Any, choices: tuple[str,
 
 def require_count(function: str, argument: str, value: Any) -> None:
     """TypeError unless value is an integer, ValueError unless it is at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(f"{function}: {argument} must be an integer, got {value!r}.")
     if value < 1:
         raise ValueError(f"{function}: {argument} must be at least 1, got {value}.")
@@ -86,12 +87,24 @@ def require_rates(function: str, rates: dict[str, Any], key: Any, deterministic:
             f"{function}: key must be a jax.random.key for {', '.join(acting)}, got None; pass "
             "deterministic=True for evaluation."
         )
+    if key is None:
+        return
     dtype = getattr(key, "dtype", None)
-    if key is not None and (
-        dtype is None
-        or not (jnp.issubdtype(dtype, jax.dtypes.prng_key) or jnp.issubdtype(dtype, jnp.uint32))
-    ):
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not typed and dtype != jnp.uint32:
         raise TypeError(f"{function}: key must be a jax.random.key, got {key!r}.")
+    if key.ndim != (0 if typed else 1):
+        raise ValueError(f"{function}: key must be one jax.random.key, got shape {key.shape}.")
+
+
+def require_first_step(function: str, value: Any) -> None:
+    """TypeError unless value is an integer or a scalar array of one, ValueError if negative."""
+    dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", ())
+    whole = isinstance(value, int) if dtype is None else jnp.issubdtype(dtype, jnp.integer)
+    if isinstance(value, bool) or not whole or shape != ():
+        raise TypeError(f"{function}: first_step must be an integer, got {value!r}.")
+    if not is_traced(value) and value < 0:
+        raise ValueError(f"{function}: first_step must be at least 0, got {value}.")
 
 
 def is_traced(value: Any) -> bool:

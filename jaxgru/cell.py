@@ -13,7 +13,7 @@ Blocks of `3H` are reset | update | candidate (r | z | n), PyTorch's order. With
     update="write":  h' = (1 - z) * h + z * n
 
 N is the identity unless params hold gains. With them it is layer normalization (Ba et al. 2016,
-arXiv:1607.06450, eq. 4, and the GRU of its supplement), of each gate's product by itself.
+arXiv:1607.06450, eq. 4) of each gate's product by itself; the biases are added after it.
 
 Recurrent dropout scales what the products read, not the state that is kept: in w_h's products h is
 then `scale * h` with a scale [..., H] that is the same at every step (Gal and Ghahramani 2016,

@@ -11,15 +11,17 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxgru.arguments import (
     require_axis,
     require_choice,
     require_count,
+    require_first_step,
     require_float,
     require_rates,
 )
-from jaxgru.masks import draw_kept, require_flags
+from jaxgru.masks import draw_kept, draw_kept_per_step, require_flags
 from jaxgru.parameters import GRUParams, init_gru, require_params
 from jaxgru.recurrence import gru
 
@@ -42,11 +44,11 @@ def init_stack(
     key: Array,
     input_size: int,
     hidden_size: int | Sequence[int],
-    num_layers: int = 1,
+    num_layers: int | None = None,
     *,
     bidirectional: bool = False,
     merge: Merge = "concat",
-    **gru_options: Any,
+    **init_options: Any,
 ) -> tuple[Layer, ...]:
     """Draws the parameters of a stack; `init_gru` draws each layer and direction.
 
@@ -54,11 +56,11 @@ def init_stack(
       key: a `jax.random.key`.
       input_size: I of the first layer.
       hidden_size: H of every layer, or a sequence with each layer's own.
-      num_layers: at least 1.
+      num_layers: at least 1; None for as many as there are sizes, or one.
       bidirectional: True makes every layer a `Bidirectional`.
       merge: how `gru_stack` will join the directions: "concat" makes the next layer's input 2H
         wide, "sum" H.
-      **gru_options: bias, layer_norm, scheme and dtype, to `init_gru`.
+      **init_options: bias, layer_norm, scheme and dtype, to `init_gru`.
 
     Returns:
       A tuple of layers.
@@ -72,11 +74,13 @@ def init_stack(
     (6, 9)
     """
     require_count("init_stack", "input_size", input_size)
+    several = isinstance(hidden_size, Sequence)
+    if num_layers is None:
+        num_layers = len(hidden_size) if several else 1
     require_count("init_stack", "num_layers", num_layers)
     require_choice("init_stack", "merge", merge, _MERGES)
     if not isinstance(bidirectional, bool):
         raise TypeError(f"init_stack: bidirectional must be a bool, got {bidirectional!r}.")
-    several = isinstance(hidden_size, Sequence)
     sizes = list(hidden_size) if several else [hidden_size] * num_layers
     if len(sizes) != num_layers:
         raise ValueError(
@@ -89,10 +93,10 @@ def init_stack(
         if bidirectional:
             keys = jax.random.split(layer_key)
             layers.append(
-                Bidirectional(*(init_gru(k, input_size, size, **gru_options) for k in keys))
+                Bidirectional(*(init_gru(k, input_size, size, **init_options) for k in keys))
             )
         else:
-            layers.append(init_gru(layer_key, input_size, size, **gru_options))
+            layers.append(init_gru(layer_key, input_size, size, **init_options))
         input_size = 2 * size if bidirectional and merge == "concat" else size
     return tuple(layers)
 
@@ -109,11 +113,13 @@ def init_state(params: Any, batch_shape: Sequence[int] = ()) -> Any:
       with one entry a layer for a stack.
 
     Raises:
-      TypeError: params is none of the three.
+      TypeError: params is none of the three, or batch_shape no sequence.
 
     >>> [h.shape for h in init_state(init_stack(jax.random.key(0), 2, 3, num_layers=2), (4,))]
     [(4, 3), (4, 3)]
     """
+    if not isinstance(batch_shape, Sequence):
+        raise TypeError(f"init_state: batch_shape must be a sequence, got {batch_shape!r}.")
     if isinstance(params, GRUParams):
         return jnp.zeros((*batch_shape, params.w_h.shape[0]), params.w_h.dtype)
     if isinstance(params, Bidirectional):
@@ -150,7 +156,8 @@ def gru_bidirectional(
       merge: "concat" or "sum".
       key: a `jax.random.key` where a rate acts; each direction draws its own masks.
       axis: where xs, mask, resets and ys have their time.
-      **gru_options: spec, gradient, residuals, recurrent_dropout, zoneout, ... of `gru`.
+      **gru_options: spec, gradient, residuals, recurrent_dropout, zoneout, ... of `gru`, all but
+        reverse.
 
     Returns:
       h_last, a pair: forward's state after the last step and backward's after the first; and ys
@@ -172,6 +179,8 @@ def gru_bidirectional(
             f"gru_bidirectional: params must be a Bidirectional, got {type(params).__name__}."
         )
     require_choice("gru_bidirectional", "merge", merge, _MERGES)
+    if "reverse" in gru_options:
+        raise TypeError("gru_bidirectional: reverse must be left out, as both directions are run.")
     _require_pair("gru_bidirectional", "h0", h0)
     if merge == "sum" and params.forward.w_h.shape != params.backward.w_h.shape:
         raise ValueError(
@@ -206,6 +215,7 @@ def gru_stack(
     recurrent_dropout: float = 0.0,
     zoneout: float = 0.0,
     key: Array | None = None,
+    first_step: int | Array = 0,
     deterministic: bool = False,
     axis: int = 0,
     **gru_options: Any,
@@ -216,7 +226,8 @@ def gru_stack(
         residual:  y^l = layer_l(x^l) + y^{l-1} for l > 1
         ys = drop(y^L)
 
-    which without options is `torch.nn.GRU(num_layers=..., bidirectional=..., dropout=...)`.
+    With spec=PYTORCH that is `torch.nn.GRU(num_layers=..., bidirectional=..., dropout=...)`, but
+    for outputs on padding: they hold the last state here, and there an unpacked sequence has zeros.
 
     Args:
       params: a sequence of `GRUParams` and `Bidirectional` layers.
@@ -228,16 +239,21 @@ def gru_stack(
       residual: adds each layer's input to its output, from the second layer on (Wu et al. 2016,
         arXiv:1609.08144, eq. 6).
       input_dropout: rate in [0, 1) of the dropout of xs.
-      dropout: rate in [0, 1) of the dropout of every layer's input but the first's.
+      dropout: rate in [0, 1) of the dropout of every layer's input but the first's; a stack of one
+        layer has none.
       output_dropout: rate in [0, 1) of the dropout of ys, for a head that reads them.
       variational: draws one mask for all steps for these three (Gal and Ghahramani 2016,
         arXiv:1512.05287) instead of one a step.
       recurrent_dropout: rate in [0, 1), to `gru`; its mask is the same at every step.
       zoneout: rate in [0, 1), to `gru`.
-      key: a `jax.random.key`, needed where a rate acts; the same key draws the same masks.
+      key: a `jax.random.key`, needed where a rate acts; the same key draws the same masks at the
+        same steps.
+      first_step: the number of the first step of xs: with it, and one key, a run in chunks draws
+        what the whole run draws. May be traced.
       deterministic: no dropout, and zoneout's mean: for evaluation.
       axis: where xs, mask, resets and ys have their time; 1 for batch-major.
-      **gru_options: spec, gradient, residuals, chunk_size, truncate, unroll of `gru`.
+      **gru_options: spec, gradient, residuals, chunk_size, truncate, unroll of `gru`, and reverse
+        where all layers have one direction.
 
     Returns:
       h_last, a tuple with each layer's last state in the form of h0; and ys [T, ..., H], the top
@@ -249,27 +265,34 @@ def gru_stack(
       TypeError: params is no sequence of layers, or as `gru`.
 
     Cost: the sum of the layers'. Dropout keeps its key; its masks are drawn again in the backward.
+    Batch-major input is copied into the order of time once, and ys once back.
 
     >>> layers = init_stack(jax.random.key(0), 2, 3, num_layers=2, bidirectional=True)
     >>> h_last, ys = gru_stack(layers, jnp.ones((5, 4, 2)), dropout=0.2, key=jax.random.key(1))
     >>> ys.shape, h_last[1][0].shape
     ((5, 4, 6), (4, 3))
     """
-    _require_layers(params, xs, h0, merge, residual)
+    _require_layers(params, xs, merge, residual, variational)
+    _require_states(params, h0)
     rates = {"input_dropout": input_dropout, "dropout": dropout, "output_dropout": output_dropout}
     rates |= {"recurrent_dropout": recurrent_dropout, "zoneout": zoneout}
     require_rates("gru_stack", rates, key, deterministic)
+    require_first_step("gru_stack", first_step)
     axis = require_axis("gru_stack", axis, xs.shape)
     require_flags("gru_stack", {"mask": mask, "resets": resets}, xs.shape[:-1])
     ys = jnp.moveaxis(xs, axis, 0)
     mask, resets = (None if v is None else jnp.moveaxis(v, axis, 0) for v in (mask, resets))
     keys = _split(None if deterministic else key, 2 * len(params) + 1)
-    shared, h_last = (0,) if variational else (), []
+    numbers = None
+    if not variational:
+        numbers = first_step + lax.broadcasted_iota(jnp.int32, (ys.shape[0],), 0)
+    h_last: list[Any] = []
     for number, layer in enumerate(params):
         rate = dropout if number else input_dropout
-        inputs = drop(keys[2 * number], ys, rate, shared)
+        inputs = _drop_steps(keys[2 * number], ys, rate, numbers)
         options = {"mask": mask, "resets": resets, "recurrent_dropout": recurrent_dropout}
         options |= {"zoneout": zoneout, "key": keys[2 * number + 1], "deterministic": deterministic}
+        options |= {"first_step": first_step}
         h0_layer = None if h0 is None else h0[number]
         if isinstance(layer, Bidirectional):
             h, hs = gru_bidirectional(
@@ -279,7 +302,7 @@ def gru_stack(
             h, hs = gru(layer, inputs, h0_layer, **options, **gru_options)
         ys = hs + ys if residual and number else hs
         h_last.append(h)
-    ys = drop(keys[-1], ys, output_dropout, shared)
+    ys = _drop_steps(keys[-1], ys, output_dropout, numbers)
     return tuple(h_last), jnp.moveaxis(ys, 0, axis)
 
 
@@ -292,7 +315,8 @@ def gru_stack_cell(
       params: a sequence of `GRUParams`.
       x: [..., I].
       h: a sequence with each layer's state [..., H]; the first from `init_state`.
-      **stack_options: of `gru_stack`; mask and resets are [...].
+      **stack_options: of `gru_stack` without axis, reverse and truncate; mask and resets are [...].
+        With a rate that acts, give every step of a stream the same key and its own first_step.
 
     Returns:
       h, the states after the step, and y [..., H], the top layer's output.
@@ -300,7 +324,7 @@ def gru_stack_cell(
     Raises:
       ValueError: a layer is `Bidirectional`, which has to see the end before its first output, or
         as `gru_stack`.
-      TypeError: as `gru_stack`.
+      TypeError: an option belongs to sequences, or as `gru_stack`.
 
     Cost: that of one step; XLA removes the loop of length 1.
 
@@ -315,25 +339,44 @@ def gru_stack_cell(
             "gru_stack_cell: params must hold layers of one direction, got a Bidirectional, whose "
             "outputs depend on later inputs; use gru_stack on whole sequences."
         )
-    for name in ("mask", "resets"):
-        if stack_options.get(name) is not None:
-            stack_options[name] = stack_options[name][None]
-    h, ys = gru_stack(params, jnp.asarray(x)[None], h, **stack_options)
+    for name in ("axis", "reverse", "truncate"):
+        if name in stack_options:
+            raise TypeError(f"gru_stack_cell: {name} must be left out, as one step has no time.")
+    require_float("gru_stack_cell", "x", x)
+    if x.ndim < 1:
+        raise ValueError(f"gru_stack_cell: x must have shape [..., I], got {x.shape}.")
+    flags = {name: stack_options.get(name) for name in ("mask", "resets")}
+    require_flags("gru_stack_cell", flags, x.shape[:-1], "x without its last axis")
+    stack_options |= {name: None if v is None else v[None] for name, v in flags.items()}
+    h, ys = gru_stack(params, x[None], h, **stack_options)
     return h, ys[0]
 
 
-def drop(key: Array | None, x: Array, rate: float, shared: tuple[int, ...] = ()) -> Array:
-    """x m / (1 - rate) with m drawn from the key, one for all entries along the axes `shared`.
+def drop(key: Array | None, x: Array, rate: float) -> Array:
+    """x m / (1 - rate) with a mask m drawn from the key; x itself without one.
 
-    x itself without a key. Under `jax.checkpoint` the key is all that is kept: the backward draws
-    the mask again.
+    Under `jax.checkpoint` the key is all that is kept: the backward draws the mask again.
     """
+    return _drop(key, x, rate, lambda key, x: draw_kept(key, rate, x.shape, x))
+
+
+def _drop_steps(key, x, rate, numbers):
+    """`drop` of x [T, ...]: a mask a step, by its number, or one for all where there are none."""
+
+    def draw(key, x):
+        if numbers is None:
+            return draw_kept(key, rate, (1, *x.shape[1:]), x)
+        return draw_kept_per_step(key, rate, numbers, x.shape[1:], x)
+
+    return _drop(key, x, rate, draw)
+
+
+def _drop(key, x, rate, draw):
     if key is None or rate == 0:
         return x
 
     def masked(key, x):
-        kept = draw_kept(key, rate, x, shared)
-        return jnp.where(kept, x / (1 - rate), jnp.zeros_like(x))
+        return jnp.where(draw(key, x), x / (1 - rate), jnp.zeros_like(x))
 
     return jax.checkpoint(masked)(key, x)
 
@@ -354,22 +397,25 @@ def _split(key, count):
 
 def output_size_of(layer: Layer, merge: Merge) -> int:
     """The size of a layer's outputs."""
-    if isinstance(layer, Bidirectional):
-        sizes = [direction.w_h.shape[0] for direction in layer]
-        return sum(sizes) if merge == "concat" else sizes[0]
-    return layer.w_h.shape[0]
+    sizes = [direction.w_h.shape[0] for direction in _directions(layer)]
+    return sum(sizes) if merge == "concat" else sizes[0]
+
+
+def _directions(layer: Any) -> tuple[GRUParams, ...]:
+    """The one or two GRUs of a layer."""
+    return tuple(layer) if isinstance(layer, Bidirectional) else (layer,)
 
 
 def _require_stack(function, params):
-    """TypeError unless params is a sequence of well-formed layers."""
-    sequence = isinstance(params, list | tuple) and not isinstance(
-        params, GRUParams | Bidirectional
-    )
+    """TypeError unless params is a sequence of well-formed layers of one dtype."""
+    single = isinstance(params, GRUParams | Bidirectional)
+    sequence = isinstance(params, list | tuple) and not single
     if not sequence or not params:
-        found = type(params).__name__ if not sequence else "an empty one"
+        found = "an empty one" if sequence else type(params).__name__
+        cure = "; put it into a tuple" if single else ""
         raise TypeError(
             f"{function}: params must be a sequence of layers, GRUParams or Bidirectional, "
-            f"got {found}."
+            f"got {found}{cure}."
         )
     for number, layer in enumerate(params):
         if not isinstance(layer, GRUParams | Bidirectional):
@@ -377,22 +423,33 @@ def _require_stack(function, params):
                 f"{function}: params[{number}] must be a GRUParams or a Bidirectional, "
                 f"got {type(layer).__name__}."
             )
-        for direction in layer if isinstance(layer, Bidirectional) else (layer,):
+        for direction in _directions(layer):
             require_params(function, direction)
+            wanted = _directions(params[0])[0].w_x.dtype
+            if direction.w_x.dtype != wanted:
+                raise TypeError(
+                    f"{function}: params[{number}] must have the dtype of params[0], {wanted}, "
+                    f"got {direction.w_x.dtype}; cast one of them."
+                )
 
 
-def _require_layers(params, xs, h0, merge, residual):
-    """Errors of `gru_stack` for layers that do not fit xs, each other, or h0."""
+def _require_layers(params, xs, merge, residual, variational):
+    """Errors of `gru_stack` for layers that do not fit xs or each other."""
     _require_stack("gru_stack", params)
     require_choice("gru_stack", "merge", merge, _MERGES)
-    if not isinstance(residual, bool):
-        raise TypeError(f"gru_stack: residual must be a bool, got {residual!r}.")
+    for name, value in (("residual", residual), ("variational", variational)):
+        if not isinstance(value, bool):
+            raise TypeError(f"gru_stack: {name} must be a bool, got {value!r}.")
     require_float("gru_stack", "xs", xs)
-    if xs.ndim < 2:
-        raise ValueError(f"gru_stack: xs must have shape [T, ..., I], got {xs.shape}.")
-    size, source = xs.shape[-1], "xs's last axis"
+    size = _directions(params[0])[0].w_x.shape[0]
+    if xs.ndim < 2 or xs.shape[-1] != size:
+        raise ValueError(
+            f"gru_stack: xs must have shape [T, ..., I] with I={size} (rows of params[0].w_x), "
+            f"got {xs.shape}."
+        )
+    source = "as the other direction"
     for number, layer in enumerate(params):
-        for direction in layer if isinstance(layer, Bidirectional) else (layer,):
+        for direction in _directions(layer):
             if direction.w_x.shape[0] != size:
                 raise ValueError(
                     f"gru_stack: params[{number}].w_x must have {size} rows ({source}), "
@@ -405,6 +462,10 @@ def _require_layers(params, xs, h0, merge, residual):
                 f"residual=True, {size}, got {output}."
             )
         size, source = output, f"the outputs of params[{number}], merge={merge!r}"
+
+
+def _require_states(params, h0):
+    """ValueError of `gru_stack` for an h0 that has not the form of its layers."""
     if h0 is None:
         return
     if not isinstance(h0, list | tuple) or len(h0) != len(params):
@@ -421,6 +482,13 @@ def _require_layers(params, xs, h0, merge, residual):
                 f"gru_stack: h0[{number}] must be one array [..., H], as params[{number}] has one "
                 f"direction, got {len(h)} of them."
             )
+        for direction, state in zip(_directions(layer), h if isinstance(h, list | tuple) else [h]):
+            size = direction.w_h.shape[0]
+            if state is not None and jnp.shape(state)[-1:] != (size,):
+                raise ValueError(
+                    f"gru_stack: h0[{number}] must have shape [..., {size}] (the rows of "
+                    f"params[{number}]'s w_h), got {jnp.shape(state)}."
+                )
 
 
 def _require_pair(function, argument, h):

@@ -8,38 +8,48 @@ With entries l[t, ...] and a mask m of real steps (1 everywhere without one), B 
     "batch_mean"     sum m l / B
     "sequence_mean"  1/B sum_b (sum_t m l / sum_t m)
 
-Where no step counts, 0 / 0 is 0. A loss per sequence instead of per step (many to one) has no time
-axis: "mean" and "sum" are meant for it. The gradient, and with it the right learning rate and clip,
-scales with the reduction: from "mean" to "sum" it grows by the number of real steps.
+Where no step counts, 0 / 0 is 0. `axis` says where time is; a loss per sequence instead of per step
+(many to one) has none, axis=None, and there "batch_mean" and "sequence_mean" are 1/B sum m l. The
+gradient, and with it the right learning rate and clip, scales with the reduction: from "mean" to
+"sum" it grows by the number of real steps. Half types are summed, and returned, in float32.
 """
 
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from jaxgru.arguments import require_choice, require_float
+from jaxgru.arguments import is_traced, require_choice, require_float
 from jaxgru.masks import require_flags
+from jaxgru.products import state_dtype
 
 Array = jax.Array
 Reduction = Literal["none", "sum", "mean", "batch_mean", "sequence_mean"]
 
 
 def categorical_loss(
-    logits: Array, labels: Array, mask: Array | None = None, *, reduction: Reduction = "mean"
+    logits: Array,
+    labels: Array,
+    mask: Array | None = None,
+    *,
+    reduction: Reduction = "mean",
+    axis: int | None = 0,
 ) -> Array:
     """-log softmax(logits)[label], in nats: one of K classes.
 
     Args:
       logits: [..., K], with a leading T where the loss is of every step.
-      labels: [...] integers in [0, K).
+      labels: [...] integers in [0, K). Inside jit others cannot be refused: from -K to -1 they
+        count from the end, beyond that the loss is NaN; mask what has no label.
       mask: [...] bool, True where an entry counts; what the others hold, NaN included, changes
         nothing.
       reduction: see `jaxgru.losses`.
+      axis: of time in [...]; None where there is none.
 
     Returns:
-      A scalar, or [...] for reduction="none", in the dtype of the logits.
+      A scalar, or [...] for reduction="none"; float32 for half types.
 
     Raises:
       ValueError: shapes do not fit, or the reduction is unknown.
@@ -55,11 +65,24 @@ def categorical_loss(
     _require_shape("categorical_loss", "labels", labels, logits.shape[:-1])
     _require_options("categorical_loss", mask, logits.shape[:-1], reduction)
     logits, labels = _blank(mask, logits), _blank(mask, labels)
-    return _reduce(optax.softmax_cross_entropy_with_integer_labels(logits, labels), mask, reduction)
+    if not is_traced(labels) and labels.size:
+        values = np.asarray(labels)
+        if not (values.min() >= 0 and values.max() < logits.shape[-1]):
+            raise ValueError(
+                f"categorical_loss: labels must lie in [0, {logits.shape[-1]}) where they count, "
+                f"got {values.min()} to {values.max()}; mask what has no label."
+            )
+    losses = optax.softmax_cross_entropy_with_integer_labels(_wide(logits), labels)
+    return _reduce("categorical_loss", losses, mask, reduction, axis)
 
 
 def bernoulli_loss(
-    logits: Array, targets: Array, mask: Array | None = None, *, reduction: Reduction = "mean"
+    logits: Array,
+    targets: Array,
+    mask: Array | None = None,
+    *,
+    reduction: Reduction = "mean",
+    axis: int | None = 0,
 ) -> Array:
     """-sum_k y_k log s(o_k) + (1 - y_k) log s(-o_k), in nats: K independent labels.
 
@@ -68,9 +91,10 @@ def bernoulli_loss(
       targets: y [..., K] in the dtype of the logits, each entry in [0, 1].
       mask: [...] bool, True where an entry counts.
       reduction: see `jaxgru.losses`; the sum over k is always taken.
+      axis: of time in [...]; None where there is none.
 
     Returns:
-      A scalar, or [...] for reduction="none".
+      A scalar, or [...] for reduction="none"; float32 for half types.
 
     Raises:
       ValueError: shapes do not fit, or the reduction is unknown.
@@ -84,8 +108,8 @@ def bernoulli_loss(
     """
     _require_pair("bernoulli_loss", "logits", logits, targets, mask, reduction)
     logits, targets = _blank(mask, logits), _blank(mask, targets)
-    losses = optax.sigmoid_binary_cross_entropy(logits, targets).sum(axis=-1)
-    return _reduce(losses, mask, reduction)
+    losses = optax.sigmoid_binary_cross_entropy(_wide(logits), _wide(targets)).sum(axis=-1)
+    return _reduce("bernoulli_loss", losses, mask, reduction, axis)
 
 
 def squared_loss(
@@ -95,6 +119,7 @@ def squared_loss(
     *,
     form: Literal["mean", "half_sum"] = "mean",
     reduction: Reduction = "mean",
+    axis: int | None = 0,
 ) -> Array:
     """1/K sum_k (o_k - y_k)^2, or 1/2 sum_k (o_k - y_k)^2.
 
@@ -106,9 +131,10 @@ def squared_loss(
         Propagation Through Time in Many-to-Many type", section 9.5, eqs. 9.18 to 9.20, whose total
         is reduction="sum".
       reduction: see `jaxgru.losses`.
+      axis: of time in [...]; None where there is none.
 
     Returns:
-      A scalar, or [...] for reduction="none".
+      A scalar, or [...] for reduction="none"; float32 for half types.
 
     Raises:
       ValueError: shapes do not fit, or a choice is unknown.
@@ -122,12 +148,12 @@ def squared_loss(
     """
     require_choice("squared_loss", "form", form, ("mean", "half_sum"))
     _require_pair("squared_loss", "outputs", outputs, targets, mask, reduction)
-    outputs, targets = _blank(mask, outputs), _blank(mask, targets)
+    outputs, targets = _wide(_blank(mask, outputs)), _wide(_blank(mask, targets))
     if form == "half_sum":
         losses = optax.l2_loss(outputs, targets).sum(axis=-1)
     else:
         losses = optax.squared_error(outputs, targets).mean(axis=-1)
-    return _reduce(losses, mask, reduction)
+    return _reduce("squared_loss", losses, mask, reduction, axis)
 
 
 def require_labels(function: str, argument: str, labels: Any) -> None:
@@ -138,7 +164,7 @@ def require_labels(function: str, argument: str, labels: Any) -> None:
         raise TypeError(f"{function}: {argument} must be an integer array, got {found}.")
 
 
-def _reduce(losses, mask, reduction):
+def _reduce(function, losses, mask, reduction, axis):
     """The reductions of the module's docstring."""
     losses = losses if mask is None else jnp.where(mask, losses, jnp.zeros_like(losses))
     counted = jnp.ones_like(losses) if mask is None else mask.astype(losses.dtype)
@@ -148,12 +174,22 @@ def _reduce(losses, mask, reduction):
         return losses.sum()
     if reduction == "mean":
         return losses.sum() / jnp.maximum(counted.sum(), 1)
-    if losses.ndim < 1:
-        raise ValueError(f"loss: reduction={reduction!r} needs a time axis, got a single entry.")
-    sums = losses.sum(axis=0)
+    if axis is None:
+        return losses.sum() / max(losses.size, 1)
+    if not -losses.ndim <= axis < losses.ndim:
+        raise ValueError(
+            f"{function}: axis must name the axis of time of the losses for reduction="
+            f"{reduction!r}, or be None, got {axis} for shape {losses.shape}."
+        )
+    sums = losses.sum(axis=axis)
     if reduction == "sequence_mean":
-        sums = sums / jnp.maximum(counted.sum(axis=0), 1)
+        sums = sums / jnp.maximum(counted.sum(axis=axis), 1)
     return sums.sum() / max(sums.size, 1)
+
+
+def _wide(values):
+    """Half types as float32."""
+    return values.astype(state_dtype(values.dtype))
 
 
 def _blank(mask, values):

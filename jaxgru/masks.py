@@ -53,47 +53,61 @@ def length_mask(lengths: Any, num_steps: int) -> Array:
     return steps < lengths[None]
 
 
-def resets_from_dones(dones: Array, done_before: Array | None = None) -> Array:
+def resets_from_dones(dones: Array, done_before: Array | None = None, *, axis: int = 0) -> Array:
     """resets[t] = dones[t - 1]: an episode that ends with step t - 1 starts step t from zeros.
 
     Args:
-      dones: [T, ...] bool, time first: True where step t is the last of its episode.
+      dones: [T, ...] bool: True where step t is the last of its episode.
       done_before: [...] bool, the dones of the step before the first, which is the last of the
         previous rollout; None for none, so that the state that is carried in is used.
+      axis: where dones has its time; 1 for [B, T].
 
     Returns:
-      [T, ...] bool, for `gru(..., resets=...)`.
+      The shape of dones, bool, for `gru(..., resets=...)`.
 
     Raises:
       TypeError: an array is not bool.
-      ValueError: dones has no time axis, or done_before is not [...].
+      ValueError: dones has no such axis, or done_before is not [...].
+
+    Cost: one copy.
 
     >>> resets_from_dones(jnp.array([False, True, False])).tolist()
     [False, False, True]
     """
     require_flags("resets_from_dones", {"dones": dones})
-    if dones.ndim < 1:
-        raise ValueError(f"resets_from_dones: dones must have shape [T, ...], got {dones.shape}.")
+    if not -dones.ndim <= axis < dones.ndim:
+        raise ValueError(
+            f"resets_from_dones: dones must have shape [T, ...] with time at axis={axis}, "
+            f"got {dones.shape}."
+        )
+    dones = jnp.moveaxis(dones, axis, 0)
     if done_before is None:
         done_before = jnp.zeros_like(dones, shape=dones.shape[1:])
-    shape, meaning = dones.shape[1:], "dones without its first axis"
+    shape, meaning = dones.shape[1:], "dones without its axis of time"
     require_flags("resets_from_dones", {"done_before": done_before}, shape, meaning)
-    return jnp.concatenate([jnp.asarray(done_before)[None], dones])[:-1]
+    return jnp.moveaxis(jnp.concatenate([jnp.asarray(done_before)[None], dones])[:-1], 0, axis)
 
 
-def draw_kept(key: Array, rate: float, like: Array, shared: tuple[int, ...] = ()) -> Array:
-    """Bool of the shape of `like` (1 along the axes `shared`), False with probability `rate`."""
-    shape = tuple(1 if axis in shared else size for axis, size in enumerate(like.shape))
+def draw_kept(key: Array, rate: float, shape: tuple[int, ...], like: Array) -> Array:
+    """Bool of that shape, False with probability `rate`, laid out over a mesh as `like` is."""
     return _place_like(jax.random.bernoulli(key, 1 - rate, shape), like)
 
 
-def draw_kept_per_step(key: Array, rate: float, like: Array, steps: Array) -> Array:
-    """The same for each number in `steps`, [T, *like.shape]; a step's draw depends on no other."""
+def draw_kept_per_step(
+    key: Array, rate: float, numbers: Array, shape: tuple[int, ...], like: Array
+) -> Array:
+    """The same for each step, [T, *shape], from the key and the number of that step alone."""
 
-    def draw(step):
-        return jax.random.bernoulli(jax.random.fold_in(key, step), 1 - rate, like.shape)
+    def draw(number):
+        return jax.random.bernoulli(jax.random.fold_in(key, number), 1 - rate, shape)
 
-    return _place_like(jax.vmap(draw)(steps), like)
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    implementation = (
+        str(jax.random.key_impl(key)) if typed else str(jax.config.read("jax_default_prng_impl"))
+    )
+    # Under vmap the hardware generators draw a whole batch from its first key.
+    drawn = jax.vmap(draw)(numbers) if "threefry" in implementation else lax.map(draw, numbers)
+    return _place_like(drawn, like)
 
 
 def _place_like(kept, like):

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxgru.arguments import is_traced, require_choice, require_count, require_rates
+from jaxgru.arguments import is_traced, require_choice, require_count, require_dtype, require_rates
 from jaxgru.layers import (
+    Bidirectional,
     Layer,
     Merge,
     drop,
@@ -26,6 +27,7 @@ from jaxgru.layers import (
     output_size_of,
 )
 from jaxgru.losses import Reduction, categorical_loss, require_labels
+from jaxgru.masks import require_flags
 from jaxgru.parameters import CHO_2014, GRUSpec
 from jaxgru.products import state_dtype
 
@@ -107,6 +109,7 @@ def sequence_outputs(
     >>> outputs.shape
     (5, 4, 1)
     """
+    _require_head("sequence_outputs", params, SequenceParams, stack_options.get("merge", "concat"))
     h_last, ys = gru_stack(params.layers, xs, h0, **stack_options)
     return h_last, _head(params, ys)
 
@@ -150,6 +153,7 @@ def final_outputs(
     >>> outputs.shape
     (4, 1)
     """
+    _require_head("final_outputs", params, SequenceParams, merge)
     require_rates("final_outputs", {"output_dropout": output_dropout}, key, deterministic)
     key = None if deterministic else key
     stack_key, head_key = (None, None) if key is None else jax.random.split(key)
@@ -162,7 +166,7 @@ def final_outputs(
         return h[0] + h[1] if merge == "sum" else jnp.concatenate(h, axis=-1)
 
     finals = [join(h) for h in h_last]
-    final = sum(finals[:-1], finals[-1]) if residual else finals[-1]
+    final = functools.reduce(jnp.add, finals) if residual else finals[-1]
     return h_last, _head(params, drop(head_key, final, output_dropout))
 
 
@@ -196,6 +200,7 @@ def init_token_model(
     ((5, 2), (2, 9), (3, 5))
     """
     require_count("init_token_model", "vocab_size", vocab_size)
+    dtype = require_dtype("init_token_model", dtype)
     key_embedding, key_layers, key_head = jax.random.split(key, 3)
     embedding = None
     if embedding_size is not None:
@@ -217,7 +222,7 @@ def token_logits(
       tokens: [T, ...] integers in [0, V). Inside jit an index outside is clamped by JAX, so check
         tokens where they are made.
       h0: in the form of `init_state`; None for zeros.
-      **stack_options: spec, mask, resets, dropout, key, ... of `gru_stack`; time is axis 0.
+      **stack_options: spec, mask, resets, dropout, key, axis, ... of `gru_stack`.
 
     Returns:
       h_last, as `gru_stack`, and logits [T, ..., V], float32 for half types.
@@ -233,6 +238,7 @@ def token_logits(
     >>> h_last[0].shape, logits.shape
     ((3,), (4, 5))
     """
+    _require_head("token_logits", params, TokenParams, stack_options.get("merge", "concat"))
     require_labels("token_logits", "tokens", tokens)
     h_last, ys = gru_stack(params.layers, _embed(params, tokens), h0, **stack_options)
     return h_last, _head(params, ys)
@@ -262,8 +268,8 @@ def token_loss(
       **stack_options: to `gru_stack`.
 
     Returns:
-      loss, a scalar (float32 for half types), and h_last, as `gru_stack`: the order that
-      `jax.value_and_grad(..., has_aux=True)` wants.
+      loss, a scalar ([T, ...] for reduction="none"; float32 for half types), and h_last, as
+      `gru_stack`: the order that `jax.value_and_grad(..., has_aux=True)` wants.
 
     Raises:
       ValueError: targets do not have the shape of tokens, or the reduction is unknown.
@@ -283,7 +289,8 @@ def token_loss(
             f"got {targets.shape}."
         )
     h_last, logits = token_logits(params, tokens, h0, mask=mask, **stack_options)
-    return categorical_loss(logits, targets, mask, reduction=reduction), h_last
+    axis = stack_options.get("axis", 0)
+    return categorical_loss(logits, targets, mask, reduction=reduction, axis=axis), h_last
 
 
 def generate(
@@ -292,6 +299,7 @@ def generate(
     prompt: Array,
     num_steps: int,
     *,
+    mask: Array | None = None,
     h0: Any = None,
     temperature: float = 1.0,
     top_k: int | None = None,
@@ -310,11 +318,13 @@ def generate(
       key: a `jax.random.key`.
       prompt: [P, ...] integers in [0, V), P at least 1.
       num_steps: how many tokens to draw.
+      mask: [P, ...] bool for prompts of several lengths, True on their tokens; None for all.
       h0: the state before the prompt, in the form of `init_state`; None for zeros.
       temperature: above 0; 0 takes the likeliest token (greedy).
       top_k: draws from the k likeliest tokens (and those as likely as the k-th); None for all.
       top_p: draws from the fewest likeliest tokens whose probabilities add up to at least p
-        (Holtzman et al. 2020, arXiv:1904.09751, eq. 2), after top_k; None for all.
+        (Holtzman et al. 2020, arXiv:1904.09751, eq. 2), and those as likely as the last of them,
+        after top_k; None for all.
       spec: which equation.
       residual: as the model was trained with.
       zoneout: as the model was trained with; its mean is used.
@@ -334,11 +344,18 @@ def generate(
     >>> tokens.shape
     (4,)
     """
+    _require_head("generate", params, TokenParams, "concat")
+    if any(isinstance(layer, Bidirectional) for layer in params.layers):
+        raise ValueError(
+            "generate: params must hold layers of one direction, got a Bidirectional, whose "
+            "outputs depend on later tokens."
+        )
     require_labels("generate", "prompt", prompt)
     require_count("generate", "num_steps", num_steps)
     vocab_size = params.w.shape[1]
     if prompt.ndim < 1 or prompt.shape[0] < 1:
         raise ValueError(f"generate: prompt must hold at least one token, got {prompt.shape}.")
+    require_flags("generate", {"mask": mask}, prompt.shape, "that of prompt")
     if not is_traced(prompt):
         values = np.asarray(prompt)
         if values.size and not (values.min() >= 0 and values.max() < vocab_size):
@@ -358,13 +375,13 @@ def generate(
         None if top_p is None else jnp.float32(top_p),
     )
     equation = (("spec", spec), ("residual", residual), ("zoneout", zoneout))
-    return _generate(params, key, prompt, h0, filters, num_steps, equation)
+    return _generate(params, key, prompt, mask, h0, filters, num_steps, equation)
 
 
 @functools.partial(jax.jit, static_argnames=("num_steps", "equation"))
-def _generate(params, key, prompt, h0, filters, num_steps, equation):
+def _generate(params, key, prompt, mask, h0, filters, num_steps, equation):
     options = {**dict(equation), "deterministic": True}
-    h, logits = token_logits(params, prompt, h0, **options)
+    h, logits = token_logits(params, prompt, h0, mask=mask, **options)  # held after the last token
 
     def body(carry, key):
         h, token = carry
@@ -381,7 +398,9 @@ def _generate(params, key, prompt, h0, filters, num_steps, equation):
 def _draw(key, logits, temperature, top_k, top_p):
     """A token from softmax(logits / temperature) under the filters; the likeliest where it is 0."""
     likeliest = logits.argmax(-1)
-    logits = logits.astype(jnp.float32) / jnp.where(temperature > 0, temperature, 1)
+    logits = logits.astype(jnp.float32)
+    logits = logits - logits.max(axis=-1, keepdims=True)  # a small temperature makes no infinity
+    logits = logits / jnp.where(temperature > 0, temperature, 1)
     if top_k is not None:
         place = jnp.minimum(top_k, logits.shape[-1]) - 1
         logits = _at_least(logits, jnp.take(_descending(logits), place[None], axis=-1))
@@ -389,7 +408,8 @@ def _draw(key, logits, temperature, top_k, top_p):
         ordered = _descending(logits)
         probabilities = jax.nn.softmax(ordered, axis=-1)
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
-        kept = jnp.where(before < top_p, ordered, jnp.inf)  # the first is always kept
+        chosen = (before < top_p) | (top_p >= 1)  # the first always is
+        kept = jnp.where(chosen, ordered, jnp.inf)
         logits = _at_least(logits, kept.min(axis=-1, keepdims=True))
     sampled = jax.random.categorical(key, logits)
     return jnp.where(temperature > 0, sampled, likeliest).astype(jnp.int32)
@@ -417,6 +437,20 @@ def _head(params, hs):
     wide = state_dtype(params.w.dtype)
     logits = lax.dot_general(hs, params.w, contract, preferred_element_type=wide)
     return logits + params.b.astype(wide).reshape((1,) * (logits.ndim - 1) + params.b.shape)
+
+
+def _require_head(function, params, kind, merge):
+    """TypeError or ValueError unless params are of that kind and their head fits their layers."""
+    if not isinstance(params, kind):
+        raise TypeError(
+            f"{function}: params must be a {kind.__name__}, got {type(params).__name__}."
+        )
+    size = output_size_of(params.layers[-1], merge)
+    if params.w.shape[0] != size:
+        raise ValueError(
+            f"{function}: params.w must have {size} rows (the outputs of the top layer, "
+            f"merge={merge!r}), got {params.w.shape[0]}; pass the merge that it was made with."
+        )
 
 
 def _init_head(key, layers, output_size, merge, dtype):

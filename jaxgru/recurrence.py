@@ -8,8 +8,8 @@ Three rules give the same numbers:
   that linear scan into the same BPTT, so every mode and order of derivative works.
 * "autodiff": JAX differentiates the plain scan. The reference for the other two.
 
-Inside, time is the leading axis, masks and resets are [T, ..., 1], and the state is in
-`cell.state_dtype`.
+Inside, time is the leading axis, flags are [T, ..., 1] (the mask [T, ..., H] once zoneout is drawn
+into it), and the state is in `products.state_dtype`.
 """
 
 import dataclasses
@@ -25,6 +25,7 @@ from jaxgru.arguments import (
     require_axis,
     require_choice,
     require_count,
+    require_first_step,
     require_float,
     require_rates,
 )
@@ -56,7 +57,6 @@ class _Static:
     residuals: Residuals
     chunk_size: int | None  # None: the whole sequence at once
     unroll: int
-    truncate: int | None
     zoneout: float  # share of the units that a key holds at each step
     kept: float  # share of every unit that is held at each step: the mean of the above
 
@@ -78,6 +78,7 @@ def gru(
     recurrent_dropout: float = 0.0,
     zoneout: float = 0.0,
     key: Array | None = None,
+    first_step: int | Array = 0,
     deterministic: bool = False,
     axis: int = 0,
 ) -> tuple[Array, Array]:
@@ -109,11 +110,15 @@ def gru(
       chunk_size: steps that "bptt" treats at once; None picks by size, and takes all of them where
         T or B is symbolic. T need not divide by it.
       unroll: as in `lax.scan`.
-      truncate: cuts the gradient of the state after every `truncate` steps of the run, and leaves
-        the values: truncated backpropagation through time. None cuts nothing.
+      truncate: parts time in windows of that many steps, [0, truncate), ..., and cuts the gradient
+        of the state between them: truncated backpropagation through time. Values stay, and so does
+        what is kept for the backward. None cuts nothing.
       recurrent_dropout: rate in [0, 1) of Gal and Ghahramani's dropout of the state that is read.
       zoneout: rate in [0, 1) of Krueger et al.'s zoneout.
-      key: a `jax.random.key` for the two; the same key draws the same masks, whatever the policy.
+      key: a `jax.random.key` for the two; the same key draws the same masks at the same steps,
+        whatever the policy, the direction and the padding.
+      first_step: the number of the first step of xs, for zoneout's draws and the windows of
+        truncate: with it a run in chunks and one key is the whole run. May be traced.
       deterministic: no dropout, and zoneout's mean: for evaluation; key is not used.
       axis: where xs, mask, resets and hs have their time; 1 for batch-major [B, T, I].
 
@@ -135,8 +140,9 @@ def gru(
     much again with residuals other than "gates". Kept for the backward beside inputs and outputs,
     in numbers: 3TBH or 4TBH (reset="after") for "gates", none for "states" and "boundaries", and
     one state, BH, a chunk for each of them. "boundaries" does not keep hs either: it is free to go
-    where only h_last is used. Gains add 3T(BH + B) to "gates". Zoneout keeps its key alone and
-    draws its masks again in the backward; recurrent dropout keeps BH.
+    where only h_last is used. Gains add 3T(BH + B) to "gates", and the product
+    x w_x is made again in the backward. "bptt" keeps zoneout's key alone and draws its masks again;
+    recurrent dropout keeps BH.
 
     Sources: Cho et al. 2014 (arXiv:1406.1078), eqs. 5-8, and Chung et al. 2014 (arXiv:1412.3555),
     section 3.2, for the forward equations; Gal and Ghahramani 2016 (arXiv:1512.05287), eq. 7, for
@@ -160,38 +166,50 @@ def gru(
         xs = jnp.where(mask, xs, jnp.zeros_like(xs))  # before the cell: 0 * NaN is NaN
     if h0 is None:
         h0 = _zero_state(params, xs)
+    require_first_step("gru", first_step)
+    numbers = first_step + lax.broadcasted_iota(jnp.int32, (xs.shape[0],), 0)
+    cuts = None if truncate is None else _cuts(numbers // truncate, mask, h0, reverse)
     scale = zoneout_key = None
     if key is not None and not deterministic and (recurrent_dropout or zoneout):
         scale_key, zoneout_key = jax.random.split(key)
         scale = _draw_scale(scale_key, recurrent_dropout, h0) if recurrent_dropout else None
         zoneout_key = zoneout_key if zoneout else None
     kept, zoneout = (zoneout, 0.0) if deterministic else (0.0, zoneout)
-    params, xs, h0, mask, resets, scale = _vary_alike((params, xs, h0, mask, resets, scale))
+    arrays = (params, xs, h0, mask, resets, cuts, scale)
+    params, xs, h0, mask, resets, cuts, scale = _vary_alike(arrays, zoneout_key)
     if gradient == "bptt" and chunk_size is None:
         chunk_size = default_chunk_size(xs.shape[0], h0, residuals)
-    static = _Static(
-        spec, reverse, residuals, chunk_size, unroll, truncate, float(zoneout), float(kept)
-    )
+    static = _Static(spec, reverse, residuals, chunk_size, unroll, float(zoneout), float(kept))
+    steps = _Steps(xs, mask, resets, cuts, None if zoneout_key is None else numbers)
     rule = {"bptt": _gru_bptt, "tangent": _gru_tangent, "autodiff": _gru_scan}[gradient]
-    h_last, hs = rule(static, params, xs, h0, mask, resets, scale, zoneout_key)
+    h_last, hs = rule(static, params, steps, h0, scale, zoneout_key)
     return h_last, jnp.moveaxis(hs, 0, axis)
 
 
-def _gru_scan(static, params, xs, h0, mask, resets, scale, key):
+class _Steps(NamedTuple):
+    """What each step is given, [T, ...]; None where there is nothing."""
+
+    xs: Array
+    mask: Array | None  # [T, ..., 1], or [T, ..., H] with zoneout drawn
+    resets: Array | None  # [T, ..., 1]
+    cuts: Array | None  # [T, ..., 1], or [T]: where the gradient of the state that is read ends
+    numbers: Array | None  # [T], what zoneout draws by
+
+
+def _gru_scan(static, params, steps, h0, scale, key):
     """The plain recurrence, differentiated by JAX."""
-    arrays = (params, xs, h0, mask, resets, scale, key)
-    h_last, (hs, _), _ = _forward(static, *arrays, keep_gates=False)
+    h_last, (hs, _), _ = _forward(static, params, steps, h0, scale, key, keep_gates=False)
     return h_last, hs
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gru_bptt(static, params, xs, h0, mask, resets, scale, key):
+def _gru_bptt(static, params, steps, h0, scale, key):
     """The plain recurrence, keeping nothing."""
-    return _gru_scan(static, params, xs, h0, mask, resets, scale, key)
+    return _gru_scan(static, params, steps, h0, scale, key)
 
 
-def _gru_bptt_fwd(static, params, xs, h0, mask, resets, scale, key):
-    primals = (params, xs, h0, mask, resets, scale, key)
+def _gru_bptt_fwd(static, params, steps, h0, scale, key):
+    primals = (params, steps, h0, scale, key)
     primals = jax.tree.map(lambda p: p.value, primals, is_leaf=lambda p: hasattr(p, "perturbed"))
     keep_gates = static.residuals == "gates"
     h_last, (hs, gates), h_starts = _forward(static, *primals, keep_gates=keep_gates)
@@ -200,7 +218,7 @@ def _gru_bptt_fwd(static, params, xs, h0, mask, resets, scale, key):
 
 
 def _gru_bptt_bwd(static, residuals, cotangents):
-    (params, xs, h0, mask, resets, scale, key), hs, gates, h_starts = residuals
+    (params, steps, h0, scale, key), hs, gates, h_starts = residuals
     dh_last, dhs = (None if isinstance(ct, SymbolicZero) else ct for ct in cotangents)
     dtype = h_starts.dtype
     dh_last = jnp.zeros_like(h0) if dh_last is None else dh_last
@@ -210,61 +228,61 @@ def _gru_bptt_bwd(static, residuals, cotangents):
         steps, hs, gates, dhs = per_step
         if static.residuals == "boundaries":
             _, (hs, gates) = _forward_chunk(static, params, h_start, steps, scale, key, True)
-        h_tm1 = _shift(static, h_start, hs, steps.resets)
+        h_tm1 = _shift(static, h_start, hs, steps)
         if static.residuals == "states":
             a = project(params, steps.xs, static.spec)
             gates = step(params, a, h_tm1, static.spec, scale)[1]
-        steps = _with_flags(static, steps, key, dh)
+        steps = _with_zoneout(static, steps, key, dh)
         dh, da = _backward_chunk(static, params, dh, gates, h_tm1, dhs, steps, scale)
         of_chunk = params_vjp(params, steps.xs, gates, h_tm1, da, static.spec, scale)
         dparams = jax.tree.map(jnp.add, dparams, of_chunk)
-        return (dh, dparams), inputs_vjp(params, steps.xs, da).astype(xs.dtype), None
+        return (dh, dparams), inputs_vjp(params, steps.xs, da).astype(steps.xs.dtype), None
 
     dparams = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype), params)
     (dh, dparams), dxs, _ = sweep(
         static.chunk_size,
         chunk,
         (dh_last.astype(dtype), dparams),
-        (_make_steps(static, xs, mask, resets, key), hs, gates, dhs),
+        (steps, hs, gates, dhs),
         h_starts,
         reverse=not static.reverse,
     )
     dparams = jax.tree.map(lambda d, p: d.astype(p.dtype), dparams, params)
-    return dparams, dxs, dh.astype(h0.dtype), None, None, None, None
+    return dparams, _Steps(dxs, None, None, None, None), dh.astype(h0.dtype), None, None
 
 
 _gru_bptt.defvjp(_gru_bptt_fwd, _gru_bptt_bwd, symbolic_zeros=True)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _gru_tangent(static, params, xs, h0, mask, resets, scale, key):
+def _gru_tangent(static, params, steps, h0, scale, key):
     """The plain recurrence."""
-    return _gru_scan(static, params, xs, h0, mask, resets, scale, key)
+    return _gru_scan(static, params, steps, h0, scale, key)
 
 
 def _gru_tangent_jvp(static, primals, tangents):
-    params, xs, h0, mask, resets, scale, key = primals
+    params, steps, h0, scale, key = primals
     tparams, txs, th0 = jax.tree.map(
         lambda t: None if isinstance(t, SymbolicZero) else t,
-        tangents[:3],
+        (tangents[0], tangents[1].xs, tangents[2]),
         is_leaf=lambda t: isinstance(t, SymbolicZero),
     )
     h_last, hs = _gru_tangent(static, *primals)  # itself differentiable: every order
     spec, dtype = static.spec, state_dtype(h0.dtype)
-    h_tm1 = _shift(static, h0.astype(dtype), hs, resets)
-    gates = step(params, project(params, xs, spec), h_tm1, spec, scale)[1]
-    drive = step_drive(params, tparams, xs, txs, gates, h_tm1, spec, scale)
+    h_tm1 = _shift(static, h0.astype(dtype), hs, steps)
+    gates = step(params, project(params, steps.xs, spec), h_tm1, spec, scale)[1]
+    drive = step_drive(params, tparams, steps.xs, txs, gates, h_tm1, spec, scale)
     th0 = (jnp.zeros_like(h0) if th0 is None else th0).astype(dtype)
-    steps = _with_flags(static, _make_steps(static, xs, mask, resets, key), key, th0)
+    steps = _with_zoneout(static, steps, key, th0)
 
     def body(th, inputs):
-        gates, h_tm1, drive, mask, resets, cut = inputs
-        th_tm1 = _zero_where(cut, _zero_where(resets, th))
+        gates, h_tm1, drive, mask, resets, cuts = inputs
+        th_tm1 = _zero_where(cuts, _zero_where(resets, th))
         th_t = step_jvp(params, gates, h_tm1, th_tm1, drive, spec, scale)
         th_t = _hold(static, mask, th_t, th_tm1)
         return th_t, th_t.astype(hs.dtype)
 
-    inputs = (gates, h_tm1, drive, steps.mask, steps.resets, steps.cut)
+    inputs = (gates, h_tm1, drive, steps.mask, steps.resets, steps.cuts)
     th, ths = lax.scan(body, th0, inputs, reverse=static.reverse, unroll=static.unroll)
     return (h_last, hs), (th.astype(h_last.dtype), ths)
 
@@ -272,46 +290,14 @@ def _gru_tangent_jvp(static, primals, tangents):
 _gru_tangent.defjvp(_gru_tangent_jvp, symbolic_zeros=True)
 
 
-class _Steps(NamedTuple):
-    """What each step is given, [T, ...]; None where there is nothing."""
-
-    xs: Array
-    mask: Array | None  # [T, ..., 1], or [T, ..., H] with zoneout drawn
-    resets: Array | None
-    order: Array | None  # [T], how many steps the run has taken before
-    cut: Array | None = None  # [T], where the gradient of the state ends
-
-
-def _make_steps(static, xs, mask, resets, key):
-    """The steps of a run, with their order where something depends on it."""
-    if key is None and static.truncate is None:
-        return _Steps(xs, mask, resets, None)
-    order = lax.broadcasted_iota(jnp.int32, (xs.shape[0],), 0)
-    return _Steps(xs, mask, resets, xs.shape[0] - 1 - order if static.reverse else order)
-
-
-def _with_flags(static, steps, key, h):
-    """The steps with their cuts, and with zoneout's held units, drawn step by step, in the mask.
-
-    Each step draws from the key and its own number, so that chunks and the backward draw the same.
-    """
-    if static.truncate is not None:
-        cut = (steps.order % static.truncate == 0) & (steps.order > 0)
-        steps = steps._replace(cut=cut)
-    if key is None:
-        return steps
-    written = draw_kept_per_step(key, static.zoneout, h, steps.order)
-    return steps._replace(mask=written if steps.mask is None else steps.mask & written)
-
-
-def _forward(static, params, xs, h0, mask, resets, scale, key, *, keep_gates):
+def _forward(static, params, steps, h0, scale, key, *, keep_gates):
     """h_last, (hs, gates or None), and the state at the start of each chunk [K, ..., H]."""
 
     def chunk(h, steps, _):
         h_end, outputs = _forward_chunk(static, params, h, steps, scale, key, keep_gates)
         return h_end, outputs, h
 
-    h, steps = h0.astype(state_dtype(h0.dtype)), _make_steps(static, xs, mask, resets, key)
+    h = h0.astype(state_dtype(h0.dtype))
     h, outputs, h_starts = sweep(static.chunk_size, chunk, h, steps, None, reverse=static.reverse)
     return h.astype(h0.dtype), outputs, h_starts
 
@@ -320,15 +306,14 @@ def _forward_chunk(static, params, h, steps, scale, key, keep_gates) -> tuple[An
     """A chunk's last state and (hs, gates or None): projection in bulk, then the scan."""
 
     def body(h, inputs):
-        a, mask, resets, cut = inputs
-        h_tm1 = _zero_where(resets, h)
-        h_tm1 = h_tm1 if cut is None else jnp.where(cut, lax.stop_gradient(h_tm1), h_tm1)
+        a, mask, resets, cuts = inputs
+        h_tm1 = _stop_where(cuts, _zero_where(resets, h))
         h_t, gates = step(params, a, h_tm1, static.spec, scale)
         h_t = _hold(static, mask, h_t, h_tm1)
         return h_t, (h_t.astype(steps.xs.dtype), gates if keep_gates else None)
 
-    steps = _with_flags(static, steps, key, h)
-    inputs = (project(params, steps.xs, static.spec), steps.mask, steps.resets, steps.cut)
+    steps = _with_zoneout(static, steps, key, h)
+    inputs = (project(params, steps.xs, static.spec), steps.mask, steps.resets, steps.cuts)
     return lax.scan(body, h, inputs, reverse=static.reverse, unroll=static.unroll)
 
 
@@ -336,25 +321,55 @@ def _backward_chunk(static, params, dh, gates, h_tm1, dhs, steps, scale):
     """dh before the chunk and the cotangents of a_r, a_z, a_n (and q) of each of its steps."""
 
     def body(dh, inputs):
-        gates, h_tm1, dh_t, mask, resets, cut = inputs
+        gates, h_tm1, dh_t, mask, resets, cuts = inputs
         dh = dh if dh_t is None else dh + dh_t.astype(dh.dtype)
         dh, held = _hold_vjp(static, mask, dh)
         dh_tm1, da = step_vjp(params, gates, h_tm1, dh, static.spec, scale)
         dh_tm1 = dh_tm1 if held is None else dh_tm1 + held
-        return _zero_where(cut, _zero_where(resets, dh_tm1)), da
+        return _zero_where(resets, _zero_where(cuts, dh_tm1)), da
 
-    inputs = (gates, h_tm1, dhs, steps.mask, steps.resets, steps.cut)
+    inputs = (gates, h_tm1, dhs, steps.mask, steps.resets, steps.cuts)
     return lax.scan(body, dh, inputs, reverse=not static.reverse, unroll=static.unroll)
 
 
-def _shift(static, h_start, hs, resets):
+def _with_zoneout(static, steps, key, h):
+    """The steps with the units that zoneout holds, drawn again from the key, in their mask."""
+    if key is None:
+        return steps
+    written = draw_kept_per_step(key, static.zoneout, steps.numbers, h.shape, h)
+    return steps._replace(mask=written if steps.mask is None else steps.mask & written)
+
+
+def _cuts(windows, mask, h0, reverse):
+    """Where a real step lies in another window [T] than the real step run before it: [T, ..., 1].
+
+    Before the first real step there is none, so that no padding parts a sequence from its states.
+    """
+    shape = (windows.shape[0],) + (1,) * h0.ndim
+    windows, mask = windows.reshape(shape), jnp.ones(shape, bool) if mask is None else mask
+    none = jnp.int32(jnp.iinfo(jnp.int32).max if reverse else -1)
+    passed = jnp.where(mask, windows, none)
+    edge = jnp.full_like(passed, none, shape=(1, *passed.shape[1:]))
+    if reverse:
+        before = jnp.concatenate([lax.cummin(passed, axis=0, reverse=True), edge])[1:]
+    else:
+        before = jnp.concatenate([edge, lax.cummax(passed, axis=0)])[:-1]
+    return mask & (before != none) & (before != windows)
+
+
+def _shift(static, h_start, hs, steps):
     """h_{t-1} of every step, as the step saw it: joined first and sliced after, so T may be 0."""
     hs, h_start = hs.astype(h_start.dtype), h_start[None]
     if static.reverse:
         h_tm1 = jnp.concatenate([hs, h_start])[1:]
     else:
         h_tm1 = jnp.concatenate([h_start, hs])[:-1]
-    return _zero_where(resets, h_tm1)
+    return _stop_where(steps.cuts, _zero_where(steps.resets, h_tm1))
+
+
+def _stop_where(cuts, h):
+    """h, without its gradient where cut: derivatives of a derivative need it too."""
+    return h if cuts is None else jnp.where(cuts, lax.stop_gradient(h), h)
 
 
 def _zero_where(resets, h):
@@ -391,17 +406,17 @@ def _zero_state(params, xs):
 
 def _draw_scale(key, rate, h0):
     """1/(1 - rate) with probability 1 - rate, else 0, in the shape of h0 and the state dtype."""
-    kept = draw_kept(key, rate, h0)
+    kept = draw_kept(key, rate, h0.shape, h0)
     return kept.astype(state_dtype(h0.dtype)) / (1 - rate)
 
 
-def _vary_alike(tree):
-    """The tree with every leaf varying over all mesh axes that any leaf varies over.
+def _vary_alike(tree, key):
+    """The tree with every leaf varying over all mesh axes that any leaf or the key varies over.
 
     Inside `jax.shard_map` the scan's carry and the cotangents then have one type, and JAX's own
     transpose of this cast sums the parameters' gradient over the mesh, once.
     """
-    axes = frozenset().union(*(_varying_axes(v) for v in jax.tree.leaves(tree)))
+    axes = frozenset().union(*(_varying_axes(v) for v in jax.tree.leaves((tree, key))))
 
     def cast(v):
         missing = tuple(sorted(axes - _varying_axes(v), key=str))

@@ -184,8 +184,8 @@ def fit(
     batches, callbacks, records = iter(batches), list(callbacks), []
     with _progress_bar(num_updates, progress) as bar:
         for update in range(1, num_updates + 1):
-            batch = next(batches, None)
-            if batch is None:
+            batch = next(batches, _END)
+            if batch is _END:
                 raise ValueError(f"fit: batches must hold {num_updates}, got {update - 1}.")
             state, metrics = train_step(state, batch)
             meter.pending.append(metrics)
@@ -307,6 +307,7 @@ def load_arrays(path: str | os.PathLike, like: Any) -> Any:
     return jax.tree_util.tree_unflatten(treedef, loaded)
 
 
+_END = object()
 _FORMAT = "jaxgru arrays 1"
 _HEADER = "jaxgru"
 _DAMAGE = (zipfile.BadZipFile, zlib.error)

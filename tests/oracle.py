@@ -6,6 +6,7 @@ gate has matrices of its own, W [H, I] and U [H, H], as there. Nothing here know
 """
 
 import dataclasses
+import itertools
 
 import numpy as np
 
@@ -178,21 +179,24 @@ def forward(
 def backward(arrays, equation, xs, tape, dh_last, dhs, truncate=None):
     """Cotangents of the arrays, xs and h0: the tape played from its end, row by row.
 
-    truncate cuts the gradient of the state after every so many steps of the run.
+    truncate cuts the gradient of the state between a real step and the one run before it where they
+    are in different windows [0, truncate), [truncate, 2 truncate), ...
     """
     weights = Weights(*arrays)
     total = weights.zeros()
     dxs, dh0 = np.zeros(np.shape(xs)), np.array(dh_last, np.float64)
     for row, steps in tape.items():
         dh = np.array(dh_last, np.float64)[row]
-        for taken, (t, (start_anew, keep, saved)) in reversed(list(enumerate(steps.items()))):
+        real = [t for t, (_, _, saved) in steps.items() if saved is not None]
+        pairs = itertools.pairwise(real) if truncate else ()
+        cuts = {t for before, t in pairs if before // truncate != t // truncate}
+        for t, (start_anew, keep, saved) in reversed(steps.items()):
             dh = dh + np.array(dhs, np.float64)[(t, *row)]
             if saved is not None:
                 new = (1.0 - keep) * dh
                 dxs[(t, *row)], through = one_step_back(weights, equation, saved, new, total)
                 dh = keep * dh + through
-            cut = truncate is not None and taken > 0 and taken % truncate == 0
-            dh = np.zeros_like(dh) if start_anew or cut else dh
+            dh = np.zeros_like(dh) if start_anew or t in cuts else dh
         dh0[row] = dh
     return total.packed(), dxs, dh0
 

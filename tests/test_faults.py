@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxgru import recurrence
+from jaxgru import cell, recurrence
 from jaxgru.check import check_gradients
 from jaxgru.parameters import CHO_2014, CHUNG_2014, PYTORCH, GRUParams, init_gru
 
@@ -251,7 +251,7 @@ def held_units_written(original):
 
 
 def cut_ignored(dh, gates, h_tm1, dhs, steps):
-    return dh, gates, h_tm1, dhs, steps._replace(cut=None)
+    return dh, gates, h_tm1, dhs, steps._replace(cuts=None)
 
 
 def norms_of_the_wrong_gate(original):
@@ -269,13 +269,50 @@ def gain_of_inputs_ignored(original):
     return faulty
 
 
+def mean_of_zoneout_not_kept(original):
+    """The share of the old state gets no cotangent."""
+    return lambda static, mask, dh: (original(static, mask, dh)[0], None)
+
+
+def norm_without_its_mean(original):
+    def faulty(d, gain, norm):
+        wrong = original(d, gain, norm)
+        return wrong if gain is None else wrong + 0.1 * norm.i
+
+    return faulty
+
+
+def gain_not_normalized(original):
+    def faulty(g, da, norms):
+        right = original(g, da, norms)
+        return None if right is None else 1.01 * right
+
+    return faulty
+
+
+def scale_ignored_by_tangent(original):
+    def faulty(params, gates, h_tm1, th, drive, spec, scale):
+        return original(params, gates, h_tm1, th, drive, spec, None)
+
+    return faulty
+
+
+MEAN = {"zoneout": 0.3, "deterministic": True}
 INSIDE = {
-    "scale_ignored": ("step_vjp", scale_ignored),
-    "scale_ignored_by_weights": ("params_vjp", scale_ignored_by_weights),
-    "held_units_written": ("_backward_chunk", held_units_written),
-    "cut_ignored": ("_backward_chunk", of_sweep(cut_ignored)),
-    "norms_of_the_wrong_gate": ("step_vjp", norms_of_the_wrong_gate),
-    "gain_of_inputs_ignored": ("inputs_vjp", gain_of_inputs_ignored),
+    "mean_of_zoneout_not_kept": ("recurrence._hold_vjp", mean_of_zoneout_not_kept, MEAN),
+    "norm_without_its_mean": ("cell.normalize_vjp", norm_without_its_mean, {}),
+    "gain_not_normalized": ("cell._gain_vjp", gain_not_normalized, {}),
+    "scale_ignored_by_tangent": (
+        "recurrence.step_jvp",
+        scale_ignored_by_tangent,
+        {"gradient": "tangent"},
+    ),
+    "scale_ignored": ("recurrence.step_vjp", scale_ignored, {}),
+    "scale_ignored_by_weights": ("recurrence.params_vjp", scale_ignored_by_weights, {}),
+    "held_units_written": ("recurrence._backward_chunk", held_units_written, {}),
+    "cut_ignored": ("recurrence._backward_chunk", of_sweep(cut_ignored), {}),
+    "norms_of_the_wrong_gate": ("recurrence.step_vjp", norms_of_the_wrong_gate, {}),
+    "gain_of_inputs_ignored": ("recurrence.inputs_vjp", gain_of_inputs_ignored, {}),
 }
 TANGENT = {
     "no_reset_gate_in_tangent": ("step_jvp", no_reset_gate_in_tangent),
@@ -307,7 +344,7 @@ def plain(params, xs, h0, gradient="bptt", chunk_size=None, spec=CHO_2014, insid
         gradient=gradient,
         chunk_size=chunk_size,
         spec=spec,
-        **(_INSIDE if inside else {}),
+        **(inside if isinstance(inside, dict) else _INSIDE if inside else {}),
     )
 
 
@@ -349,9 +386,14 @@ def test_unbroken_rule_with_all_that_acts_inside_passes():
 
 @pytest.mark.parametrize("fault", INSIDE)
 def test_fault_of_what_acts_inside_the_recurrence_is_caught(fault, monkeypatch):
-    name, mutate = INSIDE[fault]
-    monkeypatch.setattr(recurrence, name, mutate(getattr(recurrence, name)))
-    report = run_check(functools.partial(plain, inside=True), layer_norm=True)
+    place, mutate, choices = INSIDE[fault]
+    module, name = place.split(".")
+    module = {"recurrence": recurrence, "cell": cell}[module]
+    monkeypatch.setattr(module, name, mutate(getattr(module, name)))
+    gradient = choices.get("gradient", "bptt")
+    inside = {k: v for k, v in choices.items() if k != "gradient"} or True
+    fn = functools.partial(plain, inside=inside, gradient=gradient)
+    report = run_check(fn, layer_norm=True)
     assert {row.dtype for row in report.failures if row.reason == "value"} == {"float32", "float64"}
 
 

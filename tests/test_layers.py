@@ -29,7 +29,7 @@ from jaxgru import (
 
 EXACT = 1e-11  # float64, relative to the largest entry of a leaf
 in_float64 = pytest.mark.usefixtures("x64", "quick_compilation")
-T, B, INPUTS, H = 3, 2, 2, 3
+T, B, INPUTS, H = 4, 2, 2, 3
 KEY = 11
 KINDS = {
     "none": {},
@@ -72,16 +72,18 @@ def make_stack(num_layers=2, bidirectional=False, dtype=jnp.float64, **options):
 
 
 def make_data(layers, seed=0, dtype=jnp.float64, steps=T):
-    """xs, h0, mask with gaps and a row of length 0, resets on real and held steps."""
+    """xs, h0, a mask with a gap and a late end, resets on real and on held steps."""
     keys = jax.random.split(jax.random.key(seed), 4)
+    mask = jnp.array([[1, 0, 1, 1], [0, 1, 1, 0]], bool).T
+    resets = jnp.array([[0, 0, 1, 0], [0, 0, 1, 1]], bool).T
+    mask, resets = (jnp.resize(flags, (steps, B)) for flags in (mask, resets))
     xs = jax.random.normal(keys[0], (steps, B, INPUTS), dtype)
     zeros, treedef = jax.tree.flatten(init_state(layers, (B,)))
     starts = jax.random.split(keys[1], len(zeros))
     h0 = treedef.unflatten(
         [jax.random.normal(k, h.shape, dtype) for k, h in zip(starts, zeros, strict=True)]
     )
-    mask = jax.random.bernoulli(keys[2], 0.7, (steps, B)).at[:, 0].set(False)
-    return xs, h0, mask, jax.random.bernoulli(keys[3], 0.4, (steps, B))
+    return xs, h0, mask, resets
 
 
 def make_cotangents(outputs):
@@ -95,25 +97,32 @@ def draw(key, rate, shape):
     return np.asarray(jax.random.bernoulli(key, 1 - rate, shape)) / (1 - rate)
 
 
-def draw_noise(layers, key, rates, reverses):
+def draw_steps(key, rate, shape, variational=False):
+    """The same for each of T steps from the key and the step's number, or once for all."""
+    if variational:
+        return draw(key, rate, (1, *shape))
+    return np.stack([draw(jax.random.fold_in(key, t), rate, shape) for t in range(T)])
+
+
+def draw_noise(layers, key, rates):
     """What each key draws, as the oracle wants it: from one key to each layer's and direction's."""
     keys, noise = jax.random.split(key, 2 * len(layers) + 1), []
     for number, layer in enumerate(layers):
         rate = rates.get("dropout" if number else "input_dropout", 0.0)
         width = oracle.directions(layer)[0].w_x.shape[0]
-        shape = (1 if rates.get("variational") else T, B, width)
-        factor = draw(keys[2 * number], rate, shape) if rate else None
+        shared = rates.get("variational", False)
+        factor = draw_steps(keys[2 * number], rate, (B, width), shared) if rate else None
         sides = oracle.directions(layer)
         side_keys = [keys[2 * number + 1]]
         side_keys = jax.random.split(side_keys[0]) if len(sides) == 2 else side_keys
         drawn = []
-        for side_key, reverse in zip(side_keys, reverses):
+        for side_key in side_keys:
             scale_key, zoneout_key = jax.random.split(side_key)
             rate, held = rates.get("recurrent_dropout", 0.0), rates.get("zoneout", 0.0)
             scale = draw(scale_key, rate, (B, H)) if rate else None
             zoneout = np.zeros((T, B, H))
             for t in range(T) if held else ():
-                step_key = jax.random.fold_in(zoneout_key, T - 1 - t if reverse else t)
+                step_key = jax.random.fold_in(zoneout_key, t)
                 zoneout[t] = 1 - np.asarray(jax.random.bernoulli(step_key, 1 - held, (B, H)))
             drawn.append((scale, zoneout))
         noise.append((factor, drawn))
@@ -124,12 +133,12 @@ def oracle_pullback(layers, data, spec, rates, merge="concat", residual=False):
     """Values and cotangents of layers, xs and h0 by the NumPy oracle."""
     xs, h0, mask, resets = data
     mask, resets = (None if v is None else np.asarray(v) for v in (mask, resets))
-    noise = draw_noise(layers, jax.random.key(KEY), rates, (False, True))
+    noise = draw_noise(layers, jax.random.key(KEY), rates)
     equation = oracle.Equation(*dataclasses.astuple(spec))
     choices = (merge, residual, noise)
     last, ys, tape = oracle.stack_forward(layers, equation, xs, h0, mask, resets, *choices)
     output_key = jax.random.split(jax.random.key(KEY), 2 * len(layers) + 1)[-1]
-    ys_factor = draw(output_key, rates.get("output_dropout", 0.0), ys.shape)
+    ys_factor = draw_steps(output_key, rates.get("output_dropout", 0.0), ys.shape[1:])
     ys = ys * ys_factor
     dlast, dys = make_cotangents((last, ys))
     dys = np.asarray(dys) * ys_factor
@@ -206,7 +215,7 @@ def test_merged_and_residual_stacks_have_the_oracles_values_and_gradients(bidire
 @pytest.mark.parametrize("spec", [CHO_2014, PYTORCH], ids=["before", "after"])
 def test_normalized_stack_has_the_oracles_values_and_gradients(spec, bidirectional):
     layers = make_stack(2, bidirectional, layer_norm=True)
-    data = (*make_data(layers)[:2], None, None)
+    data = make_data(layers)
     with jax.disable_jit():
         wanted = oracle_pullback(layers, data, spec, KINDS["all"])
         sides = [side for layer in wanted[1][0] for side in oracle.directions(layer)]
@@ -255,8 +264,8 @@ def test_tangent_rule_pushes_a_stack_forward():
 
 @in_float64
 def test_content_of_padding_changes_no_value_and_no_gradient():
-    """NaN and infinity where nothing is real, in every layer and direction, with dropout."""
-    layers = make_stack(3, True)
+    """NaN and infinity where nothing is real: every layer and direction, dropout, layer norm."""
+    layers = make_stack(3, True, layer_norm=True)
     xs, h0, mask, resets = make_data(layers)
 
     @jax.jit
@@ -276,17 +285,27 @@ def test_content_of_padding_changes_no_value_and_no_gradient():
 
 @in_float64
 def test_padded_row_is_the_row_alone():
-    """A batch padded to one length gives each row what it gives alone, in both directions."""
+    """Values and gradients of each row are the same alone, in both directions, truncated too."""
     layers = make_stack(2, True)
-    xs, h0, _, _ = make_data(layers, steps=5)
+    xs, h0, _, _ = make_data(layers, steps=7)
     lengths = [3, 5]
-    mask = length_mask(lengths, 5)
-    h_last, ys = jax.jit(gru_stack)(layers, xs, h0, mask=mask)
+
+    def run(layers, xs, h0, mask=None):
+        def last(layers, xs, h0):
+            h_last, ys = gru_stack(layers, xs, h0, mask=mask, truncate=2)
+            ys = ys if mask is None else jnp.where(mask[..., None], ys, 0.0)
+            return jnp.sum(jnp.sin(ys)) + sum(jnp.sum(h**2) for h in jax.tree.leaves(h_last))
+
+        return jax.value_and_grad(last, (0, 1, 2))(layers, xs, h0)
+
+    total, (dlayers, dxs, dh0) = jax.jit(run)(layers, xs, h0, length_mask(lengths, 7))
+    parts = []
     for row, length in enumerate(lengths):
-        alone = jax.tree.map(lambda h, row=row: h[row], h0)
-        h_alone, ys_alone = jax.jit(gru_stack)(layers, xs[:length, row], alone)
-        assert_close(jax.tree.map(lambda h, row=row: h[row], h_last), h_alone, EXACT)
-        assert_close(ys[:length, row], ys_alone, EXACT)
+        of_row = functools.partial(jax.tree.map, lambda h, row=row: h[row])
+        value, grads = jax.jit(run)(layers, xs[:length, row], of_row(h0))
+        assert_close((dxs[:length, row], of_row(dh0)), grads[1:], EXACT)
+        parts.append((value, grads[0]))
+    assert_close((total, dlayers), jax.tree.map(jnp.add, *parts), EXACT)
 
 
 @in_float64
@@ -343,6 +362,7 @@ def test_resets_follow_the_step_that_ended_an_episode():
     carried = resets_from_dones(dones, jnp.array([False, True]))
     assert carried.tolist() == [[False, True], [True, False], [False, False]]
     assert resets_from_dones(dones[:0]).shape == (0, 2)
+    assert resets_from_dones(dones.T, axis=1).tolist() == resets_from_dones(dones).T.tolist()
 
 
 # Streams.
@@ -375,6 +395,30 @@ def test_full_run_is_the_steps_is_the_chunks(dtype, layer_norm):
             h, y = one_step(layers, xs[t], h, mask=mask[t], resets=resets[t])
             outputs.append(y)
         assert_close((h, jnp.stack(outputs)), whole, tolerance, "steps")
+
+
+@in_float64
+def test_noise_of_chunks_and_steps_is_that_of_the_whole_run():
+    """One key and the number of the first step: every kind of mask, and truncation."""
+    layers = make_stack(2)
+    xs, h0, mask, resets = make_data(layers, steps=7)
+    options = {"key": jax.random.key(4), "truncate": 2, **KINDS["all"]}
+    run = jax.jit(functools.partial(gru_stack, **options))
+    whole = run(layers, xs, h0, mask=mask, resets=resets)
+    chunks, h = [], h0
+    for start, stop in ((0, 3), (3, 4), (4, 7)):
+        flags = {"mask": mask[start:stop], "resets": resets[start:stop]}
+        h, ys = run(layers, xs[start:stop], h, first_step=start, **flags)
+        chunks.append(ys)
+    assert_close((h, jnp.concatenate(chunks)), whole, EXACT, "chunks")
+    del options["truncate"]
+    one_step = jax.jit(functools.partial(gru_stack_cell, **options))
+    outputs, h = [], h0
+    for t in range(7):
+        flags = {"mask": mask[t], "resets": resets[t], "first_step": jnp.int32(t)}
+        h, y = one_step(layers, xs[t], h, **flags)
+        outputs.append(y)
+    assert_close((h, jnp.stack(outputs)), whole, EXACT, "steps")
 
 
 @in_float64
@@ -412,14 +456,12 @@ def test_truncated_gradient_is_that_of_chunks_with_a_stopped_state(reverse, grad
         return gru(params, xs, h0, truncate=cut, gradient=gradient, reverse=reverse, **chunks)
 
     def stopped(params, xs, h):
-        xs = xs[::-1] if reverse else xs
-        hs = []
-        for start in range(0, steps, cut):
-            h = h if start == 0 else jax.lax.stop_gradient(h)
-            h, part = gru(params, xs[start : start + cut], h, gradient="autodiff")
-            hs.append(part)
-        hs = jnp.concatenate(hs)
-        return h, hs[::-1] if reverse else hs
+        starts, hs = list(range(0, steps, cut)), {}
+        for number, start in enumerate(reversed(starts) if reverse else starts):
+            h = jax.lax.stop_gradient(h) if number else h
+            window = xs[start : start + cut]
+            h, hs[start] = gru(params, window, h, gradient="autodiff", reverse=reverse)
+        return h, jnp.concatenate([hs[start] for start in starts])
 
     def run(fn):
         out, vjp = jax.vjp(fn, params, xs, h0)
@@ -523,6 +565,38 @@ def test_masks_of_every_step_are_drawn_again_and_not_kept():
         assert large == [("float32", size) for size in extra], rates
 
 
+@pytest.mark.parametrize("implementation", ["threefry2x32", "rbg", "unsafe_rbg"])
+def test_masks_do_not_depend_on_the_chunks(implementation):
+    """Nor on the generator: the hardware ones draw a batch under vmap from its first key."""
+    params = init_gru(jax.random.key(0), INPUTS, 8)
+    xs = jax.random.normal(jax.random.key(1), (6, B, INPUTS))
+    options = {"key": jax.random.key(2, impl=implementation), "zoneout": 0.5}
+    whole = jax.jit(gru, static_argnames=("zoneout", "chunk_size"))(params, xs, **options)[1]
+    for size in (1, 4):
+        hs = jax.jit(functools.partial(gru, chunk_size=size, **options))(params, xs)[1]
+        np.testing.assert_allclose(hs, whole, atol=1e-6)
+    held = whole[1:] == whole[:-1]
+    assert 0.2 < held.mean() < 0.8
+    assert (held[0] != held[1]).any()
+
+
+@pytest.mark.parametrize("shape", [(0, 2), (3, 0)], ids=["no_steps", "no_rows"])
+def test_empty_sequences_are_defined_with_everything_on(shape):
+    """The states are carried, and the gradient of the parameters is zero."""
+    layers = init_stack(jax.random.key(0), INPUTS, H, 2, bidirectional=True, layer_norm=True)
+    xs, h0 = jnp.ones((*shape, INPUTS)), init_state(layers, shape[1:])
+    h0 = jax.tree.map(lambda h: h + 1, h0)
+    flags = {"mask": jnp.ones(shape, bool), "resets": jnp.ones(shape, bool), "truncate": 2}
+
+    def run(layers):
+        return gru_stack(layers, xs, h0, key=jax.random.key(1), **flags, **KINDS["all"])
+
+    (h_last, ys), pull = jax.vjp(run, layers)
+    jax.tree.map(np.testing.assert_array_equal, h_last, tuple(h0))
+    assert ys.shape == (*shape, 2 * H)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(pull((h_last, ys))))
+
+
 # Layouts, transforms, initialisation.
 
 
@@ -617,7 +691,7 @@ def two_way(num_layers=1):
             jax.random.key(0), 4, H))), ValueError,
          r"gru_stack: params\[1\].w_x must have 3 rows \(the outputs of params\[0\], .*got 4"),
         (lambda: call(xs=jnp.ones((T, B, 5))), ValueError,
-         r"params\[0\].w_x must have 5 rows \(xs's last axis\), got 2"),
+         r"xs must have shape \[T, ..., I\] with I=2 \(rows of params\[0\].w_x\), got \(4, 2, 5\)"),
         (lambda: call(params=two_way(2), merge="sum"), ValueError,
          r"params\[1\].w_x must have 3 rows \(the outputs of params\[0\], merge='sum'\), got 6"),
         (lambda: call(merge="mean"),
@@ -630,9 +704,9 @@ def two_way(num_layers=1):
         (lambda: call(params=two_way(), h0=[jnp.zeros((B, H))]), ValueError,
          r"h0\[0\] must be a pair of states, forward and backward"),
         (lambda: call(h0=[jnp.zeros((B, H)), jnp.zeros((B, 4))]),
-         ValueError, r"gru: h0 must have sh"),
+         ValueError, r"gru_stack: h0\[1\] must have shape \[..., 3\] .* got \(2, 4\)"),
         (lambda: call(mask=length_mask([1, 2, 3], T)), ValueError,
-         r"gru_stack: mask must have shape \(3, 2\) \(xs without its last axis\), got \(3, 3\)"),
+         r"gru_stack: mask must have shape \(4, 2\) \(xs without its last axis\), got \(4, 3\)"),
         (lambda: call(resets=jnp.ones((T, B))), TypeError, "resets must be a bool array"),
         (lambda: call(dropout=1.0, key=jax.random.key(0)), ValueError,
          r"gru_stack: dropout must be in \[0, 1\), got 1.0"),
@@ -674,9 +748,29 @@ def two_way(num_layers=1):
          ValueError, "num_layers must be at least 1"),
         (lambda: init_stack(jax.random.key(0), 2, 3, bidirectional=2), TypeError, "must be a bool"),
         (lambda: init_state(3), TypeError, "init_state: params must be a sequence of layers"),
+        (lambda: init_state(two_way(), 8), TypeError, "batch_shape must be a sequence, got 8"),
+        (lambda: call(variational=1), TypeError, "variational must be a bool, got 1"),
+        (lambda: call(first_step=-1), ValueError, "first_step must be at least 0, got -1"),
+        (lambda: call(first_step=0.5), TypeError, "first_step must be an integer, got 0.5"),
+        (lambda: call(dropout=0.5, key=jax.random.split(jax.random.key(0))), ValueError,
+         r"key must be one jax.random.key, got shape \(2,\)"),
+        (lambda: call(params=two_way(), reverse=True), TypeError,
+         "gru_bidirectional: reverse must be left out"),
+        (lambda: call(params=(*init_stack(jax.random.key(0), INPUTS, H), *init_stack(
+            jax.random.key(0), H, H, dtype=jnp.bfloat16))), TypeError,
+         r"params\[1\] must have the dtype of params\[0\], float32, got bfloat16; cast"),
+        (lambda: gru_stack_cell(init_stack(jax.random.key(0), INPUTS, H), jnp.ones((B, INPUTS)),
+                                None, axis=1), TypeError, "gru_stack_cell: axis must be left out"),
+        (lambda: gru_stack_cell(init_stack(jax.random.key(0), INPUTS, H), jnp.ones((B, INPUTS)),
+                                None, mask=jnp.ones(3, bool)), ValueError,
+         r"gru_stack_cell: mask must have shape \(2,\) \(x without its last axis\), got \(3,\)"),
+        (lambda: gru_stack_cell(init_stack(jax.random.key(0), INPUTS, H), 1.0, None), TypeError,
+         "gru_stack_cell: x must be an array, got float"),
+        (lambda: resets_from_dones(jnp.ones((3, 2), bool), axis=2), ValueError,
+         "dones must have shape .* with time at axis=2"),
         (lambda: resets_from_dones(jnp.ones(3)), TypeError, "dones must be a bool array"),
         (lambda: resets_from_dones(jnp.ones((3, 2), bool), jnp.ones(3, bool)), ValueError,
-         r"done_before must have shape \(2,\) \(dones without its first axis\), got \(3,\)"),
+         r"done_before must have shape \(2,\) \(dones without its axis of time\), got \(3,\)"),
     ],
 )  # fmt: skip
 def test_bad_call_says_what_was_expected_and_what_came(run, error, match):

@@ -73,6 +73,33 @@ def test_every_reduction_weighs_every_entry_as_defined(name, masked):
         np.testing.assert_allclose(slope, w[..., None] * slopes, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_axis_says_where_time_is(reduction):
+    logits = jax.random.normal(jax.random.key(0), (T, B, K))
+    labels, mask = jnp.ones((T, B), int), jnp.asarray(MASK)
+    wanted = categorical_loss(logits, labels, mask, reduction=reduction)
+    batch_major = (logits.swapaxes(0, 1), labels.T, mask.T)
+    got = categorical_loss(*batch_major, reduction=reduction, axis=1)
+    np.testing.assert_allclose(got.T, wanted, rtol=1e-6)
+    if reduction in ("batch_mean", "sequence_mean"):
+        many_to_one = categorical_loss(logits[0], labels[0], reduction=reduction, axis=None)
+        np.testing.assert_allclose(many_to_one, categorical_loss(logits[0], labels[0]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("reduction", ["sum", "mean", "batch_mean", "sequence_mean"])
+def test_half_types_are_summed_in_float32(dtype, reduction):
+    """90,000 entries: their sum and their count are beyond float16."""
+    logits, labels = jnp.zeros((300, 300, K), dtype), jnp.zeros((300, 300), int)
+    loss = categorical_loss(logits, labels, reduction=reduction)
+    assert loss.dtype == jnp.float32
+    entries = {"sum": 90_000, "mean": 1, "batch_mean": 300, "sequence_mean": 1}[reduction]
+    np.testing.assert_allclose(loss, entries * np.log(K), rtol=1e-5)
+    ones = jnp.ones((300, 300, K), dtype)
+    assert bernoulli_loss(logits, ones, reduction=reduction).dtype == jnp.float32
+    np.testing.assert_allclose(squared_loss(logits, ones, reduction=reduction), entries, rtol=1e-5)
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS[1:])
 def test_loss_where_nothing_counts_is_zero(reduction):
     logits, mask = jnp.ones((T, B, K)), jnp.zeros((T, B), bool)
@@ -120,7 +147,10 @@ LOGITS, Y = jnp.ones((T, B, K)), jnp.ones((T, B), int)
          "mask must be a bool array"),
         (lambda: squared_loss(jnp.ones(()), jnp.ones(())), ValueError, "outputs must have shape"),
         (lambda: squared_loss(LOGITS[0, 0], LOGITS[0, 0], reduction="batch_mean"), ValueError,
-         "reduction='batch_mean' needs a time axis"),
+         r"squared_loss: axis must name the axis of time .*'batch_mean', or be None, got 0"),
+        (lambda: categorical_loss(LOGITS, Y * K), ValueError,
+         r"labels must lie in \[0, 5\) where they count, got 5 to 5; mask what has no label"),
+        (lambda: categorical_loss(LOGITS, Y - 2), ValueError, "got -1 to -1"),
     ],
 )  # fmt: skip
 def test_bad_call_says_what_was_expected_and_what_came(run, error, match):

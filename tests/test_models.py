@@ -216,6 +216,26 @@ def test_deep_generation_is_the_model_run_step_by_step():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), h, h_last)
 
 
+def test_prompts_of_several_lengths_go_on_from_their_own_ends():
+    params = init_token_model(jax.random.key(0), V, H, embedding_size=E, num_layers=2)
+    prompt, lengths = make_tokens((4, 2)), [2, 4]
+    options = {"temperature": 0.0, "residual": True}
+    mask = length_mask(lengths, 4)
+    _, drawn = generate(params, jax.random.key(0), prompt, 5, mask=mask, **options)
+    for row, length in enumerate(lengths):
+        alone = generate(params, jax.random.key(0), prompt[:length, row], 5, **options)[1]
+        np.testing.assert_array_equal(drawn[:, row], alone)
+
+
+def test_batch_major_loss_is_the_time_major_one():
+    params, tokens, targets = make(), make_tokens((6, 2)), make_tokens((6, 2), seed=2)
+    mask = length_mask([2, 6], 6)
+    for reduction in ("mean", "batch_mean", "sequence_mean"):
+        wanted = token_loss(params, tokens, targets, mask=mask, reduction=reduction)[0]
+        got = token_loss(params, tokens.T, targets.T, mask=mask.T, reduction=reduction, axis=1)[0]
+        np.testing.assert_allclose(got, wanted, rtol=1e-6)
+
+
 @pytest.mark.parametrize("merge", ["concat", "sum"])
 @pytest.mark.parametrize("residual", [False, True])
 def test_final_output_reads_the_last_real_step_of_each_direction(merge, residual):
@@ -312,6 +332,29 @@ def test_sequence_outputs_are_the_head_of_every_step():
             lambda p: generate(p, jax.random.key(0), jnp.array([1]), 1, top_p=1.5),
             ValueError,
             r"generate: top_p must be in \(0, 1\], got 1.5",
+        ),
+        (
+            lambda p: sequence_outputs(
+                init_sequence_model(jax.random.key(0), 2, 3, 1, bidirectional=True, merge="sum"),
+                jnp.ones((4, 2)),
+            ),
+            ValueError,
+            r"sequence_outputs: params.w must have 6 rows .*merge='concat'\), got 3; pass",
+        ),
+        (
+            lambda p: final_outputs(p, jnp.ones((4, 2))),
+            TypeError,
+            "final_outputs: params must be a SequenceParams, got TokenParams",
+        ),
+        (
+            lambda p: generate(
+                init_token_model(jax.random.key(0), V, H, bidirectional=True),
+                jax.random.key(0),
+                jnp.array([1]),
+                1,
+            ),
+            ValueError,
+            "generate: params must hold layers of one direction",
         ),
         (
             lambda p: init_sequence_model(jax.random.key(0), 2, 3, 0),

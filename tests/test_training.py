@@ -287,3 +287,15 @@ def test_metadata_of_another_format_is_refused(tmp_path):
     np.savez(tmp_path / "x.npz", jaxgru=np.array(json.dumps({"format": "other"})))
     with pytest.raises(ValueError, match="format 'other'"):
         read_metadata(tmp_path / "x.npz")
+
+
+def test_batches_may_be_none_for_a_loss_that_draws_its_own():
+    optimizer = optax.sgd(0.1)
+
+    def loss_fn(params, carry, batch, key):
+        return jnp.sum((params - jax.random.normal(key, (2,))) ** 2), (carry, {})
+
+    state = init_train_state(jnp.zeros(2), optimizer, key=jax.random.key(0))
+    train_step = make_train_step(loss_fn, optimizer)
+    state, records = fit(train_step, state, [None] * 3, num_updates=3, progress=False)
+    assert int(state.step) == 3 and records[-1]["update"] == 3

@@ -299,7 +299,7 @@ def test_mesh_of_devices_gives_the_gradient_of_one_device(rule, kind):
         value, (dparams, dxs) = jax.jit(rule_gradient(rule))(params, *data)
     assert_close((value, (dparams, dxs)), wanted, EXACT)
     if kind == AxisType.Explicit:  # there JAX's types promise where the results lie
-        assert all(v.sharding.is_fully_replicated for v in dparams)
+        assert all(v.sharding.is_fully_replicated for v in jax.tree.leaves(dparams))
         assert not dxs.sharding.is_fully_replicated
     assert len(dxs.sharding.device_set) == 4
 
@@ -360,6 +360,20 @@ def test_noisy_stack_runs_on_each_device(check_vma):
         return jnp.sum(jnp.sin(jnp.concatenate(parts, axis=1)))
 
     assert_close(got, jax.jit(jax.grad(total))(layers), EXACT)
+
+
+@each_check
+def test_devices_may_differ_in_their_keys_alone(check_vma):
+    """Zoneout of one sequence under four keys: what varies over the mesh is the key."""
+    problem = make_problem(26)
+    keys = jax.random.split(jax.random.key(3), 4)
+
+    def run(params, xs, keys):
+        return gru(params, xs, key=keys[0], zoneout=0.5)[0][None]
+
+    sharded = jax.jit(shard_map(run, (P(), P(), P("rows")), P("rows"), check_vma))
+    wanted = [gru(problem.params, problem.xs, key=key, zoneout=0.5)[0] for key in keys]
+    assert_close(sharded(problem.params, problem.xs, keys), jnp.stack(wanted), EXACT)
 
 
 def test_four_devices_are_there():

@@ -182,6 +182,7 @@ def init_gru_model(key, task, args, num_steps):
     # sigmoid(log c) = c / (c + 1): a unit that forgets over c + 1 steps.
     constants = jax.random.uniform(key_gate, (args.hidden_size,), minval=1.0, maxval=num_steps)
     (layer,) = params.layers
+    assert isinstance(layer, jaxgru.GRUParams) and layer.b_x is not None
     update_gate = slice(args.hidden_size, 2 * args.hidden_size)
     b_x = layer.b_x.at[update_gate].set(jnp.log(constants))
     return params._replace(layers=(layer._replace(b_x=b_x),))
@@ -281,10 +282,11 @@ def plot(path, results):
             chosen = [r for r in results if (r["task"], r["model"]) == (name, model)]
             points = [(result["length"], result["test_loss"]) for result in chosen]
             axes.plot(*zip(*points), style, label=model, markersize=5)
-        length, loss, baseline = task.labels
+        x_label, y_label, baseline = task.labels
         axes.axhline(task.baseline, color="black", linestyle="--", label=baseline)
-        axes.set(xscale="log", yscale="log", xlabel=length, ylabel=loss, title=f"{name} task")
-        axes.set_xticks([point[0] for point in points], [str(point[0]) for point in points])
+        axes.set(xscale="log", yscale="log", xlabel=x_label, ylabel=y_label, title=f"{name} task")
+        lengths = sorted({result["length"] for result in results if result["task"] == name})
+        axes.set_xticks(lengths, [str(length) for length in lengths])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.legend()

@@ -118,8 +118,8 @@ def load_splits():
     """Images [N, 8, 8] in [0, 1] and labels [N] of each split, the same whatever the seed."""
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
-    images, labels = (digits.images / 16).astype(np.float32), digits.target.astype(np.int32)
+    pixels, targets = map(np.asarray, load_digits(return_X_y=True))
+    images, labels = (pixels.reshape(-1, 8, 8) / 16).astype(np.float32), targets.astype(np.int32)
     shuffled = np.random.default_rng(0).permutation(len(labels))
     ends = np.cumsum(list(SIZES.values()))[:-1]
     return {

@@ -76,7 +76,9 @@ def require_rates(function: str, rates: dict[str, Any], key: Any, deterministic:
     """TypeError or ValueError unless each rate is in [0, 1), and a key there where one acts."""
     for argument, rate in rates.items():
         if isinstance(rate, bool) or not isinstance(rate, int | float):
-            raise TypeError(f"{function}: {argument} must be a Python float, got {rate!r}.")
+            cure = "; inside jit, make it a static argument" if is_traced(rate) else ""
+            found = "a traced value" if is_traced(rate) else repr(rate)
+            raise TypeError(f"{function}: {argument} must be a Python float, got {found}{cure}.")
         if not 0 <= rate < 1:
             raise ValueError(f"{function}: {argument} must be in [0, 1), got {rate}.")
     if not isinstance(deterministic, bool):

@@ -469,10 +469,10 @@ def _require_states(params, h0):
     if h0 is None:
         return
     if not isinstance(h0, list | tuple) or len(h0) != len(params):
-        found = f"{len(h0)} of them" if isinstance(h0, list | tuple) else type(h0).__name__
         raise ValueError(
             f"gru_stack: h0 must be a sequence of {len(params)} states, one for each layer, got "
-            f"{found}; init_state(params, batch_shape) has the form."
+            f"{_count(h0)}; init_state(params, batch_shape) has the form, and torch's "
+            "[layers, B, H] is tuple(h0), with two directions tuple(zip(h0[::2], h0[1::2]))."
         )
     for number, (layer, h) in enumerate(zip(params, h0)):
         if isinstance(layer, Bidirectional):
@@ -494,7 +494,15 @@ def _require_states(params, h0):
 def _require_pair(function, argument, h):
     """ValueError unless h is None or a pair."""
     if h is not None and (not isinstance(h, list | tuple) or len(h) != 2):
-        found = f"{len(h)} of them" if isinstance(h, list | tuple) else type(h).__name__
         raise ValueError(
-            f"{function}: {argument} must be a pair of states, forward and backward, got {found}."
+            f"{function}: {argument} must be a pair of states, forward and backward, got "
+            f"{_count(h)}."
         )
+
+
+def _count(states):
+    """What a wrong state is, in words."""
+    if isinstance(states, list | tuple):
+        return f"{len(states)} of them"
+    shape = getattr(states, "shape", None)
+    return type(states).__name__ if shape is None else f"an array of shape {shape}"

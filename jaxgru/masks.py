@@ -102,9 +102,7 @@ def draw_kept_per_step(
         return jax.random.bernoulli(jax.random.fold_in(key, number), 1 - rate, shape)
 
     typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    implementation = (
-        str(jax.random.key_impl(key)) if typed else str(jax.config.read("jax_default_prng_impl"))
-    )
+    implementation = str(jax.random.key_impl(key if typed else jax.random.wrap_key_data(key)))
     # Under vmap the hardware generators draw a whole batch from its first key.
     drawn = jax.vmap(draw)(numbers) if "threefry" in implementation else lax.map(draw, numbers)
     return _place_like(drawn, like)
@@ -135,6 +133,8 @@ def require_flags(
             found = getattr(value, "dtype", type(value).__name__)
             raise TypeError(f"{function}: {name} must be a bool array, got {found}.")
         if shape is not None and value.shape != shape:
+            swapped = value.ndim > 1 and (value.shape[1], value.shape[0], *value.shape[2:]) == shape
+            cure = "; time and batch are swapped" if swapped else ""
             raise ValueError(
-                f"{function}: {name} must have shape {shape} ({meaning}), got {value.shape}."
+                f"{function}: {name} must have shape {shape} ({meaning}), got {value.shape}{cure}."
             )

@@ -316,7 +316,7 @@ def generate(
     Args:
       params: of the model.
       key: a `jax.random.key`.
-      prompt: [P, ...] integers in [0, V), P at least 1.
+      prompt: [P, ...] integers in [0, V), P at least 1; one token of a result is tokens[-1:].
       num_steps: how many tokens to draw.
       mask: [P, ...] bool for prompts of several lengths, True on their tokens; None for all.
       h0: the state before the prompt, in the form of `init_state`; None for zeros.
@@ -335,8 +335,8 @@ def generate(
 
     Raises:
       ValueError: a token is outside [0, V), the prompt is empty, num_steps or top_k is below 1,
-        top_p is outside (0, 1], the temperature is negative or not finite, or a layer is
-        bidirectional.
+        top_p is outside (0, 1], a prompt has no token under the mask, the temperature is negative
+        or not finite, or a layer is bidirectional.
       TypeError: the prompt holds no integers.
 
     >>> params = init_token_model(jax.random.key(0), 5, 3)
@@ -356,6 +356,8 @@ def generate(
     if prompt.ndim < 1 or prompt.shape[0] < 1:
         raise ValueError(f"generate: prompt must hold at least one token, got {prompt.shape}.")
     require_flags("generate", {"mask": mask}, prompt.shape, "that of prompt")
+    if mask is not None and not is_traced(mask) and not np.asarray(mask).any(axis=0).all():
+        raise ValueError("generate: mask must be True on a token of every prompt, got none of one.")
     if not is_traced(prompt):
         values = np.asarray(prompt)
         if values.size and not (values.min() >= 0 and values.max() < vocab_size):

@@ -466,9 +466,11 @@ def _require_arrays(params, xs, h0, mask, resets, axis):
         require_float("gru", "h0", h0, params.w_x.dtype)
         wanted = (*time_and_batch[:axis], *time_and_batch[axis + 1 :], hidden_size)
         if h0.shape != wanted:
+            batch_major = axis == 0 and h0.shape[:1] == xs.shape[:1]
+            cure = "; for batch-major xs pass axis=1" if batch_major else ""
             raise ValueError(
                 f"gru: h0 must have shape {wanted} (the batch axes of xs, then H={hidden_size} "
-                f"rows of params.w_h), got {h0.shape}."
+                f"rows of params.w_h), got {h0.shape}{cure}."
             )
 
     def prepare(flags):

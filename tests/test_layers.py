@@ -519,6 +519,18 @@ def test_dropout_keeps_the_mean_and_drops_its_share():
     assert (independent[0] != independent[1]).any()
 
 
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_key_of_the_old_style_draws_what_the_typed_one_draws(kind):
+    layers = make_stack(2, dtype=jnp.float32)
+    xs, h0, _, _ = make_data(layers, dtype=jnp.float32)
+    with jax.disable_jit():
+        old, new = (
+            gru_stack(layers, xs, h0, key=key, **KINDS[kind])[1]
+            for key in (jax.random.PRNGKey(3), jax.random.key(3))
+        )
+    np.testing.assert_array_equal(old, new)
+
+
 def test_evaluation_is_deterministic_and_needs_no_key():
     layers = make_stack(2, dtype=jnp.float32)
     xs, h0, _, _ = make_data(layers, dtype=jnp.float32)
@@ -697,7 +709,12 @@ def two_way(num_layers=1):
         (lambda: call(merge="mean"),
          ValueError, "merge must be one of 'concat', 'sum', got 'mean'"),
         (lambda: call(h0=jnp.zeros((2, B, H))), ValueError,
-         "h0 must be a sequence of 2 states, one for each layer, got .*init_state"),
+         r"2 states, one for each layer, got an array of shape \(2, 2, 3\); init_state.*tuple"),
+        (lambda: jax.jit(lambda rate: call(dropout=rate, key=jax.random.key(0)))(0.5), TypeError,
+         "dropout must be a Python float, got a traced value; inside jit, make it a static"),
+        (lambda: call(mask=jnp.ones((B, T), bool)), ValueError, "time and batch are swapped"),
+        (lambda: call(xs=jnp.ones((B, T, INPUTS)), h0=[jnp.zeros((B, H))] * 2), ValueError,
+         r"gru: h0 must have shape \(4, 3\) .* got \(2, 3\); for batch-major xs pass axis=1"),
         (lambda: call(h0=[jnp.zeros((B, H))]), ValueError, "of 2 states.*got 1 of them"),
         (lambda: call(h0=[jnp.zeros((B, H)), (jnp.zeros((B, H)),) * 2]), ValueError,
          r"h0\[1\] must be one array \[..., H\], as params\[1\] has one direction, got 2"),

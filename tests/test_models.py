@@ -329,6 +329,13 @@ def test_sequence_outputs_are_the_head_of_every_step():
             "generate: top_k must be at least 1, got 0",
         ),
         (
+            lambda p: generate(
+                p, jax.random.key(0), jnp.ones((2, 2), int), 1, mask=length_mask([0, 2], 2)
+            ),
+            ValueError,
+            "generate: mask must be True on a token of every prompt",
+        ),
+        (
             lambda p: generate(p, jax.random.key(0), jnp.array([1]), 1, top_p=1.5),
             ValueError,
             r"generate: top_p must be in \(0, 1\], got 1.5",

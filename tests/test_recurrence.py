@@ -618,7 +618,8 @@ GRU_ERRORS = {
     "mask_shape": (
         lambda: call_gru(mask=(4, 5)),
         ValueError,
-        "gru: mask must have shape (5, 4) (xs without its last axis), got (4, 5).",
+        "gru: mask must have shape (5, 4) (xs without its last axis), got (4, 5); time and batch "
+        "are swapped.",
     ),
     "mask_never_broadcast": (
         lambda: call_gru(mask=(5, 1)),
@@ -628,7 +629,8 @@ GRU_ERRORS = {
     "mask_axis": (
         lambda: call_gru(mask=(4, 5), axis=1),
         ValueError,
-        "gru: mask must have shape (5, 4) (xs without its last axis), got (4, 5).",
+        "gru: mask must have shape (5, 4) (xs without its last axis), got (4, 5); time and batch "
+        "are swapped.",
     ),
     "resets_integer": (
         lambda: call_gru(resets=jnp.zeros((5, 4), jnp.int32)),

@@ -209,10 +209,11 @@ def step_vjp(
     da_z, da_n = dh * c.z, dh * c.a
     if c.q is None:
         w_rz, w_n = gates_and_candidate(params.w_h)
-        dv_n = normalize_vjp(da_n, _gains(params.g_h)[2], gates.norms[2])
-        dp = matmul_transposed(dv_n, w_n)
+        (g_r, g_z, g_n), (norm_r, norm_z, norm_n) = _gains(params.g_h), gates.norms
+        dp = matmul_transposed(normalize_vjp(da_n, g_n, norm_n), w_n)
         da = Gates(dp * c.r, da_z, da_n, None)
-        dv_rz = jnp.concatenate(_products_vjp(params, gates, da)[:2], axis=-1)
+        dv_r, dv_z = normalize_vjp(da.r, g_r, norm_r), normalize_vjp(da.z, g_z, norm_z)
+        dv_rz = jnp.concatenate([dv_r, dv_z], axis=-1)
         dread = dp * gates.r + matmul_transposed(dv_rz, w_rz)
     else:
         da = Gates(dh * c.r, da_z, da_n, dh * c.q)

@@ -7,7 +7,7 @@ every derivative rule and policy of `gru` holds for it.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from jaxgru.recurrence import gru
 
 Array = jax.Array
 Merge = Literal["concat", "sum"]
-_MERGES = ("concat", "sum")
+_MERGES = get_args(Merge)
 
 
 class Bidirectional(NamedTuple):

@@ -23,6 +23,7 @@ With half-precision parameters (bfloat16, float16) the operands of every product
 those of the weight gradients; sums, gates, the state and cotangents between products are float32.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -36,16 +37,17 @@ from jaxgru.products import (
     gates_and_candidate,
     like_row,
     matmul,
-    matmul_transposed,
     normalize,
     normalize_jvp,
     normalize_vjp,
     state_dtype,
     sum_rows,
+    transpose,
     weight_vjp,
 )
 
 Array = jax.Array
+_FEW_ROWS = 64
 Norms = tuple[Norm | None, Norm | None, Norm | None]
 
 _ACTIVATIONS = {
@@ -78,18 +80,25 @@ class Gates(NamedTuple):
     norms: Norms = (None, None, None)
 
 
-class Coefficients(NamedTuple):
-    """A step's local derivatives, all [..., H]; products of a cotangent or tangent with them.
+class Recurrent(NamedTuple):
+    """What a step reads of the parameters, cut once: XLA would copy a slice at every step."""
 
-    `k` is dh'/dh along the kept state, `z` and `a` are dh'/da_z and dh'/da_n. `r` is dh'/da_r for
-    reset="after" and d(r * h)/da_r for reset="before"; `q` is dh'/dq, None for reset="before".
+    w: tuple[Array, ...]  # (w_hr | w_hz, w_hn) for reset="before", (w_h,) for reset="after"
+    b_q: Array | None  # [H], b_hn where it acts inside the reset gate
+    g: tuple[Array | None, Array | None, Array | None]  # the blocks of g_h
+
+
+class Coefficients(NamedTuple):
+    """A step's local derivatives, which no cotangent or tangent enters: made for all steps at once.
+
+    For reset="after" R, Z and Q lie side by side: times dh they are what the one product reads.
     """
 
-    k: Array
-    z: Array
-    a: Array
-    r: Array
-    q: Array | None
+    k: Array  # [..., H]: dh'/dh along the kept state
+    a: Array  # [..., H]: A = dh'/da_n
+    v: tuple[Array, ...]  # "after": one [..., 3, H] of dh'/da_r, dh'/da_z and dh'/dq
+    #                       "before": d(r * h)/da_r and dh'/da_z, [..., H] each
+    p: Array | None  # [..., H]: r where reset="before", else None
 
 
 def gru_cell(params: GRUParams, x: Array, h: Array, *, spec: GRUSpec = CHO_2014) -> Array:
@@ -133,7 +142,8 @@ def gru_cell(params: GRUParams, x: Array, h: Array, *, spec: GRUSpec = CHO_2014)
         )
     params, x, h = jax.tree.map(jnp.asarray, (params, x, h))
     a = project(params, x, spec)
-    return step(params, a, h.astype(state_dtype(h.dtype)), spec)[0].astype(h.dtype)
+    h_wide = h.astype(state_dtype(h.dtype))
+    return step(cut_recurrent(params, spec), a, h_wide, spec)[0].astype(h.dtype)
 
 
 def project(params: GRUParams, xs: Array, spec: GRUSpec) -> tuple[Array, Array, Array]:
@@ -149,8 +159,21 @@ def project(params: GRUParams, xs: Array, spec: GRUSpec) -> tuple[Array, Array, 
     return a[0], a[1], a[2]
 
 
+def cut_recurrent(params: GRUParams, spec: GRUSpec) -> Recurrent:
+    """The weights, bias and gains that act on the state, in the pieces that `step` multiplies."""
+    before = spec.reset == "before"
+    w = tuple(gates_and_candidate(params.w_h)) if before else (params.w_h,)
+    b_q = None if before or params.b_h is None else blocks(params.b_h)[2]
+    return Recurrent(w, b_q, _gains(params.g_h))
+
+
+def transpose_recurrent(recurrent: Recurrent) -> Recurrent:
+    """With w^T in place of w: what `step_vjp` reads."""
+    return recurrent._replace(w=tuple(map(transpose, recurrent.w)))
+
+
 def step(
-    params: GRUParams,
+    recurrent: Recurrent,
     a: tuple[Array, Array, Array],
     h: Array,
     spec: GRUSpec,
@@ -158,18 +181,17 @@ def step(
 ) -> tuple[Array, Gates]:
     """h' and the gates from the projected input a and the state h, all [..., H]."""
     read, activation = _read(h, scale), _ACTIVATIONS[spec.activation]
-    g_n = _gains(params.g_h)[2]
     if spec.reset == "before":
-        w_rz, w_n = gates_and_candidate(params.w_h)
+        w_rz, w_n = recurrent.w
         v_r, v_z = jnp.split(matmul(read, w_rz), 2, axis=-1)
-        (r, norm_r), (z, norm_z) = _open_gates(params, a, v_r, v_z)
-        u_n, norm_n = normalize(matmul(r * read, w_n), g_n)
+        (r, norm_r), (z, norm_z) = _open_gates(recurrent, a, v_r, v_z)
+        u_n, norm_n = normalize(matmul(r * read, w_n), recurrent.g[2])
         n, q = activation(a[2] + u_n), None
     else:  # one product of width 3H: nothing in it waits for r
-        v_r, v_z, v_n = blocks(matmul(read, params.w_h))
-        (r, norm_r), (z, norm_z) = _open_gates(params, a, v_r, v_z)
-        q, norm_n = normalize(v_n, g_n)
-        q = q if params.b_h is None else q + like_row(blocks(params.b_h)[2], q)
+        v_r, v_z, v_n = blocks(matmul(read, recurrent.w[0]))
+        (r, norm_r), (z, norm_z) = _open_gates(recurrent, a, v_r, v_z)
+        q, norm_n = normalize(v_n, recurrent.g[2])
+        q = q if recurrent.b_q is None else q + like_row(recurrent.b_q, q)
         n = activation(a[2] + r * q)
     h = z * h + (1 - z) * n if spec.update == "keep" else (1 - z) * h + z * n
     return h, Gates(r, z, n, q, (norm_r, norm_z, norm_n))
@@ -178,48 +200,53 @@ def step(
 def coefficients(
     gates: Gates, h_tm1: Array, spec: GRUSpec, scale: Array | None = None
 ) -> Coefficients:
-    """K, Z, A, R, Q: every local derivative of a step, from values its forward pass has."""
+    """K, A, R, Z, Q: every local derivative of a step, from values its forward pass has."""
     r, z, n, q, _ = gates
     keep, write = (z, 1 - z) if spec.update == "keep" else (1 - z, z)
     sign = 1 if spec.update == "keep" else -1
     k_z = sign * (h_tm1 - n) * (z * (1 - z))
     k_a = write * _DERIVATIVES[spec.activation](n)
     if q is None:
-        return Coefficients(keep, k_z, k_a, _read(h_tm1, scale) * (r * (1 - r)), None)
-    return Coefficients(keep, k_z, k_a, k_a * q * (r * (1 - r)), k_a * r)
+        return Coefficients(keep, k_a, (_read(h_tm1, scale) * (r * (1 - r)), k_z), r)
+    v = jnp.stack([k_a * q * (r * (1 - r)), k_z, k_a * r], axis=-2)
+    return Coefficients(keep, k_a, (v,), None)
 
 
 def step_vjp(
-    params: GRUParams,
-    gates: Gates,
-    h_tm1: Array,
+    transposed: Recurrent,
+    c: Coefficients,
+    norms: Norms,
     dh: Array,
-    spec: GRUSpec,
     scale: Array | None = None,
-) -> tuple[Array, Gates]:
-    """The transpose of `step`: dh_tm1, and the cotangents of a_r, a_z, a_n and q.
+) -> tuple[Array, Array | None]:
+    """The transpose of `step`: dh_tm1, and dp, the cotangent of r * h, for reset="before".
 
-    before:  dp = N'(dh A) w_hn^T,  da = (dp R, dh Z, dh A)
-             dh_tm1 = dh K + scale (dp r + N'[da_r | da_z] [w_hr | w_hz]^T)
-    after:   da = (dh R, dh Z, dh A),  dq = dh Q
-             dh_tm1 = dh K + scale (N'[da_r | da_z | dq] w_h^T)
+    before:  dp = N'(dh A) w_hn^T,  dh_tm1 = dh K + scale (dp r + N'[dp R | dh Z] [w_hr | w_hz]^T)
+    after:   dh_tm1 = dh K + scale (N'[dh R | dh Z | dh Q] w_h^T)
     with N' the transpose of the normalization, the identity without gains.
     """
-    c = coefficients(gates, h_tm1, spec, scale)
-    da_z, da_n = dh * c.z, dh * c.a
-    if c.q is None:
-        w_rz, w_n = gates_and_candidate(params.w_h)
-        (g_r, g_z, g_n), (norm_r, norm_z, norm_n) = _gains(params.g_h), gates.norms
-        dp = matmul_transposed(normalize_vjp(da_n, g_n, norm_n), w_n)
-        da = Gates(dp * c.r, da_z, da_n, None)
-        dv_r, dv_z = normalize_vjp(da.r, g_r, norm_r), normalize_vjp(da.z, g_z, norm_z)
-        dv_rz = jnp.concatenate([dv_r, dv_z], axis=-1)
-        dread = dp * gates.r + matmul_transposed(dv_rz, w_rz)
-    else:
-        da = Gates(dh * c.r, da_z, da_n, dh * c.q)
-        dv = jnp.concatenate(_products_vjp(params, gates, da), axis=-1)
-        dread = matmul_transposed(dv, params.w_h)
-    return dh * c.k + _read(dread, scale), da
+    if c.p is None:
+        dv = _normalize_vjp(transposed.g, norms, _flat(c.v[0] * dh[..., None, :]))
+        return dh * c.k + _read(matmul(dv, transposed.w[0]), scale), None
+    w_rz_t, w_n_t = transposed.w
+    dp = matmul(normalize_vjp(dh * c.a, transposed.g[2], norms[2]), w_n_t)
+    dv = jnp.concatenate([dp * c.v[0], dh * c.v[1]], axis=-1)
+    dread = dp * c.p + matmul(_normalize_vjp(transposed.g[:2], norms[:2], dv), w_rz_t)
+    return dh * c.k + _read(dread, scale), dp
+
+
+def gates_vjp(c: Coefficients, dh: Array, dp: Array | None) -> tuple[Array, Array]:
+    """The cotangents [..., 3H] of x w_x + b_x, da, and of h w_h + b_h, du.
+
+    before:  da = du = [dp R | dh Z | dh A]
+    after:   da = [dh R | dh Z | dh A],  du = [dh R | dh Z | dh Q]
+    """
+    da_n = dh * c.a
+    if dp is not None:
+        da = jnp.concatenate([dp * c.v[0], dh * c.v[1], da_n], axis=-1)
+        return da, da
+    du = _flat(c.v[0] * dh[..., None, :])
+    return jnp.concatenate([gates_and_candidate(du)[0], da_n], axis=-1), du
 
 
 def params_vjp(
@@ -227,26 +254,23 @@ def params_vjp(
     xs: Array,
     gates: Gates,
     h_tm1: Array,
-    da: Gates,
+    da: Array,
+    du: Array,
     spec: GRUSpec,
     scale: Array | None = None,
 ) -> GRUParams:
     """The cotangents of all parameters, each one product over all leading axes (w_hn its own).
 
-    dw_x = x^T N'[da_r | da_z | da_n],  [dw_hr | dw_hz] = read^T N'[da_r | da_z],
-    dw_hn = (r read)^T N' da_n (before) or read^T N' dq (after), read = scale h; a bias gets the sum
-    of its block, a gain that of its block times the normalized product.
+    dw_x = x^T N' da,  [dw_hr | dw_hz] = read^T N' du_rz,
+    dw_hn = (r read)^T N' du_n (before) or read^T N' du_n (after), read = scale h; a bias gets the
+    sum of da or du, a gain that of its block times the normalized product.
     In the state dtype, whatever the parameters' own.
     """
     read = _read(h_tm1, scale)
-    da_x = jnp.concatenate([da.r, da.z, da.n], axis=-1)
-    da_h = da_x if da.q is None else jnp.concatenate([da.r, da.z, da.q], axis=-1)
-    dv_x, dv_h = da_x, da_h
-    if params.g_x is not None:
-        dv_x = jnp.concatenate(_inputs_vjp(params, xs, da), axis=-1)
-    if params.g_h is not None:
-        dv_h = jnp.concatenate(_products_vjp(params, gates, da), axis=-1)
-    if da.q is None:
+    input_norms = _input_norms(params, xs)
+    dv_x = _normalize_vjp(_gains(params.g_x), input_norms, da)
+    dv_h = _normalize_vjp(_gains(params.g_h), gates.norms, du)
+    if spec.reset == "before":
         w_rz, w_n = gates_and_candidate(params.w_h)
         dv_rz, dv_n = gates_and_candidate(dv_h)
         dw_h = [weight_vjp(read, dv_rz, w_rz), weight_vjp(gates.r * read, dv_n, w_n)]
@@ -256,46 +280,41 @@ def params_vjp(
     return GRUParams(
         weight_vjp(xs.astype(h_tm1.dtype), dv_x, params.w_x),
         dw_h,
-        None if params.b_x is None else sum_rows(da_x),
-        None if params.b_h is None else sum_rows(da_h),
-        _gain_vjp(params.g_x, da_x, _input_norms(params, xs)),
-        _gain_vjp(params.g_h, da_h, gates.norms),
+        None if params.b_x is None else sum_rows(da),
+        None if params.b_h is None else sum_rows(du),
+        _gain_vjp(params.g_x, da, input_norms),
+        _gain_vjp(params.g_h, du, gates.norms),
     )
 
 
-def inputs_vjp(params: GRUParams, xs: Array, da: Gates) -> Array:
-    """dx = N'[da_r | da_z | da_n] w_x^T, in the state dtype."""
-    dv = jnp.concatenate(_inputs_vjp(params, xs, da), axis=-1)
-    return matmul_transposed(dv, params.w_x)
+def inputs_vjp(params: GRUParams, w_x_t: Array, xs: Array, da: Array) -> Array:
+    """dx = N' da w_x^T, in the state dtype; w_x_t is `transpose(params.w_x)`."""
+    return matmul(_normalize_vjp(_gains(params.g_x), _input_norms(params, xs), da), w_x_t)
 
 
 def step_jvp(
-    params: GRUParams,
-    gates: Gates,
-    h_tm1: Array,
+    recurrent: Recurrent,
+    c: Coefficients,
+    norms: Norms,
     th: Array,
     drive: Array,
-    spec: GRUSpec,
     scale: Array | None = None,
 ) -> Array:
     """The tangent of `step`: th_t = th_tm1 M + drive, linear in th and drive.
 
     before:  th M = th K + N'(t w_hz) Z + N'((t r + N'(t w_hr) R) w_hn) A,  t = scale th
-    after:   th M = th K + N'(t w_hz) Z + N'(t w_hr) R + N'(t w_hn) Q
+    after:   th M = th K + N'(t w_hr) R + N'(t w_hz) Z + N'(t w_hn) Q
     with N' the derivative of the normalization, the identity without gains.
     """
-    c, tread = coefficients(gates, h_tm1, spec, scale), _read(th, scale)
-    g_r, g_z, g_n = _gains(params.g_h)
-    norm_r, norm_z, norm_n = gates.norms
-    if c.q is None:
-        w_rz, w_n = gates_and_candidate(params.w_h)
-        y_r, y_z = jnp.split(matmul(tread, w_rz), 2, axis=-1)
-        tp = tread * gates.r + normalize_jvp(y_r, g_r, norm_r) * c.r
-        y_n = normalize_jvp(matmul(tp, w_n), g_n, norm_n)
-        return th * c.k + normalize_jvp(y_z, g_z, norm_z) * c.z + y_n * c.a + drive
-    y_r, y_z, y_q = blocks(matmul(tread, params.w_h))
-    y_r, y_z = normalize_jvp(y_r, g_r, norm_r), normalize_jvp(y_z, g_z, norm_z)
-    return th * c.k + y_z * c.z + y_r * c.r + normalize_jvp(y_q, g_n, norm_n) * c.q + drive
+    tread = _read(th, scale)
+    if c.p is None:
+        y = _normalize_jvp(recurrent.g, norms, matmul(tread, recurrent.w[0]))
+        return th * c.k + (c.v[0] * y.reshape(c.v[0].shape)).sum(axis=-2) + drive
+    w_rz, w_n = recurrent.w
+    y_rz = _normalize_jvp(recurrent.g[:2], norms[:2], matmul(tread, w_rz))
+    y_r, y_z = jnp.split(y_rz, 2, axis=-1)
+    y_n = normalize_jvp(matmul(tread * c.p + y_r * c.v[0], w_n), recurrent.g[2], norms[2])
+    return th * c.k + y_z * c.v[1] + y_n * c.a + drive
 
 
 def step_drive(
@@ -316,6 +335,8 @@ def step_drive(
     None stands for a tangent that is zero, and costs nothing.
     """
     c, read = coefficients(gates, h_tm1, spec, scale), _read(h_tm1, scale)
+    before = spec.reset == "before"
+    c_r, c_z, *c_q = c.v if before else jnp.unstack(c.v[0], axis=-2)
     zero = jnp.zeros_like(h_tm1)
     e = [zero] * 3
     if txs is not None:
@@ -325,20 +346,20 @@ def step_drive(
     e = _affine_jvp(e, params.g_x, _input_norms(params, xs), tparams.g_x, tparams.b_x)
     u = [zero] * 3
     if tparams.w_h is not None:
-        reads = (read, read, gates.r * read if c.q is None else read)
+        reads = (read, read, gates.r * read if before else read)
         u = [matmul(h, w) for h, w in zip(reads, blocks(tparams.w_h))]
     u = _affine_jvp(u, params.g_h, gates.norms, tparams.g_h, tparams.b_h)
     e_r, e_z = e[0] + u[0], e[1] + u[1]
-    if c.q is None:
-        through_r = matmul(e_r * c.r, blocks(params.w_h)[2])
+    if before:
+        through_r = matmul(e_r * c_r, blocks(params.w_h)[2])
         through_r = normalize_jvp(through_r, _gains(params.g_h)[2], gates.norms[2])
-        return e_z * c.z + (e[2] + u[2] + through_r) * c.a
-    return e_z * c.z + e_r * c.r + e[2] * c.a + u[2] * c.q
+        return e_z * c_z + (e[2] + u[2] + through_r) * c.a
+    return e_z * c_z + e_r * c_r + e[2] * c.a + u[2] * c_q[0]
 
 
-def _open_gates(params, a, v_r, v_z):
+def _open_gates(recurrent, a, v_r, v_z):
     """r and z, each with the norm of its product."""
-    g_r, g_z, _ = _gains(params.g_h)
+    g_r, g_z, _ = recurrent.g
     (u_r, norm_r), (u_z, norm_z) = normalize(v_r, g_r), normalize(v_z, g_z)
     return (jax.nn.sigmoid(a[0] + u_r), norm_r), (jax.nn.sigmoid(a[1] + u_z), norm_z)
 
@@ -350,13 +371,19 @@ def _read(h, scale):
 
 def _gains(g):
     """The three blocks of a gain, or None for each."""
-    return (None, None, None) if g is None else blocks(g)
+    return (None, None, None) if g is None else tuple(blocks(g))
 
 
 def _input_products(params, xs):
-    """N(x w_x) and its norm, for each of the three blocks."""
-    gains = _gains(params.g_x)
-    return [normalize(matmul(xs, w), g) for w, g in zip(blocks(params.w_x), gains)]
+    """N(x w_x) and its norm, for each of the three blocks.
+
+    One product for a row or a few, which are sooner cut than w_x; for many rows one for each block.
+    """
+    if all(isinstance(n, int) for n in xs.shape) and math.prod(xs.shape[:-1]) < _FEW_ROWS:
+        products = blocks(matmul(xs, params.w_x))
+    else:
+        products = [matmul(xs, w) for w in blocks(params.w_x)]
+    return list(map(normalize, products, _gains(params.g_x)))
 
 
 def _input_norms(params, xs):
@@ -366,21 +393,32 @@ def _input_norms(params, xs):
     return tuple(norm for _, norm in _input_products(params, xs))
 
 
-def _inputs_vjp(params, xs, da):
-    """The cotangents of the three products x w_x."""
-    du = (da.r, da.z, da.n)
-    return list(map(normalize_vjp, du, _gains(params.g_x), _input_norms(params, xs)))
+def _flat(v):
+    """[..., G, H] as [..., GH]."""
+    return v.reshape(*v.shape[:-2], v.shape[-2] * v.shape[-1])
 
 
-def _products_vjp(params, gates, da):
-    """The cotangents of the three products with w_h."""
-    du = (da.r, da.z, da.n if da.q is None else da.q)
-    return list(map(normalize_vjp, du, _gains(params.g_h), gates.norms))
+def _normalize_vjp(gains, norms, d):
+    """The cotangents of products that lie side by side, from those of their normalizations."""
+    return _each_block(normalize_vjp, gains, norms, d)
 
 
-def _gain_vjp(g, da, norms):
-    """The sum over rows of da times the normalized products, or None without a gain."""
-    return None if g is None else sum_rows(da * jnp.concatenate([n.y for n in norms], axis=-1))
+def _normalize_jvp(gains, norms, t):
+    """The tangents of normalizations that lie side by side, from those of their products."""
+    return _each_block(normalize_jvp, gains, norms, t)
+
+
+def _each_block(rule, gains, norms, v):
+    """The rule of every block; v itself where there are no gains."""
+    if gains[0] is None:
+        return v
+    parts = jnp.split(v, len(gains), axis=-1)
+    return jnp.concatenate(list(map(rule, parts, gains, norms)), axis=-1)
+
+
+def _gain_vjp(g, d, norms):
+    """The sum over rows of d times the normalized products, or None without a gain."""
+    return None if g is None else sum_rows(d * jnp.concatenate([n.y for n in norms], axis=-1))
 
 
 def _affine_jvp(tv, g, norms, tg, tb):

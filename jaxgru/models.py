@@ -16,13 +16,13 @@ import numpy as np
 from jax import lax
 
 from jaxgru.arguments import is_traced, require_choice, require_count, require_dtype, require_rates
+from jaxgru.cell import cut_recurrent, project, step
 from jaxgru.layers import (
     Bidirectional,
     Layer,
     Merge,
     drop,
     gru_stack,
-    gru_stack_cell,
     init_stack,
     output_size_of,
 )
@@ -310,8 +310,8 @@ def generate(
 ) -> tuple[Any, Array]:
     """(h_last, tokens): continues a prompt, each token drawn from softmax(logits / temperature).
 
-    Compiled once for each prompt shape, num_steps and set of filters in use; the whole loop is one
-    program, and temperature, top_k and top_p may change from call to call.
+    Compiled once for each prompt shape, num_steps and set of filters in use (temperature=0 is one);
+    the whole loop is one program, and temperature, top_k and top_p may change from call to call.
 
     Args:
       params: of the model.
@@ -371,8 +371,9 @@ def generate(
         require_count("generate", "top_k", top_k)
     if top_p is not None and not is_traced(top_p) and not 0 < top_p <= 1:
         raise ValueError(f"generate: top_p must be in (0, 1], got {top_p}.")
+    greedy = not is_traced(temperature) and temperature == 0
     filters = (
-        jnp.float32(temperature),
+        None if greedy else jnp.float32(temperature),
         None if top_k is None else jnp.int32(top_k),
         None if top_p is None else jnp.float32(top_p),
     )
@@ -382,12 +383,15 @@ def generate(
 
 @functools.partial(jax.jit, static_argnames=("num_steps", "equation"))
 def _generate(params, key, prompt, mask, h0, filters, num_steps, equation):
-    options = {**dict(equation), "deterministic": True}
-    h, logits = token_logits(params, prompt, h0, mask=mask, **options)  # held after the last token
+    options = dict(equation)
+    h, logits = token_logits(  # held after the last token
+        params, prompt, h0, mask=mask, deterministic=True, **options
+    )
+    run_step = _prepare_steps(params, num_steps, **options)
 
     def body(carry, key):
         h, token = carry
-        h, y = gru_stack_cell(params.layers, _embed(params, token), h, **options)
+        h, y = run_step(h, token)
         token_next = _draw(key, _head(params, y), *filters)
         return (h, token_next), token_next
 
@@ -397,9 +401,39 @@ def _generate(params, key, prompt, mask, h0, filters, num_steps, equation):
     return h, jnp.concatenate([first[None], rest])
 
 
+def _prepare_steps(params, num_steps, spec, residual, zoneout):
+    """(h, token) -> (h, y), one step of all layers with everything made beforehand that can be.
+
+    That is the pieces of w_h and, for a vocabulary of no more tokens than there are steps, what the
+    first layer makes of every token's input: a row is then looked up instead of multiplied.
+    """
+    first, recurrents = params.layers[0], [cut_recurrent(p, spec) for p in params.layers]
+    vocab_size, table = params.w.shape[1], None
+    if vocab_size <= num_steps:
+        table = project(first, _embed(params, jnp.arange(vocab_size)), spec)
+
+    def run_step(states, token):
+        y, h_next = None, []
+        for layer, recurrent, h in zip(params.layers, recurrents, states):
+            if y is None and table is not None:
+                a = tuple(rows[token] for rows in table)
+            else:
+                a = project(layer, _embed(params, token) if y is None else y, spec)
+            wide = h.astype(state_dtype(h.dtype))
+            h_t = step(recurrent, a, wide, spec)[0]
+            h_t = ((1 - zoneout) * h_t + zoneout * wide if zoneout else h_t).astype(h.dtype)
+            y = h_t + y if residual and h_next else h_t
+            h_next.append(h_t)
+        return tuple(h_next), y
+
+    return run_step
+
+
 def _draw(key, logits, temperature, top_k, top_p):
     """A token from softmax(logits / temperature) under the filters; the likeliest where it is 0."""
-    likeliest = logits.argmax(-1)
+    likeliest = logits.argmax(-1).astype(jnp.int32)
+    if temperature is None:  # known to be 0
+        return likeliest
     logits = logits.astype(jnp.float32)
     logits = logits - logits.max(axis=-1, keepdims=True)  # a small temperature makes no infinity
     logits = logits / jnp.where(temperature > 0, temperature, 1)
@@ -414,7 +448,7 @@ def _draw(key, logits, temperature, top_k, top_p):
         kept = jnp.where(chosen, ordered, jnp.inf)
         logits = _at_least(logits, kept.min(axis=-1, keepdims=True))
     sampled = jax.random.categorical(key, logits)
-    return jnp.where(temperature > 0, sampled, likeliest).astype(jnp.int32)
+    return jnp.where(temperature > 0, sampled.astype(jnp.int32), likeliest)
 
 
 def _descending(logits):

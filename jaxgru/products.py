@@ -57,12 +57,9 @@ def matmul(x: Array, w: Array) -> Array:
     )
 
 
-def matmul_transposed(d: Array, w: Array) -> Array:
-    """d w^T."""
-    contract = (((d.ndim - 1,), (1,)), ((), ()))
-    return lax.dot_general(
-        d.astype(w.dtype), w, contract, preferred_element_type=state_dtype(w.dtype)
-    )
+def transpose(w: Array) -> Array:
+    """w^T in memory, for products inside a loop: without the barrier XLA may undo it there."""
+    return lax.optimization_barrier(w.T)
 
 
 def weight_vjp(x: Array, d: Array, w: Array) -> Array:

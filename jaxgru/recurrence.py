@@ -30,6 +30,9 @@ from jaxgru.arguments import (
     require_rates,
 )
 from jaxgru.cell import (
+    coefficients,
+    cut_recurrent,
+    gates_vjp,
     inputs_vjp,
     params_vjp,
     project,
@@ -37,11 +40,12 @@ from jaxgru.cell import (
     step_drive,
     step_jvp,
     step_vjp,
+    transpose_recurrent,
 )
 from jaxgru.masks import draw_kept, draw_kept_per_step, require_flags
 from jaxgru.parameters import CHO_2014, GRUParams, GRUSpec, require_params, require_spec
-from jaxgru.products import state_dtype
-from jaxgru.sweeps import default_chunk_size, sweep
+from jaxgru.products import state_dtype, transpose
+from jaxgru.sweeps import default_chunk_size, default_residuals, sweep
 
 Array = jax.Array
 Gradient = Literal["bptt", "tangent", "autodiff"]
@@ -71,7 +75,7 @@ def gru(
     spec: GRUSpec = CHO_2014,
     reverse: bool = False,
     gradient: Gradient = "bptt",
-    residuals: Residuals = "gates",
+    residuals: Residuals | None = None,
     chunk_size: int | None = None,
     unroll: int = 1,
     truncate: int | None = None,
@@ -106,7 +110,9 @@ def gru(
         gradient="tangent" there.** "autodiff" for the reference.
       residuals: what "bptt" keeps for its backward sweep. "gates": hs and r, z, n (and q, where
         spec.reset="after"). "states": hs; the gates are redone in bulk products. "boundaries": one
-        state a chunk; the chunk is run again.
+        state a chunk; the chunk is run again. None picks by size between the first two: "states"
+        for many small rows (T B H above 2^19 and I + H up to 256), which are redone sooner than
+        stored.
       chunk_size: steps that "bptt" treats at once; None picks by size, and takes all of them where
         T or B is symbolic. T need not divide by it.
       unroll: as in `lax.scan`.
@@ -177,6 +183,7 @@ def gru(
     kept, zoneout = (zoneout, 0.0) if deterministic else (0.0, zoneout)
     arrays = (params, xs, h0, mask, resets, cuts, scale)
     params, xs, h0, mask, resets, cuts, scale = _vary_alike(arrays, zoneout_key)
+    residuals = residuals or default_residuals(xs, h0)
     if gradient == "bptt" and chunk_size is None:
         chunk_size = default_chunk_size(xs.shape[0], h0, residuals)
     static = _Static(spec, reverse, residuals, chunk_size, unroll, float(zoneout), float(kept))
@@ -220,23 +227,30 @@ def _gru_bptt_fwd(static, params, steps, h0, scale, key):
 def _gru_bptt_bwd(static, residuals, cotangents):
     (params, steps, h0, scale, key), hs, gates, h_starts = residuals
     dh_last, dhs = (None if isinstance(ct, SymbolicZero) else ct for ct in cotangents)
-    dtype = h_starts.dtype
+    dtype, recurrent = h_starts.dtype, cut_recurrent(params, static.spec)
+    transposed, w_x_t = transpose_recurrent(recurrent), transpose(params.w_x)
     dh_last = jnp.zeros_like(h0) if dh_last is None else dh_last
 
     def chunk(carry, per_step, h_start):
         dh, dparams = carry
         steps, hs, gates, dhs = per_step
         if static.residuals == "boundaries":
-            _, (hs, gates) = _forward_chunk(static, params, h_start, steps, scale, key, True)
+            _, (hs, gates) = _forward_chunk(
+                static, params, recurrent, h_start, steps, scale, key, True
+            )
         h_tm1 = _shift(static, h_start, hs, steps)
         if static.residuals == "states":
             a = project(params, steps.xs, static.spec)
-            gates = step(params, a, h_tm1, static.spec, scale)[1]
+            gates = step(recurrent, a, h_tm1, static.spec, scale)[1]
         steps = _with_zoneout(static, steps, key, dh)
-        dh, da = _backward_chunk(static, params, dh, gates, h_tm1, dhs, steps, scale)
-        of_chunk = params_vjp(params, steps.xs, gates, h_tm1, da, static.spec, scale)
+        # The barrier has the coefficients made once, by all cores, and not again in every use.
+        c = lax.optimization_barrier(coefficients(gates, h_tm1, static.spec, scale))
+        dh, cotangents = _backward_chunk(static, transposed, dh, c, gates.norms, dhs, steps, scale)
+        da, du = gates_vjp(c, *cotangents)
+        of_chunk = params_vjp(params, steps.xs, gates, h_tm1, da, du, static.spec, scale)
         dparams = jax.tree.map(jnp.add, dparams, of_chunk)
-        return (dh, dparams), inputs_vjp(params, steps.xs, da).astype(steps.xs.dtype), None
+        dxs = inputs_vjp(params, w_x_t, steps.xs, da).astype(steps.xs.dtype)
+        return (dh, dparams), dxs, None
 
     dparams = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype), params)
     (dh, dparams), dxs, _ = sweep(
@@ -270,19 +284,21 @@ def _gru_tangent_jvp(static, primals, tangents):
     h_last, hs = _gru_tangent(static, *primals)  # itself differentiable: every order
     spec, dtype = static.spec, state_dtype(h0.dtype)
     h_tm1 = _shift(static, h0.astype(dtype), hs, steps)
-    gates = step(params, project(params, steps.xs, spec), h_tm1, spec, scale)[1]
+    recurrent = cut_recurrent(params, spec)
+    gates = step(recurrent, project(params, steps.xs, spec), h_tm1, spec, scale)[1]
     drive = step_drive(params, tparams, steps.xs, txs, gates, h_tm1, spec, scale)
     th0 = (jnp.zeros_like(h0) if th0 is None else th0).astype(dtype)
     steps = _with_zoneout(static, steps, key, th0)
 
     def body(th, inputs):
-        gates, h_tm1, drive, mask, resets, cuts = inputs
+        c, norms, drive, mask, resets, cuts = inputs
         th_tm1 = _zero_where(cuts, _zero_where(resets, th))
-        th_t = step_jvp(params, gates, h_tm1, th_tm1, drive, spec, scale)
+        th_t = step_jvp(recurrent, c, norms, th_tm1, drive, scale)
         th_t = _hold(static, mask, th_t, th_tm1)
         return th_t, th_t.astype(hs.dtype)
 
-    inputs = (gates, h_tm1, drive, steps.mask, steps.resets, steps.cuts)
+    c = coefficients(gates, h_tm1, spec, scale)
+    inputs = (c, gates.norms, drive, steps.mask, steps.resets, steps.cuts)
     th, ths = lax.scan(body, th0, inputs, reverse=static.reverse, unroll=static.unroll)
     return (h_last, hs), (th.astype(h_last.dtype), ths)
 
@@ -294,21 +310,21 @@ def _forward(static, params, steps, h0, scale, key, *, keep_gates):
     """h_last, (hs, gates or None), and the state at the start of each chunk [K, ..., H]."""
 
     def chunk(h, steps, _):
-        h_end, outputs = _forward_chunk(static, params, h, steps, scale, key, keep_gates)
+        h_end, outputs = _forward_chunk(static, params, recurrent, h, steps, scale, key, keep_gates)
         return h_end, outputs, h
 
-    h = h0.astype(state_dtype(h0.dtype))
+    h, recurrent = h0.astype(state_dtype(h0.dtype)), cut_recurrent(params, static.spec)
     h, outputs, h_starts = sweep(static.chunk_size, chunk, h, steps, None, reverse=static.reverse)
     return h.astype(h0.dtype), outputs, h_starts
 
 
-def _forward_chunk(static, params, h, steps, scale, key, keep_gates) -> tuple[Any, Any]:
+def _forward_chunk(static, params, recurrent, h, steps, scale, key, keep_gates) -> tuple[Any, Any]:
     """A chunk's last state and (hs, gates or None): projection in bulk, then the scan."""
 
     def body(h, inputs):
         a, mask, resets, cuts = inputs
         h_tm1 = _stop_where(cuts, _zero_where(resets, h))
-        h_t, gates = step(params, a, h_tm1, static.spec, scale)
+        h_t, gates = step(recurrent, a, h_tm1, static.spec, scale)
         h_t = _hold(static, mask, h_t, h_tm1)
         return h_t, (h_t.astype(steps.xs.dtype), gates if keep_gates else None)
 
@@ -317,18 +333,18 @@ def _forward_chunk(static, params, h, steps, scale, key, keep_gates) -> tuple[An
     return lax.scan(body, h, inputs, reverse=static.reverse, unroll=static.unroll)
 
 
-def _backward_chunk(static, params, dh, gates, h_tm1, dhs, steps, scale):
-    """dh before the chunk and the cotangents of a_r, a_z, a_n (and q) of each of its steps."""
+def _backward_chunk(static, transposed, dh, c, norms, dhs, steps, scale):
+    """dh before the chunk; and, of each step, the cotangents of h_t and, "before", of r * h."""
 
     def body(dh, inputs):
-        gates, h_tm1, dh_t, mask, resets, cuts = inputs
+        c, norms, dh_t, mask, resets, cuts = inputs
         dh = dh if dh_t is None else dh + dh_t.astype(dh.dtype)
         dh, held = _hold_vjp(static, mask, dh)
-        dh_tm1, da = step_vjp(params, gates, h_tm1, dh, static.spec, scale)
+        dh_tm1, dp = step_vjp(transposed, c, norms, dh, scale)
         dh_tm1 = dh_tm1 if held is None else dh_tm1 + held
-        return _zero_where(resets, _zero_where(cuts, dh_tm1)), da
+        return _zero_where(resets, _zero_where(cuts, dh_tm1)), (dh, dp)
 
-    inputs = (gates, h_tm1, dhs, steps.mask, steps.resets, steps.cuts)
+    inputs = (c, norms, dhs, steps.mask, steps.resets, steps.cuts)
     return lax.scan(body, dh, inputs, reverse=not static.reverse, unroll=static.unroll)
 
 
@@ -436,14 +452,15 @@ def _require_choices(spec, reverse, gradient, residuals, chunk_size, unroll, tru
     """TypeError or ValueError naming the choice that is none."""
     require_spec("gru", spec)
     require_choice("gru", "gradient", gradient, get_args(Gradient))
-    require_choice("gru", "residuals", residuals, get_args(Residuals))
+    if residuals is not None:
+        require_choice("gru", "residuals", residuals, get_args(Residuals))
     require_count("gru", "unroll", unroll)
     if not isinstance(reverse, bool):
         raise TypeError(f"gru: reverse must be a bool, got {reverse!r}.")
     for name, count in (("chunk_size", chunk_size), ("truncate", truncate)):
         if count is not None:
             require_count("gru", name, count)
-    if gradient != "bptt" and (residuals != "gates" or chunk_size is not None):
+    if gradient != "bptt" and (residuals, chunk_size) != (None, None):
         raise ValueError(
             f"gru: residuals and chunk_size belong to gradient='bptt' and must be left out with "
             f"gradient={gradient!r}, got residuals={residuals!r}, chunk_size={chunk_size}."

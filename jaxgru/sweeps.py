@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# Numbers of state entries, T * B * H and chunk_size * B * H; measured on two cores with
-# `python -m experiments.benchmarks.scan`.
-_WHOLE_SEQUENCE = 1 << 18
-_CHUNK = 1 << 17
+# Measured on two cores with `python -m experiments.benchmarks.peers --chunks 8 16 32 64 128 whole`.
+_WHOLE_SEQUENCE = 1 << 18  # T * B * H up to which all of time is one chunk
+_CHUNK = 1 << 17  # chunk_size * B * H, where that is 8 steps or more
+_MANY_GATES = 1 << 19  # T * B * H above which writing and reading gates leaves the caches
+_CHEAP_PRODUCT = 256  # I + H up to which the gates' products then cost less than that
 
 
 def sweep(size, chunk, carry, per_step, per_chunk, *, reverse):
@@ -66,6 +67,18 @@ def default_chunk_size(num_steps, h0, residuals):
     elif num_steps * h0.size <= _WHOLE_SEQUENCE:
         return max(1, num_steps)
     else:
-        target = min(max(_CHUNK // max(1, h0.size), 16), 32)
+        target = max(_CHUNK // max(1, h0.size), 8)
     near = [size for size in range(target, 2 * target) if num_steps % size == 0]
     return near[0] if near else target
+
+
+def default_residuals(xs, h0):
+    """ "states" where redoing the gates is cheaper than keeping them, in time and memory; "gates".
+
+    Gates are 3H or 4H numbers a row, their products 3H(I + H) multiply-adds: the smaller I + H and
+    the larger the whole, the sooner redoing them wins.
+    """
+    sizes = (*xs.shape, *h0.shape)
+    known = all(isinstance(size, int) for size in sizes)
+    many = known and xs.shape[0] * h0.size > _MANY_GATES
+    return "states" if many and xs.shape[-1] + h0.shape[-1] <= _CHEAP_PRODUCT else "gates"

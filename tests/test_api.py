@@ -25,7 +25,7 @@ IMPORTS = {
     "recurrence": {"arguments", "cell", "masks", "parameters", "products", "sweeps"},
     "layers": {"arguments", "masks", "parameters", "recurrence"},
     "losses": {"arguments", "masks", "products"},
-    "models": {"arguments", "layers", "losses", "masks", "parameters", "products"},
+    "models": {"arguments", "cell", "layers", "losses", "masks", "parameters", "products"},
     "comparison": set(),
     "check": {"comparison", "parameters", "recurrence"},
     "training": {"arguments"},

@@ -43,24 +43,33 @@ def oracle_step(params, x, h, spec):
     return oracle.forward(params, equation, x[None], h)[0]
 
 
+def whole_step(params, x, h, spec, scale=None):
+    """h' and the gates from the parameters and the input."""
+    a, recurrent = cell.project(params, x, spec), cell.cut_recurrent(params, spec)
+    return cell.step(recurrent, a, h, spec, scale)
+
+
 @functools.partial(jax.jit, static_argnames="spec")
 def step_and_rules(params, x, h, dh, spec, scale=None):
     """The step's value, its handwritten VJP, and JAX's."""
-    a = cell.project(params, x, spec)
-    h_t, gates = cell.step(params, a, h, spec, scale)
-    dh_tm1, da = cell.step_vjp(params, gates, h, dh, spec, scale)
+    a, recurrent = cell.project(params, x, spec), cell.cut_recurrent(params, spec)
+    transposed = cell.transpose_recurrent(recurrent)
+    h_t, gates = cell.step(recurrent, a, h, spec, scale)
+    c = cell.coefficients(gates, h, spec, scale)
+    dh_tm1, dp = cell.step_vjp(transposed, c, gates.norms, dh, scale)
+    da, du = cell.gates_vjp(c, dh, dp)
     by_hand = (
-        cell.params_vjp(params, x, gates, h, da, spec, scale),
-        cell.inputs_vjp(params, x, da),
+        cell.params_vjp(params, x, gates, h, da, du, spec, scale),
+        cell.inputs_vjp(params, params.w_x.T, x, da),
         dh_tm1,
     )
 
     def whole(params, x, h):
-        return cell.step(params, cell.project(params, x, spec), h, spec, scale)[0]
+        return whole_step(params, x, h, spec, scale)[0]
 
     _, pull = jax.vjp(whole, params, x, h)
-    _, pull_a = jax.vjp(lambda a, h: cell.step(params, a, h, spec, scale)[0], a, h)
-    return h_t, by_hand, pull(dh), ((da.r, da.z, da.n), dh_tm1), pull_a(dh)
+    _, pull_a = jax.vjp(lambda a, h: cell.step(recurrent, a, h, spec, scale)[0], a, h)
+    return h_t, by_hand, pull(dh), (tuple(jnp.split(da, 3, -1)), dh_tm1), pull_a(dh)
 
 
 @in_float64
@@ -157,14 +166,17 @@ def test_parameter_cotangents_sum_over_all_leading_axes(spec, batch):
 @functools.partial(jax.jit, static_argnames="spec")
 def tangents_by_hand_and_by_jax(params, tparams, x, tx, h, th, spec, scale=None):
     """None among the tangents stands for zero."""
-    _, gates = cell.step(params, cell.project(params, x, spec), h, spec, scale)
+    _, gates = whole_step(params, x, h, spec, scale)
     drive = cell.step_drive(params, tparams, x, tx, gates, h, spec, scale)
-    by_hand = cell.step_jvp(params, gates, h, th, drive, spec, scale)
+    recurrent = cell.cut_recurrent(params, spec)
+    by_hand = cell.step_jvp(
+        recurrent, cell.coefficients(gates, h, spec, scale), gates.norms, th, drive, scale
+    )
     zeros = jax.tree.map(jnp.zeros_like, (params, x))
     filled = GRUParams(*(zero if t is None else t for t, zero in zip(tparams, zeros[0])))
 
     def whole(params, x, h):
-        return cell.step(params, cell.project(params, x, spec), h, spec, scale)[0]
+        return whole_step(params, x, h, spec, scale)[0]
 
     tx = zeros[1] if tx is None else tx
     return by_hand, jax.jvp(whole, (params, x, h), (filled, tx, th))[1]
@@ -259,7 +271,7 @@ def test_derivatives_hold_where_gates_saturate(spec):
 def test_gates_have_q_only_where_the_reset_gate_acts_after():
     params, x, h = one_step_problem(90)
     for spec, has_q in ((CHO_2014, False), (PYTORCH, True)):
-        _, gates = cell.step(params, cell.project(params, x, spec), h, spec)
+        _, gates = whole_step(params, x, h, spec)
         assert isinstance(gates, Gates) and (gates.q is not None) == has_q
         hidden_term = np.asarray(h) @ np.asarray(params.w_h)[:, 6:] + np.asarray(params.b_h)[6:]
         if has_q:

@@ -12,13 +12,12 @@ from jaxgru.parameters import CHO_2014, CHUNG_2014, PYTORCH, GRUParams, init_gru
 
 
 def of_step(change):
-    """A fault of step_vjp: change(params, gates, h_tm1, dh, dh_tm1, da) -> dh_tm1, da."""
+    """A fault of step_vjp: change(w_h, c, dh, dh_tm1, dp) -> dh_tm1."""
 
     def mutate(original):
-        def faulty(params, gates, h_tm1, dh, spec, scale):
-            return change(
-                params, gates, h_tm1, dh, *original(params, gates, h_tm1, dh, spec, scale)
-            )
+        def faulty(transposed, c, norms, dh, scale):
+            dh_tm1, dp = original(transposed, c, norms, dh, scale)
+            return change(jnp.concatenate(transposed.w).T, c, dh, dh_tm1, dp), dp
 
         return faulty
 
@@ -29,64 +28,108 @@ def block(w, i):
     return jnp.split(w, 3, axis=-1)[i]
 
 
-def no_kept_state(params, gates, h_tm1, dh, dh_tm1, da):
-    return dh_tm1 - dh * gates.z, da
+def slopes(c):
+    """R, Z and, for reset="after", Q."""
+    return list(c.v) if c.p is not None else jnp.unstack(c.v[0], axis=-2)
 
 
-def no_update_gate_path(params, gates, h_tm1, dh, dh_tm1, da):
-    return dh_tm1 - da.z @ block(params.w_h, 1).T, da
+def no_kept_state(w_h, c, dh, dh_tm1, dp):
+    return dh_tm1 - dh * c.k
 
 
-def no_reset_gate_path(params, gates, h_tm1, dh, dh_tm1, da):
-    return dh_tm1 - da.r @ block(params.w_h, 0).T, da
+def no_update_gate_path(w_h, c, dh, dh_tm1, dp):
+    return dh_tm1 - (dh * slopes(c)[1]) @ block(w_h, 1).T
 
 
-def no_candidate_path(params, gates, h_tm1, dh, dh_tm1, da):
-    return dh_tm1 - (da.n @ block(params.w_h, 2).T) * gates.r, da
+def no_reset_gate_path(w_h, c, dh, dh_tm1, dp):
+    return dh_tm1 - ((dh if dp is None else dp) * slopes(c)[0]) @ block(w_h, 0).T
 
 
-def candidate_path_not_gated(params, gates, h_tm1, dh, dh_tm1, da):
-    return dh_tm1 + (da.n @ block(params.w_h, 2).T) * (1 - gates.r), da
+def no_candidate_path(w_h, c, dh, dh_tm1, dp):
+    return dh_tm1 - dp * c.p
 
 
-def update_gate_sign(params, gates, h_tm1, dh, dh_tm1, da):
-    return dh_tm1, da._replace(z=-da.z)
+def candidate_path_not_gated(w_h, c, dh, dh_tm1, dp):
+    return dh_tm1 + dp * (1 - c.p)
 
 
-def no_slope_of_reset_gate(params, gates, h_tm1, dh, dh_tm1, da):
-    return dh_tm1, da._replace(r=da.r / (gates.r * (1 - gates.r)))
+def no_product_path(w_h, c, dh, dh_tm1, dp):
+    return dh_tm1 - (dh * slopes(c)[2]) @ block(w_h, 2).T
 
 
-def half_slope_of_update_gate(params, gates, h_tm1, dh, dh_tm1, da):
-    return dh_tm1, da._replace(z=da.z / (1 - gates.z))
-
-
-def no_slope_of_candidate(params, gates, h_tm1, dh, dh_tm1, da):
-    return dh_tm1, da._replace(n=dh * (1 - gates.z))
-
-
-def of_params(change):
-    """A fault of params_vjp: change(params, xs, gates, h_tm1, da) before it."""
+def of_slopes(change):
+    """A fault of coefficients: change(gates, c.a, [R, Z, Q]) -> c.a, [R, Z, Q]."""
 
     def mutate(original):
-        def faulty(params, xs, gates, h_tm1, da, spec, scale):
-            return original(params, *change(xs, gates, h_tm1, da), spec, scale)
+        def faulty(gates, h_tm1, spec, scale):
+            c = original(gates, h_tm1, spec, scale)
+            a, v = change(gates, c.a, slopes(c))
+            return c._replace(a=a, v=tuple(v) if gates.q is None else (jnp.stack(v, axis=-2),))
 
         return faulty
 
     return mutate
 
 
-def state_not_gated(xs, gates, h_tm1, da):
-    return xs, gates._replace(r=jnp.ones_like(gates.r)), h_tm1, da
+def update_gate_sign(gates, a, v):
+    return a, [v[0], -v[1], *v[2:]]
 
 
-def last_step_lost(xs, gates, h_tm1, da):
-    return xs, gates, h_tm1, jax.tree.map(lambda d: d.at[-1].set(jnp.zeros_like(d[-1])), da)
+def no_slope_of_reset_gate(gates, a, v):
+    return a, [v[0] / (gates.r * (1 - gates.r)), *v[1:]]
 
 
-def inputs_of_next_step(xs, gates, h_tm1, da):
-    return jnp.roll(xs, 1, axis=0), gates, h_tm1, da
+def half_slope_of_update_gate(gates, a, v):
+    return a, [v[0], v[1] / (1 - gates.z), *v[2:]]
+
+
+def no_slope_of_candidate(gates, a, v):
+    return 1 - gates.z, v
+
+
+def product_not_gated(gates, a, v):
+    return a, [*v[:2], a]
+
+
+def of_kept(change):
+    """A fault of coefficients: change(gates) -> c.k."""
+    return lambda original: lambda gates, *rest: original(gates, *rest)._replace(k=change(gates))
+
+
+def kept_state_of_the_other_convention(gates):
+    return gates.z
+
+
+def of_params(change):
+    """A fault of params_vjp: change(xs, gates, h_tm1, da, du) before it."""
+
+    def mutate(original):
+        def faulty(params, xs, gates, h_tm1, da, du, spec, scale):
+            return original(params, *change(xs, gates, h_tm1, da, du), spec, scale)
+
+        return faulty
+
+    return mutate
+
+
+def without_last(d):
+    return d.at[-1].set(jnp.zeros_like(d[-1]))
+
+
+def state_not_gated(xs, gates, h_tm1, da, du):
+    return xs, gates._replace(r=jnp.ones_like(gates.r)), h_tm1, da, du
+
+
+def last_step_lost(xs, gates, h_tm1, da, du):
+    return xs, gates, h_tm1, without_last(da), without_last(du)
+
+
+def inputs_of_next_step(xs, gates, h_tm1, da, du):
+    return jnp.roll(xs, 1, axis=0), gates, h_tm1, da, du
+
+
+def bias_inside_the_gate(xs, gates, h_tm1, da, du):
+    return xs, gates, h_tm1, da, da
 
 
 def scaled_recurrent_weights(original):
@@ -98,16 +141,19 @@ def scaled_recurrent_weights(original):
 
 
 def bias_of_one_row(original):
-    def faulty(params, xs, gates, h_tm1, da, spec, scale):
-        one = jax.tree.map(lambda d: d[:, :1], da)
-        row = original(params, xs[:, :1], gates._replace(r=gates.r[:, :1]), h_tm1[:, :1], one, spec)
-        return original(params, xs, gates, h_tm1, da, spec, scale)._replace(b_h=row.b_h)
+    def faulty(params, xs, gates, h_tm1, da, du, spec, scale):
+        dparams = original(params, xs, gates, h_tm1, da, du, spec, scale)
+        return dparams._replace(b_h=du[:, 0].sum(axis=0))
 
     return faulty
 
 
 def wrong_block_of_inputs(original):
-    return lambda params, xs, da: original(params, xs, da._replace(r=da.z, z=da.r))
+    def faulty(params, w_x_t, xs, da):
+        r, z, n = jnp.split(da, 3, axis=-1)
+        return original(params, w_x_t, xs, jnp.concatenate([z, r, n], axis=-1))
+
+    return faulty
 
 
 def neighbour_state(original):
@@ -118,83 +164,78 @@ def neighbour_state(original):
 
 
 def of_sweep(change):
-    """A fault of the backward chunk: change(dh, dhs, mask, resets) before it."""
+    """A fault of the backward chunk: change(dh, dhs, steps) before it."""
 
     def mutate(original):
-        def faulty(static, params, dh, gates, h_tm1, dhs, steps, scale):
-            return original(static, params, *change(dh, gates, h_tm1, dhs, steps), scale)
+        def faulty(static, transposed, dh, c, norms, dhs, steps, scale):
+            dh, dhs, steps = change(dh, dhs, steps)
+            return original(static, transposed, dh, c, norms, dhs, steps, scale)
 
         return faulty
 
     return mutate
 
 
-def final_state_ignored(dh, gates, h_tm1, dhs, steps):
-    return jnp.zeros_like(dh), gates, h_tm1, dhs, steps
+def final_state_ignored(dh, dhs, steps):
+    return jnp.zeros_like(dh), dhs, steps
 
 
-def outputs_one_step_late(dh, gates, h_tm1, dhs, steps):
-    return dh, gates, h_tm1, jnp.roll(dhs, 1, axis=0), steps
+def outputs_one_step_late(dh, dhs, steps):
+    return dh, jnp.roll(dhs, 1, axis=0), steps
 
 
-def mask_ignored(dh, gates, h_tm1, dhs, steps):
-    return dh, gates, h_tm1, dhs, steps._replace(mask=None)
+def mask_ignored(dh, dhs, steps):
+    return dh, dhs, steps._replace(mask=None)
 
 
-def resets_ignored(dh, gates, h_tm1, dhs, steps):
-    return dh, gates, h_tm1, dhs, steps._replace(resets=None)
+def resets_ignored(dh, dhs, steps):
+    return dh, dhs, steps._replace(resets=None)
+
+
+def faults_of(name, seed, *changes):
+    """change's name -> the function it is a fault of, and the fault."""
+    return {change.__name__: (name, seed(change)) for change in changes}
 
 
 FAULTS = {
-    **{
-        change.__name__: ("step_vjp", of_step(change))
-        for change in (
-            no_kept_state,
-            no_update_gate_path,
-            no_reset_gate_path,
-            no_candidate_path,
-            candidate_path_not_gated,
-            update_gate_sign,
-            no_slope_of_reset_gate,
-            half_slope_of_update_gate,
-            no_slope_of_candidate,
-        )
-    },
-    **{
-        change.__name__: ("params_vjp", of_params(change))
-        for change in (state_not_gated, last_step_lost, inputs_of_next_step)
-    },
+    **faults_of(
+        "step_vjp",
+        of_step,
+        no_kept_state,
+        no_update_gate_path,
+        no_reset_gate_path,
+        no_candidate_path,
+        candidate_path_not_gated,
+    ),
+    **faults_of(
+        "coefficients",
+        of_slopes,
+        update_gate_sign,
+        no_slope_of_reset_gate,
+        half_slope_of_update_gate,
+        no_slope_of_candidate,
+    ),
+    **faults_of("params_vjp", of_params, state_not_gated, last_step_lost, inputs_of_next_step),
     "scaled_recurrent_weights": ("params_vjp", scaled_recurrent_weights),
     "bias_of_one_row": ("params_vjp", bias_of_one_row),
     "wrong_block_of_inputs": ("inputs_vjp", wrong_block_of_inputs),
     "neighbour_state": ("_shift", neighbour_state),
-    **{
-        change.__name__: ("_backward_chunk", of_sweep(change))
-        for change in (final_state_ignored, outputs_one_step_late, mask_ignored, resets_ignored)
-    },
+    **faults_of(
+        "_backward_chunk",
+        of_sweep,
+        final_state_ignored,
+        outputs_one_step_late,
+        mask_ignored,
+        resets_ignored,
+    ),
 }
 
 
-def product_not_gated(params, gates, h_tm1, dh, dh_tm1, da):
-    return dh_tm1, da._replace(q=da.n)
-
-
-def no_product_path(params, gates, h_tm1, dh, dh_tm1, da):
-    return dh_tm1 - da.q @ block(params.w_h, 2).T, da
-
-
-def bias_inside_the_gate(xs, gates, h_tm1, da):
-    return xs, gates, h_tm1, da._replace(q=da.n)
-
-
-def kept_state_of_the_other_convention(params, gates, h_tm1, dh, dh_tm1, da):
-    return dh_tm1 - dh * (1 - 2 * gates.z), da
-
-
 def no_reset_gate_in_tangent(original):
-    def faulty(params, gates, h_tm1, th, drive, spec, scale):
-        w_h = params.w_h.at[:, : h_tm1.shape[-1]].set(0)
-        return original(params._replace(w_h=w_h), gates, h_tm1, th, drive, spec, scale)
+    def faulty(recurrent, c, norms, th, drive, scale):
+        first, *others = recurrent.w
+        first = first.at[:, : th.shape[-1]].set(0)
+        return original(recurrent._replace(w=(first, *others)), c, norms, th, drive, scale)
 
     return faulty
 
@@ -214,28 +255,26 @@ def drive_of_half_the_inputs(original):
 
 
 AFTER = {
-    "product_not_gated": ("step_vjp", of_step(product_not_gated)),
-    "no_product_path": ("step_vjp", of_step(no_product_path)),
-    "no_reset_gate_path": ("step_vjp", of_step(no_reset_gate_path)),
-    "update_gate_sign": ("step_vjp", of_step(update_gate_sign)),
-    "bias_inside_the_gate": ("params_vjp", of_params(bias_inside_the_gate)),
+    **faults_of("step_vjp", of_step, no_product_path, no_reset_gate_path),
+    **faults_of("coefficients", of_slopes, product_not_gated, update_gate_sign),
+    **faults_of("params_vjp", of_params, bias_inside_the_gate),
 }
 WRITE = {
-    "kept_state": ("step_vjp", of_step(kept_state_of_the_other_convention)),
-    "update_gate_sign": ("step_vjp", of_step(update_gate_sign)),
+    **faults_of("coefficients", of_kept, kept_state_of_the_other_convention),
+    **faults_of("coefficients", of_slopes, update_gate_sign),
 }
 
 
 def scale_ignored(original):
-    def faulty(params, gates, h_tm1, dh, spec, scale):
-        return original(params, gates, h_tm1, dh, spec, None)
+    def faulty(transposed, c, norms, dh, scale):
+        return original(transposed, c, norms, dh, None)
 
     return faulty
 
 
 def scale_ignored_by_weights(original):
-    def faulty(params, xs, gates, h_tm1, da, spec, scale):
-        return original(params, xs, gates, h_tm1, da, spec, None)
+    def faulty(params, xs, gates, h_tm1, da, du, spec, scale):
+        return original(params, xs, gates, h_tm1, da, du, spec, None)
 
     return faulty
 
@@ -243,28 +282,28 @@ def scale_ignored_by_weights(original):
 def held_units_written(original):
     """The backward that takes the mask without the units that zoneout holds."""
 
-    def faulty(static, params, dh, gates, h_tm1, dhs, steps, scale):
-        real = steps.mask.any(axis=-1, keepdims=True)
-        return original(static, params, dh, gates, h_tm1, dhs, steps._replace(mask=real), scale)
+    def faulty(static, transposed, dh, c, norms, dhs, steps, scale):
+        steps = steps._replace(mask=steps.mask.any(axis=-1, keepdims=True))
+        return original(static, transposed, dh, c, norms, dhs, steps, scale)
 
     return faulty
 
 
-def cut_ignored(dh, gates, h_tm1, dhs, steps):
-    return dh, gates, h_tm1, dhs, steps._replace(cuts=None)
+def cut_ignored(dh, dhs, steps):
+    return dh, dhs, steps._replace(cuts=None)
 
 
 def norms_of_the_wrong_gate(original):
-    def faulty(params, gates, h_tm1, dh, spec, scale):
-        r, z, n = gates.norms
-        return original(params, gates._replace(norms=(z, r, n)), h_tm1, dh, spec, scale)
+    def faulty(transposed, c, norms, dh, scale):
+        r, z, n = norms
+        return original(transposed, c, (z, r, n), dh, scale)
 
     return faulty
 
 
 def gain_of_inputs_ignored(original):
-    def faulty(params, xs, da):
-        return original(params._replace(g_x=None), xs, da)
+    def faulty(params, w_x_t, xs, da):
+        return original(params._replace(g_x=None), w_x_t, xs, da)
 
     return faulty
 
@@ -291,8 +330,8 @@ def gain_not_normalized(original):
 
 
 def scale_ignored_by_tangent(original):
-    def faulty(params, gates, h_tm1, th, drive, spec, scale):
-        return original(params, gates, h_tm1, th, drive, spec, None)
+    def faulty(recurrent, c, norms, th, drive, scale):
+        return original(recurrent, c, norms, th, drive, None)
 
     return faulty
 

@@ -200,16 +200,23 @@ def test_generation_compiles_once_for_all_temperatures_and_filters():
 
     params, key, prompt = make(), jax.random.key(0), jnp.array([1, 2])
     before = _generate._cache_size()
-    for temperature, k, p in ((1.0, 2, 0.5), (0.5, 3, 0.9), (0.0, 1, 1.0)):
+    for temperature, k, p in ((1.0, 2, 0.5), (0.5, 3, 0.9)):
         generate(params, key, prompt, 3, temperature=temperature, top_k=k, top_p=p)
     assert _generate._cache_size() == before + 1
+    generate(params, key, prompt, 3, temperature=0.0)  # draws nothing: a program of its own
+    assert _generate._cache_size() == before + 2
 
 
-def test_deep_generation_is_the_model_run_step_by_step():
-    """Two layers, a batch of prompts, residual, zoneout's mean: greedy tokens from the logits."""
+@pytest.mark.parametrize("num_steps", [4, 2 * V], ids=["products", "table"])
+def test_deep_generation_is_the_model_run_step_by_step(num_steps):
+    """Two layers, a batch of prompts, residual, zoneout's mean: greedy tokens from the logits.
+
+    With as many steps as tokens what the first layer makes of a token is looked up in a table.
+    """
     params = init_token_model(jax.random.key(0), V, H, embedding_size=E, num_layers=2)
     prompt, options = make_tokens((3, 2)), {"residual": True, "zoneout": 0.2}
-    h, drawn = generate(params, jax.random.key(0), prompt, 4, temperature=0.0, **options)
+    key = jax.random.key(0)
+    h, drawn = generate(params, key, prompt, num_steps, temperature=0.0, **options)
     tokens = jnp.concatenate([prompt, drawn[:-1]])
     h_last, logits = token_logits(params, tokens, deterministic=True, **options)
     np.testing.assert_array_equal(logits[2:].argmax(-1), drawn)

@@ -537,7 +537,7 @@ GRU_ERRORS = {
         lambda: call_gru(gradient="tangent", chunk_size=2),
         ValueError,
         "gru: residuals and chunk_size belong to gradient='bptt' and must be left out with "
-        "gradient='tangent', got residuals='gates', chunk_size=2.",
+        "gradient='tangent', got residuals=None, chunk_size=2.",
     ),
     "residuals_without_bptt": (
         lambda: call_gru(gradient="autodiff", residuals="states"),

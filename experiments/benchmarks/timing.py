@@ -20,45 +20,68 @@ def interleave(
     contenders: Mapping[str, Callable[[], Any]],
     seconds: float,
     *,
-    warm_up: int = 2,
+    warm_up: int = 1,
     min_rounds: int = 5,
+    burst_seconds: float = 0.03,
+    pause_seconds: float = 0.005,
     advance: Callable[[float], Any] = lambda fraction: None,
+    clock: Callable[[], float] = time.perf_counter,
+    sleep: Callable[[float], Any] = time.sleep,
 ) -> dict[str, list[float]]:
-    """Seconds of every call, in rounds A B C A B C, so that a drifting machine hurts all alike.
+    """Seconds of every timed call, in rounds A B C A B C: a drifting machine hurts all alike.
+
+    A contender's turn is a pause, one call that is not timed, and a burst of calls that are, each
+    by itself. The pause lets the threads of the one before come to rest (those of OpenMP spin for
+    a while), and the call brings back to the caches what the others drove out of them.
 
     Args:
       contenders: name -> a function of no arguments that returns when its result is *ready*:
         one that runs asynchronously must wait for its result itself.
-      seconds: for all rounds of all contenders together; the last round is finished.
+      seconds: for everything but the warm-up together; the last round is finished.
       warm_up: rounds that are run first and not timed.
       min_rounds: are timed even if they take longer than `seconds`.
+      burst_seconds: a burst ends with the call in which it reaches this; it has at least one.
+      pause_seconds: before every turn.
       advance: is told after each round which further fraction of the work is done; the fractions
         add up to 1.
+      clock: seconds that have passed since some moment.
+      sleep: passes a number of seconds.
 
     Returns:
-      name -> the seconds of each timed call, the same number for every contender.
+      name -> the seconds of each timed call; quick contenders have more of them.
     """
     for _ in range(warm_up):
         for call in contenders.values():
             call()
     samples: dict[str, list[float]] = {name: [] for name in contenders}
-    rounds, done, elapsed = 0, 0.0, 0.0
+    rounds, done, begin = 0, 0.0, clock()
     collecting = gc.isenabled()
     gc.disable()
     try:
-        while rounds < min_rounds or elapsed < seconds:
+        while rounds < min_rounds or clock() - begin < seconds:
             for name, call in contenders.items():
-                start = time.perf_counter()
+                sleep(pause_seconds)
                 call()
-                samples[name].append(time.perf_counter() - start)
+                samples[name] += _burst(call, burst_seconds, clock)
             rounds += 1
-            elapsed += sum(each[-1] for each in samples.values())
-            now = min(elapsed / seconds, rounds / min_rounds, 1.0)
+            now = min((clock() - begin) / seconds, rounds / min_rounds, 1.0)
             advance(now - done)
             done = now
     finally:
         if collecting:
             gc.enable()
+    return samples
+
+
+def _burst(call: Callable[[], Any], burst_seconds: float, clock: Callable[[], float]):
+    """The seconds of each of one or more calls that together take burst_seconds."""
+    samples: list[float] = []
+    total = 0.0
+    while not samples or total < burst_seconds:
+        start = clock()
+        call()
+        samples.append(clock() - start)
+        total += samples[-1]
     return samples
 
 

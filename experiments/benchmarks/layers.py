@@ -1,0 +1,186 @@
+"""One GRU layer in the terms of JAX: jaxgru, the plain scans, and the programs made of a layer.
+
+A `Layer` is what a JAX library needs to take part: its own form of the weights, from ours and back,
+its own sequence and its own step. Everything here works on any of them.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from experiments.benchmarks.problems import (
+    CharModel,
+    Problem,
+    Program,
+    Reset,
+    Result,
+    Task,
+    as_result,
+    compile_program,
+    training_step,
+)
+from jaxgru import GRUParams, GRUSpec, generate, gru, gru_cell
+
+Array = jax.Array
+Generate = Callable[[CharModel], tuple[Callable[..., Any], tuple]]
+STEPS_PER_CALL = 300  # of the task "step"
+
+
+class Layer(NamedTuple):
+    """How one JAX library holds and runs a GRU layer.
+
+    unpack takes gradients as well as weights, so it must be the transpose of pack: both only move
+    numbers and change signs, and a bias that pack adds up from two goes to b_x.
+    """
+
+    pack: Callable[[GRUParams], Any]
+    unpack: Callable[[Any], dict[str, Any]]  # w_x, w_h, b_x, and b_hn [H] if there is one
+    run: Callable[[Any, Array, Array], tuple[Array, Array]]  # weights, xs, h0 -> h_last, hs
+    cell: Callable[[Any, Array, Array], Array] | None  # weights, x [B, D], h [B, H] -> h
+    batch_major: bool = False  # xs [B, T, D] and hs [B, T, H]
+    generate: Generate | None = None  # the library's own loop; a scan over cell where None
+
+
+def build(layer: Layer, task: Task, problem: Problem | CharModel, compiles: int = 1) -> Program:
+    """The program of a task on the arrays of a problem, which are converted here, untimed."""
+    if isinstance(problem, CharModel):
+        return _generation(layer, problem)
+    if task == "step":
+        return _steps(layer, problem)
+    weights = layer.pack(problem.params)
+    xs, dhs = (_swap(layer, v) for v in (problem.xs, problem.dhs))
+    if task == "forward":
+
+        def read_forward(result) -> Result:
+            return as_result(h_last=result[0], hs=_swap(layer, result[1]))
+
+        return compile_program(layer.run, (weights, xs, problem.h0), read_forward, compiles)
+
+    def read_training(result) -> Result:
+        value, (dweights, dxs, dh0) = result
+        return as_result(value=value, **layer.unpack(dweights), xs=_swap(layer, dxs), h0=dh0)
+
+    arguments = (weights, xs, problem.h0, problem.dh_last, dhs)
+    return compile_program(training_step(layer.run), arguments, read_training, compiles)
+
+
+def _swap(layer: Layer, v: Array) -> Array:
+    """Between [T, B, ...] and the layer's own order of axes."""
+    return jnp.swapaxes(v, 0, 1) if layer.batch_major else v
+
+
+def _steps(layer: Layer, problem: Problem) -> Program:
+    """The layer's step, jitted by itself and called from Python with its state fed back."""
+    assert layer.cell is not None
+    cell, weights, x = jax.jit(layer.cell), layer.pack(problem.params), problem.xs[0]
+
+    def call():
+        h = problem.h0
+        for _ in range(STEPS_PER_CALL):
+            h = cell(weights, x, h)
+        return jax.block_until_ready(h)
+
+    return Program(call, lambda h: as_result(h=h), repeats=STEPS_PER_CALL)
+
+
+def _generation(layer: Layer, model: CharModel) -> Program:
+    """All characters as one jitted loop: embedding, step, head, likeliest character."""
+    function, arguments = (layer.generate or functools.partial(_scan_cell, layer))(model)
+
+    def call():
+        return jax.block_until_ready(function(*arguments))
+
+    return Program(call, lambda tokens: as_result(tokens=tokens))
+
+
+def _scan_cell(layer: Layer, model: CharModel):
+    """The quickest loop one can write with a JAX cell: a scan that carries state and character."""
+    assert layer.cell is not None and model.params.embedding is not None
+    cell = layer.cell
+
+    @jax.jit
+    def write(weights, embedding, w, b, first):
+        def body(carry, _):
+            h, token = carry
+            h = cell(weights, embedding[token], h)
+            token = jnp.argmax(h @ w + b[None], axis=-1).astype(first.dtype)
+            return (h, token), token
+
+        h0 = jnp.zeros((1, w.shape[0]), w.dtype)
+        return lax.scan(body, (h0, first), None, length=model.num_tokens)[1][:, 0]
+
+    params = model.params
+    (layer_params,) = params.layers
+    assert isinstance(layer_params, GRUParams)
+    first = jnp.full((1,), model.first, jnp.int32)
+    return write, (layer.pack(layer_params), params.embedding, params.w, params.b, first)
+
+
+def our_layer(reset: Reset, **options: Any) -> Layer:
+    """`jaxgru.gru`; with no options also `gru_cell` and `generate`."""
+    spec = GRUSpec(reset=reset)
+
+    def write(model: CharModel):
+        key, prompt = jax.random.key(0), jnp.full((1, 1), model.first, jnp.int32)
+        run = functools.partial(generate, temperature=0.0, spec=spec)
+
+        def tokens(params):
+            return run(params, key, prompt, model.num_tokens)[1][:, 0]
+
+        return tokens, (model.params,)
+
+    return Layer(
+        pack=lambda params: params,
+        unpack=unpack_ours,
+        run=functools.partial(gru, spec=spec, **options),
+        cell=None if options else lambda params, x, h: gru_cell(params, x, h, spec=spec),
+        generate=None if options else write,
+    )
+
+
+def unpack_ours(params: GRUParams) -> dict[str, Any]:
+    """The leaves of our layout; where reset is before, b_h's candidate block is b_hn too."""
+    b_h = params.b_h
+    b_hn = None if b_h is None else b_h[2 * params.w_h.shape[0] :]
+    return {"w_x": params.w_x, "w_h": params.w_h, "b_x": params.b_x, "b_hn": b_hn}
+
+
+def plain_layer(reset: Reset, *, hoist: bool) -> Layer:
+    """A scan of the cell in every textbook; nothing of jaxgru but its layout.
+
+    The input is projected inside the step, one product for all gates, as Equinox and Haiku have it,
+    or, hoisted, by one product before the loop.
+    """
+
+    def run(params, xs, h0):
+        def body(h, x):
+            h = _textbook_step(params, x if hoist else project(params, x), h, reset)
+            return h, h
+
+        return lax.scan(body, h0, project(params, xs) if hoist else xs)
+
+    def project(params, xs):
+        return xs @ params.w_x + params.b_x.reshape((1,) * (xs.ndim - 1) + (-1,))
+
+    def cell(params, x, h):
+        return _textbook_step(params, project(params, x), h, reset)
+
+    return Layer(lambda params: params, unpack_ours, run, None if hoist else cell)
+
+
+def _textbook_step(params, a, h, reset):
+    """h' = z h + (1 - z) n from the projected input a [B, 3H], blocks r | z | n."""
+    w_h, b_h, two = params.w_h, params.b_h[None], 2 * h.shape[-1]
+    if reset == "after":
+        u = h @ w_h + b_h
+        r, z = jnp.split(jax.nn.sigmoid(a[:, :two] + u[:, :two]), 2, axis=-1)
+        n = jnp.tanh(a[:, two:] + r * u[:, two:])
+    else:
+        u = h @ w_h[:, :two] + b_h[:, :two]
+        r, z = jnp.split(jax.nn.sigmoid(a[:, :two] + u), 2, axis=-1)
+        n = jnp.tanh(a[:, two:] + (r * h) @ w_h[:, two:] + b_h[:, two:])
+    return z * h + (1 - z) * n

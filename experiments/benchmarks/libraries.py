@@ -1,0 +1,141 @@
+"""The contenders by name: jaxgru, the plain scans, and the other libraries.
+
+A library is imported when it is chosen, not before, and what is missing is one clear line.
+"""
+
+import functools
+import importlib
+import importlib.metadata
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from experiments.benchmarks.jax_libraries import equinox, flax_linen, flax_nnx, haiku, keras_gru
+from experiments.benchmarks.layers import Layer, build, our_layer, plain_layer
+from experiments.benchmarks.problems import RESETS, TASKS, Program, Reset, Size, Task
+from experiments.benchmarks.torch_library import allow_tf32, torch_gru
+
+OURS, STATES, LINEN, TORCH = "jaxgru", "jaxgru states", "Flax linen", "torch.nn.GRU"
+TRAINING: tuple[Task, ...] = ("training",)
+SEQUENCES: tuple[Task, ...] = ("training", "forward")
+AFTER: tuple[Reset, ...] = ("after",)
+BEFORE: tuple[Reset, ...] = ("before",)
+
+Build = Callable[..., Program]  # task, problem, compiles -> Program
+
+
+class Library(NamedTuple):
+    """A contender: how its programs are made, and what it can do."""
+
+    make: Callable[[Reset, Size, Any], Build]  # reset, size, dtype
+    resets: tuple[Reset, ...] = RESETS
+    tasks: tuple[Task, ...] = TASKS
+    module: str | None = None  # what must be installed
+    packages: tuple[str, ...] = ()  # distributions whose versions are recorded
+
+
+def _ours(tasks: tuple[Task, ...], **options: Any) -> Library:
+    """jaxgru with these options; a chunk_size of None is the whole sequence."""
+
+    def make(reset, size, dtype):
+        whole = {"chunk_size": size.num_steps} if options == {"chunk_size": None} else options
+        return functools.partial(build, our_layer(reset, **whole))
+
+    return Library(make, tasks=tasks)
+
+
+def _plain(hoist: bool) -> Library:
+    """A plain scan; hoisted, only over sequences."""
+
+    def make(reset, size, dtype):
+        return functools.partial(build, plain_layer(reset, hoist=hoist))
+
+    return Library(make, tasks=SEQUENCES if hoist else TASKS)
+
+
+def _jax_peer(
+    make_layer: Callable[..., Layer], resets: tuple[Reset, ...], module: str, *packages: str
+) -> Library:
+    """A library whose layer runs under JAX."""
+
+    def make(reset, size, dtype):
+        return functools.partial(build, make_layer(reset, size, dtype))
+
+    return Library(make, resets, TASKS, module, packages)
+
+
+PLAIN: dict[str, Library] = {
+    "plain scan": _plain(hoist=False),
+    "plain scan, hoisted": _plain(hoist=True),
+}
+JAX_PEERS: dict[str, Library] = {
+    **PLAIN,
+    LINEN: _jax_peer(flax_linen, AFTER, "flax.linen", "flax"),
+    "Flax nnx": _jax_peer(flax_nnx, AFTER, "flax.nnx", "flax"),
+    "Equinox": _jax_peer(equinox, AFTER, "equinox", "equinox"),
+    "Haiku": _jax_peer(haiku, BEFORE, "haiku", "dm-haiku"),
+    "Keras": _jax_peer(keras_gru, RESETS, "keras", "keras"),
+}
+PEERS: dict[str, Library] = {
+    **JAX_PEERS,
+    TORCH: Library(torch_gru, AFTER, TASKS, "torch", ("torch",)),
+}
+LIBRARIES: dict[str, Library] = {
+    OURS: _ours(TASKS),
+    STATES: _ours(SEQUENCES, residuals="states"),
+    "jaxgru boundaries": _ours(SEQUENCES, residuals="boundaries"),
+    "jaxgru tangent": _ours(TRAINING, gradient="tangent"),  # forward they are the same program
+    "jaxgru autodiff": _ours(TRAINING, gradient="autodiff"),
+    **PEERS,
+}
+
+
+def choose(names: Sequence[str], chunks: Sequence[int | None] = ()) -> dict[str, Library]:
+    """name -> library, jaxgru first since all others are measured by it; a chunk of None is all.
+
+    Raises:
+      SystemExit: a library is not installed.
+    """
+    chosen = {name: LIBRARIES[name] for name in dict.fromkeys((OURS, *names))}
+    for chunk in chunks:
+        name = "jaxgru whole sequence" if chunk is None else f"jaxgru chunk_size={chunk}"
+        chosen[name] = _ours(SEQUENCES, chunk_size=chunk)
+    for name, library in chosen.items():
+        if library.module is not None:
+            _import(library.module, name)
+    return chosen
+
+
+def _import(module: str, name: str) -> None:
+    """Imports it; Keras must be told its backend before."""
+    if module == "keras":
+        os.environ["KERAS_BACKEND"] = "jax"
+    try:
+        found = importlib.import_module(module)
+    except ImportError as error:
+        sys.exit(
+            f"peers: --contenders has {name!r}, which cannot be imported ({error}); install it "
+            f'with pip install -e ".[peers]" or leave it out.'
+        )
+    if module == "keras" and found.backend.backend() != "jax":
+        sys.exit(
+            f"peers: {name!r} must run on the JAX backend, got {found.backend.backend()!r}; import "
+            f"keras with KERAS_BACKEND=jax in the environment."
+        )
+
+
+def can_run(library: Library, task: Task, reset: Reset) -> bool:
+    """Whether the library has that task with that equation."""
+    return task in library.tasks and reset in library.resets
+
+
+def set_tf32(chosen: dict[str, Library], allowed: bool) -> None:
+    """What jax.default_matmul_precision is for the others, for torch if it is among them."""
+    if TORCH in chosen:
+        allow_tf32(allowed)
+
+
+def versions_of(chosen: dict[str, Library]) -> tuple[str, ...]:
+    """The distributions behind the contenders."""
+    return tuple(dict.fromkeys(name for library in chosen.values() for name in library.packages))

@@ -1,0 +1,351 @@
+"""jaxgru beside the other GRUs one can use: the same function, equal results, then the time.
+
+    python -m experiments.benchmarks.peers                       # everything: half an hour
+    python -m experiments.benchmarks.peers --tasks training --sizes 64,32,64,64 --reset after
+    python -m experiments.benchmarks.peers --contenders jaxgru "plain scan" --chunks 8 16 32 whole
+    python -m experiments.benchmarks.peers --smoke               # seconds, figures worthless
+
+Tasks:
+
+* training: the value and all gradients (weights, xs, h0) of <h_last, dh_last> + <hs, dhs>.
+* forward: h_last and hs.
+* step: a single step at batch 1, called from Python with its state fed back; time of one step.
+* generation: 1000 characters at batch 1, each the likeliest, written by jaxgru.generate, by the
+  best loop one can write with the cell of a JAX library, and by the quickest of torch's.
+
+Contenders are jaxgru with its defaults and with each other `residuals` and `gradient`, two plain
+scans under jax.grad, Flax linen and nnx, Equinox, Haiku, Keras (on JAX) and torch.nn.GRU; a chunk
+size of jaxgru is one more for each `--chunks`. All hold the same weights. With reset after, the
+candidate's bias of the state is zero, as Flax nnx has none. "matmul limit" is no GRU, only the same
+number of floating-point operations as large products.
+
+Nothing is timed before every contender's results equal jaxgru's, in float32 with full products. In
+bfloat16 or with TF32 products each library then rounds in other places, so equality is not asked of
+what is timed there; its distance from the float32 result stands beside its time instead, so that no
+speed is bought unseen. Each call is a library's own, on arrays in its own layout. Contenders take
+turns; compilation is timed apart.
+
+Written to `--out`, which must be new or empty: peers.json (every figure), peers.md, peers.png. The
+targets, reached, missed or not measured, are printed last.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from tqdm import tqdm
+
+from experiments import runs
+from experiments.benchmarks import libraries, report, targets
+from experiments.benchmarks.libraries import LIBRARIES, OURS, Library, can_run
+from experiments.benchmarks.problems import (
+    GENERATION_SIZE,
+    RESETS,
+    SIZES,
+    SMOKE_SIZES,
+    STEP_SIZE,
+    TASKS,
+    TOLERANCE,
+    Problem,
+    Program,
+    Reset,
+    Result,
+    Size,
+    Task,
+    cast,
+    differences,
+    draw_model,
+    draw_problem,
+    limit_program,
+    relative_error,
+    value_scale,
+)
+from experiments.benchmarks.timing import describe_machine, interleave, summarize
+
+PACKAGES = ("jax", "jaxlib", "numpy")
+PRECISIONS = {"highest": "highest", "tf32": "tensorfloat32"}  # JAX's names
+SMOKE: dict[str, Any] = {"min_rounds": 1, "burst_seconds": 0.001, "pause_seconds": 0.0}
+Rows = list[dict[str, Any]]
+Group = tuple[Task, Reset, Size]
+
+
+def measure(group: Group, chosen: dict[str, Library], args: argparse.Namespace, bar: tqdm) -> Rows:
+    """A row for each contender that can run the task, and the limit: compared, timed in turn."""
+    task, reset, size = group
+    chosen = {name: lib for name, lib in chosen.items() if can_run(lib, task, reset)}
+    programs, found, errors = compare(group, chosen, args, bar)
+    with jax.default_matmul_precision(PRECISIONS[args.precision]):
+        if task in ("training", "forward"):
+            programs[targets.LIMIT] = limit_program(size, task, args.seed, jnp.dtype(args.dtype))
+        bar.set_description(f"{where(group)}: measure")
+        calls = {name: program.call for name, program in programs.items()}
+        options = SMOKE if args.smoke else {}
+        samples = interleave(calls, args.seconds, advance=bar.update, **options)
+    rows = [
+        make_row(group, name, program, samples[name], found.get(name), errors.get(name))
+        for name, program in programs.items()
+    ]
+    return with_ratios(rows)
+
+
+def compare(
+    group: Group, chosen: dict[str, Library], args: argparse.Namespace, bar: tqdm
+) -> tuple[dict[str, Program], dict[str, float], dict[str, float]]:
+    """The programs to time, their differences in float32, and the errors of what is timed."""
+    plain = (args.dtype, args.precision) == ("float32", "highest")
+    exact = make_problem(group, args)
+    with jax.default_matmul_precision("highest"):
+        libraries.set_tf32(chosen, False)
+        compiles = args.compiles if plain else 1
+        programs = make_programs(group, chosen, exact, jnp.float32, compiles, bar)
+        results = {name: program.read(program.call()) for name, program in programs.items()}
+    scales = {"value": value_scale(exact)} if isinstance(exact, Problem) else {}
+    found = check_equal(results, scales, where(group))
+    if plain:
+        return programs, found, {}
+    del programs
+    with jax.default_matmul_precision(PRECISIONS[args.precision]):
+        dtype = jnp.dtype(args.dtype)
+        libraries.set_tf32(chosen, args.precision == "tf32")
+        programs = make_programs(group, chosen, cast(exact, dtype), dtype, args.compiles, bar)
+        errors = {
+            name: relative_error(results[OURS], program.read(program.call()))
+            for name, program in programs.items()
+        }
+    return programs, found, errors
+
+
+def where(group: Group) -> str:
+    """The group in words."""
+    task, reset, size = group
+    return f"{task}, reset {reset}, {size}"
+
+
+def make_problem(group: Group, args: argparse.Namespace) -> Any:
+    """The arrays of a task in float32, rounded before if the timed ones will be."""
+    task, reset, size = group
+    draw = draw_model if task == "generation" else draw_problem
+    return cast(cast(draw(size, reset, args.seed), jnp.dtype(args.dtype)), jnp.float32)
+
+
+def make_programs(
+    group: Group, chosen: dict[str, Library], problem: Any, dtype: Any, compiles: int, bar: tqdm
+) -> dict[str, Program]:
+    """name -> program; only the compilation of training steps is repeated."""
+    task, reset, size = group
+    compiles = compiles if task == "training" else 1
+    programs = {}
+    for name, library in chosen.items():
+        bar.set_description(f"{where(group)}: compile {name}")
+        programs[name] = library.make(reset, size, dtype)(task, problem, compiles)
+    return programs
+
+
+def check_equal(
+    results: dict[str, Result], scales: dict[str, float], place: str, command: str = "peers"
+) -> dict[str, float]:
+    """name -> greatest relative difference from jaxgru's result.
+
+    Raises:
+      SystemExit: one is beyond TOLERANCE (or NaN), so that nothing is timed.
+    """
+    worst = {}
+    for name, result in results.items():
+        found = differences(results[OURS], result, scales)
+        for leaf, difference in found.items():
+            if not difference <= TOLERANCE:
+                sys.exit(
+                    f"{command}: nothing timed at {place}: {leaf} of {name!r} differs from that of "
+                    f"{OURS!r} by {difference:.1e} of its largest entry; at most {TOLERANCE:.0e} "
+                    f"is rounding."
+                )
+        worst[name] = max(found.values())
+    return worst
+
+
+def make_row(
+    group: Group,
+    name: str,
+    program: Program,
+    samples: list[float],
+    difference: float | None,
+    error: float | None,
+) -> dict[str, Any]:
+    """What was measured of one contender."""
+    task, reset, size = group
+    times = summarize([seconds / program.repeats for seconds in samples])
+    per_second = 1e3 * size.num_steps / times["median_ms"]
+    return {
+        "task": task,
+        "reset": reset,
+        **size._asdict(),
+        "contender": name,
+        **times,
+        "characters_per_second": per_second if task == "generation" else None,
+        "temporaries_bytes": program.temporaries_bytes,
+        "compile_seconds": program.compile_seconds,
+        "difference": difference,
+        "error": error,
+        "note": program.note,
+    }
+
+
+def with_ratios(rows: Rows) -> Rows:
+    """Every row with its time, and its temporaries, over jaxgru's."""
+    ours = next(row for row in rows if row["contender"] == OURS)
+
+    def ratio(row, field):
+        return row[field] / ours[field] if row[field] and ours[field] else None
+
+    return [
+        {
+            **row,
+            "ratio": ratio(row, "median_ms"),
+            "temporaries_ratio": None
+            if row["contender"] == targets.LIMIT
+            else ratio(row, "temporaries_bytes"),
+        }
+        for row in rows
+    ]
+
+
+def describe(args: argparse.Namespace, argv: list[str], chosen: dict[str, Library]):
+    """The machine, the libraries, and what was asked for."""
+    device = jax.devices()[0]
+    return {
+        "command": shlex.join(["python", "-m", "experiments.benchmarks.peers", *argv]),
+        "device": device.device_kind,
+        "platform": device.platform,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        **describe_machine((*PACKAGES, *libraries.versions_of(chosen))),
+        "contenders": list(chosen),
+        "dtype": args.dtype,
+        "precision": args.precision,
+        "seed": args.seed,
+        "seconds_per_group": args.seconds,
+        "tolerance": TOLERANCE,
+    }
+
+
+def groups_of(args: argparse.Namespace) -> list[Group]:
+    """Every task with every equation, at its sizes."""
+    single = {"step": STEP_SIZE, "generation": GENERATION_SIZE}
+    if args.smoke:
+        single = {"step": Size(1, 1, 3, 4), "generation": Size(9, 1, 3, 4)}
+    return [
+        (task, reset, size)
+        for task in args.tasks
+        for reset in args.reset
+        for size in ((single[task],) if task in single else args.sizes)
+    ]
+
+
+def run(args: argparse.Namespace, argv: list[str]) -> int:
+    """Measures, prints, writes."""
+    chosen = libraries.choose(args.contenders, args.chunks)
+    about = describe(args, argv, chosen)
+    out = runs.make_run_folder("benchmark_peers", str(args.out), about)
+    title = f"{about['device']} device; {about['cpu']}, {about['cores']} cores; "
+    title += f"jax {about['versions']['jax']}; {args.dtype}; {about['date']}"
+    print(title)
+    groups, rows = groups_of(args), []
+    layout = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+    with tqdm(total=len(groups), bar_format=layout, disable=None) as bar:
+        for group in groups:
+            found = measure(group, chosen, args, bar)
+            rows += found
+            tqdm.write(report.group_table(found))
+            sys.stdout.flush()
+            write(out, about, rows)
+    report.plot(rows, f"GRU, {title}", out / "peers.png")
+    print(f"\nWrote {out / 'peers.json'}, peers.md and peers.png. Targets:")
+    for target in targets.judge(rows):
+        print(target)
+    sys.stdout.flush()
+    return 0
+
+
+def write(out: Path, about: dict[str, Any], rows: Rows) -> None:
+    """What is known so far."""
+    judged = [target._asdict() for target in targets.judge(rows)]
+    text = json.dumps({**about, "targets": judged, "rows": rows}, indent=1)
+    (out / "peers.json").write_text(text + "\n", encoding="utf-8")
+    (out / "peers.md").write_text(report.markdown(rows), encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0; 2 where the folder cannot be used; a SystemExit where contenders disagree."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse_args(argv)
+    return runs.run_script("peers", lambda: run(args, argv))
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    """The options; --smoke shrinks what is not given."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.benchmarks.peers",
+        description=(__doc__ or "").partition("\n")[0],
+    )
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("runs/benchmark_peers"), metavar="FOLDER")
+    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    add("--reset", nargs="+", choices=RESETS, default=list(RESETS))
+    add("--sizes", type=parse_size, nargs="+", metavar="T,B,D,H", help="of training and forward")
+    add("--contenders", type=parse_contender, nargs="+", metavar="NAME", default=list(LIBRARIES))
+    add("--chunks", type=parse_chunk, nargs="+", default=[], metavar="N", help="or 'whole'")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32")
+    add("--precision", choices=("highest", "tf32"), default="highest", help="of float32 products")
+    add("--seconds", type=positive_number, metavar="N", help="for all of a size (default 20)")
+    add("--compiles", type=parse_count, metavar="N", help="of a training step (default 3)")
+    add("--seed", type=int, default=0)
+    add("--smoke", action="store_true", help="tiny and quick: does it run?")
+    args = parser.parse_args(argv)
+    args.sizes = args.sizes or (SMOKE_SIZES if args.smoke else SIZES)
+    args.seconds = args.seconds or (0.05 if args.smoke else 20.0)
+    args.compiles = args.compiles or (1 if args.smoke else 3)
+    return args
+
+
+def positive_number(text: str) -> float:
+    """A finite number above 0."""
+    if not 0 < float(text) < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be above 0 and finite, got {text}")
+    return float(text)
+
+
+def parse_count(text: str) -> int:
+    """An integer of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return int(text)
+
+
+def parse_size(text: str) -> Size:
+    """T,B,D,H."""
+    parts = text.split(",")
+    if len(parts) != 4 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise argparse.ArgumentTypeError(f"must be four positive integers T,B,D,H, got {text!r}")
+    return Size(*map(int, parts))
+
+
+def parse_chunk(text: str) -> int | None:
+    """A chunk size; None for the whole sequence."""
+    return None if text == "whole" else parse_count(text)
+
+
+def parse_contender(text: str) -> str:
+    """A name of LIBRARIES."""
+    if text not in LIBRARIES:
+        known = ", ".join(map(repr, LIBRARIES))
+        raise argparse.ArgumentTypeError(f"must be one of {known}; got {text!r}")
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

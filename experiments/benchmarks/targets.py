@@ -1,0 +1,235 @@
+"""What jaxgru set out to reach beside other libraries, and whether rows of measurements show it.
+
+A ratio is the other's time over jaxgru's, so above 1 jaxgru is faster. A target counts as measured
+when every size, equation and contender that it speaks of is among the rows.
+"""
+
+import functools
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments.benchmarks.libraries import JAX_PEERS, LINEN, OURS, PEERS, STATES, TORCH, can_run
+from experiments.benchmarks.problems import (
+    GENERATION_SIZE,
+    RESETS,
+    SIZES,
+    STEP_SIZE,
+    Reset,
+    Size,
+    Task,
+)
+
+LIMIT = "matmul limit"
+LONG = Size(2048, 8, 32, 64)
+SHARES = ((Size(128, 32, 128, 256), 0.6), (Size(96, 64, 512, 512), 0.8))
+Rows = list[dict[str, Any]]
+
+
+class Target(NamedTuple):
+    """A figure beside what was wanted of it; reached is None where it was not measured."""
+
+    claim: str
+    figure: float | None
+    wanted: str
+    reached: bool | None
+
+    def __str__(self):
+        """One line."""
+        state = {True: "reached", False: "MISSED", None: "not measured"}[self.reached]
+        figure = "" if self.figure is None else f": {self.figure:.2f} (wanted {self.wanted})"
+        return f"{state:13}{self.claim}{figure}"
+
+
+class NotMeasured(Exception):
+    """A row that a target needs is not there."""
+
+
+def size_of(row: dict[str, Any]) -> Size:
+    """The size that a row is of."""
+    return Size(*(row[field] for field in Size._fields))
+
+
+def find(rows: Rows, task: Task, reset: Reset, size: Size, contender: str, field: str) -> float:
+    """That field of that contender's row.
+
+    Raises:
+      NotMeasured: there is no such row, or nothing in the field.
+    """
+    for row in rows:
+        where = (row["task"], row["reset"], size_of(row), row["contender"])
+        if where == (task, reset, size, contender) and row[field] is not None:
+            return row[field]
+    raise NotMeasured(f"{contender}: {task}, {reset}, {size}")
+
+
+def best(
+    rows: Rows, task: Task, reset: Reset, size: Size, names: Iterable[str], field: str
+) -> float:
+    """The least of that field among the contenders that can run the task with that equation."""
+    able = [name for name in names if can_run(PEERS[name], task, reset)]
+    return min(find(rows, task, reset, size, name, field) for name in able)
+
+
+def ratios(
+    rows: Rows,
+    task: Task,
+    names: Iterable[str],
+    sizes: Iterable[Size] = SIZES,
+    resets: Iterable[Reset] = RESETS,
+) -> list[float]:
+    """Time of the best of these peers over jaxgru's, for every size and equation."""
+    return [
+        best(rows, task, reset, size, names, "median_ms")
+        / find(rows, task, reset, size, OURS, "median_ms")
+        for reset in resets
+        for size in sizes
+    ]
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """exp of the mean of logarithms."""
+    return float(np.exp(np.mean(np.log(list(values)))))
+
+
+def _worst(rows: Rows, task: Task, sizes: Iterable[Size] = SIZES) -> float:
+    """The best peer's time over jaxgru's where jaxgru does worst."""
+    return min(ratios(rows, task, PEERS, sizes))
+
+
+def _mean(
+    rows: Rows, task: Task, names: Iterable[str] = PEERS, resets: Iterable[Reset] = RESETS
+) -> float:
+    """The best of these peers' time over jaxgru's, in geometric mean."""
+    return geometric_mean(ratios(rows, task, names, resets=resets))
+
+
+def _share_of_limit(rows: Rows, reset: Reset, size: Size) -> float:
+    """The limit's time over jaxgru's."""
+    limit = find(rows, "training", reset, size, LIMIT, "median_ms")
+    return limit / find(rows, "training", reset, size, OURS, "median_ms")
+
+
+def _share_of_temporaries(rows: Rows, reset: Reset, name: str) -> float:
+    """jaxgru's temporaries over the least of the JAX peers', long sequence."""
+    theirs = best(rows, "training", reset, LONG, JAX_PEERS, "temporaries_bytes")
+    return find(rows, "training", reset, LONG, name, "temporaries_bytes") / theirs
+
+
+def _compilation(rows: Rows) -> float:
+    """Flax linen's time to compile a training step over jaxgru's, in geometric mean."""
+
+    def seconds(size, name):
+        return find(rows, "training", "after", size, name, "compile_seconds")
+
+    return geometric_mean(seconds(size, LINEN) / seconds(size, OURS) for size in SIZES)
+
+
+class Goal(NamedTuple):
+    """A claim to be held against rows."""
+
+    claim: str
+    measure: Callable[[Rows], float]
+    relation: str  # a key of RELATIONS
+    bound: float
+
+
+RELATIONS: dict[str, Callable[[float, float], bool]] = {
+    "above": operator.gt,
+    "at least": operator.ge,
+    "at most": operator.le,
+}
+
+
+def _goals_of(reset: Reset) -> list[Goal]:
+    """Shares of the limit and of the peers' temporaries, for one equation."""
+    shares = [
+        Goal(
+            f"training: share of the matmul limit, H={size.hidden_size}, reset {reset}",
+            functools.partial(_share_of_limit, reset=reset, size=size),
+            "at least",
+            share,
+        )
+        for size, share in SHARES
+    ]
+    temporaries = [
+        Goal(
+            f"training: temporaries of {name} / least of a JAX peer, T={LONG.num_steps}, "
+            f"reset {reset}",
+            functools.partial(_share_of_temporaries, reset=reset, name=name),
+            "at most",
+            share,
+        )
+        for name, share in ((OURS, 0.5), (STATES, 0.25))
+    ]
+    return [*shares, *temporaries]
+
+
+GOALS = (
+    Goal(
+        "training: best peer / jaxgru, on the worst size",
+        functools.partial(_worst, task="training"),
+        "above",
+        1.0,
+    ),
+    Goal(
+        "training: best JAX peer / jaxgru, geometric mean",
+        functools.partial(_mean, task="training", names=JAX_PEERS),
+        "at least",
+        1.5,
+    ),
+    Goal(
+        "training: torch / jaxgru, geometric mean",
+        functools.partial(_mean, task="training", names=(TORCH,), resets=("after",)),
+        "at least",
+        2.0,
+    ),
+    *(goal for reset in RESETS for goal in _goals_of(reset)),
+    Goal(
+        "forward: best peer / jaxgru, on the worst size",
+        functools.partial(_worst, task="forward"),
+        "at least",
+        1.0,
+    ),
+    Goal(
+        "forward: best peer / jaxgru, geometric mean",
+        functools.partial(_mean, task="forward"),
+        "at least",
+        1.3,
+    ),
+    Goal(
+        "generation: best loop of any peer / jaxgru, worse equation",
+        functools.partial(_worst, task="generation", sizes=(GENERATION_SIZE,)),
+        "above",
+        1.0,
+    ),
+    Goal(
+        "one step: best peer / jaxgru, worse equation",
+        functools.partial(_worst, task="step", sizes=(STEP_SIZE,)),
+        "above",
+        1.0,
+    ),
+    Goal(
+        "compilation of a training step: Flax linen / jaxgru, geometric mean",
+        _compilation,
+        "at least",
+        1.0,
+    ),
+)
+
+
+def judge(rows: Rows) -> list[Target]:
+    """Every goal, held against these rows."""
+    return [_judge(goal, rows) for goal in GOALS]
+
+
+def _judge(goal: Goal, rows: Rows) -> Target:
+    """Reached, missed, or not measured where a row is missing."""
+    wanted = f"{goal.relation} {goal.bound:g}"
+    try:
+        figure = float(goal.measure(rows))
+    except NotMeasured:
+        return Target(goal.claim, None, wanted, None)
+    return Target(goal.claim, figure, wanted, RELATIONS[goal.relation](figure, goal.bound))

@@ -42,12 +42,10 @@ from jaxgru.products import (
     normalize_vjp,
     state_dtype,
     sum_rows,
-    transpose,
     weight_vjp,
 )
 
 Array = jax.Array
-_FEW_ROWS = 64
 Norms = tuple[Norm | None, Norm | None, Norm | None]
 
 _ACTIVATIONS = {
@@ -91,14 +89,15 @@ class Recurrent(NamedTuple):
 class Coefficients(NamedTuple):
     """A step's local derivatives, which no cotangent or tangent enters: made for all steps at once.
 
-    For reset="after" R, Z and Q lie side by side: times dh they are what the one product reads.
+    K = dh'/dh along the kept state, A = dh'/da_n, Z = dh'/da_z, and
+    before:  R = d(r * h)/da_r         after:  R = dh'/da_r,  Q = dh'/dq
+    For "after" R, Z and Q lie side by side: times dh they are what the one product reads.
     """
 
-    k: Array  # [..., H]: dh'/dh along the kept state
-    a: Array  # [..., H]: A = dh'/da_n
-    v: tuple[Array, ...]  # "after": one [..., 3, H] of dh'/da_r, dh'/da_z and dh'/dq
-    #                       "before": d(r * h)/da_r and dh'/da_z, [..., H] each
-    p: Array | None  # [..., H]: r where reset="before", else None
+    k: Array  # K [..., H]
+    a: Array  # A [..., H]
+    slopes: tuple[Array, ...]  # before: (R, Z), [..., H] each; after: one [..., 3, H] of R, Z, Q
+    reset: Array | None  # before: r [..., H]; after: None
 
 
 def gru_cell(params: GRUParams, x: Array, h: Array, *, spec: GRUSpec = CHO_2014) -> Array:
@@ -168,8 +167,8 @@ def cut_recurrent(params: GRUParams, spec: GRUSpec) -> Recurrent:
 
 
 def transpose_recurrent(recurrent: Recurrent) -> Recurrent:
-    """With w^T in place of w: what `step_vjp` reads."""
-    return recurrent._replace(w=tuple(map(transpose, recurrent.w)))
+    """With w^T in place of w: what `step_vjp` reads, turned once and not at every step."""
+    return recurrent._replace(w=tuple(w.T for w in recurrent.w))
 
 
 def step(
@@ -219,19 +218,19 @@ def step_vjp(
     dh: Array,
     scale: Array | None = None,
 ) -> tuple[Array, Array | None]:
-    """The transpose of `step`: dh_tm1, and dp, the cotangent of r * h, for reset="before".
+    """The transpose of `step`: dh_tm1 and, for "before", dp, the cotangent of what w_hn reads.
 
     before:  dp = N'(dh A) w_hn^T,  dh_tm1 = dh K + scale (dp r + N'[dp R | dh Z] [w_hr | w_hz]^T)
     after:   dh_tm1 = dh K + scale (N'[dh R | dh Z | dh Q] w_h^T)
     with N' the transpose of the normalization, the identity without gains.
     """
-    if c.p is None:
-        dv = _normalize_vjp(transposed.g, norms, _flat(c.v[0] * dh[..., None, :]))
+    if c.reset is None:
+        dv = _normalize_vjp(transposed.g, norms, _flat(c.slopes[0] * dh[..., None, :]))
         return dh * c.k + _read(matmul(dv, transposed.w[0]), scale), None
     w_rz_t, w_n_t = transposed.w
     dp = matmul(normalize_vjp(dh * c.a, transposed.g[2], norms[2]), w_n_t)
-    dv = jnp.concatenate([dp * c.v[0], dh * c.v[1]], axis=-1)
-    dread = dp * c.p + matmul(_normalize_vjp(transposed.g[:2], norms[:2], dv), w_rz_t)
+    dv = jnp.concatenate([dp * c.slopes[0], dh * c.slopes[1]], axis=-1)
+    dread = dp * c.reset + matmul(_normalize_vjp(transposed.g[:2], norms[:2], dv), w_rz_t)
     return dh * c.k + _read(dread, scale), dp
 
 
@@ -243,9 +242,9 @@ def gates_vjp(c: Coefficients, dh: Array, dp: Array | None) -> tuple[Array, Arra
     """
     da_n = dh * c.a
     if dp is not None:
-        da = jnp.concatenate([dp * c.v[0], dh * c.v[1], da_n], axis=-1)
+        da = jnp.concatenate([dp * c.slopes[0], dh * c.slopes[1], da_n], axis=-1)
         return da, da
-    du = _flat(c.v[0] * dh[..., None, :])
+    du = _flat(c.slopes[0] * dh[..., None, :])
     return jnp.concatenate([gates_and_candidate(du)[0], da_n], axis=-1), du
 
 
@@ -288,7 +287,7 @@ def params_vjp(
 
 
 def inputs_vjp(params: GRUParams, w_x_t: Array, xs: Array, da: Array) -> Array:
-    """dx = N' da w_x^T, in the state dtype; w_x_t is `transpose(params.w_x)`."""
+    """dx = N' da w_x^T, in the state dtype; w_x_t is w_x^T, turned once for all chunks."""
     return matmul(_normalize_vjp(_gains(params.g_x), _input_norms(params, xs), da), w_x_t)
 
 
@@ -307,14 +306,14 @@ def step_jvp(
     with N' the derivative of the normalization, the identity without gains.
     """
     tread = _read(th, scale)
-    if c.p is None:
+    if c.reset is None:
         y = _normalize_jvp(recurrent.g, norms, matmul(tread, recurrent.w[0]))
-        return th * c.k + (c.v[0] * y.reshape(c.v[0].shape)).sum(axis=-2) + drive
+        return th * c.k + (c.slopes[0] * y.reshape(c.slopes[0].shape)).sum(axis=-2) + drive
     w_rz, w_n = recurrent.w
     y_rz = _normalize_jvp(recurrent.g[:2], norms[:2], matmul(tread, w_rz))
     y_r, y_z = jnp.split(y_rz, 2, axis=-1)
-    y_n = normalize_jvp(matmul(tread * c.p + y_r * c.v[0], w_n), recurrent.g[2], norms[2])
-    return th * c.k + y_z * c.v[1] + y_n * c.a + drive
+    y_n = normalize_jvp(matmul(tread * c.reset + y_r * c.slopes[0], w_n), recurrent.g[2], norms[2])
+    return th * c.k + y_z * c.slopes[1] + y_n * c.a + drive
 
 
 def step_drive(
@@ -336,7 +335,7 @@ def step_drive(
     """
     c, read = coefficients(gates, h_tm1, spec, scale), _read(h_tm1, scale)
     before = spec.reset == "before"
-    c_r, c_z, *c_q = c.v if before else jnp.unstack(c.v[0], axis=-2)
+    c_r, c_z, *c_q = c.slopes if before else jnp.unstack(c.slopes[0], axis=-2)
     zero = jnp.zeros_like(h_tm1)
     e = [zero] * 3
     if txs is not None:
@@ -374,10 +373,14 @@ def _gains(g):
     return (None, None, None) if g is None else tuple(blocks(g))
 
 
+_FEW_ROWS = 64
+
+
 def _input_products(params, xs):
     """N(x w_x) and its norm, for each of the three blocks.
 
-    One product for a row or a few, which are sooner cut than w_x; for many rows one for each block.
+    Of few rows one product is cut, of many w_x: an array that is cut is copied. In a loop of single
+    steps (H=256) three products took half as long again as one.
     """
     if all(isinstance(n, int) for n in xs.shape) and math.prod(xs.shape[:-1]) < _FEW_ROWS:
         products = blocks(matmul(xs, params.w_x))

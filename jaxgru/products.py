@@ -57,11 +57,6 @@ def matmul(x: Array, w: Array) -> Array:
     )
 
 
-def transpose(w: Array) -> Array:
-    """w^T in memory, for products inside a loop: without the barrier XLA may undo it there."""
-    return lax.optimization_barrier(w.T)
-
-
 def weight_vjp(x: Array, d: Array, w: Array) -> Array:
     """x^T d: the cotangent of w in y = x w, summed over the leading axes, in the dtype of d.
 

@@ -44,7 +44,7 @@ from jaxgru.cell import (
 )
 from jaxgru.masks import draw_kept, draw_kept_per_step, require_flags
 from jaxgru.parameters import CHO_2014, GRUParams, GRUSpec, require_params, require_spec
-from jaxgru.products import state_dtype, transpose
+from jaxgru.products import state_dtype
 from jaxgru.sweeps import default_chunk_size, default_residuals, sweep
 
 Array = jax.Array
@@ -111,10 +111,10 @@ def gru(
       residuals: what "bptt" keeps for its backward sweep. "gates": hs and r, z, n (and q, where
         spec.reset="after"). "states": hs; the gates are redone in bulk products. "boundaries": one
         state a chunk; the chunk is run again. None picks by size between the first two: "states"
-        for many small rows (T B H above 2^19 and I + H up to 256), which are redone sooner than
-        stored.
+        for many rows of few numbers (T B H above 2^19 and I + H up to 256), whose gates are redone
+        sooner than stored; "gates" where a size is symbolic.
       chunk_size: steps that "bptt" treats at once; None picks by size, and takes all of them where
-        T or B is symbolic. T need not divide by it.
+        T or B is symbolic ("boundaries" then saves nothing). T need not divide by it.
       unroll: as in `lax.scan`.
       truncate: parts time in windows of that many steps, [0, truncate), ..., and cuts the gradient
         of the state between them: truncated backpropagation through time. Values stay, and so does
@@ -145,7 +145,8 @@ def gru(
     Cost: 6TBH(I + H) floating-point operations in products forward and twice that backward, half as
     much again with residuals other than "gates". Kept for the backward beside inputs and outputs,
     in numbers: 3TBH or 4TBH (reset="after") for "gates", none for "states" and "boundaries", and
-    one state, BH, a chunk for each of them. "boundaries" does not keep hs either: it is free to go
+    one state, BH, a chunk for each of them; the backward of a chunk of C steps sets aside about
+    12CBH, with redone gates 16CBH. "boundaries" does not keep hs either: it is free to go
     where only h_last is used. Gains add 3T(BH + B) to "gates", and the product
     x w_x is made again in the backward. "bptt" keeps zoneout's key alone and draws its masks again;
     recurrent dropout keeps BH.
@@ -228,7 +229,7 @@ def _gru_bptt_bwd(static, residuals, cotangents):
     (params, steps, h0, scale, key), hs, gates, h_starts = residuals
     dh_last, dhs = (None if isinstance(ct, SymbolicZero) else ct for ct in cotangents)
     dtype, recurrent = h_starts.dtype, cut_recurrent(params, static.spec)
-    transposed, w_x_t = transpose_recurrent(recurrent), transpose(params.w_x)
+    transposed, w_x_t = transpose_recurrent(recurrent), params.w_x.T
     dh_last = jnp.zeros_like(h0) if dh_last is None else dh_last
 
     def chunk(carry, per_step, h_start):
@@ -243,8 +244,7 @@ def _gru_bptt_bwd(static, residuals, cotangents):
             a = project(params, steps.xs, static.spec)
             gates = step(recurrent, a, h_tm1, static.spec, scale)[1]
         steps = _with_zoneout(static, steps, key, dh)
-        # The barrier has the coefficients made once, by all cores, and not again in every use.
-        c = lax.optimization_barrier(coefficients(gates, h_tm1, static.spec, scale))
+        c = coefficients(gates, h_tm1, static.spec, scale)
         dh, cotangents = _backward_chunk(static, transposed, dh, c, gates.norms, dhs, steps, scale)
         da, du = gates_vjp(c, *cotangents)
         of_chunk = params_vjp(params, steps.xs, gates, h_tm1, da, du, static.spec, scale)
@@ -334,7 +334,7 @@ def _forward_chunk(static, params, recurrent, h, steps, scale, key, keep_gates) 
 
 
 def _backward_chunk(static, transposed, dh, c, norms, dhs, steps, scale):
-    """dh before the chunk; and, of each step, the cotangents of h_t and, "before", of r * h."""
+    """dh before the chunk; and, of each step, the cotangents of h_t and of what w_hn reads."""
 
     def body(dh, inputs):
         c, norms, dh_t, mask, resets, cuts = inputs

@@ -1,4 +1,4 @@
-"""Scans over time in chunks, so that what a chunk makes stays in a core's cache."""
+"""Scans over time in chunks, so that what a chunk makes stays in the caches."""
 
 import math
 
@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# Measured on two cores with `python -m experiments.benchmarks.peers --chunks 8 16 32 64 128 whole`.
+# Measured on two cores at the sizes of `python -m experiments.benchmarks.peers`, the first two with
+# its --chunks, the others by "jaxgru gates" and "jaxgru states" there.
 _WHOLE_SEQUENCE = 1 << 18  # T * B * H up to which all of time is one chunk
 _CHUNK = 1 << 17  # chunk_size * B * H, where that is 8 steps or more
 _MANY_GATES = 1 << 19  # T * B * H above which writing and reading gates leaves the caches
@@ -55,7 +56,7 @@ def sweep(size, chunk, carry, per_step, per_chunk, *, reverse):
 
 
 def default_chunk_size(num_steps, h0, residuals):
-    """The chunk whose temporaries stay in a core's cache; sqrt(T) where only its ends are kept.
+    """The chunk whose temporaries stay in the caches; sqrt(T) where only its ends are kept.
 
     A divisor of T where one is near, so that no shorter last chunk is compiled. None, the whole
     sequence, where a size is symbolic (`jax.export`) and cannot be compared.
@@ -73,7 +74,7 @@ def default_chunk_size(num_steps, h0, residuals):
 
 
 def default_residuals(xs, h0):
-    """ "states" where redoing the gates is cheaper than keeping them, in time and memory; "gates".
+    """What is quicker: "states" where redoing the gates beats keeping them, else "gates".
 
     Gates are 3H or 4H numbers a row, their products 3H(I + H) multiply-adds: the smaller I + H and
     the larger the whole, the sooner redoing them wins.

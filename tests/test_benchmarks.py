@@ -204,7 +204,7 @@ def test_results_are_never_overwritten(run, capsys):
     [
         (["--sizes", "1,2,3"], "--sizes: must be four positive integers T,B,D,H, got '1,2,3'"),
         (["--sizes", "1,2,3,0"], "--sizes: must be four positive integers T,B,D,H"),
-        (["--contenders", "numpy"], "--contenders: must be one of 'jaxgru', 'jaxgru states', "),
+        (["--contenders", "numpy"], "--contenders: must be one of 'jaxgru', 'jaxgru gates', "),
         (["--chunks", "0"], "--chunks: must be an integer of at least 1, got '0'"),
         (["--chunks", "all"], "--chunks: must be an integer of at least 1, got 'all'"),
         (["--compiles", "0"], "--compiles: must be an integer of at least 1, got '0'"),
@@ -260,11 +260,12 @@ class FakeMachine:
 
 
 def test_interleave_runs_bursts_in_turns_each_after_a_pause_and_an_untimed_call():
+    """And another contender is the first in every round."""
     machine = FakeMachine(quick=0.01, slow=0.5)
     options = {"warm_up": 1, "min_rounds": 2, "burst_seconds": 0.03, "pause_seconds": 0.125}
     samples = machine.interleave(1e-9, **options)
-    turn = ["pause", *["quick"] * 4, "pause", *["slow"] * 2]
-    assert machine.log == ["quick", "slow", *turn, *turn]
+    quick, slow = ["pause", *["quick"] * 4], ["pause", *["slow"] * 2]
+    assert machine.log == ["quick", "slow", *quick, *slow, *slow, *quick]
     assert {name: len(each) for name, each in samples.items()} == {"quick": 6, "slow": 2}
     np.testing.assert_allclose(samples["quick"], 0.01)
     np.testing.assert_allclose(samples["slow"], 0.5)
@@ -296,7 +297,7 @@ def test_time_of_a_step_is_a_share_of_the_burst_of_steps():
 
 
 def test_limit_counts_the_operations_of_the_task():
-    """XLA's own count of its products' operations: 18TBH(D + H) and 6TBH(D + H)."""
+    """From the shapes of its products: 18TBH(D + H) and 6TBH(D + H)."""
     size, count = Size(8, 4, 16, 32), {}
     flops = 6 * 8 * 4 * 32 * (16 + 32)
     for task in ("training", "forward"):
@@ -398,7 +399,7 @@ def test_equal_time_is_not_faster_but_not_slower_either():
         ({"torch.nn.GRU": {"median_ms": 1.9}}, "training: torch / jaxgru, geometric mean"),
         ({"matmul_limit": {"median_ms": 0.7}}, "training: share of the matmul limit, H=512, reset"),
         ({"jaxgru_states": {"temporaries_bytes": 11}}, "training: temporaries of jaxgru states /"),
-        ({"jaxgru": {"temporaries_bytes": 21}}, "training: temporaries of jaxgru /"),
+        ({"jaxgru_gates": {"temporaries_bytes": 21}}, "training: temporaries of jaxgru gates"),
         ({"Flax_linen": {"compile_seconds": 0.9}}, "compilation of a training step: Flax linen"),
     ],
     ids=["torch", "limit", "states", "gates", "compilation"],
@@ -411,7 +412,7 @@ def test_target_just_beyond_its_bound_is_missed(changes, claim):
 def test_temporaries_are_held_against_the_peer_that_has_the_least():
     rows = made_rows(Keras={"temporaries_bytes": 16})
     assert {claim.partition(" / ")[0] for claim in missed(rows)} == {
-        "training: temporaries of jaxgru",
+        "training: temporaries of jaxgru gates",
         "training: temporaries of jaxgru states",
     }
 

@@ -37,14 +37,13 @@ def training(last_only=False, argnums=(0, 1, 2), **options):
     return jax.grad(loss, argnums=argnums)
 
 
-@functools.cache
-def compile_once(function, num_steps=T):
+def compile_for(function, num_steps=T):
     return jax.jit(function).lower(*make_arguments(num_steps)).compile()
 
 
 def temporaries(function, num_steps=T):
     """Bytes that XLA sets aside beside arguments and results."""
-    return compile_once(function, num_steps).memory_analysis().temp_size_in_bytes
+    return compile_for(function, num_steps).memory_analysis().temp_size_in_bytes
 
 
 def read_computations(text):
@@ -62,16 +61,16 @@ def read_computations(text):
     return found
 
 
-def innermost_loops(function):
-    """For each loop without a loop in it: its instructions, those of its fusions after them."""
-    computations = read_computations(compile_once(function).as_text())
+def innermost_loops(function, num_steps=T):
+    """For each loop without a loop in it: its instructions, and those of what they call."""
+    computations = read_computations(compile_for(function, num_steps).as_text())
     every_line = "\n".join("\n".join(lines) for lines in computations.values())
     loops = []
     for body in sorted(set(re.findall(r"body=%?([\w.\-]+)", every_line))):
         lines = computations[body]
         if any(" while(" in line for line in lines):
             continue
-        called = re.findall(r"calls=%?([\w.\-]+)", "\n".join(lines))
+        called = re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", "\n".join(lines))
         loops.append((lines, [line for name in called for line in computations[name]]))
     return loops
 
@@ -97,15 +96,24 @@ def test_loops_hold_the_least_products(spec):
 
 
 @EQUATIONS
-def test_no_loop_cuts_or_turns_a_weight_or_a_projection(spec):
-    """A slice of w_h, its transpose, or one of a [T, B, 3H] array would be made at every step."""
-    for lines, fused in innermost_loops(training(spec=spec, residuals="gates")):
+@pytest.mark.parametrize("chunk_size", [T, 8], ids=["whole", "chunks"])
+def test_no_loop_cuts_or_turns_a_weight_or_a_projection(spec, chunk_size):
+    """A slice of w_h, its transpose, or one of a [T, B, 3H] array would be made at every step.
+
+    XLA can also fold a transpose into the product, which then reads the weight the slow way.
+    """
+    loops = innermost_loops(training(spec=spec, residuals="gates", chunk_size=chunk_size))
+    assert len(loops) == 2
+    for lines, fused in loops:
+        sizes = []
         for line in kernels(lines + fused):
-            made = re.match(r"(?:ROOT )?%[\w.\-]+ = f32\[([\d,]*)\]", line)
-            size = math.prod(map(int, filter(None, made.group(1).split(",")))) if made else 0
-            if " dot(" not in line and "dynamic-update-slice" not in line:
-                assert size < H * H, line
-        assert not any(f"f32[1,{B},{3 * H}]" in line and "dynamic-slice(" in line for line in fused)
+            made = re.match(r"(?:ROOT )?%?[\w.\-]+ = f32\[([\d,]*)\]\{[\d,]*\} ([\w\-]+)\(", line)
+            if made and made.group(2) == "dot":
+                assert "lhs_contracting_dims={1}, rhs_contracting_dims={0}" in line
+            elif made and "dynamic-update-slice" not in line:
+                sizes.append(math.prod(map(int, filter(None, made.group(1).split(",")))))
+                assert made.group(2) != "dynamic-slice" or f"{B},{3 * H}]" not in line, line
+        assert len(sizes) > 10 and max(sizes) < H * H
 
 
 @EQUATIONS
@@ -134,17 +142,17 @@ def test_residuals_are_what_the_docstring_says(spec, residuals):
 
 @EQUATIONS
 def test_temporaries_shrink_with_the_residuals(spec):
-    """In units of hs: one is kept for the loss, which reads hs; one and a half go to a chunk."""
+    """In units of hs, for a loss of the last state, so that nothing else needs hs."""
     steps, unit = 8 * T, 8 * STATES * FLOAT
 
     def in_states(**options):
-        return temporaries(training(spec=spec, **options), steps) / unit
+        return temporaries(training(True, spec=spec, **options), steps) / unit
 
     gates = 4 if spec.reset == "after" else 3
-    assert in_states(residuals="gates", chunk_size=8) < gates + 2.5
-    assert in_states(residuals="states", chunk_size=8) < 2.5
-    assert in_states(residuals="boundaries", chunk_size=8) < 2.3
-    assert in_states(gradient="autodiff") > 15
+    assert 1 + gates < in_states(residuals="gates", chunk_size=8) < 1.5 + gates
+    assert 1 < in_states(residuals="states", chunk_size=8) < 1.5
+    assert in_states(residuals="boundaries", chunk_size=8) < 0.6
+    assert in_states(gradient="autodiff") > 10
 
 
 def test_boundaries_of_a_many_to_one_loss_grow_as_the_square_root_of_time():
@@ -159,20 +167,21 @@ def test_gradients_that_nobody_wants_cost_no_product():
     """Without xs among the arguments of jax.grad the product with w_x^T is left out."""
     counts = []
     for argnums in ((0, 1), (0,)):
-        text = compile_once(training(argnums=argnums)).as_text()
+        text = compile_for(training(argnums=argnums)).as_text()
         counts.append(count(text.splitlines(), "dot"))
     assert counts[1] == counts[0] - 1
 
 
 def test_default_residuals_follow_the_sizes():
-    """Many rows of few numbers are redone, all others kept; the gradient is the same either way."""
+    """Gates of many rows of few numbers are redone, all others kept: T B H > 2^19, I + H <= 256."""
 
     def kept(num_steps, batch, inputs, hidden):
+        """How many arrays [T, B, H]: hs alone, or hs and r, z, n."""
         params = init_gru(jax.random.key(0), inputs, hidden)
         xs = jax.ShapeDtypeStruct((num_steps, batch, inputs), jnp.float32)
         leaves = jax.tree.leaves(jax.eval_shape(lambda xs: jax.vjp(gru, params, xs)[1], xs))
         return sum(v.shape == (num_steps, batch, hidden) for v in leaves)
 
-    assert kept(2048, 8, 32, 64) == 1
-    assert kept(64, 8, 32, 64) == 4
-    assert kept(2048, 8, 256, 64) == 4
+    assert kept(1025, 8, 192, 64) == 1
+    assert kept(1024, 8, 192, 64) == 4
+    assert kept(1025, 8, 193, 64) == 4

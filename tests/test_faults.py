@@ -28,9 +28,9 @@ def block(w, i):
     return jnp.split(w, 3, axis=-1)[i]
 
 
-def slopes(c):
+def slopes_of(c):
     """R, Z and, for reset="after", Q."""
-    return list(c.v) if c.p is not None else jnp.unstack(c.v[0], axis=-2)
+    return list(c.slopes) if c.reset is not None else jnp.unstack(c.slopes[0], axis=-2)
 
 
 def no_kept_state(w_h, c, dh, dh_tm1, dp):
@@ -38,23 +38,23 @@ def no_kept_state(w_h, c, dh, dh_tm1, dp):
 
 
 def no_update_gate_path(w_h, c, dh, dh_tm1, dp):
-    return dh_tm1 - (dh * slopes(c)[1]) @ block(w_h, 1).T
+    return dh_tm1 - (dh * slopes_of(c)[1]) @ block(w_h, 1).T
 
 
 def no_reset_gate_path(w_h, c, dh, dh_tm1, dp):
-    return dh_tm1 - ((dh if dp is None else dp) * slopes(c)[0]) @ block(w_h, 0).T
+    return dh_tm1 - ((dh if dp is None else dp) * slopes_of(c)[0]) @ block(w_h, 0).T
 
 
 def no_candidate_path(w_h, c, dh, dh_tm1, dp):
-    return dh_tm1 - dp * c.p
+    return dh_tm1 - dp * c.reset
 
 
 def candidate_path_not_gated(w_h, c, dh, dh_tm1, dp):
-    return dh_tm1 + dp * (1 - c.p)
+    return dh_tm1 + dp * (1 - c.reset)
 
 
 def no_product_path(w_h, c, dh, dh_tm1, dp):
-    return dh_tm1 - (dh * slopes(c)[2]) @ block(w_h, 2).T
+    return dh_tm1 - (dh * slopes_of(c)[2]) @ block(w_h, 2).T
 
 
 def of_slopes(change):
@@ -63,8 +63,8 @@ def of_slopes(change):
     def mutate(original):
         def faulty(gates, h_tm1, spec, scale):
             c = original(gates, h_tm1, spec, scale)
-            a, v = change(gates, c.a, slopes(c))
-            return c._replace(a=a, v=tuple(v) if gates.q is None else (jnp.stack(v, axis=-2),))
+            a, v = change(gates, c.a, slopes_of(c))
+            return c._replace(a=a, slopes=tuple(v) if gates.q is None else (jnp.stack(v, axis=-2),))
 
         return faulty
 
@@ -157,7 +157,7 @@ def wrong_block_of_inputs(original):
 
 
 def neighbour_state(original):
-    def faulty(static, h_start, hs, resets):
+    def faulty(static, h_start, hs, steps):
         return hs
 
     return faulty
@@ -258,6 +258,7 @@ AFTER = {
     **faults_of("step_vjp", of_step, no_product_path, no_reset_gate_path),
     **faults_of("coefficients", of_slopes, product_not_gated, update_gate_sign),
     **faults_of("params_vjp", of_params, bias_inside_the_gate),
+    "sums_swapped": ("gates_vjp", lambda original: lambda *args: original(*args)[::-1]),
 }
 WRITE = {
     **faults_of("coefficients", of_kept, kept_state_of_the_other_convention),
@@ -494,8 +495,8 @@ def test_float32_gradient_of_a_bfloat16_parameter_is_caught(monkeypatch):
 def test_lost_carry_between_chunks_is_caught(monkeypatch):
     original = recurrence._backward_chunk
 
-    def faulty(static, params, dh, *rest):
-        return original(static, params, jnp.zeros_like(dh), *rest)
+    def faulty(static, transposed, dh, *rest):
+        return original(static, transposed, jnp.zeros_like(dh), *rest)
 
     monkeypatch.setattr(recurrence, "_backward_chunk", faulty)
     report = run_check(functools.partial(plain, chunk_size=2))
@@ -508,8 +509,8 @@ def test_grid_names_the_case_that_fails(monkeypatch):
 
     original = recurrence.step
 
-    def faulty(params, a, h, spec, scale):
-        h, gates = original(params, a, h, spec, scale)
+    def faulty(recurrent, a, h, spec, scale):
+        h, gates = original(recurrent, a, h, spec, scale)
         bulk = a[0].ndim == 3
         return h, gates._replace(r=gates.r * 0.9) if bulk else gates
 

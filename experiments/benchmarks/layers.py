@@ -98,7 +98,7 @@ def _generation(layer: Layer, model: CharModel) -> Program:
 
 
 def _scan_cell(layer: Layer, model: CharModel):
-    """The quickest loop one can write with a JAX cell: a scan that carries state and character."""
+    """A scan over the library's own cell that carries state and character."""
     assert layer.cell is not None and model.params.embedding is not None
     cell = layer.cell
 
@@ -153,12 +153,17 @@ def plain_layer(reset: Reset, *, hoist: bool) -> Layer:
     """A scan of the cell in every textbook; nothing of jaxgru but its layout.
 
     The input is projected inside the step, one product for all gates, as Equinox and Haiku have it,
-    or, hoisted, by one product before the loop.
+    and weights are cut there; or, hoisted, both are done before the loop.
     """
 
     def run(params, xs, h0):
+        pieces = _cut(params, reset)
+
         def body(h, x):
-            h = _textbook_step(params, x if hoist else project(params, x), h, reset)
+            if hoist:
+                h = _textbook_step(pieces, x, h, reset)
+            else:
+                h = _textbook_step(_cut(params, reset), project(params, x), h, reset)
             return h, h
 
         return lax.scan(body, h0, project(params, xs) if hoist else xs)
@@ -167,20 +172,30 @@ def plain_layer(reset: Reset, *, hoist: bool) -> Layer:
         return xs @ params.w_x + params.b_x.reshape((1,) * (xs.ndim - 1) + (-1,))
 
     def cell(params, x, h):
-        return _textbook_step(params, project(params, x), h, reset)
+        return _textbook_step(_cut(params, reset), project(params, x), h, reset)
 
     return Layer(lambda params: params, unpack_ours, run, None if hoist else cell)
 
 
-def _textbook_step(params, a, h, reset):
-    """h' = z h + (1 - z) n from the projected input a [B, 3H], blocks r | z | n."""
-    w_h, b_h, two = params.w_h, params.b_h[None], 2 * h.shape[-1]
+def _cut(params, reset):
+    """(weight, bias) of each product with the state: one of width 3H, or those of r | z and n."""
+    w_h, b_h = params.w_h, params.b_h[None]
     if reset == "after":
-        u = h @ w_h + b_h
+        return ((w_h, b_h),)
+    two = 2 * w_h.shape[0]
+    return (w_h[:, :two], b_h[:, :two]), (w_h[:, two:], b_h[:, two:])
+
+
+def _textbook_step(pieces, a, h, reset):
+    """h' = z h + (1 - z) n from the projected input a [B, 3H], blocks r | z | n."""
+    two = 2 * h.shape[-1]
+    if reset == "after":
+        ((w, b),) = pieces
+        u = h @ w + b
         r, z = jnp.split(jax.nn.sigmoid(a[:, :two] + u[:, :two]), 2, axis=-1)
         n = jnp.tanh(a[:, two:] + r * u[:, two:])
     else:
-        u = h @ w_h[:, :two] + b_h[:, :two]
-        r, z = jnp.split(jax.nn.sigmoid(a[:, :two] + u), 2, axis=-1)
-        n = jnp.tanh(a[:, two:] + (r * h) @ w_h[:, two:] + b_h[:, two:])
+        (w_rz, b_rz), (w_n, b_n) = pieces
+        r, z = jnp.split(jax.nn.sigmoid(a[:, :two] + h @ w_rz + b_rz), 2, axis=-1)
+        n = jnp.tanh(a[:, two:] + (r * h) @ w_n + b_n)
     return z * h + (1 - z) * n

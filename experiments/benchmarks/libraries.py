@@ -5,7 +5,6 @@ A library is imported when it is chosen, not before, and what is missing is one 
 
 import functools
 import importlib
-import importlib.metadata
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -16,7 +15,8 @@ from experiments.benchmarks.layers import Layer, build, our_layer, plain_layer
 from experiments.benchmarks.problems import RESETS, TASKS, Program, Reset, Size, Task
 from experiments.benchmarks.torch_library import allow_tf32, torch_gru
 
-OURS, STATES, LINEN, TORCH = "jaxgru", "jaxgru states", "Flax linen", "torch.nn.GRU"
+OURS, GATES, STATES = "jaxgru", "jaxgru gates", "jaxgru states"
+LINEN, TORCH = "Flax linen", "torch.nn.GRU"
 TRAINING: tuple[Task, ...] = ("training",)
 SEQUENCES: tuple[Task, ...] = ("training", "forward")
 AFTER: tuple[Reset, ...] = ("after",)
@@ -83,9 +83,10 @@ PEERS: dict[str, Library] = {
 }
 LIBRARIES: dict[str, Library] = {
     OURS: _ours(TASKS),
-    STATES: _ours(SEQUENCES, residuals="states"),
-    "jaxgru boundaries": _ours(SEQUENCES, residuals="boundaries"),
-    "jaxgru tangent": _ours(TRAINING, gradient="tangent"),  # forward they are the same program
+    GATES: _ours(TRAINING, residuals="gates"),  # forward, what is kept makes no difference
+    STATES: _ours(TRAINING, residuals="states"),
+    "jaxgru boundaries": _ours(TRAINING, residuals="boundaries"),
+    "jaxgru tangent": _ours(SEQUENCES, gradient="tangent"),  # forward, the whole sequence at once
     "jaxgru autodiff": _ours(TRAINING, gradient="autodiff"),
     **PEERS,
 }

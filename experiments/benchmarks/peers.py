@@ -10,8 +10,8 @@ Tasks:
 * training: the value and all gradients (weights, xs, h0) of <h_last, dh_last> + <hs, dhs>.
 * forward: h_last and hs.
 * step: a single step at batch 1, called from Python with its state fed back; time of one step.
-* generation: 1000 characters at batch 1, each the likeliest, written by jaxgru.generate, by the
-  best loop one can write with the cell of a JAX library, and by the quickest of torch's.
+* generation: 1000 characters at batch 1, each the likeliest, written by jaxgru.generate, by one
+  jitted scan over the cell of a JAX library, and by the quickest of three loops of eager torch.
 
 Contenders are jaxgru with its defaults and with each other `residuals` and `gradient`, two plain
 scans under jax.grad, Flax linen and nnx, Equinox, Haiku, Keras (on JAX) and torch.nn.GRU; a chunk

@@ -11,7 +11,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.benchmarks.libraries import JAX_PEERS, LINEN, OURS, PEERS, STATES, TORCH, can_run
+from experiments.benchmarks.libraries import (
+    GATES,
+    JAX_PEERS,
+    LINEN,
+    OURS,
+    PEERS,
+    STATES,
+    TORCH,
+    can_run,
+)
 from experiments.benchmarks.problems import (
     GENERATION_SIZE,
     RESETS,
@@ -162,7 +171,7 @@ def _goals_of(reset: Reset) -> list[Goal]:
             "at most",
             share,
         )
-        for name, share in ((OURS, 0.5), (STATES, 0.25))
+        for name, share in ((GATES, 0.5), (STATES, 0.25))
     ]
     return [*shares, *temporaries]
 

@@ -28,7 +28,7 @@ def interleave(
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], Any] = time.sleep,
 ) -> dict[str, list[float]]:
-    """Seconds of every timed call, in rounds A B C A B C: a drifting machine hurts all alike.
+    """Seconds of every timed call, in rounds A B C B C A: a drifting machine hurts all alike.
 
     A contender's turn is a pause, one call that is not timed, and a burst of calls that are, each
     by itself. The pause lets the threads of the one before come to rest (those of OpenMP spin for
@@ -59,7 +59,7 @@ def interleave(
     gc.disable()
     try:
         while rounds < min_rounds or clock() - begin < seconds:
-            for name, call in contenders.items():
+            for name, call in _rotated(contenders, rounds):
                 sleep(pause_seconds)
                 call()
                 samples[name] += _burst(call, burst_seconds, clock)
@@ -71,6 +71,13 @@ def interleave(
         if collecting:
             gc.enable()
     return samples
+
+
+def _rotated(contenders: Mapping[str, Any], rounds: int) -> list[tuple[str, Any]]:
+    """The contenders, from another one on in each round, so that each comes first in its turn."""
+    items = list(contenders.items())
+    first = rounds % max(len(items), 1)
+    return items[first:] + items[:first]
 
 
 def _burst(call: Callable[[], Any], burst_seconds: float, clock: Callable[[], float]):

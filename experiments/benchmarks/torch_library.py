@@ -1,14 +1,12 @@
 """torch.nn.GRU as a contender: its own autograd, on the device that JAX uses.
 
-The weights are ours, transposed. On a CPU every call is tried with as many threads as cores and
-with one, which wins at small sizes, and the quicker of them is what counts; on CUDA every call is
-synchronized.
+The weights are ours, transposed. On a CPU every call is tried with torch's own number of threads
+and with one, which wins at small sizes, and the quicker of them is what counts; on CUDA every call
+is synchronized. It is eager torch: nothing is compiled.
 """
 
 import functools
 import importlib
-import os
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -27,9 +25,10 @@ from experiments.benchmarks.problems import (
     Task,
     as_result,
 )
+from experiments.benchmarks.timing import interleave
 from jaxgru import GRUParams
 
-TRIALS = 3  # calls of each way to do a task, before the quickest is chosen
+TRIAL_SECONDS = 0.1  # for each way to do a task, before the quickest is chosen
 Calls = dict[str, Callable[[], Any]]  # how -> call
 
 
@@ -66,26 +65,27 @@ def _finish(torch: Any, device: str, calls: Calls) -> Calls:
         return {how: functools.partial(synchronized, call) for how, call in calls.items()}
 
     def threaded(call, count):
-        torch.set_num_threads(count)
+        if torch.get_num_threads() != count:
+            torch.set_num_threads(count)
         return call()
 
     return {
         f"{how}, threads: {count}": functools.partial(threaded, call, count)
         for how, call in calls.items()
-        for count in sorted({os.cpu_count() or 1, 1})
+        for count in sorted({_own_threads(), 1}, reverse=True)
     }
+
+
+@functools.cache
+def _own_threads() -> int:
+    """How many threads torch takes unless told, asked before anything here tells it."""
+    return importlib.import_module("torch").get_num_threads()
 
 
 def _quickest(calls: Calls) -> tuple[str, Callable[[], Any]]:
     """The way that takes the least time."""
-
-    def seconds(call):
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
-
-    best = {how: min(seconds(call) for _ in range(TRIALS)) for how, call in calls.items()}
-    how = min(best, key=lambda how: best[how])
+    samples = interleave(calls, TRIAL_SECONDS * len(calls), min_rounds=3)
+    how = min(samples, key=lambda how: float(np.median(samples[how])))
     return how, calls[how]
 
 
@@ -143,33 +143,34 @@ def _forward(torch, array, problem: Problem) -> tuple[Calls, Callable[[Any], Res
 
 
 def _steps(torch, array, problem: Problem) -> tuple[Calls, Callable[[Any], Result]]:
-    """nn.GRUCell in inference mode, its state fed back."""
+    """One step in three ways, in inference mode, its state fed back."""
     x, h0 = array(problem.xs)[0], array(problem.h0)
-    cell = _load(torch.nn.GRUCell(x.shape[1], h0.shape[1]), problem.params, array, "")
 
     @torch.inference_mode()
-    def call():
+    def run(advance):
         h = h0
         for _ in range(STEPS_PER_CALL):
-            h = cell(x, h)
+            h = advance(x, h)
         return h
 
-    return {"nn.GRUCell": call}, lambda h: _read(h=h)
+    advances = _advances(torch, array, problem.params)
+    calls = {how: functools.partial(run, advance) for how, advance in advances.items()}
+    return calls, lambda h: _read(h=h)
 
 
 def _generation(torch, array, model: CharModel) -> tuple[Calls, Callable[[Any], Result]]:
     """Three loops that write the same characters."""
+    (params,) = model.params.layers
+    assert isinstance(params, GRUParams)
     calls = {
         how: _writer(torch, array, model, advance)
-        for how, advance in _advances(torch, array, model).items()
+        for how, advance in _advances(torch, array, params).items()
     }
     return calls, lambda tokens: _read(tokens=tokens)
 
 
-def _advances(torch, array, model: CharModel) -> dict[str, Callable[[Any, Any], Any]]:
+def _advances(torch, array, params: GRUParams) -> dict[str, Callable[[Any, Any], Any]]:
     """name -> (x [1, E], h [1, H]) -> h by nn.GRUCell, the functional cell and nn.GRU."""
-    (params,) = model.params.layers
-    assert isinstance(params, GRUParams)
     input_size, hidden_size = params.w_x.shape[0], params.w_h.shape[0]
     cell = _load(torch.nn.GRUCell(input_size, hidden_size), params, array, "")
     gru = _load(torch.nn.GRU(input_size, hidden_size), params, array, "_l0")

@@ -260,14 +260,14 @@ class FakeMachine:
 
 
 def test_interleave_runs_bursts_in_turns_each_after_a_pause_and_an_untimed_call():
-    """And another contender is the first in every round."""
-    machine = FakeMachine(quick=0.01, slow=0.5)
-    options = {"warm_up": 1, "min_rounds": 2, "burst_seconds": 0.03, "pause_seconds": 0.125}
+    """And another contender is the first in every round; all seconds are sums of powers of two."""
+    machine = FakeMachine(quick=1 / 64, slow=0.5)
+    options = {"warm_up": 1, "min_rounds": 2, "burst_seconds": 3 / 64, "pause_seconds": 0.125}
     samples = machine.interleave(1e-9, **options)
     quick, slow = ["pause", *["quick"] * 4], ["pause", *["slow"] * 2]
     assert machine.log == ["quick", "slow", *quick, *slow, *slow, *quick]
     assert {name: len(each) for name, each in samples.items()} == {"quick": 6, "slow": 2}
-    np.testing.assert_allclose(samples["quick"], 0.01)
+    np.testing.assert_allclose(samples["quick"], 1 / 64)
     np.testing.assert_allclose(samples["slow"], 0.5)
 
 

@@ -9,8 +9,7 @@ from jax import lax
 # Measured on two cores at the sizes of `python -m experiments.benchmarks.peers`, the first two with
 # its --chunks, the others by "jaxgru gates" and "jaxgru states" there.
 _WHOLE_SEQUENCE = 1 << 18  # T * B * H up to which all of time is one chunk
-_CHUNK = 1 << 17  # chunk_size * B * H, within
-_CHUNK_STEPS = 8, 128  # more than 128 saves little time and takes memory
+_CHUNK = 1 << 17  # chunk_size * B * H, where that is 8 steps or more
 _MANY_GATES = 1 << 19  # T * B * H above which writing and reading gates leaves the caches
 _CHEAP_PRODUCT = 256  # I + H up to which the gates' products then cost less than that
 
@@ -69,8 +68,7 @@ def default_chunk_size(num_steps, h0, residuals):
     elif num_steps * h0.size <= _WHOLE_SEQUENCE:
         return max(1, num_steps)
     else:
-        least, most = _CHUNK_STEPS
-        target = min(max(_CHUNK // max(1, h0.size), least), most)
+        target = max(_CHUNK // max(1, h0.size), 8)
     near = [size for size in range(target, 2 * target) if num_steps % size == 0]
     return near[0] if near else target
 

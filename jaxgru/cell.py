@@ -83,7 +83,7 @@ class Recurrent(NamedTuple):
 
     w: tuple[Array, ...]  # (w_hr | w_hz, w_hn) for reset="before", (w_h,) for reset="after"
     b_q: Array | None  # [H], b_hn where it acts inside the reset gate
-    g: tuple[Array | None, Array | None, Array | None]  # the blocks of g_h
+    g: tuple[Array | None, ...]  # the blocks of g_h
 
 
 class Coefficients(NamedTuple):
@@ -173,7 +173,7 @@ def transpose_recurrent(recurrent: Recurrent) -> Recurrent:
 
 def step(
     recurrent: Recurrent,
-    a: tuple[Array, Array, Array],
+    a: tuple[Array, ...],
     h: Array,
     spec: GRUSpec,
     scale: Array | None = None,

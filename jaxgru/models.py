@@ -418,12 +418,12 @@ def _prepare_steps(params, num_steps, spec, residual, zoneout):
         table = project(first, _embed(params, jnp.arange(vocab_size)), spec)
 
     def run_step(states, token):
-        y, h_next = None, []
+        y, h_next = _embed(params, token), []
         for layer, recurrent, h in zip(params.layers, recurrents, states):
-            if y is None and table is not None:
-                a = tuple(rows[token] for rows in table)
+            if table is None or h_next:
+                a = project(layer, y, spec)
             else:
-                a = project(layer, _embed(params, token) if y is None else y, spec)
+                a = tuple(rows[token] for rows in table)
             wide = h.astype(state_dtype(h.dtype))
             h_t = step(recurrent, a, wide, spec)[0]
             h_t = ((1 - zoneout) * h_t + zoneout * wide if zoneout else h_t).astype(h.dtype)

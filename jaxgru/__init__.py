@@ -16,6 +16,9 @@ The tour, from the equation outwards:
   `gru_stack_cell` is one step of it, for streams.
 * `jaxgru.models` and `jaxgru.losses`: heads for every step or the last one (`sequence_outputs`,
   `final_outputs`), token models with `generate`, and the losses that go with them.
+* `jaxgru.diagnostics`: `gradient_flow`, its `gradient_paths` and `credit_reach`, `gate_statistics`,
+  `example_gradient_norms`. `jaxgru.jacobians`: dh_t/dh_{t-1} in closed form, and what products of
+  it do over time. `jaxgru.influence`: `rtrl`, the gradient computed forward in time.
 * `jaxgru.training`: `make_train_step` and `fit` train any loss with optax; `save_arrays` and
   `load_arrays` keep weights in files that run no code.
 
@@ -29,6 +32,27 @@ The tour, from the equation outwards:
 from jaxgru.cell import gru_cell
 from jaxgru.check import check_gradients, check_gru
 from jaxgru.comparison import GradientReport, GradientRow
+from jaxgru.diagnostics import (
+    GateStatistics,
+    GradientFlow,
+    Paths,
+    credit_reach,
+    example_gradient_norms,
+    gate_statistics,
+    gate_values,
+    gradient_flow,
+    gradient_paths,
+)
+from jaxgru.influence import rtrl
+from jaxgru.jacobians import (
+    jacobian_products,
+    lyapunov_exponents,
+    sequence_jacobians,
+    singular_values,
+    step_jacobian,
+    step_jacobian_bound,
+    step_jacobian_diagonal,
+)
 from jaxgru.layers import (
     Bidirectional,
     gru_bidirectional,
@@ -36,6 +60,7 @@ from jaxgru.layers import (
     gru_stack_cell,
     init_stack,
     init_state,
+    init_taps,
 )
 from jaxgru.losses import bernoulli_loss, categorical_loss, squared_loss
 from jaxgru.masks import length_mask, resets_from_dones
@@ -51,7 +76,7 @@ from jaxgru.models import (
     token_loss,
 )
 from jaxgru.parameters import CHO_2014, CHUNG_2014, PYTORCH, GRUParams, GRUSpec, init_gru
-from jaxgru.recurrence import gru
+from jaxgru.recurrence import Tap, gru
 from jaxgru.training import (
     NonFiniteError,
     TrainState,
@@ -70,19 +95,29 @@ __all__ = [
     "Bidirectional",
     "GRUParams",
     "GRUSpec",
+    "GateStatistics",
+    "GradientFlow",
     "GradientReport",
     "GradientRow",
     "NonFiniteError",
+    "Paths",
     "SequenceParams",
+    "Tap",
     "TokenParams",
     "TrainState",
     "bernoulli_loss",
     "categorical_loss",
     "check_gradients",
     "check_gru",
+    "credit_reach",
+    "example_gradient_norms",
     "final_outputs",
     "fit",
+    "gate_statistics",
+    "gate_values",
     "generate",
+    "gradient_flow",
+    "gradient_paths",
     "gru",
     "gru_bidirectional",
     "gru_cell",
@@ -92,16 +127,25 @@ __all__ = [
     "init_sequence_model",
     "init_stack",
     "init_state",
+    "init_taps",
     "init_token_model",
     "init_train_state",
+    "jacobian_products",
     "length_mask",
     "load_arrays",
+    "lyapunov_exponents",
     "make_train_step",
     "read_metadata",
     "resets_from_dones",
+    "rtrl",
     "save_arrays",
+    "sequence_jacobians",
     "sequence_outputs",
+    "singular_values",
     "squared_loss",
+    "step_jacobian",
+    "step_jacobian_bound",
+    "step_jacobian_diagonal",
     "token_logits",
     "token_loss",
 ]

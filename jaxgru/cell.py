@@ -47,6 +47,7 @@ from jaxgru.products import (
 
 Array = jax.Array
 Norms = tuple[Norm | None, Norm | None, Norm | None]
+Pair = tuple[Array, Array]
 
 _ACTIVATIONS = {
     "tanh": jnp.tanh,
@@ -265,25 +266,44 @@ def params_vjp(
     sum of da or du, a gain that of its block times the normalized product.
     In the state dtype, whatever the parameters' own.
     """
+    (x, dv_x), of_w_h, rows = params_vjp_factors(params, xs, gates, h_tm1, da, du, spec, scale)
+    pieces = gates_and_candidate(params.w_h) if spec.reset == "before" else [params.w_h]
+    dw_h = [weight_vjp(read, dv, w) for (read, dv), w in zip(of_w_h, pieces)]
+    return GRUParams(
+        weight_vjp(x, dv_x, params.w_x),
+        dw_h[0] if len(dw_h) == 1 else jnp.concatenate(dw_h, axis=-1),
+        *(None if d is None else sum_rows(d) for d in rows),
+    )
+
+
+def params_vjp_factors(
+    params: GRUParams,
+    xs: Array,
+    gates: Gates,
+    h_tm1: Array,
+    da: Array,
+    du: Array,
+    spec: GRUSpec,
+    scale: Array | None = None,
+) -> tuple[Pair, list[Pair], list[Array | None]]:
+    """What `params_vjp` multiplies and sums over the leading axes.
+
+    The pair (x, dv) whose x^T dv is dw_x; the pairs (read, dv) whose read^T dv lie side by side in
+    dw_h; and for b_x, b_h, g_x, g_h the rows [..., 3H] whose sum is the cotangent, None for none.
+    """
     read = _read(h_tm1, scale)
     input_norms = _input_norms(params, xs)
     dv_x = _normalize_vjp(_gains(params.g_x), input_norms, da)
     dv_h = _normalize_vjp(_gains(params.g_h), gates.norms, du)
-    if spec.reset == "before":
-        w_rz, w_n = gates_and_candidate(params.w_h)
-        dv_rz, dv_n = gates_and_candidate(dv_h)
-        dw_h = [weight_vjp(read, dv_rz, w_rz), weight_vjp(gates.r * read, dv_n, w_n)]
-        dw_h = jnp.concatenate(dw_h, axis=-1)
-    else:
-        dw_h = weight_vjp(read, dv_h, params.w_h)
-    return GRUParams(
-        weight_vjp(xs.astype(h_tm1.dtype), dv_x, params.w_x),
-        dw_h,
-        None if params.b_x is None else sum_rows(da),
-        None if params.b_h is None else sum_rows(du),
-        _gain_vjp(params.g_x, da, input_norms),
-        _gain_vjp(params.g_h, du, gates.norms),
-    )
+    reads = [read, gates.r * read] if spec.reset == "before" else [read]
+    dvs = gates_and_candidate(dv_h) if spec.reset == "before" else [dv_h]
+    rows = [
+        None if params.b_x is None else da,
+        None if params.b_h is None else du,
+        _gain_rows(params.g_x, da, input_norms),
+        _gain_rows(params.g_h, du, gates.norms),
+    ]
+    return (xs.astype(h_tm1.dtype), dv_x), list(zip(reads, dvs)), rows
 
 
 def inputs_vjp(params: GRUParams, w_x_t: Array, xs: Array, da: Array) -> Array:
@@ -419,9 +439,9 @@ def _each_block(rule, gains, norms, v):
     return jnp.concatenate(list(map(rule, parts, gains, norms)), axis=-1)
 
 
-def _gain_vjp(g, d, norms):
-    """The sum over rows of d times the normalized products, or None without a gain."""
-    return None if g is None else sum_rows(d * jnp.concatenate([n.y for n in norms], axis=-1))
+def _gain_rows(g, d, norms):
+    """d times the normalized products, or None without a gain."""
+    return None if g is None else d * jnp.concatenate([n.y for n in norms], axis=-1)
 
 
 def _affine_jvp(tv, g, norms, tg, tb):

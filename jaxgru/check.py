@@ -30,6 +30,7 @@ from jaxgru.comparison import (
     host,
     is_kind,
     named_leaves,
+    non_finite_entries,
     rerun_row,
     unravel,
 )
@@ -66,7 +67,8 @@ def check_gradients(
     rounding is what float64 outputs of that size leave undecided in the quotient. A leaf with v = 0
     is judged by its absolute error. Outputs are compared as well, both those of a plain call and
     those of the forward rule; the rule must give the same bits twice; and each gradient must have
-    its argument's dtype, which `jax.custom_vjp` does not check.
+    its argument's dtype, which `jax.custom_vjp` does not check. fn need not be a scalar loss: any
+    pytree with floating leaves will do, since the cotangents below are of its output's form.
 
     The cotangents are `random[i]`; `only[leaf]`, random in one output leaf and zero in the others;
     `one-hot[leaf][index]`, the first and the last entry of each output leaf; `zero`, which must
@@ -95,7 +97,8 @@ def check_gradients(
     Raises:
       TypeError: fn or reference is not callable, or args or the output have complex
         leaves or no floating ones.
-      ValueError: an option is outside of what is listed above.
+      ValueError: an option is outside of what is listed above, or NaN or infinity in args makes the
+        reference's output non-finite; where it reaches no output, as under a mask, it is legal.
       Exception: whatever `fn`, `reference` or JAX raises while they are differentiated, such as
         JAX's refusal of a rule that returns gradients of a wrong shape.
 
@@ -125,6 +128,7 @@ def check_gradients(
             evaluate = jax.jit(_bind(mode, reference))
             out = evaluate(mode.floats)[1]
             _check_kinds("the reference's output", out)
+            _check_finite(name, mode, out)
             template = GradientRow(name, "autodiff", limit, "value")
             primal = jax.jit(_bind(mode, fn))(mode.floats)[1]
             found = compare(GradientRow(name, "primal", limit, "primal"), "out", primal, out)
@@ -297,7 +301,8 @@ def _argument_names(fn: Callable[..., Any], count: int) -> list[str]:
 def _cast(leaves: Iterable[Any], dtype: str) -> list[Any]:
     if dtype == "caller":
         return [jnp.asarray(leaf) for leaf in leaves]
-    return [jnp.asarray(np.asarray(leaf).astype(jnp.dtype(dtype))) for leaf in leaves]
+    with np.errstate(over="ignore"):  # infinity is judged where the functions get it
+        return [jnp.asarray(np.asarray(leaf).astype(jnp.dtype(dtype))) for leaf in leaves]
 
 
 def _mode_name(floats: list[Any], dtype: str) -> str:
@@ -326,13 +331,30 @@ def _pull(problem: _Problem, fn: Callable[..., Any]) -> Callable[..., Any]:
     return jax.jit(pull)
 
 
+_CURES = {
+    "args": "cast integers to a floating dtype, or pass them beside a floating argument",
+    "the reference's output": "return a floating array: nothing else has a derivative",
+    "complex": "pass and return real and imaginary parts as two real arrays",
+}
+
+
 def _check_kinds(subject: str, tree: Any) -> None:
     leaves = jax.tree.leaves(tree)
     real = not any(is_kind(leaf, jnp.complexfloating) for leaf in leaves)
     floating = any(is_kind(leaf, jnp.floating) for leaf in leaves)
     kinds = [str(getattr(leaf, "dtype", type(leaf).__name__)) for leaf in leaves]
     need = f"{subject} must hold real leaves, some of them floating"
-    _require(real and floating, TypeError, f"{need}, got {kinds}")
+    cure = _CURES[subject if real else "complex"]
+    _require(real and floating, TypeError, f"{need}, got {kinds}; {cure}")
+
+
+def _check_finite(dtype: str, mode: _Problem, out: Any) -> None:
+    """A non-finite argument is refused where the output is non-finite as well."""
+    entries = non_finite_entries(zip(mode.names, mode.floats, strict=True))
+    reached = entries and non_finite_entries(named_leaves("out", out))
+    need = "args must be finite where they reach the reference's output"
+    cure = "replace them by finite numbers, or mask them inside both functions"
+    _require(not reached, ValueError, f"{need}, got {', '.join(entries)} in {dtype}; {cure}")
 
 
 def _cotangents(out, count, seed) -> Iterator[tuple[str, list[np.ndarray]]]:
@@ -392,10 +414,10 @@ def _check_differences(mode, evaluate, template, pairs, gradients, limit, seed):
     rng = np.random.default_rng(seed)
     for leaf, name in enumerate(mode.names):
         gradient = gradients[0][1][leaf]
-        flats = np.arange(gradient.size)
-        if gradient.size > limit:
-            flats = rng.choice(gradient.size, limit - 1, replace=False)
-            flats = np.union1d(flats, [np.argmax(np.abs(gradient))])
+        flats = np.flatnonzero(np.isfinite(host(mode.floats[leaf])))  # NaN under a mask has none
+        if flats.size > limit:
+            largest = flats[np.argmax(np.abs(gradient.ravel()[flats]))]
+            flats = np.union1d(rng.choice(flats, limit - 1, replace=False), [largest])
         probes = [_quotient(evaluate, mode.floats, leaf, flat) for flat in flats]
         for (cotangent_name, cotangent), (actual, expected) in zip(pairs, gradients, strict=True):
             if not probes:

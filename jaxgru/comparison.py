@@ -6,7 +6,7 @@ All of it is done in NumPy on the host, in float64, whatever dtype is judged.
 import collections
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -97,7 +97,21 @@ class GradientReport:
             f"FAILED, {len(self.failures)} of {len(self.rows)} comparisons disagree ({counts})."
         )
         passed = f"passed, all {len(self.rows)} comparisons agree."
-        return "\n".join([*lines, f"check_gradients: {passed if self.passed else failed}"])
+        lines.append(f"check_gradients: {passed if self.passed else failed}")
+        return "\n".join([*lines, *_advice(self.failures)])
+
+
+def _advice(failures: Sequence[GradientRow]) -> list[str]:
+    """What to change where an output of fn is of another form than the reference's."""
+    subjects = {"primal": "fn", "forward": "the forward rule of fn"}
+    for row in failures:
+        if row.witness in subjects and row.reason in ("structure", "shape", "dtype"):
+            place = "" if row.reason == "structure" else f" at {row.leaf}"
+            both = f"returns {row.reason} {row.actual}{place}, reference returns {row.expected}"
+            subject = subjects[row.witness]
+            cure = "make it return the same pytree, shapes and dtypes as reference"
+            return [f"check_gradients: {subject} {both}: {cure}."]
+    return []
 
 
 def compare(template: GradientRow, prefix: str, actual: Any, expected: Any) -> list[GradientRow]:
@@ -161,6 +175,17 @@ def host(leaf: Any) -> np.ndarray:
     if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
         leaf = jax.random.key_data(leaf)
     return np.asarray(leaf)
+
+
+def non_finite_entries(named: Iterable[tuple[str, Any]]) -> list[str]:
+    """The first NaN or infinity of each floating leaf that holds one, e.g. "x[0, 2] = nan"."""
+    found = []
+    for name, leaf in named:
+        values = host(leaf).astype(np.float64) if is_kind(leaf, jnp.floating) else np.zeros(0)
+        for index in np.argwhere(~np.isfinite(values))[:1]:
+            place = f"{[int(i) for i in index]}" if index.size else ""
+            found.append(f"{name}{place} = {values[tuple(index)]}")
+    return found
 
 
 def named_leaves(prefix: str, *trees: Any) -> Iterator[tuple[Any, ...]]:

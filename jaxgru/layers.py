@@ -23,7 +23,7 @@ from jaxgru.arguments import (
 )
 from jaxgru.masks import draw_kept, draw_kept_per_step, require_flags
 from jaxgru.parameters import GRUParams, init_gru, require_params
-from jaxgru.recurrence import gru
+from jaxgru.recurrence import Tap, gru
 
 Array = jax.Array
 Merge = Literal["concat", "sum"]
@@ -128,6 +128,37 @@ def init_state(params: Any, batch_shape: Sequence[int] = ()) -> Any:
     return tuple(init_state(layer, batch_shape) for layer in params)
 
 
+def init_taps(params: Any, lead_shape: Sequence[int]) -> Any:
+    """Taps of zeros for a layer or stack: differentiate a loss by them to see its gradient flow.
+
+    Args:
+      params: a `GRUParams`, a `Bidirectional`, or a stack.
+      lead_shape: that of xs without its last axis, [T, ...], or [B, T] with axis=1.
+
+    Returns:
+      A `Tap` of xs [*lead_shape, I] and hs [*lead_shape, H] in the parameters' dtype; a pair of
+      those for a `Bidirectional`, a tuple with one entry a layer for a stack. Pass it on as `tap`.
+
+    Raises:
+      TypeError: params is none of the three, or lead_shape no sequence.
+
+    >>> params = init_gru(jax.random.key(0), 2, 3)
+    >>> loss = lambda tap: gru(params, jnp.ones((5, 2)), tap=tap)[0].sum()
+    >>> flow = jax.grad(loss)(init_taps(params, (5,)))
+    >>> flow.hs[-1].tolist(), flow.xs.shape  # the last state is what the loss sums
+    ([1.0, 1.0, 1.0], (5, 2))
+    """
+    if not isinstance(lead_shape, Sequence):
+        raise TypeError(f"init_taps: lead_shape must be a sequence, got {lead_shape!r}.")
+    if isinstance(params, GRUParams):
+        sizes = (params.w_x.shape[0], params.w_h.shape[0])
+        return Tap(*(jnp.zeros((*lead_shape, size), params.w_x.dtype) for size in sizes))
+    if isinstance(params, Bidirectional):
+        return (init_taps(params.forward, lead_shape), init_taps(params.backward, lead_shape))
+    _require_stack("init_taps", params)
+    return tuple(init_taps(layer, lead_shape) for layer in params)
+
+
 def gru_bidirectional(
     params: Bidirectional,
     xs: Array,
@@ -137,6 +168,7 @@ def gru_bidirectional(
     resets: Array | None = None,
     merge: Merge = "concat",
     key: Array | None = None,
+    tap: tuple[Tap, Tap] | None = None,
     axis: int = 0,
     **gru_options: Any,
 ) -> tuple[tuple[Array, Array], Array]:
@@ -155,6 +187,7 @@ def gru_bidirectional(
         reset before step t, backward before step t - 1.
       merge: "concat" or "sum".
       key: a `jax.random.key` where a rate acts; each direction draws its own masks.
+      tap: a pair of taps, forward's and backward's, in the form of `init_taps`.
       axis: where xs, mask, resets and ys have their time.
       **gru_options: spec, gradient, residuals, recurrent_dropout, zoneout, ... of `gru`, all but
         reverse.
@@ -182,18 +215,22 @@ def gru_bidirectional(
     if "reverse" in gru_options:
         raise TypeError("gru_bidirectional: reverse must be left out, as both directions are run.")
     _require_pair("gru_bidirectional", "h0", h0)
+    _require_pair("gru_bidirectional", "tap", tap, "taps")
     if merge == "sum" and params.forward.w_h.shape != params.backward.w_h.shape:
         raise ValueError(
             "gru_bidirectional: params must have one hidden size in both directions for "
             f"merge='sum', got {params.forward.w_h.shape[0]} and {params.backward.w_h.shape[0]}."
         )
     h0_forward, h0_backward = (None, None) if h0 is None else h0
+    tap_forward, tap_backward = (None, None) if tap is None else tap
     key_forward, key_backward = (None, None) if key is None else jax.random.split(key)
     options = {"mask": mask, "axis": axis, **gru_options}
-    forward, hs = gru(params.forward, xs, h0_forward, resets=resets, key=key_forward, **options)
+    forward, hs = gru(
+        params.forward, xs, h0_forward, resets=resets, key=key_forward, tap=tap_forward, **options
+    )
     backward, reverse_hs = gru(
-        params.backward, xs, h0_backward, resets=_reverse_resets(resets, axis), key=key_backward,
-        reverse=True, **options,
+        params.backward, xs, h0_backward, resets=reverse_resets(resets, axis), key=key_backward,
+        tap=tap_backward, reverse=True, **options,
     )  # fmt: skip
     ys = hs + reverse_hs if merge == "sum" else jnp.concatenate([hs, reverse_hs], axis=-1)
     return (forward, backward), ys
@@ -217,6 +254,7 @@ def gru_stack(
     key: Array | None = None,
     first_step: int | Array = 0,
     deterministic: bool = False,
+    tap: Sequence[Any] | None = None,
     axis: int = 0,
     **gru_options: Any,
 ) -> tuple[tuple[Any, ...], Array]:
@@ -251,6 +289,7 @@ def gru_stack(
       first_step: the number of the first step of xs: with it, and one key, a run in chunks draws
         what the whole run draws. May be traced.
       deterministic: no dropout, and zoneout's mean: for evaluation.
+      tap: a sequence with each layer's tap, from `init_taps`: see `gru`.
       axis: where xs, mask, resets and ys have their time; 1 for batch-major.
       **gru_options: spec, gradient, residuals, chunk_size, truncate, unroll of `gru`, and reverse
         where all layers have one direction.
@@ -272,8 +311,11 @@ def gru_stack(
     >>> ys.shape, h_last[1][0].shape
     ((5, 4, 6), (4, 3))
     """
-    _require_layers(params, xs, merge, residual, variational)
-    _require_states(params, h0)
+    require_layers("gru_stack", params, xs, merge, residual)
+    if not isinstance(variational, bool):
+        raise TypeError(f"gru_stack: variational must be a bool, got {variational!r}.")
+    require_states("gru_stack", params, h0)
+    _require_taps(params, tap)
     rates = {"input_dropout": input_dropout, "dropout": dropout, "output_dropout": output_dropout}
     rates |= {"recurrent_dropout": recurrent_dropout, "zoneout": zoneout}
     require_rates("gru_stack", rates, key, deterministic)
@@ -282,6 +324,8 @@ def gru_stack(
     require_flags("gru_stack", {"mask": mask, "resets": resets}, xs.shape[:-1])
     ys = jnp.moveaxis(xs, axis, 0)
     mask, resets = (None if v is None else jnp.moveaxis(v, axis, 0) for v in (mask, resets))
+    if tap is not None:
+        tap = jax.tree.map(lambda v: jnp.moveaxis(v, axis, 0), tap)
     keys = _split(None if deterministic else key, 2 * len(params) + 1)
     numbers = None
     if not variational:
@@ -292,7 +336,7 @@ def gru_stack(
         inputs = _drop_steps(keys[2 * number], ys, rate, numbers)
         options = {"mask": mask, "resets": resets, "recurrent_dropout": recurrent_dropout}
         options |= {"zoneout": zoneout, "key": keys[2 * number + 1], "deterministic": deterministic}
-        options |= {"first_step": first_step}
+        options |= {"first_step": first_step, "tap": None if tap is None else tap[number]}
         h0_layer = None if h0 is None else h0[number]
         if isinstance(layer, Bidirectional):
             h, hs = gru_bidirectional(
@@ -315,8 +359,9 @@ def gru_stack_cell(
       params: a sequence of `GRUParams`.
       x: [..., I].
       h: a sequence with each layer's state [..., H]; the first from `init_state`.
-      **stack_options: of `gru_stack` without axis, reverse and truncate; mask and resets are [...].
-        With a rate that acts, give every step of a stream the same key and its own first_step.
+      **stack_options: of `gru_stack` without axis, reverse, truncate and tap; mask and resets are
+        [...]. With a rate that acts, give every step of a stream the same key and its own
+        first_step.
 
     Returns:
       h, the states after the step, and y [..., H], the top layer's output.
@@ -339,7 +384,7 @@ def gru_stack_cell(
             "gru_stack_cell: params must hold layers of one direction, got a Bidirectional, whose "
             "outputs depend on later inputs; use gru_stack on whole sequences."
         )
-    for name in ("axis", "reverse", "truncate"):
+    for name in ("axis", "reverse", "truncate", "tap"):
         if name in stack_options:
             raise TypeError(f"gru_stack_cell: {name} must be left out, as one step has no time.")
     require_float("gru_stack_cell", "x", x)
@@ -381,7 +426,7 @@ def _drop(key, x, rate, draw):
     return jax.checkpoint(masked)(key, x)
 
 
-def _reverse_resets(resets, axis):
+def reverse_resets(resets, axis):
     """Resets of the backward direction: a parting between t - 1 and t comes before step t - 1."""
     if resets is None:
         return None
@@ -397,11 +442,11 @@ def _split(key, count):
 
 def output_size_of(layer: Layer, merge: Merge) -> int:
     """The size of a layer's outputs."""
-    sizes = [direction.w_h.shape[0] for direction in _directions(layer)]
+    sizes = [direction.w_h.shape[0] for direction in directions_of(layer)]
     return sum(sizes) if merge == "concat" else sizes[0]
 
 
-def _directions(layer: Any) -> tuple[GRUParams, ...]:
+def directions_of(layer: Any) -> tuple[GRUParams, ...]:
     """The one or two GRUs of a layer."""
     return tuple(layer) if isinstance(layer, Bidirectional) else (layer,)
 
@@ -423,9 +468,9 @@ def _require_stack(function, params):
                 f"{function}: params[{number}] must be a GRUParams or a Bidirectional, "
                 f"got {type(layer).__name__}."
             )
-        for direction in _directions(layer):
+        for direction in directions_of(layer):
             require_params(function, direction)
-            wanted = _directions(params[0])[0].w_x.dtype
+            wanted = directions_of(params[0])[0].w_x.dtype
             if direction.w_x.dtype != wanted:
                 raise TypeError(
                     f"{function}: params[{number}] must have the dtype of params[0], {wanted}, "
@@ -433,70 +478,83 @@ def _require_stack(function, params):
                 )
 
 
-def _require_layers(params, xs, merge, residual, variational):
-    """Errors of `gru_stack` for layers that do not fit xs or each other."""
-    _require_stack("gru_stack", params)
-    require_choice("gru_stack", "merge", merge, _MERGES)
-    for name, value in (("residual", residual), ("variational", variational)):
-        if not isinstance(value, bool):
-            raise TypeError(f"gru_stack: {name} must be a bool, got {value!r}.")
-    require_float("gru_stack", "xs", xs)
-    size = _directions(params[0])[0].w_x.shape[0]
+def require_layers(function: str, params: Any, xs: Array, merge: Merge, residual: bool) -> None:
+    """TypeError or ValueError for layers that do not fit xs or each other."""
+    _require_stack(function, params)
+    require_choice(function, "merge", merge, _MERGES)
+    if not isinstance(residual, bool):
+        raise TypeError(f"{function}: residual must be a bool, got {residual!r}.")
+    require_float(function, "xs", xs)
+    size = directions_of(params[0])[0].w_x.shape[0]
     if xs.ndim < 2 or xs.shape[-1] != size:
         raise ValueError(
-            f"gru_stack: xs must have shape [T, ..., I] with I={size} (rows of params[0].w_x), "
+            f"{function}: xs must have shape [T, ..., I] with I={size} (rows of params[0].w_x), "
             f"got {xs.shape}."
         )
     source = "as the other direction"
     for number, layer in enumerate(params):
-        for direction in _directions(layer):
+        for direction in directions_of(layer):
             if direction.w_x.shape[0] != size:
                 raise ValueError(
-                    f"gru_stack: params[{number}].w_x must have {size} rows ({source}), "
+                    f"{function}: params[{number}].w_x must have {size} rows ({source}), "
                     f"got {direction.w_x.shape[0]}."
                 )
         output = output_size_of(layer, merge)
         if residual and number and output != size:
             raise ValueError(
-                f"gru_stack: params[{number}] must have outputs of the size of its inputs for "
+                f"{function}: params[{number}] must have outputs of the size of its inputs for "
                 f"residual=True, {size}, got {output}."
             )
         size, source = output, f"the outputs of params[{number}], merge={merge!r}"
 
 
-def _require_states(params, h0):
-    """ValueError of `gru_stack` for an h0 that has not the form of its layers."""
+def require_states(function: str, params: Sequence[Layer], h0: Any) -> None:
+    """ValueError for an h0 that has not the form of the layers."""
     if h0 is None:
         return
     if not isinstance(h0, list | tuple) or len(h0) != len(params):
         raise ValueError(
-            f"gru_stack: h0 must be a sequence of {len(params)} states, one for each layer, got "
+            f"{function}: h0 must be a sequence of {len(params)} states, one for each layer, got "
             f"{_count(h0)}; init_state(params, batch_shape) has the form, and torch's "
             "[layers, B, H] is tuple(h0), with two directions tuple(zip(h0[::2], h0[1::2]))."
         )
     for number, (layer, h) in enumerate(zip(params, h0)):
         if isinstance(layer, Bidirectional):
-            _require_pair("gru_stack", f"h0[{number}]", h)
+            _require_pair(function, f"h0[{number}]", h)
         elif isinstance(h, list | tuple):
             raise ValueError(
-                f"gru_stack: h0[{number}] must be one array [..., H], as params[{number}] has one "
+                f"{function}: h0[{number}] must be one array [..., H], as params[{number}] has one "
                 f"direction, got {len(h)} of them."
             )
-        for direction, state in zip(_directions(layer), h if isinstance(h, list | tuple) else [h]):
+        for direction, state in zip(
+            directions_of(layer), h if isinstance(h, list | tuple) else [h]
+        ):
             size = direction.w_h.shape[0]
             if state is not None and jnp.shape(state)[-1:] != (size,):
                 raise ValueError(
-                    f"gru_stack: h0[{number}] must have shape [..., {size}] (the rows of "
+                    f"{function}: h0[{number}] must have shape [..., {size}] (the rows of "
                     f"params[{number}]'s w_h), got {jnp.shape(state)}."
                 )
 
 
-def _require_pair(function, argument, h):
-    """ValueError unless h is None or a pair."""
-    if h is not None and (not isinstance(h, list | tuple) or len(h) != 2):
+def _require_taps(params, tap):
+    """ValueError of `gru_stack` for a tap that has not the form of its layers."""
+    if tap is None:
+        return
+    if isinstance(tap, Tap) or not isinstance(tap, list | tuple) or len(tap) != len(params):
+        found = "one Tap" if isinstance(tap, Tap) else _count(tap)
         raise ValueError(
-            f"{function}: {argument} must be a pair of states, forward and backward, got "
-            f"{_count(h)}."
+            f"gru_stack: tap must be a sequence of {len(params)} taps, one for each layer, got "
+            f"{found}; init_taps(params, lead_shape) has the form."
+        )
+
+
+def _require_pair(function, argument, pair, noun="states"):
+    """ValueError unless it is None or a pair."""
+    if pair is not None and (not isinstance(pair, list | tuple) or len(pair) != 2):
+        raise ValueError(
+            f"{function}: {argument} must be a pair of {noun}, forward and backward, got "
+            f"{_count(pair)}."
         )
 
 

@@ -65,6 +65,17 @@ class _Static:
     kept: float  # share of every unit that is held at each step: the mean of the above
 
 
+class Tap(NamedTuple):
+    """Zeros that `gru` adds to its inputs and states; None where nothing is to be seen.
+
+    The gradient of a loss by a tap is a Tap of dL/dx_t and dL/dh_t for every step, h_t being what
+    step t hands on to its output and to step t + 1.
+    """
+
+    xs: Array | None  # [T, ..., I]
+    hs: Array | None  # [T, ..., H]
+
+
 def gru(
     params: GRUParams,
     xs: Array,
@@ -84,6 +95,7 @@ def gru(
     key: Array | None = None,
     first_step: int | Array = 0,
     deterministic: bool = False,
+    tap: Tap | None = None,
     axis: int = 0,
 ) -> tuple[Array, Array]:
     """Runs a GRU over a sequence: (h_last, hs), the order of `lax.scan`.
@@ -126,6 +138,9 @@ def gru(
       first_step: the number of the first step of xs, for zoneout's draws and the windows of
         truncate: with it a run in chunks and one key is the whole run. May be traced.
       deterministic: no dropout, and zoneout's mean: for evaluation; key is not used.
+      tap: a `Tap` of zeros, as `init_taps` makes them, to differentiate by: the gradient of a loss
+        by it is dL/dx_t and dL/dh_t of every step, out of the same backward pass. What it holds is
+        added to xs and to every h_t, so zeros change nothing.
       axis: where xs, mask, resets and hs have their time; 1 for batch-major [B, T, I].
 
     Returns:
@@ -169,6 +184,8 @@ def gru(
     xs, mask, resets, axis = _require_arrays(params, xs, h0, mask, resets, axis)
     params = jax.tree.map(jnp.asarray, params)  # NumPy arrays come as JAX's own dtypes
     h0 = None if h0 is None else jnp.asarray(h0)
+    tap_xs, tap_hs = _require_tap(tap, params, xs, axis)
+    xs = xs if tap_xs is None else xs + tap_xs
     if mask is not None:
         xs = jnp.where(mask, xs, jnp.zeros_like(xs))  # before the cell: 0 * NaN is NaN
     if h0 is None:
@@ -182,13 +199,14 @@ def gru(
         scale = _draw_scale(scale_key, recurrent_dropout, h0) if recurrent_dropout else None
         zoneout_key = zoneout_key if zoneout else None
     kept, zoneout = (zoneout, 0.0) if deterministic else (0.0, zoneout)
-    arrays = (params, xs, h0, mask, resets, cuts, scale)
-    params, xs, h0, mask, resets, cuts, scale = _vary_alike(arrays, zoneout_key)
+    arrays = (params, xs, h0, mask, resets, cuts, tap_hs, scale)
+    params, xs, h0, mask, resets, cuts, tap_hs, scale = _vary_alike(arrays, zoneout_key)
     residuals = residuals or default_residuals(xs, h0)
     if gradient == "bptt" and chunk_size is None:
         chunk_size = default_chunk_size(xs.shape[0], h0, residuals)
     static = _Static(spec, reverse, residuals, chunk_size, unroll, float(zoneout), float(kept))
-    steps = _Steps(xs, mask, resets, cuts, None if zoneout_key is None else numbers)
+    numbers = None if zoneout_key is None else numbers
+    steps = _Steps(xs, mask, resets, cuts, numbers, tap_hs)
     rule = {"bptt": _gru_bptt, "tangent": _gru_tangent, "autodiff": _gru_scan}[gradient]
     h_last, hs = rule(static, params, steps, h0, scale, zoneout_key)
     return h_last, jnp.moveaxis(hs, 0, axis)
@@ -202,6 +220,7 @@ class _Steps(NamedTuple):
     resets: Array | None  # [T, ..., 1]
     cuts: Array | None  # [T, ..., 1], or [T]: where the gradient of the state that is read ends
     numbers: Array | None  # [T], what zoneout draws by
+    tap: Array | None  # [T, ..., H], added to h_t
 
 
 def _gru_scan(static, params, steps, h0, scale, key):
@@ -245,15 +264,18 @@ def _gru_bptt_bwd(static, residuals, cotangents):
             gates = step(recurrent, a, h_tm1, static.spec, scale)[1]
         steps = _with_zoneout(static, steps, key, dh)
         c = coefficients(gates, h_tm1, static.spec, scale)
-        dh, cotangents = _backward_chunk(static, transposed, dh, c, gates.norms, dhs, steps, scale)
-        da, du = gates_vjp(c, *cotangents)
+        dh, (dh_t, dp, dtap) = _backward_chunk(
+            static, transposed, dh, c, gates.norms, dhs, steps, scale
+        )
+        da, du = gates_vjp(c, dh_t, dp)
         of_chunk = params_vjp(params, steps.xs, gates, h_tm1, da, du, static.spec, scale)
         dparams = jax.tree.map(jnp.add, dparams, of_chunk)
         dxs = inputs_vjp(params, w_x_t, steps.xs, da).astype(steps.xs.dtype)
-        return (dh, dparams), dxs, None
+        dtap = None if dtap is None else dtap.astype(steps.xs.dtype)
+        return (dh, dparams), (dxs, dtap), None
 
     dparams = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype), params)
-    (dh, dparams), dxs, _ = sweep(
+    (dh, dparams), (dxs, dtap), _ = sweep(
         static.chunk_size,
         chunk,
         (dh_last.astype(dtype), dparams),
@@ -262,7 +284,8 @@ def _gru_bptt_bwd(static, residuals, cotangents):
         reverse=not static.reverse,
     )
     dparams = jax.tree.map(lambda d, p: d.astype(p.dtype), dparams, params)
-    return dparams, _Steps(dxs, None, None, None, None), dh.astype(h0.dtype), None, None
+    dsteps = _Steps(dxs, None, None, None, None, dtap)
+    return dparams, dsteps, dh.astype(h0.dtype), None, None
 
 
 _gru_bptt.defvjp(_gru_bptt_fwd, _gru_bptt_bwd, symbolic_zeros=True)
@@ -276,9 +299,9 @@ def _gru_tangent(static, params, steps, h0, scale, key):
 
 def _gru_tangent_jvp(static, primals, tangents):
     params, steps, h0, scale, key = primals
-    tparams, txs, th0 = jax.tree.map(
+    tparams, txs, ttap, th0 = jax.tree.map(
         lambda t: None if isinstance(t, SymbolicZero) else t,
-        (tangents[0], tangents[1].xs, tangents[2]),
+        (tangents[0], tangents[1].xs, tangents[1].tap, tangents[2]),
         is_leaf=lambda t: isinstance(t, SymbolicZero),
     )
     h_last, hs = _gru_tangent(static, *primals)  # itself differentiable: every order
@@ -291,14 +314,14 @@ def _gru_tangent_jvp(static, primals, tangents):
     steps = _with_zoneout(static, steps, key, th0)
 
     def body(th, inputs):
-        c, norms, drive, mask, resets, cuts = inputs
+        c, norms, drive, mask, resets, cuts, ttap = inputs
         th_tm1 = _zero_where(cuts, _zero_where(resets, th))
         th_t = step_jvp(recurrent, c, norms, th_tm1, drive, scale)
-        th_t = _hold(static, mask, th_t, th_tm1)
+        th_t = _add_tap(_hold(static, mask, th_t, th_tm1), ttap)
         return th_t, th_t.astype(hs.dtype)
 
     c = coefficients(gates, h_tm1, spec, scale)
-    inputs = (c, gates.norms, drive, steps.mask, steps.resets, steps.cuts)
+    inputs = (c, gates.norms, drive, steps.mask, steps.resets, steps.cuts, ttap)
     th, ths = lax.scan(body, th0, inputs, reverse=static.reverse, unroll=static.unroll)
     return (h_last, hs), (th.astype(h_last.dtype), ths)
 
@@ -322,27 +345,32 @@ def _forward_chunk(static, params, recurrent, h, steps, scale, key, keep_gates) 
     """A chunk's last state and (hs, gates or None): projection in bulk, then the scan."""
 
     def body(h, inputs):
-        a, mask, resets, cuts = inputs
+        a, mask, resets, cuts, tap = inputs
         h_tm1 = _stop_where(cuts, _zero_where(resets, h))
         h_t, gates = step(recurrent, a, h_tm1, static.spec, scale)
-        h_t = _hold(static, mask, h_t, h_tm1)
+        h_t = _add_tap(_hold(static, mask, h_t, h_tm1), tap)
         return h_t, (h_t.astype(steps.xs.dtype), gates if keep_gates else None)
 
     steps = _with_zoneout(static, steps, key, h)
-    inputs = (project(params, steps.xs, static.spec), steps.mask, steps.resets, steps.cuts)
+    a = project(params, steps.xs, static.spec)
+    inputs = (a, steps.mask, steps.resets, steps.cuts, steps.tap)
     return lax.scan(body, h, inputs, reverse=static.reverse, unroll=static.unroll)
 
 
 def _backward_chunk(static, transposed, dh, c, norms, dhs, steps, scale):
-    """dh before the chunk; and, of each step, the cotangents of h_t and of what w_hn reads."""
+    """dh before the chunk; and, of each step, the cotangents of h_t, of what w_hn reads, of a tap.
+
+    Those of h_t are what enters the step: a held step keeps its own from it, but not from a tap.
+    """
 
     def body(dh, inputs):
         c, norms, dh_t, mask, resets, cuts = inputs
         dh = dh if dh_t is None else dh + dh_t.astype(dh.dtype)
+        dtap = None if steps.tap is None else dh
         dh, held = _hold_vjp(static, mask, dh)
         dh_tm1, dp = step_vjp(transposed, c, norms, dh, scale)
         dh_tm1 = dh_tm1 if held is None else dh_tm1 + held
-        return _zero_where(resets, _zero_where(cuts, dh_tm1)), (dh, dp)
+        return _zero_where(resets, _zero_where(cuts, dh_tm1)), (dh, dp, dtap)
 
     inputs = (c, norms, dhs, steps.mask, steps.resets, steps.cuts)
     return lax.scan(body, dh, inputs, reverse=not static.reverse, unroll=static.unroll)
@@ -398,6 +426,11 @@ def _hold(static, mask, h_t, h_tm1):
     if static.kept:
         h_t = (1 - static.kept) * h_t + static.kept * h_tm1
     return h_t if mask is None else jnp.where(mask, h_t, h_tm1)
+
+
+def _add_tap(h_t, tap):
+    """h_t, with what a tap adds to it."""
+    return h_t if tap is None else h_t + tap.astype(h_t.dtype)
 
 
 def _hold_vjp(static, mask, dh):
@@ -494,3 +527,22 @@ def _require_arrays(params, xs, h0, mask, resets, axis):
         return None if flags is None else jnp.moveaxis(flags, axis, 0)[..., None]
 
     return jnp.moveaxis(xs, axis, 0), prepare(mask), prepare(resets), axis
+
+
+def _require_tap(tap, params, xs, axis):
+    """(xs, hs) of a tap with time in front, each None or as xs and hs; errors name the array."""
+    if tap is None:
+        return None, None
+    if not isinstance(tap, Tap):
+        raise TypeError(f"gru: tap must be a Tap, got {type(tap).__name__}; see init_taps.")
+    lead = jnp.moveaxis(xs, 0, axis).shape[:-1]
+    sizes = {"xs": params.w_x.shape[0], "hs": params.w_h.shape[0]}
+    for (name, size), value in zip(sizes.items(), tap):
+        if value is None:
+            continue
+        require_float("gru", f"tap.{name}", value, params.w_x.dtype)
+        if value.shape != (*lead, size):
+            raise ValueError(
+                f"gru: tap.{name} must have shape {(*lead, size)} (as {name}), got {value.shape}."
+            )
+    return tuple(None if v is None else jnp.moveaxis(v, axis, 0) for v in tap)

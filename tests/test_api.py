@@ -26,6 +26,12 @@ IMPORTS = {
     "layers": {"arguments", "masks", "parameters", "recurrence"},
     "losses": {"arguments", "masks", "products"},
     "models": {"arguments", "cell", "layers", "losses", "masks", "parameters", "products"},
+    "traces": {"arguments", "cell", "layers", "masks", "parameters", "products", "recurrence"},
+    "jacobians": {"arguments", "cell", "layers", "masks", "parameters", "products", "traces"},
+    "diagnostics": {
+        *("arguments", "cell", "layers", "parameters", "products", "recurrence", "traces"),
+    },
+    "influence": {"arguments", "cell", "layers", "parameters", "products", "traces"},
     "comparison": set(),
     "check": {"comparison", "parameters", "recurrence"},
     "training": {"arguments"},

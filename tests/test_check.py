@@ -1,6 +1,7 @@
 """The checker accepts correct derivative rules and names the fault of each wrong one."""
 
 import dataclasses
+import re
 from typing import NamedTuple
 
 import jax
@@ -355,6 +356,40 @@ def test_output_unlike_the_references_is_a_failure_not_an_exception(fn, reason):
     assert {row.witness for row in report.rows} == {"primal"}
 
 
+@pytest.mark.parametrize(
+    ("fn", "words"),
+    [
+        (lambda x: {"y": jnp.sin(x)}, r"fn returns structure PyTreeDef\(\{'y': \*\}\), reference"),
+        (lambda x: jnp.sin(x)[None], r"fn returns shape \(1, 2\) at out, reference returns \(2,\)"),
+        (lambda x: x.astype(jnp.bfloat16), r"fn returns dtype bfloat16 at out, reference returns"),
+    ],
+)
+def test_last_line_says_how_to_make_the_outputs_comparable(fn, words):
+    last = str(check_gradients(fn, jnp.sin, jnp.ones(2))).splitlines()[-1]
+    assert re.match(f"check_gradients: {words}.*: make it return the same pytree", last), last
+
+
+def test_last_line_names_the_forward_rule_where_only_that_one_is_wrong():
+    row = check.GradientRow("float32", "forward", 1e-5, "dtype", leaf="out[0]", actual="bfloat16",
+                            expected="float32")  # fmt: skip
+    last = str(check.GradientReport((row,))).splitlines()[-1]
+    assert last.startswith(
+        "check_gradients: the forward rule of fn returns dtype bfloat16 at out[0]"
+    )
+
+
+def test_advice_about_outputs_is_not_given_for_gradients():
+    report = check_gradients(make_rule(widened), reference, *arguments(jnp.bfloat16))
+    assert str(report).splitlines()[-1].startswith("check_gradients: FAILED")
+
+
+def test_nan_under_a_mask_that_reaches_no_output_is_legal():
+    def masked(x):
+        return jnp.where(jnp.isnan(x), jnp.zeros_like(x), x) ** 2
+
+    check_gradients(masked, masked, jnp.array([0.5, jnp.nan])).raise_if_failed()
+
+
 def test_gradient_of_a_wrong_shape_is_refused_by_jax():
     def cut(grads, *_):
         return grads[0], grads[1][:1]
@@ -493,10 +528,21 @@ ONE = jnp.ones(2, jnp.float32)
 BAD_CALLS = [
     (TypeError, r"fn must be callable, got int\.", (3, jnp.sin, ONE), {}),
     (TypeError, r"reference must be callable, got str\.", (jnp.sin, "sin", ONE), {}),
-    (TypeError, r"args must hold real leaves, some of them floating, got \['int32'\]",
+    (TypeError, r"args must hold real leaves, some of them floating, got \['int32'\]; "
+     r"cast integers to a floating dtype, or pass them beside a floating argument\.",
      (jnp.sin, jnp.sin, jnp.ones(2, jnp.int32)), {}),
-    (TypeError, r"args must hold real leaves.*complex64", (jnp.sin, jnp.sin, ONE + 1j * ONE), {}),
-    (TypeError, r"output must hold real leaves.*\['bool'\]", (jnp.isnan, jnp.isnan, ONE), {}),
+    (TypeError, r"got \['bool'\]; cast integers", (jnp.sin, jnp.sin, jnp.ones(2, bool)), {}),
+    (TypeError, r"args must hold real.*complex64'\]; pass and return real and imag",
+     (jnp.sin, jnp.sin, ONE + 1j * ONE), {}),
+    (TypeError, r"output must hold real.*\['bool'\]; return a floating array",
+     (jnp.isnan, jnp.isnan, ONE), {}),
+    (ValueError, r"args must be finite where they reach the reference's output, got "
+     r"params\.w\[1, 2\] = nan, x\[0, 3\] = -inf in float32; replace them by finite numbers",
+     (reference, reference, Params(jnp.ones((4, 5)).at[1, 2].set(jnp.nan), None),
+      jnp.ones((3, 4)).at[0, 3].set(-jnp.inf)), {}),
+    (ValueError, r"got x = inf in float32; replace", (jnp.sin, jnp.sin, jnp.float32(np.inf)), {}),
+    (ValueError, r"got x\[1\] = inf in float16", (jnp.sin, jnp.sin, 1e5 * ONE.at[0].set(0.1)),
+     {"dtypes": ("float16", "float64")}),
     (ValueError, r"dtypes must name at least one", (jnp.sin, jnp.sin, ONE), {"dtypes": ()}),
     (ValueError, r"dtypes must be named by floating dtypes or 'caller', got \['int8', 'half-ish'\]",
      (jnp.sin, jnp.sin, ONE), {"dtypes": ("int8", "half-ish")}),

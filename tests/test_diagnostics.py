@@ -1,0 +1,359 @@
+"""Observers beyond the agreement table: forms, transformations, known values, and errors."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import assert_close, make_problem
+
+import jaxgru
+from jaxgru import CHUNG_2014, PYTORCH, Bidirectional, GRUSpec, Tap
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def squares(h_last, ys):
+    return (ys**2).sum() + sum(h.sum() for h in jax.tree.leaves(h_last))
+
+
+def options_of(problem, spec=jaxgru.CHO_2014):
+    return {"mask": problem.mask, "resets": problem.resets, "spec": spec}
+
+
+# The tap.
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        {"residuals": "gates", "chunk_size": 2},
+        {"residuals": "states"},
+        {"residuals": "boundaries", "chunk_size": 3, "reverse": True},
+        {"gradient": "tangent"},
+        {"truncate": 2, "key": jax.random.key(0), "zoneout": 0.3, "recurrent_dropout": 0.2},
+    ],
+    ids=str,
+)
+def test_tap_has_autodiffs_gradient_and_moves_the_states_it_is_added_to(policy, x64):
+    problem = make_problem(2)
+    tap = Tap(0.1 * problem.xs, 0.3 * problem.cotangents[1])  # not zeros: what is saved holds it
+
+    def loss(tap, params, **policy):
+        options = {**options_of(problem), **policy}
+        return squares(*jaxgru.gru(params, problem.xs, problem.h0, tap=tap, **options))
+
+    plain = {k: v for k, v in policy.items() if k not in ("residuals", "chunk_size")}
+    wanted = jax.grad(loss, (0, 1))(tap, problem.params, **plain | {"gradient": "autodiff"})
+    assert_close(
+        jax.jit(jax.grad(functools.partial(loss, **policy), (0, 1)))(tap, problem.params),
+        wanted,
+        1e-12,
+    )
+
+
+def test_tap_of_zeros_changes_no_bit_and_half_a_tap_is_enough():
+    problem = make_problem(3, dtype=jnp.float32)
+    plain = jaxgru.gru(problem.params, problem.xs, problem.h0, mask=problem.mask)
+    zeros = jaxgru.init_taps(problem.params, problem.mask.shape)
+    for tap in (zeros, zeros._replace(xs=None), zeros._replace(hs=None)):
+        got = jaxgru.gru(problem.params, problem.xs, problem.h0, mask=problem.mask, tap=tap)
+        for a, b in zip(got, plain):
+            assert (a == b).all()
+
+
+def test_tap_of_a_batch_major_stack_reaches_every_layer_and_direction(x64):
+    problem = make_problem(4)
+    layers = jaxgru.init_stack(
+        jax.random.key(0), 2, 3, 2, bidirectional=True, scheme="pytorch", dtype=jnp.float64
+    )
+
+    def loss(tap, axis):
+        arrays = (problem.xs, problem.mask, problem.resets)
+        xs, mask, resets = (jnp.moveaxis(v, 0, axis) for v in arrays)
+        h_last, ys = jaxgru.gru_stack(layers, xs, mask=mask, resets=resets, tap=tap, axis=axis)
+        return squares(h_last, ys)
+
+    leads = (problem.mask.shape, problem.mask.shape[::-1])
+    time_major, batch_major = (
+        jax.grad(loss)(jaxgru.init_taps(layers, lead), axis) for axis, lead in enumerate(leads)
+    )
+    assert_close(jax.tree.map(lambda v: jnp.moveaxis(v, 1, 0), batch_major), time_major, 1e-14)
+    sizes = [v.shape[-1] for v in jax.tree.leaves(time_major)]
+    assert sizes == [2, 3, 2, 3, 6, 3, 6, 3]
+    assert all(v.any() for v in jax.tree.leaves(time_major))
+
+
+def test_tap_goes_through_a_model_with_dropout_to_any_loss():
+    model = jaxgru.init_token_model(jax.random.key(0), 5, 3, embedding_size=2, num_layers=2)
+    tokens = jnp.array([[1, 2], [0, 4], [3, 3]])
+
+    def loss(taps):
+        return jaxgru.token_loss(
+            model, tokens, tokens, tap=taps, dropout=0.5, key=jax.random.key(1)
+        )[0]
+
+    flow = jax.grad(loss)(jaxgru.init_taps(model.layers, tokens.shape))
+    assert flow[1].hs.shape == (3, 2, 3) and flow[0].hs.any()
+
+
+# Forms: stacks, directions, no batch axis, half precision, jit.
+
+
+def test_flow_of_a_bidirectional_stack_has_the_form_of_its_parameters(x64):
+    problem = make_problem(5)
+    layers = jaxgru.init_stack(
+        jax.random.key(0), 2, 3, 2, bidirectional=True, scheme="pytorch", dtype=jnp.float64
+    )
+    options = options_of(problem, CHUNG_2014)
+    run = jax.jit(lambda p: jaxgru.gradient_flow(squares, p, problem.xs, merge="sum", **options))
+    with pytest.raises(ValueError, match=r"params\[1\].w_x must have 3 rows"):
+        run(layers)
+    concat = {"merge": "concat", **options}
+    loss, flow = jax.jit(lambda p: jaxgru.gradient_flow(squares, p, problem.xs, **concat))(layers)
+
+    def plain(tap):
+        return squares(
+            *jaxgru.gru_stack(layers, problem.xs, tap=tap, gradient="autodiff", **concat)
+        )
+
+    wanted = jax.jit(jax.grad(plain))(jaxgru.init_taps(layers, problem.mask.shape))
+    assert isinstance(flow[1], Bidirectional) and loss == plain(None)
+    for layer, taps in zip(flow, wanted):
+        for direction, tap in zip(layer, taps):
+            assert_close(direction.states, jnp.linalg.norm(tap.hs, axis=-1), 1e-12)
+            assert_close(direction.inputs, jnp.linalg.norm(tap.xs, axis=-1), 1e-12)
+
+
+def test_rtrl_of_a_residual_stack_and_norms_of_a_bidirectional_one_with_gains(x64):
+    problem = make_problem(6)
+    options = options_of(problem, PYTORCH)
+    layers = jaxgru.init_stack(
+        jax.random.key(1), 2, 3, 3, layer_norm=True, scheme="pytorch", dtype=jnp.float64
+    )
+
+    def step_loss(y, target):
+        return ((y - target) ** 2).sum()
+
+    def whole(layers, **more):
+        ys = jaxgru.gru_stack(layers, problem.xs, residual=True, **options, **more)[1]
+        return step_loss(ys, problem.cotangents[1])
+
+    forward = jax.jit(
+        lambda p: jaxgru.rtrl(
+            step_loss, p, problem.xs, problem.cotangents[1], residual=True, **options
+        )
+    )
+    loss, grads = forward(layers)
+    wanted = jax.jit(jax.value_and_grad(functools.partial(whole, gradient="autodiff")))(layers)
+    assert_close((loss, grads), wanted, 1e-11)
+
+    (pair,) = jaxgru.init_stack(
+        jax.random.key(2), 2, 3, bidirectional=True, layer_norm=True, dtype=jnp.float64
+    )
+    norms = jax.jit(lambda p: jaxgru.example_gradient_norms(squares, p, problem.xs, **options))
+    _, norms = norms(pair)
+
+    def of_example(i):
+        def loss(pair):
+            flags = {"mask": problem.mask[:, i], "resets": problem.resets[:, i], "spec": PYTORCH}
+            return squares(*jaxgru.gru_bidirectional(pair, problem.xs[:, i], **flags))
+
+        return jax.tree.map(jnp.linalg.norm, jax.grad(loss)(pair))
+
+    each = [of_example(i) for i in range(3)]
+    assert_close(norms, jax.tree.map(lambda *v: jnp.stack(v), *each), 1e-10)
+
+
+def test_reverse_jacobians_are_those_of_the_sequence_turned_round(x64):
+    problem = make_problem(7)
+    flags = {"mask": problem.mask, "resets": problem.resets}
+    turned = {name: v[::-1] for name, v in flags.items()}
+    got = jaxgru.sequence_jacobians(problem.params, problem.xs, problem.h0, reverse=True, **flags)
+    wanted = jaxgru.sequence_jacobians(problem.params, problem.xs[::-1], problem.h0, **turned)
+    assert_close(got[::-1], wanted, 1e-14)
+    dhs = problem.cotangents[1]
+    paths = jaxgru.gradient_paths(
+        problem.params, problem.xs, dhs, problem.h0, reverse=True, **flags
+    )
+    pulled = jnp.einsum("tbij,tbi->tbj", got, dhs)
+    assert_close(sum(paths[1:], paths[0]), pulled, 1e-13)
+
+
+def test_without_a_batch_axis_everything_is_that_of_a_batch_of_one():
+    problem = make_problem(8, batch=(1,), dtype=jnp.float32)
+    params, target = problem.params, problem.cotangents[1]
+
+    def observe(xs, target):
+        flow = jaxgru.gradient_flow(squares, params, xs)[1]
+        return (
+            flow, jaxgru.sequence_jacobians(params, xs), jaxgru.gate_values(params, xs),
+            jaxgru.example_gradient_norms(squares, params, xs)[1],
+            jaxgru.lyapunov_exponents(jaxgru.sequence_jacobians(params, xs)),
+        )  # fmt: skip
+
+    single = jax.jit(observe)(problem.xs[:, 0], target[:, 0])
+    batched = jax.jit(observe)(problem.xs, target)
+    batched = jax.tree.map(lambda a, b: a.reshape(b.shape), batched, single)
+    assert_close(single, batched, 1e-5)
+    for influence in ("exact", "snap-1"):
+        run = functools.partial(
+            jaxgru.rtrl, lambda y, t: ((y - t) ** 2).sum(), params, influence=influence
+        )
+        pair = run(problem.xs[:, 0], target[:, 0]), run(problem.xs, target)
+        assert_close(*pair, 1e-5)
+
+
+def test_half_precision_observes_in_float32_and_returns_gradients_in_half():
+    problem = make_problem(9, dtype=jnp.bfloat16)
+    wide = jax.tree.map(lambda v: v.astype(jnp.float32), problem)
+    jacobian = jaxgru.step_jacobian(problem.params, problem.xs[0], problem.h0)
+    assert jacobian.dtype == jnp.float32
+    assert_close(jacobian, jaxgru.step_jacobian(wide.params, wide.xs[0], wide.h0), 2e-2)
+
+    def loss(y, target):
+        return ((y - target) ** 2).sum()
+
+    arguments = (problem.params, problem.xs, problem.cotangents[1], problem.h0)
+    got = jaxgru.rtrl(loss, *arguments)[1]
+    wanted = jaxgru.rtrl(loss, wide.params, wide.xs, wide.cotangents[1], wide.h0)[1]
+    assert {v.dtype for v in jax.tree.leaves(got)} == {jnp.dtype(jnp.bfloat16)}
+    assert_close(got, wanted, 3e-2)
+
+
+# Known values.
+
+
+def test_lyapunov_exponents_of_a_rotation_that_shrinks_and_of_skipped_steps(x64):
+    angle = 0.3
+    turn = jnp.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    jacobians = jnp.stack([0.9 * turn, 100 * turn] * 50)
+    mask = jnp.array([True, False] * 50)
+    assert_close(jaxgru.lyapunov_exponents(jacobians, mask), jnp.full(2, np.log(0.9)), 1e-13)
+    assert jnp.isneginf(jaxgru.lyapunov_exponents(0 * jacobians)).all()
+
+
+def test_statistics_are_numpys_over_real_steps(x64):
+    problem = make_problem(10, steps=9)
+    spec = GRUSpec("after", "write")
+    options = options_of(problem, spec)
+    gates = jaxgru.gate_values(problem.params, problem.xs, problem.h0, **options)
+    got = jaxgru.gate_statistics(
+        problem.params, problem.xs, problem.h0, low=0.4, high=0.6, **options
+    )
+    real = np.asarray(problem.mask)
+    r, z, k = (np.asarray(gates[name])[real] for name in ("reset", "update", "kept"))
+    np.testing.assert_allclose(k, 1 - z, rtol=1e-14)
+    wanted = (
+        r.mean(0), z.mean(0), k.mean(0), (r < 0.4).mean(0), (r > 0.6).mean(0),
+        (z < 0.4).mean(0), (z > 0.6).mean(0), -1 / np.log(k).mean(0),
+    )  # fmt: skip
+    assert_close(tuple(got), wanted, 1e-13)
+    assert 0 < np.mean(wanted[3]) < 1 and 0 < np.mean(wanted[6]) < 1
+
+
+def test_credit_reach_counts_from_the_end_row_by_row():
+    norms = jnp.array([[0.0, 5.0], [0.2, 0.0], [0.0, 0.0], [1.0, 1.0]])
+    assert jaxgru.credit_reach(norms, 0.1).tolist() == [2, 3]
+    assert jaxgru.credit_reach(norms, 0.5).tolist() == [0, 3]
+
+
+def test_rtrl_knows_the_gradient_of_a_prefix_and_forgets_at_a_reset(x64):
+    """Where the last step is reset, nothing before it matters to its loss."""
+    problem = make_problem(11, batch=())
+    resets = jnp.zeros(7, bool).at[6].set(True)
+    last = jnp.zeros((7, 1)).at[6].set(1.0)
+
+    def loss(y, weight):
+        return (weight * y).sum()
+
+    run = functools.partial(jaxgru.rtrl, loss, problem.params)
+    whole = run(problem.xs, last, problem.h0, resets=resets)
+    tail = run(problem.xs[6:], last[6:], 0 * problem.h0)
+    assert_close(whole, tail, 1e-14)
+
+
+# Errors.
+
+
+PARAMS = jaxgru.init_gru(jax.random.key(0), 2, 3)
+PAIR = Bidirectional(PARAMS, PARAMS)
+LAYERS = (PARAMS, jaxgru.init_gru(jax.random.key(0), 3, 3))
+XS = jnp.ones((5, 4, 2))
+EYES = jnp.stack([jnp.eye(3)] * 2)
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "call"),
+    [
+        (ValueError, r"flow: loss_fn must return a scalar, got shape \(5, 4, 3\); take its",
+         lambda: jaxgru.gradient_flow(lambda h, ys: ys, PARAMS, XS)),
+        (TypeError, "gradient_flow: loss_fn must return one scalar, got tuple; return the loss",
+         lambda: jaxgru.gradient_flow(lambda h, ys: (ys.sum(), 1), PARAMS, XS)),
+        (TypeError, "the loss must be a floating array, got dtype int32",
+         lambda: jaxgru.gradient_flow(lambda h, ys: (ys > 0).sum(), PARAMS, XS)),
+        (TypeError, "example_gradient_norms: loss_fn must be callable, got int",
+         lambda: jaxgru.example_gradient_norms(3, PARAMS, XS)),
+        (TypeError, "gradient_flow: xs must be a floating array, got dtype int32; cast it",
+         lambda: jaxgru.gradient_flow(squares, PARAMS, jnp.ones((5, 4, 2), int))),
+        (ValueError, r"gate_statistics: xs must be finite, got nan at \[1, 2, 0\]; mask such steps",
+         lambda: jaxgru.gate_statistics(PARAMS, XS.at[1, 2, 0].set(jnp.nan))),
+        (ValueError, "gate_values: params and h0 must be finite, got inf",
+         lambda: jaxgru.gate_values(PARAMS._replace(w_h=PARAMS.w_h / 0), XS)),
+        (ValueError, "rtrl: params must hold layers of one direction, got a Bidirectional",
+         lambda: jaxgru.rtrl(squares, PAIR, XS, XS)),
+        (ValueError, "must be one layer without gains for influence='snap-1', got 2 layers",
+         lambda: jaxgru.rtrl(lambda y, t: y.sum(), LAYERS, XS, XS, influence="snap-1")),
+        (ValueError, "got gains: there every parameter moves many units",
+         lambda: jaxgru.rtrl(lambda y, t: y.sum(), jaxgru.init_gru(jax.random.key(0), 2, 3,
+                             layer_norm=True), XS, XS, influence="snap-1")),
+        (ValueError, "rtrl: influence must be one of 'exact', 'snap-1', got 'rough'",
+         lambda: jaxgru.rtrl(squares, PARAMS, XS, XS, influence="rough")),
+        (ValueError, r"rtrl: loss_fn must return a scalar, got shape \(4, 3\)",
+         lambda: jaxgru.rtrl(lambda y, t: y, PARAMS, XS, XS)),
+        (ValueError, r"rtrl: targets must be arrays of 5 steps, as xs, got \(4, 4, 2\)",
+         lambda: jaxgru.rtrl(lambda y, t: y.sum(), PARAMS, XS, XS[1:])),
+        (ValueError, "sequence_jacobians: params must hold layers of one direction",
+         lambda: jaxgru.sequence_jacobians(PAIR, XS)),
+        (TypeError, "gate_values: params must be a sequence of layers",
+         lambda: jaxgru.gate_values("layers", XS)),
+        (ValueError, r"gradient_paths: dhs must have shape \(5, 4, 3\), got \(5, 4, 2\)",
+         lambda: jaxgru.gradient_paths(PARAMS, XS, XS)),
+        (ValueError, r"gate_statistics: low and high must satisfy .* got 0.9, 0.1",
+         lambda: jaxgru.gate_statistics(PARAMS, XS, low=0.9, high=0.1)),
+        (ValueError, "credit_reach: fraction must be positive and finite, got 0",
+         lambda: jaxgru.credit_reach(jnp.ones(3), 0)),
+        (ValueError, "credit_reach: norms must have shape",
+         lambda: jaxgru.credit_reach(jnp.ones((0, 3)))),
+        (ValueError, r"jacobian_products: jacobians must have shape \[T, ..., H, H\], got \(3, 3\)",
+         lambda: jaxgru.jacobian_products(jnp.eye(3))),
+        (ValueError, r"singular_values: jacobians must have shape \[..., H, H\], got \(2, 3\)",
+         lambda: jaxgru.singular_values(jnp.ones((2, 3)))),
+        (TypeError, "lyapunov_exponents: mask must be a bool array, got float32",
+         lambda: jaxgru.lyapunov_exponents(EYES, jnp.ones(2))),
+        (ValueError, r"gru_cell: h must have shape \(4, 3\)",
+         lambda: jaxgru.step_jacobian(PARAMS, XS[0], XS[0])),
+        (TypeError, "gru: tap must be a Tap, got ndarray|gru: tap must be a Tap, got ArrayImpl",
+         lambda: jaxgru.gru(PARAMS, XS, tap=XS)),
+        (ValueError, r"gru: tap.hs must have shape \(5, 4, 3\) \(as hs\), got \(5, 4, 2\)",
+         lambda: jaxgru.gru(PARAMS, XS, tap=Tap(None, XS))),
+        (ValueError, "gru_stack: tap must be a sequence of 1 taps, one for each layer, got one Tap",
+         lambda: jaxgru.gru_stack((PARAMS,), XS, tap=jaxgru.init_taps(PARAMS, (5, 4)))),
+        (ValueError, "gru_bidirectional: tap must be a pair of taps",
+         lambda: jaxgru.gru_bidirectional(PAIR, XS, tap=[1])),
+        (TypeError, "init_taps: lead_shape must be a sequence, got 5",
+         lambda: jaxgru.init_taps(PARAMS, 5)),
+        (TypeError, "gru_stack_cell: tap must be left out",
+         lambda: jaxgru.gru_stack_cell((PARAMS,), XS[0], (jnp.ones((4, 3)),), tap=None)),
+    ],
+)  # fmt: skip
+def test_bad_input_is_named_with_its_cure(error, match, call):
+    with pytest.raises(error, match=match):
+        call()
+
+
+def test_nan_on_masked_steps_is_legal():
+    mask = jnp.ones((5, 4), bool).at[2, 1].set(False)
+    got = jaxgru.gate_statistics(PARAMS, XS.at[2, 1].set(jnp.nan), mask=mask)
+    assert jnp.isfinite(jnp.stack(got)).all()

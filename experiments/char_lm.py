@@ -100,8 +100,7 @@ def main(argv=None):
 
 
 def train(args):
-    text = data.read_text(args.text) if args.text else data.load_corpus(args.corpus)
-    text = text[: args.passage] if args.passage else text
+    text = load_text(args)
     vocabulary = "".join(sorted(set(text)))
     tokens = data.encode(text, vocabulary)
     prompt = choose_prompt(args, text, vocabulary)
@@ -159,9 +158,23 @@ def train(args):
     return 0
 
 
+def load_text(args):
+    """The text of a run."""
+    text = data.read_text(args.text) if args.text else data.load_corpus(args.corpus)
+    return text[: args.passage] if args.passage else text
+
+
 def sample(args):
     """Continues a prompt with the weights of a run folder."""
-    run = pathlib.Path(args.sample)
+    trained, vocabulary, params = load_run(pathlib.Path(args.sample))
+    trained.temperature, trained.prompt = args.temperature, args.prompt
+    prompt = choose_prompt(trained, vocabulary, vocabulary)
+    print(draw(trained, params, vocabulary, prompt, args.sample_size, args.seed))
+    return 0
+
+
+def load_run(run):
+    """(its options, vocabulary, params) of a run folder; DataError where it is not whole."""
     try:
         config = json.loads((run / "config.json").read_text("utf-8"))
         vocabulary = config["vocabulary"]
@@ -169,13 +182,9 @@ def sample(args):
         like = jax.eval_shape(lambda: init_params(trained, jax.random.key(0), len(vocabulary)))
         if jaxgru.read_metadata(run / "weights.npz")["vocabulary_sha256"] != digest(vocabulary):
             raise data.DataError(f"{run} holds weights of another vocabulary than its config.json")
-        params = jaxgru.load_arrays(run / "weights.npz", like)
+        return trained, vocabulary, jaxgru.load_arrays(run / "weights.npz", like)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise data.DataError(f"{run} is no whole run folder: {error}") from None
-    trained.temperature, trained.prompt = args.temperature, args.prompt
-    prompt = choose_prompt(trained, vocabulary, vocabulary)
-    print(draw(trained, params, vocabulary, prompt, args.sample_size, args.seed))
-    return 0
 
 
 def init_params(args, key, vocab_size):

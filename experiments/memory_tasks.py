@@ -128,10 +128,19 @@ def train_one(args, run, name, task, length, model):
     """The records of one model on one task at one length."""
     # The same draws for both models, and other ones for every task and length.
     seed = [args.seed, list(TASKS).index(name), length]
+
+    def report(state, record):
+        runs.append_metrics(run, {"task": name, "length": length, "model": model, **record})
+
+    num_updates = getattr(args, f"{name}_updates")
+    return train_model(args, task, length, model, num_updates, seed, report)[-1]
+
+
+def train_model(args, task, length, model, num_updates, seed, report):
+    """(params before, params after, records) of one model; both models draw alike from a seed."""
     generator = np.random.default_rng(seed)
     key_params, key_state = jax.random.split(jax.random.key(generator.integers(2**32)))
     init_params, apply_model = MODELS[model]
-    num_updates = getattr(args, f"{name}_updates")
 
     def loss_of(params, xs, targets):
         loss, correct = task.judge(apply_model(params, xs)[-task.num_answers :], targets)
@@ -148,16 +157,14 @@ def train_one(args, run, name, task, length, model):
         loss, metrics = judge_test(state.params, *test)
         return {"test_loss": float(loss), "test_correct": float(metrics["correct"])}
 
-    def report(state, record):
-        runs.append_metrics(run, {"task": name, "length": length, "model": model, **record})
-
     learning_rate = args.gru_learning_rate if model == "GRU" else args.rnn_learning_rate
     schedule = optax.cosine_decay_schedule(learning_rate, num_updates)
     optimizer = optax.chain(optax.clip_by_global_norm(args.clip_norm), optax.adam(schedule))
-    params = init_params(key_params, task, args, len(test[0]))
+    before = init_params(key_params, task, args, len(test[0]))
+    params = jax.tree.map(jnp.copy, before)  # the train step takes its buffers over
     state = jaxgru.init_train_state(params, optimizer, key=key_state)
     every = max(1, num_updates // 10)
-    _, records = jaxgru.fit(
+    state, records = jaxgru.fit(
         jaxgru.make_train_step(loss_fn, optimizer),
         state,
         iter(lambda: task.draw(generator, length, args.batch_size), None),
@@ -169,7 +176,7 @@ def train_one(args, run, name, task, length, model):
         items_per_update=args.batch_size,
         items_name="sequences",
     )
-    return records
+    return before, state.params, records
 
 
 def init_gru_model(key, task, args, num_steps):

@@ -1,0 +1,479 @@
+"""Any handwritten derivative against autodiff and finite differences, from the command line.
+
+    python -m experiments.cross_check                          # this package's own rules
+    python -m experiments.cross_check --full                   # every point: half an hour
+    python -m experiments.cross_check --mutate                 # are seeded faults in them caught?
+    python -m experiments.cross_check --fn my.layers:fast --reference my.layers:plain \\
+        --inputs my.layers:example [--mutate]
+
+A function is named MODULE:NAME, with dots inside NAME for attributes; the current folder is
+importable. `--inputs` names a function of no argument, or of one `jax.random.key`, that returns the
+tuple of positional arguments of both functions. What is compared is in `jaxgru.check_gradients`.
+
+The package's grid is reset x update x activation x direction x policy of `gru`, with a mask that is
+ragged and has a hole and with resets, and again without either; by default all of it for tanh, and
+of the rest the default policy and the tangent forward in time, in float64 alone. `gru_cell` is
+compared with it, and a bidirectional `gru_stack` with JAX's own derivative.
+
+`--mutate` seeds one fault at a time into the rules (see `experiments.mutation`): those of `--rule`,
+those that `--fn`'s `custom_vjp` or `custom_jvp` holds, or the package's own.
+
+A run folder holds config.json, cross_check.json (all rows; a number that is not finite is null) and
+cross_check.txt. The exit code is 0 where all agree and no mutant survives, 1 where not, 2 for
+unusable input.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import importlib
+import inspect
+import itertools
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+import jaxgru
+from experiments import mutation, runs
+from experiments.data import DataError
+from experiments.mutation import Point
+
+DTYPES = ("caller", "float64", "float32", "bfloat16", "float16")
+ACTIVATIONS = ("tanh", "relu", "sigmoid", "softplus", "identity")
+CHUNKS: tuple[dict[str, Any], ...] = ({}, {"chunk_size": 2})
+POLICIES: tuple[dict[str, Any], ...] = (
+    *({"residuals": r, **c} for c in CHUNKS for r in ("gates", "states", "boundaries")),
+    {"gradient": "tangent"},
+)
+FEW_POLICIES = (POLICIES[0], POLICIES[-1])
+RULES = (
+    *("coefficients", "step_vjp", "gates_vjp", "params_vjp", "inputs_vjp"),
+    *("step_jvp", "step_drive"),
+)
+OWN_RULES = [f"jaxgru.cell:{name}" for name in RULES]
+OWN_RULES += [f"jaxgru.products:{name}" for name in ("normalize_vjp", "normalize_jvp")]
+
+
+class Pair(NamedTuple):
+    """What the command line names."""
+
+    name: str
+    fn: Callable[..., Any]
+    reference: Callable[..., Any]
+    inputs: tuple[Any, ...]
+
+
+class Raised(NamedTuple):
+    """A point whose functions raised, in place of its report."""
+
+    message: str
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(
+        "python -m experiments.cross_check", description="Handwritten derivatives, cross-checked."
+    )
+    add = parser.add_argument
+    add("--fn", metavar="MODULE:NAME", help="function with the derivative rule under test")
+    add("--reference", metavar="MODULE:NAME", help="plain function that JAX differentiates")
+    add("--inputs", metavar="MODULE:NAME", help="() or (key) -> tuple of their arguments")
+    add("--mutate", action="store_true", help="seed faults into the rules and see them caught")
+    add("--rule", metavar="MODULE:NAME", action="append", default=[], help="to mutate; repeatable")
+    add("--full", action="store_true", help="every point of the package's grid")
+    add("--smoke", action="store_true", help="seconds: two points of the grid, or one rule")
+    add("--out", metavar="FOLDER", help="run folder, new or empty; runs/cross_check-DATE else")
+    add("--dtypes", nargs="+", choices=DTYPES,
+        help="caller and float64, but float64 alone of the grid that is not full")  # fmt: skip
+    add("--finite-differences", action=argparse.BooleanOptionalAction, default=True)
+    add("--num-cotangents", type=int, default=3, help="random cotangents of each check")
+    add("--num-coordinates", type=int, default=8, help="entries of a leaf that are probed at most")
+    add("--tolerance", metavar="NAME=VALUE", action="append", default=[],
+        help="of a dtype or finite-difference, relative to a leaf's largest entry")  # fmt: skip
+    add("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    if args.fn and not (args.reference and args.inputs):
+        parser.error("--fn needs --reference and --inputs as well")
+    if not args.fn and (args.reference or args.inputs):
+        parser.error("--reference and --inputs need --fn")
+    if args.full and (args.smoke or args.fn or args.mutate):
+        parser.error("--full is of the package's grid alone, without --smoke, --fn and --mutate")
+    if args.smoke and args.fn:
+        parser.error("--smoke is of the package's grid alone, without --fn")
+    if args.rule and not args.mutate:
+        parser.error("--rule needs --mutate")
+    if args.dtypes is None:
+        args.dtypes = ["caller", "float64"] if args.fn or args.full or args.smoke else ["float64"]
+    if args.finite_differences and "float64" not in args.dtypes:
+        parser.error("finite differences need float64 in --dtypes: add it, "
+                     "or pass --no-finite-differences")  # fmt: skip
+    for name, least in (("num_cotangents", 1), ("num_coordinates", 1), ("seed", 0)):
+        if getattr(args, name) < least:
+            option = f"--{name.replace('_', '-')}"
+            parser.error(f"{option} must be at least {least}, got {getattr(args, name)}")
+    if args.seed >= 2**32:
+        parser.error(f"--seed must be below 2**32, got {args.seed}")
+    args.tolerance = dict(_parse_tolerance(parser, text) for text in args.tolerance)
+    return args
+
+
+def _parse_tolerance(parser: argparse.ArgumentParser, text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    names = [*DTYPES[1:], "finite-difference"]
+    with contextlib.suppress(ValueError):
+        if name in names and 0 < float(value) < math.inf:
+            return name, float(value)
+    parser.error(f"--tolerance must be NAME=VALUE with a NAME of {names} and a finite VALUE "
+                 f"above 0, got {text}")  # fmt: skip
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    return runs.run_script("cross_check", lambda: run_all(args))
+
+
+def run_all(args):
+    pair = load_pair(args) if args.fn else None
+    rules = load_rules(args, pair) if args.mutate else []
+    run = runs.make_run_folder("cross_check", args.out, vars(args))
+    print(runs.describe_device(), flush=True)
+    if args.mutate:
+        text, record = mutate(args, pair, rules)
+    else:
+        text, record = check_all(args, pair)
+    header = {
+        "passed": record["passed"],
+        "command": sys.argv,
+        "device": runs.describe_device(),
+        "versions": {"python": sys.version.split()[0], "jax": jax.__version__,
+                     "numpy": np.__version__},
+        "options": vars(args),
+    }  # fmt: skip
+    encoded = json.dumps(finite(header | record), indent=1, allow_nan=False, ensure_ascii=False)
+    (run / "cross_check.json").write_text(encoded + "\n", encoding="utf-8")
+    (run / "cross_check.txt").write_text(text + "\n", encoding="utf-8")
+    print(text)
+    print(f"run folder: {run}")
+    return 0 if record["passed"] else 1
+
+
+def finite(value: Any) -> Any:
+    """The value with null for NaN and infinity, and text for what JSON has no form of."""
+    if isinstance(value, dict):
+        return {name: finite(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(entry) for entry in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, str | int) else str(value)
+
+
+def load(option: str, text: str) -> Any:
+    """The object MODULE:NAME; DataError says what is missing."""
+    module_name, _, path = text.partition(":")
+    if not module_name or not path:
+        raise DataError(f"{option} must be MODULE:NAME, got {text}")
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found = importlib.import_module(module_name)
+    except Exception as error:  # whatever the module does when it is imported
+        raise DataError(
+            f"{option} {text}: importing {module_name} raised {_one_line(error)}"
+        ) from error
+    for name in path.split("."):
+        if not hasattr(found, name):
+            raise DataError(f"{option} {text}: {module_name} has no {path}")
+        found = getattr(found, name)
+    if not callable(found):
+        raise DataError(f"{option} {text} must be callable, got {type(found).__name__}")
+    return found
+
+
+def _one_line(error: Exception) -> str:
+    first = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {first}"
+
+
+def load_pair(args) -> Pair:
+    fn, reference = load("--fn", args.fn), load("--reference", args.reference)
+    factory, arguments = load("--inputs", args.inputs), ()
+    try:
+        inspect.signature(factory).bind()
+    except TypeError:
+        arguments = (jax.random.key(args.seed),)
+    except ValueError:
+        pass  # some built-in callables have no signature
+    try:
+        inputs = factory(*arguments)
+    except Exception as error:  # whatever is wrong in it
+        raise DataError(f"--inputs {args.inputs} raised {_one_line(error)}") from error
+    if not isinstance(inputs, tuple) or hasattr(inputs, "_fields"):
+        kind, cure = type(inputs).__name__, "for one argument return (argument,)"
+        need = "must return a tuple of positional arguments"
+        raise DataError(f"--inputs {args.inputs} {need}, got {kind}; {cure}")
+    try:
+        reference(*inputs)
+    except Exception as error:  # arguments that do not fit it, or a fault of its own
+        name = f"--reference {args.reference}"
+        raise DataError(f"{name} raised {_one_line(error)} on the inputs") from error
+    return Pair(args.fn, fn, reference, inputs)
+
+
+def load_rules(args, pair: Pair | None) -> list[mutation.Rule]:
+    if args.rule or not pair:
+        names = args.rule or (OWN_RULES[1:2] if args.smoke else OWN_RULES)
+        return [mutation.read_rule(name, load("--rule", name)) for name in dict.fromkeys(names)]
+    found: Any = pair.fn
+    while not isinstance(found, jax.custom_vjp | jax.custom_jvp):
+        found = getattr(found, "func", None) or getattr(found, "__wrapped__", None)
+        if found is None:
+            need = "is no custom_vjp or custom_jvp: name the functions to mutate with --rule"
+            raise DataError(f"--fn {pair.name} {need}")
+    role, define = ("bwd", "vjp") if isinstance(found, jax.custom_vjp) else ("jvp", "jvp")
+    rule = getattr(found, role)
+    if rule is None:
+        raise DataError(f"--fn {pair.name} has no rule: call its def{define} first")
+    return [mutation.read_rule(getattr(rule, "__qualname__", role), rule)]
+
+
+def check_options(args) -> dict[str, Any]:
+    return {
+        "dtypes": tuple(args.dtypes),
+        "finite_differences": args.finite_differences,
+        "num_cotangents": args.num_cotangents,
+        "num_coordinates": args.num_coordinates,
+        "tolerances": args.tolerance,
+        "key": jax.random.key(args.seed),
+    }
+
+
+def check_all(args, pair: Pair | None) -> tuple[str, dict[str, Any]]:
+    """Text and record of one pair, or of the package's grid."""
+    if pair:
+        check = functools.partial(jaxgru.check_gradients, *pair[1:3], *pair.inputs)
+        points = [Point(pair.name, functools.partial(check, **check_options(args)))]
+    else:
+        points = list(grid_points(args))
+    results: dict[str, jaxgru.GradientReport | Raised] = {}
+    for point in tqdm(points, unit="point", disable=len(points) == 1, file=sys.stderr):
+        results[point.name] = run_point(point)
+    cases = [case for name, found in results.items() for case in summarize(name, found)]
+    rows = [
+        dataclasses.asdict(dataclasses.replace(row, case=name)) | {"ok": row.ok}
+        for name, found in results.items()
+        if isinstance(found, jaxgru.GradientReport)
+        for row in found.rows
+    ]
+    failed = len({case["case"] for case in cases if case["verdict"] != "agree"})
+    record = {"passed": not failed, "points": len(points), "cases": cases, "rows": rows}
+    parts = [str(f) for f in results.values() if not isinstance(f, Raised) and (pair or not f)]
+    if not pair or any(isinstance(found, Raised) for found in results.values()):
+        parts = [case_table(cases), *parts]
+    counts = f"{len(points)} points, {len(rows)} comparisons"
+    return "\n\n".join([*parts, f"cross_check: {counts}, {failed} points disagree"]), record
+
+
+def run_point(point: Point) -> jaxgru.GradientReport | Raised:
+    """The point's report; what its functions raise is a result, unusable input is not."""
+    try:
+        return point.check()
+    except Exception as error:
+        if str(error).startswith("check_gradients: "):
+            raise DataError(_one_line(error)) from error
+        return Raised(_one_line(error))
+
+
+def summarize(name: str, found: jaxgru.GradientReport | Raised) -> list[dict[str, Any]]:
+    """For each dtype the worst errors, the loosest limit of either witness, and the verdict."""
+    if isinstance(found, Raised):
+        nothing = dict.fromkeys(("autodiff", "limit", "finite_difference", "its_limit"))
+        return [{"case": name, "dtype": "-", **nothing, "verdict": f"raised {found.message}"}]
+    cases = []
+    for dtype in dict.fromkeys(row.dtype for row in found.rows):
+        rows = [row for row in found.rows if row.dtype == dtype]
+
+        def worst(witness, rows=rows):
+            return max((row.error for row in rows if row.witness == witness), default=None)
+
+        def limit(witness, rows=rows):
+            return max((row.tolerance for row in rows if row.witness == witness), default=None)
+
+        reasons = sorted({row.reason for row in rows if not row.ok})
+        cases.append({
+            "case": name, "dtype": dtype, "autodiff": worst("autodiff"),
+            "limit": limit("autodiff"), "finite_difference": worst("finite-difference"),
+            "its_limit": limit("finite-difference"),
+            "verdict": f"DISAGREE ({', '.join(reasons)})" if reasons else "agree",
+        })  # fmt: skip
+    return cases
+
+
+def case_table(cases: list[dict[str, Any]]) -> str:
+    names = ("case", "dtype", "autodiff", "limit", "finite_difference", "its_limit", "verdict")
+    lines = [[name.replace("_", " ") for name in names]]
+    for case in cases:
+        numbers = (case[name] for name in names[2:-1])
+        texts = ["-" if number is None else f"{number:.1e}" for number in numbers]
+        lines.append([case["case"], case["dtype"], *texts, case["verdict"]])
+    return mutation.align(lines)
+
+
+class Sequences(NamedTuple):
+    """Arrays of `jaxgru.gru`: three sequences of five steps, a mask ragged and with a hole."""
+
+    params: jaxgru.GRUParams
+    xs: jax.Array
+    h0: jax.Array
+    mask: jax.Array
+    resets: jax.Array
+
+
+def draw_sequences(seed: int) -> Sequences:
+    keys = jax.random.split(jax.random.key(seed), 3)
+    mask = [[1, 1, 1], [1, 0, 1], [1, 1, 1], [0, 1, 1], [0, 1, 1]]
+    resets = [[0, 0, 1], [0, 1, 0], [1, 0, 0], [0, 0, 0], [1, 0, 0]]
+    return Sequences(
+        jaxgru.init_gru(keys[0], 2, 4, scheme="pytorch"),
+        jax.random.normal(keys[1], (5, 3, 2)),
+        jax.random.normal(keys[2], (3, 4)),
+        jnp.array(mask, bool),
+        jnp.array(resets, bool),
+    )
+
+
+def specs_of(activation) -> list[jaxgru.GRUSpec]:
+    choices = itertools.product(("before", "after"), ("keep", "write"))
+    return [jaxgru.GRUSpec(reset, update, activation) for reset, update in choices]
+
+
+def grid_choices(args) -> Iterator[tuple[jaxgru.GRUSpec, bool, dict[str, Any], bool]]:
+    """(spec, reverse, policy, masked) of every point."""
+    if args.smoke:
+        yield jaxgru.CHO_2014, False, POLICIES[0], True
+        yield jaxgru.PYTORCH, True, POLICIES[-1], True
+        return
+    if args.full:
+        specs = [spec for activation in ACTIVATIONS for spec in specs_of(activation)]
+        yield from itertools.product(specs, (False, True), POLICIES, (True, False))
+        return
+    yield from itertools.product(specs_of("tanh"), (False, True), POLICIES, (True,))
+    yield from itertools.product(specs_of("tanh"), (False,), FEW_POLICIES, (False,))
+    others = [spec for activation in ACTIVATIONS[1:] for spec in specs_of(activation)]
+    yield from itertools.product(others, (False,), FEW_POLICIES, (True,))
+
+
+def grid_points(args) -> Iterator[Point]:
+    arrays, options = draw_sequences(args.seed), check_options(args)
+    flags = {"mask": arrays.mask, "resets": arrays.resets}
+    for spec, reverse, policy, masked in grid_choices(args):
+        grid = {"specs": [spec], "reverses": [reverse], "policies": [policy]}
+        check = functools.partial(jaxgru.check_gru, *arrays[:3], **grid, **options)
+        words = [spec.reset, spec.update, spec.activation, "reverse" if reverse else "forward"]
+        words += [f"{name}={value}" for name, value in policy.items()]
+        name = " ".join([*words, "mask resets" if masked else "plain"])
+        yield Point(name, functools.partial(check, **(flags if masked else {})))
+    if not args.smoke:
+        yield from cell_and_stack_points(args, arrays, options)
+
+
+def cell_and_stack_points(args, arrays: Sequences, options) -> Iterator[Point]:
+    """One step against the scan over one step, and a stack against JAX's derivative of it."""
+    for spec in specs_of("tanh"):
+
+        def one_step(params, x, h, spec=spec):
+            return jaxgru.gru(params, x[None], h, spec=spec, gradient="autodiff")[0]
+
+        pair = functools.partial(jaxgru.gru_cell, spec=spec), one_step
+        inputs = (arrays.params, arrays.xs[0], arrays.h0)
+        check = functools.partial(jaxgru.check_gradients, *pair, *inputs, **options)
+        yield Point(f"{spec.reset} {spec.update} {spec.activation} gru_cell", check)
+    stack = jaxgru.init_stack(jax.random.key(args.seed), 2, 3, 2, bidirectional=True)
+    for policy in FEW_POLICIES:
+        run = functools.partial(jaxgru.gru_stack, mask=arrays.mask, resets=arrays.resets)
+        pair = functools.partial(run, **policy), functools.partial(run, gradient="autodiff")
+        check = functools.partial(jaxgru.check_gradients, *pair, stack, arrays.xs, **options)
+        words = [f"{name}={value}" for name, value in policy.items()]
+        yield Point(" ".join(["gru_stack bidirectional", *words]), check)
+
+
+def mutate(args, pair: Pair | None, rules) -> tuple[str, dict[str, Any]]:
+    """Text and record of all mutants of the rules; the rules themselves must pass first."""
+    options = {"dtypes": ("float64",), "finite_differences": False, "num_cotangents": 1}
+    options |= {"key": jax.random.key(args.seed), "tolerances": args.tolerance}
+    if pair:
+        check = functools.partial(jaxgru.check_gradients, *pair[1:3], *pair.inputs, **options)
+        points = [Point(pair.name, check)]
+    else:
+        points = list(mutation_points(args, options))
+    # The package's loops are short here: running them step by step is quicker than compiling.
+    with contextlib.nullcontext() if pair else jax.disable_jit():
+        sites: list[set[mutation.Site]] = []
+        for point in tqdm(points, unit="point", file=sys.stderr):
+            reached: set[mutation.Site] = set()
+            watched = functools.partial(mutation.watch, rules, point, reached)
+            report = run_point(Point(point.name, watched))
+            sites.append(reached)
+            if isinstance(report, Raised) or not report:
+                head = f"{point.name}: the rules must agree before they are mutated"
+                record = {"passed": False, "points": len(points), "mutants": []}
+                return f"{head}\n\n{report}", record
+        outcomes = mutation.try_all(rules, points, sites)
+    survived = any(outcome.verdict == "survived" for outcome in outcomes)
+    rows = [outcome._asdict() for outcome in outcomes]
+    record = {"passed": not survived, "points": len(points), "mutants": rows}
+    return mutation.table(outcomes, len(points)), record
+
+
+def mutation_points(args, options) -> Iterator[Point]:
+    """Each equation and rule over flags and a batch; without a batch, with gains and dropout; and
+    with constant parameters, whose tangents are then absent.
+    """
+    arrays = draw_sequences(args.seed)
+    flags: dict[str, Any] = {"mask": arrays.mask[2:], "resets": arrays.resets[2:]}
+    several = arrays.params, arrays.xs[2:], arrays.h0
+    params = jaxgru.init_gru(jax.random.key(args.seed), 2, 4, scheme="pytorch", layer_norm=True)
+    gains = jnp.linspace(0.5, 1.5, 12)
+    single = params._replace(g_x=gains, g_h=gains[::-1]), arrays.xs[2:, 0], arrays.h0[0]
+    inside: dict[str, Any] = {"recurrent_dropout": 0.4, "key": jax.random.key(args.seed)}
+
+    def point(name, spec, gradient, run, inputs):
+        pair = [functools.partial(run, spec, gradient=g) for g in (gradient, "autodiff")]
+        check = functools.partial(jaxgru.check_gradients, *pair, *inputs, **options)
+        return Point(f"{spec.reset} {spec.update} {gradient} {name}", check)
+
+    def with_flags(spec, params, xs, h0, gradient):
+        return weigh(jaxgru.gru(params, xs, h0, spec=spec, gradient=gradient, **flags))
+
+    def with_gains(spec, params, xs, h0, gradient):
+        return weigh(jaxgru.gru(params, xs, h0, spec=spec, gradient=gradient, **inside))
+
+    def of_inputs(spec, xs, h0, gradient):
+        params = jax.tree.map(lambda v: v.astype(xs.dtype), several[0])
+        return weigh(jaxgru.gru(params, xs, h0, spec=spec, gradient=gradient))
+
+    choices = list(itertools.product(("bptt", "tangent"), specs_of("tanh")))
+    yield from (point("", spec, gradient, with_flags, several) for gradient, spec in choices)
+    if args.smoke:
+        return
+    yield from (point("gains", spec, gradient, with_gains, single) for gradient, spec in choices)
+    for spec in specs_of("tanh")[::2]:
+        yield point("constant parameters", spec, "tangent", of_inputs, several[1:])
+
+
+def weigh(outputs: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """A sum of all outputs with weights of both signs: one number needs few cotangents."""
+    total = [jnp.vdot(jnp.cos(1.0 + jnp.arange(v.size, dtype=v.dtype)), v) for v in outputs]
+    return total[0] + total[1]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

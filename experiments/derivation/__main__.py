@@ -1,0 +1,171 @@
+"""Five documents on the GRU, equation by equation: as printed and as corrected, beside autodiff.
+
+    python -m experiments.derivation                       # the tape with f = tanh, seconds
+    python -m experiments.derivation --activation softplus
+
+The documents, by their titles, and the short names of the table:
+
+* sixteen steps: "Feedforward and Backward Propagation in Gated Recurrent Unit (GRU)"
+* Tian 2016: Zhiliang Tian, "Recurrent Unit and Gated Recurrent Unit" (2016)
+* many-to-many 9.5: "Back Propagation Through Time in Many-to-Many type", section 9.5
+* GRU networks: "Gated Recurrent Unit Networks"
+* NumPy article: "Gated Recurrent Unit (GRU)", with NumPy code
+
+Errors are max|a - b| / max|b| in float64, b from autodiff of that document's own forward equations.
+Exact is at most 1e-12, wrong at least 1e-3; `verdicts` says what each verdict asks of a row. The
+exit code is 1 where a row has other errors than its verdict asks. A run folder holds config.json,
+derivation.json (all rows), derivation.txt (what is printed), graph.png and errata.png.
+"""
+
+import argparse
+import collections
+import json
+import math
+import sys
+
+import jax
+import numpy as np
+
+from experiments import runs
+from experiments.derivation import (
+    figures,
+    gru_networks,
+    many_to_many,
+    numpy_article,
+    sixteen_steps,
+    tian,
+)
+from experiments.derivation.verdicts import EXACT, ILL_FORMED
+
+DOCUMENTS = (sixteen_steps, tian, many_to_many, gru_networks, numpy_article)
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(
+        "python -m experiments.derivation",
+        description="The equations of five documents on the GRU beside autodiff.",
+    )
+    add = parser.add_argument
+    choices = tuple(sixteen_steps.ACTIVATIONS)
+    add("--activation", choices=choices, default="tanh", help="f of the table of sixteen steps")
+    add(
+        "--out", metavar="FOLDER", help="run folder, new or empty; runs/derivation-DATE unless told"
+    )
+    add("--seed", type=int, default=0, help="of the random weights and inputs")
+    args = parser.parse_args(argv)
+    if not 0 <= args.seed < 2**32:
+        parser.error(f"--seed must be at least 0 and below 2**32, got {args.seed}")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    return runs.run_script("derivation", lambda: check_all(args))
+
+
+def check_all(args):
+    run = runs.make_run_folder("derivation", args.out, vars(args))
+    with jax.enable_x64(True):
+        groups, sides = compute(args.seed, args.activation)
+    lines = [*tape_table(args.activation, sides), *table(groups), *summary(groups)]
+    print("\n".join(lines))
+    (run / "derivation.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    text = json.dumps(records(groups), indent=1, allow_nan=False)
+    (run / "derivation.json").write_text(text + "\n", encoding="utf-8")
+    operations = sixteen_steps.operations_of(args.activation)
+    figures.plot_graph(run / "graph.png", operations, *sides[0])
+    figures.plot_errata(run / "errata.png", groups)
+    print(f"run folder: {run}")
+    broken = [
+        f"{label} {row.place}" for label, rows in groups.items() for row in rows if not row.holds
+    ]
+    if broken:
+        print(f"derivation: verdicts that do not hold: {'; '.join(broken)}", file=sys.stderr)
+    return 1 if broken else 0
+
+
+def compute(seed, activation):
+    """The rows of every document by its label, and the two sides of the table of sixteen steps."""
+    groups, sides = {}, []
+    for index, document in enumerate(DOCUMENTS):
+        generator = np.random.default_rng([seed, index])
+        if document is sixteen_steps:
+            groups[document.LABEL], sides = document.rows(generator, activation)
+        else:
+            groups[document.LABEL] = document.rows(generator)
+    return groups, sides
+
+
+def tape_table(activation, sides):
+    """Every value and every cotangent of one step: the first entry, of the tape and of autodiff."""
+    (values, cotangents), (true_values, true_cotangents) = sides
+    lines = [
+        f"The tape with f = {activation}, one step: the first entry, by the tape and by autodiff"
+    ]
+    lines.append(f"{'':8}{'value':>12}{'autodiff':>12}{'':4}{'cotangent':>12}{'autodiff':>12}")
+    for name in (*sixteen_steps.VALUES, *sixteen_steps.WEIGHTS):
+        numbers = [cotangents[name], true_cotangents[name]]
+        if name in sixteen_steps.VALUES:
+            numbers = [values[name], true_values[name], *numbers]
+        cells = [f"{np.ravel(number)[0]:12.8f}" for number in numbers]
+        lines.append(f"{name:8}" + "".join(cells[:-2]).rjust(24) + " " * 4 + "".join(cells[-2:]))
+    return lines
+
+
+def table(groups):
+    """The rows of every document under its title, in aligned columns."""
+    lines = []
+    for document in DOCUMENTS:
+        rows = groups[document.LABEL]
+        lines += ["", f"{document.LABEL}: {document.TITLE}"]
+        lines.append(
+            f"{'place':<31}{'says':<48}{'verdict':<12}{'printed':>16}{'corrected':>11}  correction"
+        )
+        for row in rows:
+            broken = "" if row.holds else "  <- DOES NOT HOLD"
+            lines.append(
+                f"{row.place:<31}{row.says:<48}{row.verdict:<12}{show(row.printed):>16}"
+                f"{show(row.corrected):>11}  {row.cure}{broken}".rstrip()
+            )
+    return lines
+
+
+def show(error):
+    if error is None:
+        return "-"
+    return "does not conform" if error == ILL_FORMED else f"{error:.1e}"
+
+
+def summary(groups):
+    """How many rows of each verdict a document has, and the largest error of what is exact."""
+    lines = [""]
+    for label, rows in groups.items():
+        counts = collections.Counter(row.verdict for row in rows)
+        double = [row for row in rows if row.limit == EXACT]
+        exact = [row.printed if row.verdict == "OK" else row.corrected for row in double]
+        held = sum(row.holds for row in rows)
+        count = ", ".join(f"{number} {verdict}" for verdict, number in sorted(counts.items()))
+        lines.append(f"{label}: {held} of {len(rows)} hold, exact to {max(exact):.1e}; {count}")
+    return lines
+
+
+def records(groups):
+    """Every row as JSON; an error that is not finite is named."""
+
+    def number(error):
+        if error is None or math.isfinite(error):
+            return error
+        return "nan" if math.isnan(error) else "does not conform"
+
+    titles = {document.LABEL: document.TITLE for document in DOCUMENTS}
+    return [
+        {
+            "document": label, "title": titles[label], **row._asdict(), "holds": row.holds,
+            "printed": number(row.printed), "corrected": number(row.corrected),
+        }
+        for label, rows in groups.items() for row in rows
+    ]  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,367 @@
+"""The sixteen unary and binary steps of one GRU step, run forward and run in reverse.
+
+The tape is data. Forward, each step computes its output; backward, the same steps run in reverse,
+and each adds to the cotangents of its inputs by the rule of its operation: `+=` wherever a value is
+read more than once, over the steps of time too. Column vectors, no bias, any activation f::
+
+    z = s(W_zh h_tm1 + W_zx x)            h~  = f(W_h (r * h_tm1) + W_x x)
+    r = s(W_rh h_tm1 + W_rx x)            h_t = z * h_tm1 + (1 - z) * h~
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxgru
+from experiments.derivation.draws import draw
+from experiments.derivation.verdicts import Row, largest_error, relative_error
+
+LABEL = "sixteen steps"
+TITLE = "Feedforward and Backward Propagation in Gated Recurrent Unit (GRU) (no author printed)"
+INPUT_SIZE, HIDDEN_SIZE, NUM_STEPS = 3, 4, 6
+
+
+class Step(NamedTuple):
+    """One line of the tape: output = operation(inputs)."""
+
+    equation: int
+    output: str
+    operation: str
+    inputs: tuple[str, ...]
+
+
+class Operation(NamedTuple):
+    """What a step computes, and its transpose: from dv to a cotangent for each input."""
+
+    forward: Callable
+    backward: Callable  # (dv, *inputs)
+    text: str
+    transposed: tuple[str, ...]  # of each input's cotangent
+
+
+class Activation(NamedTuple):
+    """f and f', both of the argument, and JAX's own f."""
+
+    value: Callable
+    slope: Callable
+    reference: Callable
+
+
+TAPE = (
+    Step(5, "g1", "matvec", ("W_zh", "h_tm1")),
+    Step(6, "g2", "matvec", ("W_zx", "x")),
+    Step(7, "g3", "add", ("g1", "g2")),
+    Step(8, "z", "sigmoid", ("g3",)),
+    Step(9, "g4", "matvec", ("W_rh", "h_tm1")),
+    Step(10, "g5", "matvec", ("W_rx", "x")),
+    Step(11, "g6", "add", ("g4", "g5")),
+    Step(12, "r", "sigmoid", ("g6",)),
+    Step(13, "g7", "hadamard", ("r", "h_tm1")),
+    Step(14, "g8", "matvec", ("W_h", "g7")),
+    Step(15, "g9", "matvec", ("W_x", "x")),
+    Step(16, "g10", "add", ("g8", "g9")),
+    Step(17, "h~", "f", ("g10",)),
+    Step(18, "g11", "hadamard", ("z", "h_tm1")),
+    Step(19, "g12", "rest", ("z", "h~")),
+    Step(20, "h_t", "add", ("g11", "g12")),
+)
+WEIGHTS = ("W_zh", "W_zx", "W_rh", "W_rx", "W_h", "W_x")
+VALUES = ("h_tm1", "x", *(step.output for step in TAPE))
+
+
+def sigmoid(a):
+    return 1 / (1 + np.exp(-a))
+
+
+def sigmoid_slope(a):
+    return sigmoid(a) * sigmoid(-a)
+
+
+ACTIVATIONS = {
+    "tanh": Activation(np.tanh, lambda a: 1 - np.tanh(a) ** 2, jnp.tanh),
+    "relu": Activation(
+        lambda a: np.maximum(a, 0), lambda a: np.where(a > 0, 1.0, 0.0), jax.nn.relu
+    ),
+    "sigmoid": Activation(sigmoid, sigmoid_slope, jax.nn.sigmoid),
+    "softplus": Activation(lambda a: np.logaddexp(a, 0), sigmoid, jax.nn.softplus),
+    "identity": Activation(lambda a: a, np.ones_like, lambda a: a),
+    "silu": Activation(
+        lambda a: a * sigmoid(a), lambda a: sigmoid(a) + a * sigmoid_slope(a), jax.nn.silu
+    ),
+}  # silu falls and rises again: its slope is no function of its value
+OPERATIONS = {
+    "matvec": Operation(
+        lambda w, v: w @ v,
+        lambda du, w, v: (np.outer(du, v), w.T @ du),
+        "{0} {1}",
+        ("d{out} {1}^T", "{0}^T d{out}"),
+    ),
+    "add": Operation(
+        lambda a, b: a + b, lambda du, a, b: (du, du), "{0} + {1}", ("d{out}", "d{out}")
+    ),
+    "hadamard": Operation(
+        lambda a, b: a * b,
+        lambda du, a, b: (du * b, du * a),
+        "{0} * {1}",
+        ("d{out} * {1}", "d{out} * {0}"),
+    ),
+    "rest": Operation(
+        lambda a, b: (1 - a) * b,
+        lambda du, a, b: (-du * b, du * (1 - a)),
+        "(1 - {0}) * {1}",
+        ("-d{out} * {1}", "d{out} * (1 - {0})"),
+    ),
+    "sigmoid": Operation(
+        sigmoid,
+        lambda du, a: (du * sigmoid_slope(a),),
+        "s({0})",
+        ("d{out} * {out} * (1 - {out})",),
+    ),
+}
+
+
+def operations_of(activation: str) -> dict[str, Operation]:
+    """The operations of the tape with f in its place."""
+    f = ACTIVATIONS[activation]
+    rule = Operation(f.value, lambda du, a: (du * f.slope(a),), "f({0})", ("d{out} * f'({0})",))
+    return {**OPERATIONS, "f": rule}
+
+
+def run_forward(operations, weights, x, h_tm1):
+    """Every value of one GRU step by name, from the tape."""
+    values = {**weights, "x": x, "h_tm1": h_tm1}
+    for step in TAPE:
+        inputs = (values[name] for name in step.inputs)
+        values[step.output] = operations[step.operation].forward(*inputs)
+    return values
+
+
+def run_backward(operations, values, dh_t, forget=()):
+    """Every cotangent of one GRU step by name; names in `forget` are assigned where they add up."""
+    cotangents = {"h_t": dh_t}
+    for step in reversed(TAPE):
+        inputs = (values[name] for name in step.inputs)
+        parts = operations[step.operation].backward(cotangents[step.output], *inputs)
+        for name, part in zip(step.inputs, parts):
+            added = name in cotangents and name not in forget
+            cotangents[name] = cotangents[name] + part if added else part
+    return cotangents
+
+
+class Problem(NamedTuple):
+    """Random weights, inputs [T, D], a first state and an upstream gradient dL/dh_t [T, H]."""
+
+    weights: dict[str, np.ndarray]
+    xs: np.ndarray
+    h0: np.ndarray
+    upstream: np.ndarray
+
+
+def draw_problem(generator, num_steps):
+    sizes = {name: INPUT_SIZE if name.endswith("x") else HIDDEN_SIZE for name in WEIGHTS}
+    return Problem(
+        {name: draw(generator, HIDDEN_SIZE, size) for name, size in sizes.items()},
+        draw(generator, num_steps, INPUT_SIZE),
+        draw(generator, HIDDEN_SIZE),
+        draw(generator, num_steps, HIDDEN_SIZE),
+    )
+
+
+def run_tape(operations, problem, forget=()):
+    """Values and cotangents of every step of time, and the gradients summed over them."""
+    h, trace, carried = problem.h0, [], np.zeros(HIDDEN_SIZE)
+    for x in problem.xs:
+        trace.append(run_forward(operations, problem.weights, x, h))
+        h = trace[-1]["h_t"]
+    cotangents, total = [], {name: np.zeros_like(w) for name, w in problem.weights.items()}
+    for values, dh_t in zip(reversed(trace), reversed(problem.upstream)):
+        cotangents.insert(0, run_backward(operations, values, dh_t + carried, forget))
+        carried = cotangents[0]["h_tm1"]
+        total = {name: total[name] + cotangents[0][name] for name in WEIGHTS}
+    return trace, cotangents, total
+
+
+def equations(weights, x, h_tm1, nudges, f):
+    """(1)-(4), every sub-expression named; a nudge of zeros makes each a variable of its own."""
+    values = {}
+
+    def name(key, value):
+        values[key] = value + nudges[key]
+        return values[key]
+
+    w = {key: name(key, weights[key]) for key in WEIGHTS}
+    x, h = name("x", x), name("h_tm1", h_tm1)
+    g3 = name("g3", name("g1", w["W_zh"] @ h) + name("g2", w["W_zx"] @ x))
+    z = name("z", jax.nn.sigmoid(g3))
+    g6 = name("g6", name("g4", w["W_rh"] @ h) + name("g5", w["W_rx"] @ x))
+    r = name("r", jax.nn.sigmoid(g6))
+    g10 = name("g10", name("g8", w["W_h"] @ name("g7", r * h)) + name("g9", w["W_x"] @ x))
+    candidate = name("h~", f(g10))
+    name("h_t", name("g11", z * h) + name("g12", (1 - z) * candidate))
+    return values
+
+
+def run_autodiff(problem, activation):
+    """What `run_tape` returns, from JAX: d(sum_t dL/dh_t . h_t) by every weight and every nudge."""
+    index = list(ACTIVATIONS).index(activation)
+    gradients, trace = jax.device_get(_gradients(problem, index))
+    tables = trace, gradients[1]
+    steps = range(len(problem.xs))
+    return *([{k: v[t] for k, v in table.items()} for t in steps] for table in tables), gradients[0]
+
+
+@jax.jit  # one compilation for every f
+def _gradients(problem, index):
+    f = functools.partial(jax.lax.switch, index, [f.reference for f in ACTIVATIONS.values()])
+
+    def loss(weights, nudges):
+        def body(h, inputs):
+            values = equations(weights, inputs[0], h, inputs[1], f)
+            return values["h_t"], values
+
+        _, trace = jax.lax.scan(body, problem.h0, (problem.xs, nudges))
+        return jnp.sum(trace["h_t"] * problem.upstream), trace
+
+    shapes = {name: (INPUT_SIZE if name == "x" else HIDDEN_SIZE,) for name in VALUES}
+    shapes |= {name: w.shape for name, w in problem.weights.items()}
+    nudges = {name: jnp.zeros((len(problem.xs), *shape)) for name, shape in shapes.items()}
+    return jax.grad(loss, argnums=(0, 1), has_aux=True)(problem.weights, nudges)
+
+
+def select(table, names):
+    return {name: table[name] for name in names}
+
+
+def errors_of(got, want):
+    """The largest errors of values, of their cotangents and of the gradients of the weights."""
+    forward, backward = (
+        max(largest_error(*tables) for tables in zip(got[side], want[side])) for side in (0, 1)
+    )
+    return forward, backward, largest_error(got[2], want[2])
+
+
+def rows(generator, activation="tanh"):
+    """The rows of the document, and the two sides of its table: what the tape and autodiff give.
+
+    The table is of the last step, where no cotangent arrives from a later one.
+    """
+    operations, problem = operations_of(activation), draw_problem(generator, NUM_STEPS)
+    got, want = run_tape(operations, problem), run_autodiff(problem, activation)
+    sides = [(side[0][-1], side[1][-1]) for side in (got, want)]
+    result = [
+        *step_rows(operations, *sides),
+        *forgetting_rows(operations, problem, *sides),
+        *time_rows(operations, problem, got, want),
+        *activation_rows(problem),
+        *package_rows(problem),
+    ]
+    return result, sides
+
+
+def step_rows(operations, tape, autodiff):
+    """Each value forward, then every cotangent in the order in which the tape assigns them."""
+    (values, cotangents), (true_values, true_cotangents) = tape, autodiff
+    for step in TAPE:
+        text = f"{step.output} = {operations[step.operation].text.format(*step.inputs)}"
+        error = relative_error(values[step.output], true_values[step.output])
+        yield Row(f"({step.equation})", text, "OK", error)
+    seen = set()
+    for step in reversed(TAPE):
+        for name, rule in zip(step.inputs, operations[step.operation].transposed):
+            text = f"d{name} {'+=' if name in seen else '='} "
+            text += rule.format(*step.inputs, out=step.output)
+            seen.add(name)
+            error = relative_error(cotangents[name], true_cotangents[name])
+            yield Row(f"({step.equation}) gives d{name}", "(absent)", "MISSING", None, text, error)
+
+
+def forgetting_rows(operations, problem, tape, autodiff):
+    """dz, dh_tm1 and dx are read more than once: assigning each time keeps one path alone."""
+    for name, place in (("z", "after (18)"), ("h_tm1", "(13), (9), (5)"), ("x", "(10), (6)")):
+        true = autodiff[1][name]
+        forgot = run_tape(operations, problem, forget=(name,))[1][-1][name]
+        printed, fixed = relative_error(forgot, true), relative_error(tape[1][name], true)
+        yield Row(place, f"= for d{name}", "MISSING", printed, f"d{name} += each time", fixed)
+
+
+def time_rows(operations, problem, got, want):
+    """Over T > 1 steps every dW adds up and dh_tm1 is carried to the step before."""
+    errors = errors_of(got, want)
+    printed = largest_error(select(got[1][-1], WEIGHTS), want[2])
+    says = f"complete; T = {NUM_STEPS}, last step's dW"
+    yield Row("closing line", says, "TEXT", printed, "dW += over time", errors[2])
+    alone = run_backward(operations, got[0][0], problem.upstream[0])
+    printed = relative_error(alone["h_tm1"], want[1][0]["h_tm1"])
+    cure = "dh_t = dL/dh_t + dh_tm1 of step t + 1"
+    yield Row("closing line, dh", "dh_tm1 not carried", "TEXT", printed, cure, max(errors[:2]))
+
+
+def activation_rows(problem):
+    """f in general: f' at its argument g10; 1 - h~^2 is the derivative of tanh alone."""
+    says, cure = "dg10 = dh~ * (1 - h~^2)", "dg10 = dh~ * f'(g10)"
+    for name in ACTIVATIONS:
+        want = run_autodiff(problem, name)
+        fixed = max(errors_of(run_tape(operations_of(name), problem), want))
+        place, printed = f"(17), f = {name}", tanh_rule_error(problem, name, want)
+        if name == "tanh":
+            yield Row(place, says, "OK", max(printed, fixed))
+        else:
+            yield Row(place, says, "NOTATION", printed, cure, fixed)
+
+
+def tanh_rule_error(problem, name, want):
+    """The error of every gradient where step (17) takes 1 - h~^2 for f', whatever f is."""
+    value = ACTIVATIONS[name].value
+    operations = operations_of(name)
+    rule = operations["f"]._replace(backward=lambda du, a: (du * (1 - value(a) ** 2),))
+    return largest_error(run_tape({**operations, "f": rule}, problem)[2], want[2])
+
+
+def package_rows(problem):
+    """The tape beside this package: the same sums in rows, and what its specs have in common."""
+    trace, _, total = run_tape(operations_of("tanh"), problem)
+    states = np.stack([values["h_t"] for values in trace])
+    params = pack(problem.weights)
+    keep = run_package(params, problem, jaxgru.CHO_2014)
+    yield Row("this package", "h_t = gru(spec=CHO_2014)", "OK", relative_error(states, keep[0]))
+    error = relative_error(np.concatenate(pack(total)[:2]), keep[1])
+    yield Row("this package, dW", "dW = the gradient of gru(spec=CHO_2014)", "OK", error)
+    names = ("W_zh", "W_zx")
+    signs = {name: -1.0 if name in names else 1.0 for name in WEIGHTS}
+    flip = pack({name: sign * problem.weights[name] for name, sign in signs.items()})
+    write = run_package(flip, problem, jaxgru.CHUNG_2014)
+    turned = np.concatenate(pack({name: signs[name] * total[name] for name in WEIGHTS})[:2])
+    error = max(relative_error(write[0], states), relative_error(turned, write[1]))
+    printed = relative_error(run_package(params, problem, jaxgru.CHUNG_2014)[0], states)
+    cure = "the same with W_zh, W_zx negated"
+    yield Row("keep or write", "z keeps = z writes", "NOTATION", printed, cure, error)
+    printed = relative_error(run_package(params, problem, jaxgru.PYTORCH)[0], states)
+    diagonal = pack({**problem.weights, "W_h": np.diag(np.diag(problem.weights["W_h"]))})
+    before, after = (
+        run_package(diagonal, problem, s)[0] for s in (jaxgru.CHO_2014, jaxgru.PYTORCH)
+    )
+    cure, error = "equal for a diagonal W_h", relative_error(after, before)
+    yield Row("reset before or after", "same weights, same model", "NOTATION", printed, cure, error)
+
+
+def pack(weights):
+    """The arrays of this package, [I, 3H] and [H, 3H] with blocks r | z | n, from columns."""
+    w_x = np.concatenate([weights[name].T for name in ("W_rx", "W_zx", "W_x")], axis=1)
+    w_h = np.concatenate([weights[name].T for name in ("W_rh", "W_zh", "W_h")], axis=1)
+    return jaxgru.GRUParams(jnp.asarray(w_x), jnp.asarray(w_h), None, None)
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def run_package(params, problem, spec):
+    """The states [T, H] of `jaxgru.gru`, and the gradient of upstream . states, w_x over w_h."""
+
+    def loss(params):
+        hs = jaxgru.gru(params, problem.xs, problem.h0, spec=spec)[1]
+        return jnp.sum(hs * problem.upstream), hs
+
+    gradient, hs = jax.grad(loss, has_aux=True)(params)
+    return hs, jnp.concatenate(gradient[:2])

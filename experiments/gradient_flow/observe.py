@@ -1,0 +1,196 @@
+"""What is seen of a network on a batch: credit over distance, Jacobians, gates; and three cases."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxgru
+from experiments import memory_tasks
+
+QUANTILES = (0.1, 0.5, 0.9)
+BINS = 25
+SHIFTS = (0.0, 1.0, 2.0, 4.0, 6.0, 8.0, 10.0, 12.0)
+REACHES = (0.1, 0.01)
+
+
+class Network(NamedTuple):
+    """A layer and its head: a GRU's params with a spec, or a `memory_tasks.VanillaParams`."""
+
+    params: Any
+    w: jax.Array  # [H, K]
+    b: jax.Array  # [K]
+    spec: jaxgru.GRUSpec | None  # None for the tanh RNN
+
+
+def observe(network: Network, xs: Any, loss_fn: Any) -> dict[str, Any]:
+    """Curves and numbers, JSON-ready, of loss_fn(outputs of the last step [B, K]) on xs [T, B, I].
+
+    The loss is of the last step alone, so that |dL/dh_t| is what is left of it T - t steps back.
+    """
+    seen = jax.tree.map(np.asarray, _look(network, jnp.asarray(xs), loss_fn))
+    distance = np.arange(len(xs))[::-1]
+    curves = {
+        "distance": distance.tolist(),
+        "credit": _quantiles(seen["credit"]),
+        "singular_values": {
+            name: _quantiles(seen["singular_values"][..., index])
+            for name, index in (("largest", 0), ("smallest", -1))
+        },
+        "median_singular_value": np.median(seen["singular_values"], axis=(1, 2)).tolist(),
+        "lyapunov": seen["lyapunov"].mean(axis=0).tolist(),
+        "reach": {str(f): float(np.median(_reach(seen["credit"], f))) for f in REACHES},
+    }
+    if network.spec is None:
+        return curves
+    shares = {name: _share(path, seen["paths"]) for name, path in seen["paths"].items()}
+    printed = _quantiles(seen["printed_error"]) if network.spec.reset == "before" else None
+    statistics = seen["statistics"]
+    return curves | {
+        "paths": shares,
+        "printed_error": printed,
+        "gates": {name: _histogram(gate) for name, gate in seen["gates"].items()},
+        "memory": np.sort(statistics.memory).tolist(),
+        "saturated": {
+            "reset": float((statistics.reset_low + statistics.reset_high).mean()),
+            "update": float((statistics.update_low + statistics.update_high).mean()),
+        },
+    }
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _look_gru(arrays, xs, static):
+    (params, w, b), (spec, loss_fn) = arrays, static
+
+    def last_loss(h_last, hs):
+        return loss_fn(hs[-1] @ w + b[None]).sum()
+
+    flow = jaxgru.gradient_flow(last_loss, params, xs, spec=spec)[1]
+    gates = jaxgru.gate_values(params, xs, spec=spec)
+    jacobians = jaxgru.sequence_jacobians(params, xs, spec=spec)
+    seen = {
+        "credit": flow.states,
+        "paths": flow.paths._asdict(),
+        "gates": {name: gates[name] for name in ("reset", "kept")},
+        "statistics": jaxgru.gate_statistics(params, xs, spec=spec),
+    }
+    if spec.reset == "before" and spec.activation == "tanh":
+        off = jnp.linalg.norm(printed_jacobian(params, gates) - jacobians, axis=(-2, -1))
+        seen["printed_error"] = off / jnp.linalg.norm(jacobians, axis=(-2, -1))
+    return seen | _spectra(jacobians)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _look_vanilla(params, xs, loss_fn):
+    """The same of h' = tanh(x w_x + h w_h + b_h), whose Jacobian is diag(1 - h'^2) w_h^T."""
+
+    def states(tap):
+        def body(h, inputs):
+            x, tap = inputs
+            h = jnp.tanh(x @ params.w_x + h @ params.w_h + params.b_h[None]) + tap
+            return h, h
+
+        return jax.lax.scan(body, tap[0], (xs, tap))[1]
+
+    def last_loss(tap):
+        return loss_fn(states(tap)[-1] @ params.w + params.b[None]).sum()
+
+    tap = jnp.zeros((*xs.shape[:2], params.w_h.shape[0]), xs.dtype)
+    jacobians = (1 - states(tap) ** 2)[..., None] * params.w_h.T[None, None]
+    return {"credit": jnp.linalg.norm(jax.grad(last_loss)(tap), axis=-1)} | _spectra(jacobians)
+
+
+def _look(network, xs, loss_fn):
+    if network.spec is None:
+        return _look_vanilla(network.params, xs, loss_fn)
+    return _look_gru((network.params, network.w, network.b), xs, (network.spec, loss_fn))
+
+
+def _spectra(jacobians):
+    """Singular values of every step [T, B, H], and Lyapunov exponents [B, H]."""
+    return {
+        "singular_values": jaxgru.singular_values(jacobians),
+        "lyapunov": jaxgru.lyapunov_exponents(jacobians),
+    }
+
+
+def printed_jacobian(params: jaxgru.GRUParams, gates: dict[str, jax.Array]) -> jax.Array:
+    """dh_t/dh_{t-1} without the paths through the gates, as "Gated Recurrent Unit Networks" has it.
+
+    diag(k) + diag((1 - k) (1 - n^2)) w_hn^T diag(r),    for reset="before" and tanh
+    """
+    k, r, n = gates["kept"], gates["reset"], gates["candidate"]
+    hidden_size = k.shape[-1]
+    w_n = params.w_h[:, 2 * hidden_size :]
+    lead = (1,) * (k.ndim - 1)
+    identity = jnp.eye(hidden_size, dtype=k.dtype).reshape(*lead, hidden_size, hidden_size)
+    through_n = w_n.T.reshape(identity.shape) * r[..., None, :]
+    return identity * k[..., None] + ((1 - k) * (1 - n**2))[..., None] * through_n
+
+
+def saturation_cases(seed: int, hidden_size: int = 32) -> dict[str, Any]:
+    """The three cases of "Gated Recurrent Unit Networks", as limits of gates shifted by +-s.
+
+    1: z -> 1, J -> I. 2A: z -> 0, r -> 0, J -> 0. 2B: z -> 0, r -> 1, J -> diag(1 - n^2) w_hn^T.
+    For every s the largest entry by which the printed and the full Jacobian differ, by which the
+    full one differs from its limit, and its largest singular value. float64.
+    """
+    cases = {"1: z to 1": (0, 1), "2A: z to 0, r to 0": (-1, -1), "2B: z to 0, r to 1": (1, -1)}
+    with jax.enable_x64(True):
+        keys = jax.random.split(jax.random.key(seed), 3)
+        params = jaxgru.init_gru(keys[0], hidden_size, hidden_size, dtype=jnp.float64)
+        x, h = (jax.random.normal(k, (1, hidden_size), jnp.float64) for k in keys[1:])
+        h = jnp.tanh(h)
+        found = {
+            name: [_case(params, x, h, signs, s) for s in SHIFTS] for name, signs in cases.items()
+        }
+    names = ("printed_error", "distance_to_limit", "largest_singular_value")
+    return {"shift": list(SHIFTS)} | {
+        case: {name: [float(v) for v in column] for name, column in zip(names, zip(*rows))}
+        for case, rows in found.items()
+    }
+
+
+def _case(params, x, h, signs, shift):
+    """Three numbers of one case at one shift of the gates' biases."""
+    size = h.shape[-1]
+    moves = jnp.concatenate([jnp.full(size, sign * shift, h.dtype) for sign in (*signs, 0)])
+    params = params._replace(b_x=params.b_x + moves)
+    gates = {k: v[0] for k, v in jaxgru.gate_values(params, x[None], h).items()}
+    full, printed = jaxgru.step_jacobian(params, x, h), printed_jacobian(params, gates)
+    open_ = params._replace(b_x=params.b_x + jnp.repeat(jnp.array([60.0, 0, 0], h.dtype), size))
+    candidate = jaxgru.gate_values(open_, x[None], h)["candidate"][0]
+    limit = {
+        (0, 1): jnp.eye(size, dtype=h.dtype)[None],
+        (-1, -1): jnp.zeros_like(full),
+        (1, -1): (1 - candidate**2)[..., None] * params.w_h[:, 2 * size :].T[None],
+    }[signs]
+    off = (jnp.abs(v).max() for v in (printed - full, full - limit))
+    return (*off, jaxgru.singular_values(full).max())
+
+
+def vanilla_network(params: memory_tasks.VanillaParams) -> Network:
+    return Network(params, params.w, params.b, None)
+
+
+def _quantiles(v):
+    """Over the batch [T, B], lists over T."""
+    levels = np.quantile(v, QUANTILES, axis=1)
+    return {f"{level:g}": row.tolist() for level, row in zip(QUANTILES, levels)}
+
+
+def _share(path, paths):
+    """A path's part of the sum of the four norms, mean over the batch; 0 where nothing arrives."""
+    total = sum(paths.values())
+    return (path / np.where(total > 0, total, 1.0)).mean(axis=1).tolist()
+
+
+def _histogram(gate):
+    """Shares of [0, 1] in equal bins."""
+    return (np.histogram(gate, BINS, (0.0, 1.0))[0] / gate.size).tolist()
+
+
+def _reach(credit, fraction):
+    return np.asarray(jaxgru.credit_reach(jnp.asarray(credit), fraction))

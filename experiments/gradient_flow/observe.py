@@ -92,7 +92,7 @@ def _look_vanilla(params, xs, loss_fn):
             h = jnp.tanh(x @ params.w_x + h @ params.w_h + params.b_h[None]) + tap
             return h, h
 
-        return jax.lax.scan(body, tap[0], (xs, tap))[1]
+        return jax.lax.scan(body, jnp.zeros_like(tap[0]), (xs, tap))[1]
 
     def last_loss(tap):
         return loss_fn(states(tap)[-1] @ params.w + params.b[None]).sum()

@@ -90,11 +90,14 @@ def _plot_task(panels, task):
     )  # fmt: skip
     paths.set(
         xlabel="distance from the loss, steps", ylabel="share of the four norms", ylim=(0, 1),
-        title=f"{title}: by which path a trained GRU's credit travels",
+        title=f"{title}: paths of the trained GRU's credit",
     )  # fmt: skip
     _plot_gates(gates, task["models"]["GRU"], title)
-    for panel in (credit, spectrum, paths):
+    spectrum.set_ylim(top=1.3 * spectrum.get_ylim()[1])  # room for the legend
+    spectrum.legend(fontsize=9, loc="upper right", ncols=2)
+    for panel in (credit, paths):
         panel.legend(fontsize=9, loc="lower left")
+    for panel in (credit, spectrum, paths):
         panel.grid(alpha=0.3)
 
 
@@ -130,14 +133,14 @@ def _plot_gates(axes, record, title):
         xlabel="value of the gate", ylabel="share of all units and steps",
         title=f"{title}: gates of the GRU",
     )  # fmt: skip
-    axes.legend(fontsize=9, loc="upper center")
     axes.set_ylim(0, 1.9 * axes.get_ylim()[1])  # room for what lies above the bars
-    inset = axes.inset_axes((0.52, 0.6, 0.45, 0.34))
+    inset = axes.inset_axes((0.55, 0.6, 0.42, 0.34))
     axes.legend(fontsize=9, loc="upper left")
     for when, style in (("before", "--"), ("after", "-")):
         memory = record[when]["memory"]
         inset.plot(np.linspace(0, 100, len(memory)), memory, style, color="tab:purple")
     inset.set(yscale="log", xlabel="units, %")
+    inset.yaxis.set_minor_formatter("")
     inset.set_title("memory, steps (units in order)", fontsize=9)
     inset.grid(alpha=0.3)
 

@@ -17,7 +17,6 @@ agreement.txt and agreement.png; the exit code is 1 where an error exceeds the l
 import argparse
 import functools
 import itertools
-import json
 import sys
 from typing import Any, NamedTuple
 
@@ -81,7 +80,7 @@ def run_all(args):
     print("\n" + text)
     (run / "agreement.txt").write_text(text + "\n", encoding="utf-8")
     record = {"limit": LIMIT, "errors": rows, "memory": memory, "device": runs.describe_device()}
-    (run / "agreement.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    runs.write_json(run / "agreement.json", record)
     plot(run / "agreement.png", rows, memory)
     print(f"run folder: {run}")
     wrong = [row for row in rows if not row["error"] <= LIMIT]

@@ -30,7 +30,6 @@ import functools
 import importlib
 import inspect
 import itertools
-import json
 import math
 import os
 import sys
@@ -40,7 +39,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 import jaxgru
 from experiments import mutation, runs
@@ -56,7 +54,7 @@ POLICIES: tuple[dict[str, Any], ...] = (
 )
 FEW_POLICIES = (POLICIES[0], POLICIES[-1])
 RULES = (
-    *("coefficients", "step_vjp", "gates_vjp", "params_vjp", "inputs_vjp"),
+    *("coefficients", "step_vjp", "gates_vjp", "params_vjp", "params_vjp_factors", "inputs_vjp"),
     *("step_jvp", "step_drive"),
 )
 OWN_RULES = [f"jaxgru.cell:{name}" for name in RULES]
@@ -157,23 +155,11 @@ def run_all(args):
                      "numpy": np.__version__},
         "options": vars(args),
     }  # fmt: skip
-    encoded = json.dumps(finite(header | record), indent=1, allow_nan=False, ensure_ascii=False)
-    (run / "cross_check.json").write_text(encoded + "\n", encoding="utf-8")
+    runs.write_json(run / "cross_check.json", header | record)
     (run / "cross_check.txt").write_text(text + "\n", encoding="utf-8")
     print(text)
     print(f"run folder: {run}")
     return 0 if record["passed"] else 1
-
-
-def finite(value: Any) -> Any:
-    """The value with null for NaN and infinity, and text for what JSON has no form of."""
-    if isinstance(value, dict):
-        return {name: finite(entry) for name, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(entry) for entry in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, str | int) else str(value)
 
 
 def load(option: str, text: str) -> Any:
@@ -263,6 +249,8 @@ def check_all(args, pair: Pair | None) -> tuple[str, dict[str, Any]]:
         points = [Point(pair.name, functools.partial(check, **check_options(args)))]
     else:
         points = list(grid_points(args))
+    from tqdm import tqdm
+
     results: dict[str, jaxgru.GradientReport | Raised] = {}
     for point in tqdm(points, unit="point", disable=len(points) == 1, file=sys.stderr):
         results[point.name] = run_point(point)
@@ -408,6 +396,8 @@ def cell_and_stack_points(args, arrays: Sequences, options) -> Iterator[Point]:
 def mutate(args, pair: Pair | None, rules) -> tuple[str, dict[str, Any]]:
     """Text and record of all mutants of the rules; the rules themselves must pass first."""
     options = {"dtypes": ("float64",), "finite_differences": False, "num_cotangents": 1}
+    from tqdm import tqdm
+
     options |= {"key": jax.random.key(args.seed), "tolerances": args.tolerance}
     if pair:
         check = functools.partial(jaxgru.check_gradients, *pair[1:3], *pair.inputs, **options)

@@ -36,7 +36,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from tqdm import tqdm
 
 from experiments.data import DataError
 from jaxgru import GradientReport
@@ -271,6 +270,8 @@ def try_all(
     rules: Sequence[Rule], points: Sequence[Point], sites: Sequence[set[Site]]
 ) -> list[Outcome]:
     """Every mutant of the rules, each at the points whose sites hold its node."""
+    from tqdm import tqdm
+
     outcomes = []
     mutants = [mutant for rule in rules for mutant in make_mutants(rule)]
     for mutant in tqdm(mutants, unit="mutant", file=sys.stderr):

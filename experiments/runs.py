@@ -40,20 +40,31 @@ def make_run_folder(name: str, out: str | None, config: dict[str, Any]) -> pathl
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise DataError(f"{run} exists and is not an empty folder; nothing was overwritten")
     run.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(config, indent=1, ensure_ascii=False)
-    (run / "config.json").write_text(text + "\n", encoding="utf-8")
+    write_json(run / "config.json", config)
     return run
 
 
 def append_metrics(run: pathlib.Path, record: dict[str, Any]) -> None:
     """One line of JSON in metrics.jsonl; a number that is not finite becomes null."""
-
-    def finite(value):
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    line = json.dumps({k: finite(v) for k, v in record.items()}, allow_nan=False)
     with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write(line + "\n")
+        file.write(json.dumps(finite(record), allow_nan=False) + "\n")
+
+
+def write_json(path: pathlib.Path, record: Any) -> None:
+    """A file of strict JSON; a number that is not finite becomes null."""
+    text = json.dumps(finite(record), indent=1, allow_nan=False, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def finite(value: Any) -> Any:
+    """The value with null for NaN and infinity, and text for what JSON has no form of."""
+    if isinstance(value, dict):
+        return {str(name): finite(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(entry) for entry in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, str | int) else str(value)
 
 
 def describe_device() -> str:

@@ -18,7 +18,6 @@ config.json, metrics.jsonl, result.json, accuracy.png and digits.png.
 
 import argparse
 import functools
-import json
 import math
 import sys
 
@@ -105,7 +104,7 @@ def train(args):
     images, labels = splits["test"]
     probabilities = np.asarray(predict(args, order, state.params, images))
     result = summarize(probabilities, labels)
-    (run / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    runs.write_json(run / "result.json", result)
     mean = probabilities.mean(axis=0)
     plot_accuracy(run / "accuracy.png", records, updates_per_epoch, mean, labels)
     plot_digits(run / "digits.png", images, mean, labels)

@@ -136,9 +136,3 @@ def test_text_that_is_too_short_is_refused(tmp_path, capsys):
     out = tmp_path / "run"
     assert gradient_flow.main(["--text", str(tmp_path / "short.txt"), "--out", str(out)]) == 2
     assert "fewer than 20 sequences of 100" in capsys.readouterr().err and not out.exists()
-
-
-def test_number_that_is_not_finite_becomes_null():
-    assert report.finite({"a": [1.0, float("nan")], "b": (float("inf"), "x")}) == {
-        "a": [1.0, None], "b": [None, "x"],
-    }  # fmt: skip

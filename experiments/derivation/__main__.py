@@ -19,7 +19,6 @@ derivation.json (all rows), derivation.txt (what is printed), graph.png and erra
 
 import argparse
 import collections
-import json
 import math
 import sys
 
@@ -70,8 +69,7 @@ def check_all(args):
     lines = [*tape_table(args.activation, sides), *table(groups), *summary(groups)]
     print("\n".join(lines))
     (run / "derivation.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    text = json.dumps(records(groups), indent=1, allow_nan=False)
-    (run / "derivation.json").write_text(text + "\n", encoding="utf-8")
+    runs.write_json(run / "derivation.json", records(groups))
     operations = sixteen_steps.operations_of(args.activation)
     figures.plot_graph(run / "graph.png", operations, *sides[0])
     figures.plot_errata(run / "errata.png", groups)

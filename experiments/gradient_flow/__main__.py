@@ -20,7 +20,6 @@ metrics.jsonl.
 """
 
 import argparse
-import json
 import math
 import pathlib
 import sys
@@ -94,8 +93,7 @@ def run_all(args):
         return 1
     found = {"tasks": tasks, "cases": observe.saturation_cases(args.seed)}
     found |= {"device": runs.describe_device(), "options": vars(args)}
-    text = json.dumps(report.finite(found), indent=1, allow_nan=False)
-    (run / "gradient_flow.json").write_text(text + "\n", encoding="utf-8")
+    runs.write_json(run / "gradient_flow.json", found)
     report.print_table(tasks)
     report.plot(run / "gradient_flow.png", found)
     print(f"run folder: {run}")

@@ -1,6 +1,4 @@
-"""The picture of what was observed, the table on the screen, and numbers fit for JSON."""
-
-import math
+"""The picture of what was observed, and the table on the screen."""
 
 import numpy as np
 
@@ -10,15 +8,6 @@ PATH_LABELS = {
     "kept": "kept state", "update": "update gate", "reset": "reset gate",
     "candidate": "candidate",
 }  # fmt: skip
-
-
-def finite(tree):
-    """The same nested dicts and lists with None in place of every number that is not finite."""
-    if isinstance(tree, dict):
-        return {key: finite(value) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [finite(value) for value in tree]
-    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
 def print_table(tasks):

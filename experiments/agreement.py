@@ -525,6 +525,8 @@ def plot(path, rows, memory):
         for gains in (False, True):
             kind = (reset, update, gains)
             chosen = [r for r in rows if (r["reset"], r["update"], r["gains"]) == kind]
+            if not chosen:
+                continue
             places = [names.index(r["object"]) for r in chosen]
             errors = [max(r["error"], floor) for r in chosen]
             label = f"reset {reset}, update {update}" + (", with gains" if gains else "")
@@ -536,7 +538,7 @@ def plot(path, rows, memory):
     left.axvline(2.2e-16, color="gray", linestyle=":", label="rounding of one float64")
     left.set(
         xscale="log", xlabel="largest error / largest entry, float64 (exact ones at 1e-17)",
-        title="Against autodiff of a loop written out: every activation, masks, resets",
+        title="Against autodiff of a loop written out, with masks and resets",
         xlim=(None, 1e-8),
     )  # fmt: skip
     left.set_yticks(range(len(names)), names)

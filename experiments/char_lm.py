@@ -183,7 +183,13 @@ def load_run(run):
         if jaxgru.read_metadata(run / "weights.npz")["vocabulary_sha256"] != digest(vocabulary):
             raise data.DataError(f"{run} holds weights of another vocabulary than its config.json")
         return trained, vocabulary, jaxgru.load_arrays(run / "weights.npz", like)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except FileNotFoundError as error:
+        raise data.DataError(
+            f"{run} is no run folder of char_lm: it has no {error.filename}"
+        ) from None
+    except KeyError as error:
+        raise data.DataError(f"{run} is no run folder of char_lm: it has no {error}") from None
+    except (ValueError, TypeError, AttributeError) as error:
         raise data.DataError(f"{run} is no whole run folder: {error}") from None
 
 

@@ -58,7 +58,10 @@ RULES = (
     *("step_jvp", "step_drive"),
 )
 OWN_RULES = [f"jaxgru.cell:{name}" for name in RULES]
-OWN_RULES += [f"jaxgru.products:{name}" for name in ("normalize_vjp", "normalize_jvp")]
+OWN_RULES += [
+    f"jaxgru.products:{name}" for name in ("normalize_vjp", "normalize_jvp", "_project_out")
+]
+OWN_RULES += [f"jaxgru.recurrence:{name}" for name in ("_hold_vjp", "_backward_chunk")]
 
 
 class Pair(NamedTuple):
@@ -440,8 +443,8 @@ def mutation_points(args, options) -> Iterator[Point]:
         check = functools.partial(jaxgru.check_gradients, *pair, *inputs, **options)
         return Point(f"{spec.reset} {spec.update} {gradient} {name}", check)
 
-    def with_flags(spec, params, xs, h0, gradient):
-        return weigh(jaxgru.gru(params, xs, h0, spec=spec, gradient=gradient, **flags))
+    def with_flags(spec, params, xs, h0, gradient, **more):
+        return weigh(jaxgru.gru(params, xs, h0, spec=spec, gradient=gradient, **flags, **more))
 
     def with_gains(spec, params, xs, h0, gradient):
         return weigh(jaxgru.gru(params, xs, h0, spec=spec, gradient=gradient, **inside))
@@ -454,6 +457,11 @@ def mutation_points(args, options) -> Iterator[Point]:
     yield from (point("", spec, gradient, with_flags, several) for gradient, spec in choices)
     if args.smoke:
         return
+    held = {"zoneout": 0.3, "deterministic": True}
+    yield from (
+        point("held", spec, gradient, functools.partial(with_flags, **held), several)
+        for gradient, spec in choices[:2]
+    )
     yield from (point("gains", spec, gradient, with_gains, single) for gradient, spec in choices)
     for spec in specs_of("tanh")[::2]:
         yield point("constant parameters", spec, "tangent", of_inputs, several[1:])

@@ -12,7 +12,7 @@ changed node reports that it is evaluated, while JAX traces. A mutant is
 
 * "caught" if a check disagrees or anything raises,
 * "not reached" if no check evaluates its node,
-* "equivalent" if it passes every check and, called by itself with random numbers in place of every
+* "indistinct" if it passes every check and, called by itself with random numbers in place of every
   floating argument of every call there was, returns what the rule returns: then no inputs of these
   shapes can tell the two apart (`zip` drops what a longer list adds, x + 0 is x),
 * "survived" otherwise: the checks are blind to that fault.
@@ -40,7 +40,7 @@ from jax.core import Tracer
 from experiments.data import DataError
 from jaxgru import GradientReport
 
-VERDICTS = ("caught", "survived", "equivalent", "not reached")
+VERDICTS = ("caught", "survived", "indistinct", "not reached")
 
 _PROBE = "__mutation_probe__"
 _FUTURE = sum({getattr(__future__, name).compiler_flag for name in __future__.all_feature_names})
@@ -309,8 +309,8 @@ def try_mutant(mutant: Mutant, points: Sequence[Point]) -> Outcome:
                 break
     if verdict == "survived" and not reached:
         verdict = "not reached"
-    elif verdict == "survived" and _is_equivalent(rule, code, list(calls.values())):
-        verdict = "equivalent"
+    elif verdict == "survived" and _is_indistinct(rule, code, list(calls.values())):
+        verdict = "indistinct"
     texts = (mutant.line, mutant.original, mutant.mutated)
     return Outcome(rule.name, *texts, verdict, max(errors, default=None), by)
 
@@ -323,7 +323,7 @@ def _forget_value(leaf: Any) -> Any:
     return leaf
 
 
-def _is_equivalent(rule: Rule, code: types.CodeType, calls: list[dict[str, Any]]) -> bool:
+def _is_indistinct(rule: Rule, code: types.CodeType, calls: list[dict[str, Any]]) -> bool:
     """Whether rule and mutant return the same for random arguments of the forms of all calls."""
     function = rule.function
     names = {**function.__globals__, _PROBE: lambda rule_name, site, value: value}
@@ -359,7 +359,7 @@ def _fill(draw: Callable[[tuple[int, ...]], np.ndarray], leaf: Any) -> Any:
 def table(outcomes: list[Outcome], num_points: int) -> str:
     """One line a mutant, those that were not caught first, and the totals."""
     lines = [["verdict", "function", "line", "original", "mutated", "error", "by"]]
-    order = ("survived", "not reached", "equivalent", "caught")
+    order = ("survived", "not reached", "indistinct", "caught")
     for outcome in sorted(outcomes, key=lambda outcome: order.index(outcome.verdict)):
         error = "-" if outcome.error is None else f"{outcome.error:.1e}"
         texts = (outcome.original, outcome.mutated)
@@ -371,7 +371,7 @@ def table(outcomes: list[Outcome], num_points: int) -> str:
     total = f"cross_check: {len(outcomes)} mutants at {num_points} points: {counts}"
     notes = {
         "survived": "A survivor is a fault that these inputs do not show: other ones are needed.",
-        "equivalent": "Equivalent: it returns what the rule does for random arguments, too.",
+        "indistinct": "Indistinct: it returns what the rule does for random arguments, too, so it is equivalent or acts where neither they nor the inputs go.",
         "not reached": "Not reached: no point evaluates that expression.",
     }
     return "\n".join([align(lines), "", total, *(notes[n] for n in notes if n in verdicts)])

@@ -34,6 +34,7 @@ from jaxgru.check import check_gradients, check_gru
 from jaxgru.comparison import GradientReport, GradientRow
 from jaxgru.diagnostics import (
     GateStatistics,
+    GateValues,
     GradientFlow,
     Paths,
     credit_reach,
@@ -96,6 +97,7 @@ __all__ = [
     "GRUParams",
     "GRUSpec",
     "GateStatistics",
+    "GateValues",
     "GradientFlow",
     "GradientReport",
     "GradientRow",

@@ -5,7 +5,8 @@ parameters: one answer for a `GRUParams`, a `Bidirectional` of two, a tuple of t
 What they see is the plain network, without dropout and zoneout. Time is the leading axis.
 
 The cotangent g = dL/dh_t comes out of `gru`'s own backward pass through a tap of zeros. All else is
-local, linear in g, and made for all steps at once. With the coefficients of `jaxgru.cell`::
+local, linear in g, and made for all steps at once; observers that take a loss are differentiable in
+reverse mode, the others in both. With the coefficients of `jaxgru.cell`::
 
     kept:       g K
     update:     N'(g Z) w_hz^T
@@ -27,8 +28,9 @@ from jax import lax
 from jaxgru.arguments import require_float
 from jaxgru.cell import gates_vjp, params_vjp_factors
 from jaxgru.layers import Bidirectional, Merge, gru_bidirectional, gru_stack, init_taps
+from jaxgru.masks import require_flags
 from jaxgru.parameters import CHO_2014, GRUParams, GRUSpec
-from jaxgru.products import blocks, matmul, normalize_vjp
+from jaxgru.products import blocks, matmul, normalize_vjp, state_dtype
 from jaxgru.recurrence import gru
 from jaxgru.traces import (
     as_stack,
@@ -55,6 +57,15 @@ class GateStatistics(NamedTuple):
     update_low: Array
     update_high: Array
     memory: Array  # steps over which the kept state falls to 1/e
+
+
+class GateValues(NamedTuple):
+    """The gates of every step; [T, ..., H] each."""
+
+    reset: Array  # r
+    update: Array  # z
+    candidate: Array  # n
+    kept: Array  # k, the share of the state that the step keeps: z or 1 - z
 
 
 class Paths(NamedTuple):
@@ -107,7 +118,8 @@ def gradient_flow(
       The loss, and a `GradientFlow` for each GRU. Where a step is held, "kept" is all there is.
 
     Raises:
-      ValueError: the loss is no scalar, a shape does not fit, or a number is not finite.
+      ValueError: the loss is no scalar, a shape does not fit, or a number is not finite
+        (seen outside of jit alone).
       TypeError: the loss is no floating number, or as `gru_stack`.
 
     Cost: one forward and one backward pass, and another forward whose gates are made in bulk.
@@ -163,7 +175,7 @@ def gradient_paths(
       gradient of its own output.
 
     Raises:
-      ValueError: a shape does not fit or a number is not finite.
+      ValueError: a shape does not fit or a number is not finite (seen outside of jit alone).
       TypeError: as `gru`.
 
     Cost: one forward pass, and 6H^2 multiply-adds a row in bulk.
@@ -174,6 +186,11 @@ def gradient_paths(
     >>> paths.kept.shape
     (5, 3)
     """
+    if not isinstance(params, GRUParams):
+        raise TypeError(
+            f"gradient_paths: params must be one GRUParams, got {type(params).__name__}; of a "
+            "stack pass each layer with its own input and tap."
+        )
     require_sequence("gradient_paths", params, xs, h0, mask, resets)
     require_float("gradient_paths", "dhs", dhs, params.w_x.dtype)
     wanted = (*xs.shape[:-1], params.w_h.shape[0])
@@ -183,21 +200,22 @@ def gradient_paths(
     return _paths(trace, dhs)
 
 
-def credit_reach(norms: Array, fraction: float = 0.01) -> Array:
+def credit_reach(norms: Array, fraction: float = 0.01, *, mask: Array | None = None) -> Array:
     """How far back credit reaches: steps from the last one to the first that gets that fraction.
 
-    The largest d with norms[T - 1 - d] >= fraction * norms[T - 1].
+    The largest d with norms[T - 1 - d] >= fraction * norms[T - 1], of norms above 0.
 
     Args:
       norms: [T, ...], |dL/dh_t| for a loss of the last state alone, from `gradient_flow`.
-      fraction: above 0.
+      fraction: a Python number above 0.
+      mask: [T, ...] bool; only real steps count, from the last of them on.
 
     Returns:
-      [...] integers from 0 to T - 1.
+      [...] integers from 0 to T - 1; 0 as well where the last step has no gradient, or NaN.
 
     Raises:
-      ValueError: there is no step, or fraction is not positive.
-      TypeError: norms is no floating array.
+      ValueError: there is no step, fraction is not positive, or a shape does not fit.
+      TypeError: norms is no floating, or mask no bool array.
 
     Cost: one pass over norms.
 
@@ -211,8 +229,12 @@ def credit_reach(norms: Array, fraction: float = 0.01) -> Array:
         )
     if not 0 < fraction < math.inf:
         raise ValueError(f"credit_reach: fraction must be positive and finite, got {fraction}.")
-    reached = norms >= jnp.asarray(fraction, norms.dtype) * norms[-1:]
-    return norms.shape[0] - 1 - jnp.argmax(reached, axis=0)
+    require_flags("credit_reach", {"mask": mask}, norms.shape, "that of norms")
+    real = jnp.ones(norms.shape, bool) if mask is None else jnp.asarray(mask)
+    behind = lax.cumsum(real.astype(jnp.int32), reverse=True) - 1  # real steps after this one
+    last = jnp.where(real & (behind == 0), norms, jnp.zeros_like(norms)).sum(axis=0)
+    enough = norms >= jnp.asarray(fraction, norms.dtype) * last[None]
+    return jnp.where(real & enough & (norms > 0) & (last > 0)[None], behind, 0).max(axis=0)
 
 
 def gate_statistics(
@@ -232,7 +254,8 @@ def gate_statistics(
 
     Saturation as Karpathy et al. 2015 (arXiv:1506.02078, section 4.2) count it: the share of the
     steps with a gate below 0.1 or above 0.9. Memory is -1 / mean log k over steps with keep
-    fractions k: along the kept state alone, what a step writes falls to 1/e in so many steps.
+    fractions k: along the kept state alone, what a step writes falls to 1/e in so many steps; inf
+    where k rounds to 1, and in float32 a thousandth off from some 10,000 steps on.
 
     Args:
       params: a `GRUParams`, a `Bidirectional`, or a sequence of them.
@@ -250,7 +273,8 @@ def gate_statistics(
       A `GateStatistics` of [H] arrays for each GRU; NaN where there is no real step.
 
     Raises:
-      ValueError: a shape does not fit, a number is not finite, or not 0 <= low < high <= 1.
+      ValueError: a shape does not fit, a number is not finite (seen outside of jit alone), or not
+        0 <= low < high <= 1.
       TypeError: as `gru_stack`.
 
     Cost: one forward pass, its gates once more in bulk, and their sums.
@@ -296,27 +320,24 @@ def gate_values(
       residual: as in `gru_stack`.
 
     Returns:
-      For each GRU a dict of "reset", "update", "candidate" and "kept", [T, ..., H] each.
+      `GateValues` for each GRU.
 
     Raises:
-      ValueError: a shape does not fit or a number is not finite.
+      ValueError: a shape does not fit or a number is not finite (seen outside of jit alone).
       TypeError: as `gru_stack`.
 
     Cost: one forward pass, and its gates once more in bulk.
 
     >>> from jaxgru import init_gru
     >>> gates = gate_values(init_gru(jax.random.key(0), 2, 3), jnp.ones((5, 2)))
-    >>> gates["reset"].shape
+    >>> gates.reset.shape
     (5, 3)
     """
     require_sequence("gate_values", params, xs, h0, mask, resets, merge, residual)
     layers = trace_layers(params, xs, h0, mask, resets, spec, merge, residual)
 
-    def named(trace):
-        r, z, n, *_ = trace.gates
-        return {"reset": r, "update": z, "candidate": n, "kept": trace.c.k}
-
-    return like_params(params, [tuple(map(named, traces)) for traces in layers])
+    values = [tuple(GateValues(*t.gates[:3], t.c.k) for t in traces) for traces in layers]
+    return like_params(params, values)
 
 
 def example_gradient_norms(
@@ -333,12 +354,14 @@ def example_gradient_norms(
 ) -> tuple[Array, Any]:
     """(loss, norms): of each example, the norm of its own gradient of every array of parameters.
 
-    No gradient of an example is formed. A weight's is sum_t x_t^T d_t, and
+    Of a weight [I, K] an example's gradient is sum_t x_t^T d_t, and
 
         |sum_t x_t^T d_t|^2 = sum_{t,s} (x_t . x_s) (d_t . d_s)
 
     (Goodfellow 2015, arXiv:1510.01799, for one step; over steps Li et al. 2022, arXiv:2110.05679,
-    section 4). The norm over all arrays is `optax.global_norm` of the result, example by example.
+    section 4). Where T^2 < I K that is what is summed, and no gradient is formed; on longer
+    sequences that of one example and array at a time is, which is then less work. For one batch
+    axis the norm over all arrays is `jax.vmap(optax.global_norm)(norms)`.
 
     Args:
       loss_fn: (h_last, ys) -> a scalar, a sum of terms that each see one example: a mean over a
@@ -356,11 +379,13 @@ def example_gradient_norms(
       The loss, and norms in the form of params: [...] in place of every array.
 
     Raises:
-      ValueError: the loss is no scalar, a shape does not fit, or a number is not finite.
+      ValueError: the loss is no scalar, a shape does not fit, or a number is not finite
+        (seen outside of jit alone).
       TypeError: the loss is no floating number, or as `gru_stack`.
 
-    Cost: a forward and a backward pass without gradients of weights, and T^2 (I + H) multiply-adds
-    for each example, one after the other, with T^2 numbers at a time.
+    Cost: a forward and a backward pass without gradients of weights; then for each example, one
+    after the other, and each weight T times the lesser of T (I + K) and I K multiply-adds, with the
+    lesser of T^2 and I K numbers at a time.
 
     >>> from jaxgru import init_gru
     >>> params, xs = init_gru(jax.random.key(0), 2, 3), jnp.ones((5, 4, 2))
@@ -395,7 +420,8 @@ def _tapped(function, loss_fn, params, xs, h0, merge, residual, options):
         results = run(tap)
         return loss_fn(*results), results
 
-    taps = init_taps(params, xs.shape[:-1])
+    like_xs = jnp.zeros_like(xs[..., :1])  # sharded as xs, and varying where it does
+    taps = jax.tree.map(lambda v: v + like_xs, init_taps(params, xs.shape[:-1]))
     require_scalar_loss(function, loss_fn, *jax.eval_shape(run, taps))
     (loss, results), grads = jax.value_and_grad(loss_of, has_aux=True)(taps)
     return loss, (results, grads)
@@ -442,7 +468,7 @@ def _statistics(trace, low, high):
 
     return GateStatistics(
         *(mean(v) for v in (r, z, trace.c.k, r < low, r > high, z < low, z > high)),
-        memory=-1 / mean(jnp.log(trace.c.k)),
+        memory=1 / jnp.abs(mean(jnp.log(trace.c.k))),
     )
 
 
@@ -467,15 +493,21 @@ def _example_norms(trace, dhs, spec):
 def _outer_square(x, d):
     """|sum_t x_t^T d_t|^2 of each example [...], from x [T, ..., I] and d [T, ..., K]."""
     lead = x.shape[1:-1]
+    short = x.shape[0] ** 2 < x.shape[-1] * d.shape[-1]
 
     def of_example(pair):
         x, d = pair
-        return jnp.vdot(matmul(x, x.T), matmul(d, d.T))
+        if short:  # may round to just below 0 where the sum cancels
+            return jnp.maximum(jnp.vdot(matmul(x, x.T), matmul(d, d.T)), 0)
+        return jnp.square(matmul(x.T, d)).sum()
 
     flat = [jnp.moveaxis(v.reshape(v.shape[0], math.prod(lead), v.shape[-1]), 0, 1) for v in (x, d)]
     return lax.map(of_example, tuple(flat)).reshape(lead)
 
 
 def _norm(v):
-    """The Euclidean norm over the last axis."""
-    return jnp.linalg.norm(v, axis=-1)
+    """The Euclidean norm over the last axis in the state dtype; tiny entries do not underflow."""
+    v = v.astype(state_dtype(v.dtype))
+    largest = jnp.abs(v).max(axis=-1, keepdims=True)
+    scale = jnp.where(largest > 0, largest, jnp.ones_like(largest))
+    return (scale * jnp.linalg.norm(v / scale, axis=-1, keepdims=True))[..., 0]

@@ -32,14 +32,14 @@ from jaxgru.cell import (
     step_vjp,
     transpose_recurrent,
 )
-from jaxgru.layers import Bidirectional, init_state
+from jaxgru.jacobians import own_slopes
+from jaxgru.layers import Bidirectional, gru_stack, init_state
 from jaxgru.parameters import CHO_2014, GRUSpec
 from jaxgru.products import blocks, state_dtype
 from jaxgru.traces import (
     as_stack,
     as_states,
     choose,
-    is_layer,
     require_scalar_loss,
     require_sequence,
     zero_where,
@@ -80,7 +80,7 @@ def rtrl(
         arXiv:2006.07232, section 3): an approximation, for a single layer without gains.
 
     Returns:
-      The loss, and its gradient in the form and dtypes of params.
+      The loss, summed in float32 for half types, and its gradient in the form and dtypes of params.
 
     Raises:
       ValueError: a layer is `Bidirectional`, which has no order of time to follow, "snap-1" is
@@ -90,7 +90,7 @@ def rtrl(
     Cost: for N parameters 2 H^2 N operations a row and step, and H N numbers a row. With "snap-1"
     and reset="after" N numbers a row, and 2 N operations beside those of a step and its transpose;
     with "before" the weights of the reset gate, each of which moves every unit at once, are
-    followed exactly, which takes a third of the exact memory.
+    followed exactly, which takes a third of the exact memory. Not under `jax.shard_map`.
 
     >>> from jaxgru import gru, init_gru
     >>> params, xs = init_gru(jax.random.key(0), 2, 3), jnp.ones((5, 4, 2))
@@ -105,9 +105,13 @@ def rtrl(
     require_choice("rtrl", "influence", influence, get_args(Influence))
     layers = jax.tree.map(jnp.asarray, tuple(as_stack(params)))
     _require_forward(layers, influence)
+    _require_run(
+        layers, xs, h0 if h0 is None else as_states(params, h0), mask, resets, spec, residual
+    )
     lead, dtype = xs.shape[1:-1], state_dtype(xs.dtype)
-    states = init_state(layers, lead) if h0 is None else tuple(as_states(params, h0))
-    states = jax.tree.map(lambda h: jnp.asarray(h).astype(dtype), states)
+    given = [None] * len(layers) if h0 is None else as_states(params, h0)
+    states = [init_state(p, lead) if h is None else h for p, h in zip(layers, given)]
+    states = tuple(jnp.asarray(h).astype(dtype) for h in states)
     for leaf in jax.tree.leaves(targets):
         shape = jnp.shape(leaf)
         if shape[:1] != xs.shape[:1]:
@@ -127,14 +131,14 @@ def rtrl(
         states, influences, y, pull = follow(layers, x, states, influences, flags, spec, residual)
         value, dy = jax.value_and_grad(loss_fn)(y.astype(xs.dtype), target)
         grads = jax.tree.map(jnp.add, grads, pull(dy.astype(dtype)))
-        return (states, influences, loss + value, grads), None
+        return (states, influences, loss + value.astype(loss.dtype), grads), None
 
     grads = jax.tree.map(lambda v: jnp.zeros_like(v, dtype=dtype), layers)
-    loss = jnp.zeros((), jax.eval_shape(loss_fn, output, first).dtype)
+    loss = jnp.zeros((), state_dtype(jax.eval_shape(loss_fn, output, first).dtype))
     carry = (states, start(layers, lead, dtype, spec), loss, grads)
     (_, _, loss, grads), _ = lax.scan(body, carry, (xs, targets, mask, resets))
     grads = jax.tree.map(lambda d, p: d.astype(p.dtype), grads, layers)
-    return loss, grads[0] if is_layer(params) else grads
+    return loss, jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(grads))
 
 
 class _Linear(NamedTuple):
@@ -238,18 +242,20 @@ def _follow_snap(layers, x, states, influences, flags, spec, _):
     h = zero_where(resets, h)
     held = jax.tree.map(lambda p: zero_where(resets, p), (own, of_r))
     x = choose(mask, x, jnp.zeros_like(x))
-    now = _linearize(params, x, h, spec)
-    itself = jnp.diagonal(now.by_state, axis1=-2, axis2=-1)
+    h_t, gates = step(cut_recurrent(params, spec), project(params, x, spec), h, spec)
+    c = coefficients(gates, h, spec)
+    itself = own_slopes(params, c)
     dp = None if of_r is None else jnp.zeros_like(h)
-    da, du = gates_vjp(now.c, jnp.ones_like(h), dp)  # I is diagonal: all its rows at once
-    immediate = _immediate(params, x, h, now.gates, da, du, spec)
+    da, du = gates_vjp(c, jnp.ones_like(h), dp)  # I is diagonal: all its rows at once
+    immediate = _immediate(params, x, h, gates, da, du, spec)
     own = jax.tree.map(lambda p, i: _by_unit(itself, p) + i, held[0], immediate)
     if of_r is not None:
+        now = _linearize(params, x, h, spec)
         immediate = _immediate(params, x, h, now.gates, now.da, now.du, spec)
         moved = _times(now.by_state, held[1])
         of_r = jax.tree.map(lambda p, i: p + blocks(i)[0], moved, immediate)
     own, of_r = jax.tree.map(lambda a, b: choose(mask, a, b), (own, of_r), held)
-    h = choose(mask, now.h, h)
+    h = choose(mask, h_t, h)
 
     def pull(dy):
         def of_leaf(p):
@@ -298,3 +304,13 @@ def _require_forward(layers, influence):
             f"rtrl: params must be one layer without gains for influence='snap-1', got {found}: "
             "there every parameter moves many units at once; use influence='exact'."
         )
+
+
+def _require_run(layers, xs, h0, mask, resets, spec, residual):
+    """The errors of `gru_stack`, by tracing it."""
+
+    def run(layers, xs, h0, mask, resets):
+        options = {"mask": mask, "resets": resets, "spec": spec, "residual": residual}
+        return gru_stack(layers, xs, h0, **options)
+
+    jax.eval_shape(run, layers, xs, h0, mask, resets)

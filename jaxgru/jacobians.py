@@ -18,7 +18,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxgru.arguments import require_float
-from jaxgru.cell import coefficients, cut_recurrent, gru_cell, project, step, step_drive
+from jaxgru.cell import (
+    Coefficients,
+    coefficients,
+    cut_recurrent,
+    gru_cell,
+    project,
+    step,
+    step_drive,
+)
 from jaxgru.layers import Bidirectional
 from jaxgru.masks import require_flags
 from jaxgru.parameters import CHO_2014, GRUParams, GRUSpec
@@ -88,9 +96,13 @@ def step_jacobian_diagonal(
     trace = _trace_step(params, x, h, spec)
     if params.g_h is not None:
         return jnp.diagonal(_state_map(trace), axis1=-2, axis2=-1)
-    c, dtype = trace.c, trace.h_tm1.dtype
-    w_r, w_z, w_n = (w.astype(dtype) for w in blocks(trace.params.w_h))
-    own_r, own_z, own_n = (like_row(jnp.diagonal(w), trace.h_tm1) for w in (w_r, w_z, w_n))
+    return own_slopes(trace.params, trace.c)
+
+
+def own_slopes(params: GRUParams, c: Coefficients) -> Array:
+    """`step_jacobian_diagonal` without gains, from a step's coefficients."""
+    w_r, w_z, w_n = (w.astype(c.k.dtype) for w in blocks(params.w_h))
+    own_r, own_z, own_n = (like_row(jnp.diagonal(w), c.k) for w in (w_r, w_z, w_n))
     if c.reset is None:
         c_r, c_z, c_q = jnp.unstack(c.slopes[0], axis=-2)
         return c.k + own_z * c_z + own_r * c_r + own_n * c_q
@@ -184,7 +196,7 @@ def sequence_jacobians(
 
     Raises:
       ValueError: a layer is `Bidirectional`, whose steps have no common order; shapes do not fit,
-        or a number is not finite.
+        or a number is not finite (seen outside of jit alone).
       TypeError: as `gru_stack`.
 
     Cost: that of `gru` and, for every step, of `step_jacobian`; T B S^2 numbers are made at once.
@@ -258,6 +270,7 @@ def singular_values(jacobians: Array) -> Array:
     [2.0, 0.5]
     """
     _require_jacobians("singular_values", jacobians, least=2)
+    jacobians = jacobians.astype(state_dtype(jacobians.dtype))
     return _decompose(lambda j: jnp.linalg.svd(j, compute_uv=False), jacobians)
 
 
@@ -288,6 +301,7 @@ def lyapunov_exponents(jacobians: Array, mask: Array | None = None) -> Array:
     [0.0, -0.6931]
     """
     _require_jacobians("lyapunov_exponents", jacobians)
+    jacobians = jacobians.astype(state_dtype(jacobians.dtype))
     lead = jacobians.shape[:-2]
     require_flags("lyapunov_exponents", {"mask": mask}, lead, "jacobians without its last two axes")
     count = jnp.ones(lead, bool) if mask is None else jnp.asarray(mask)
@@ -295,7 +309,7 @@ def lyapunov_exponents(jacobians: Array, mask: Array | None = None) -> Array:
     def body(carry, inputs):
         q, total = carry
         jacobian, real = inputs
-        q_t, r_t = _decompose(jnp.linalg.qr, jnp.matmul(jacobian, q))
+        q_t, r_t = _decompose(lambda j: jnp.linalg.qr(j), jnp.matmul(jacobian, q))
         growth = jnp.log(jnp.abs(jnp.diagonal(r_t, axis1=-2, axis2=-1)))
         q = jnp.where(real[..., None, None], q_t, q)
         return (q, total + jnp.where(real[..., None], growth, jnp.zeros_like(growth))), None
@@ -313,11 +327,11 @@ def _decompose(decomposition, matrices):
     in one program, such as singular values beside exponents, can wait for each other for ever: seen
     with jaxlib 0.10.2 on two cores.
     """
-    lead = matrices.shape[:-2]
+    lead, of_one = matrices.shape[:-2], jax.custom_batching.sequential_vmap(decomposition)
 
     def one_by_one(matrices):
         flat = matrices.reshape(math.prod(lead), *matrices.shape[-2:])
-        parts = lax.map(decomposition, flat)
+        parts = lax.map(of_one, flat)
         return jax.tree.map(lambda v: v.reshape(*lead, *v.shape[1:]), parts)
 
     return lax.platform_dependent(matrices, cpu=one_by_one, default=decomposition)
@@ -377,9 +391,9 @@ def _input_map(trace, spec):
 
 
 def _identities(jacobians):
-    """[..., H, H]: an identity for every sequence, sharded as the Jacobians are."""
+    """[..., H, H]: an identity for every sequence, made from the Jacobians: sharded as they are."""
     identity = jnp.eye(jacobians.shape[-1], dtype=jacobians.dtype)
-    zeros = jnp.zeros_like(jacobians, shape=jacobians.shape[1:])
+    zeros = jnp.zeros_like(jacobians.sum(axis=0))
     return zeros + identity.reshape((1,) * (zeros.ndim - 2) + identity.shape)
 
 

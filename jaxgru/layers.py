@@ -138,6 +138,8 @@ def init_taps(params: Any, lead_shape: Sequence[int]) -> Any:
     Returns:
       A `Tap` of xs [*lead_shape, I] and hs [*lead_shape, H] in the parameters' dtype; a pair of
       those for a `Bidirectional`, a tuple with one entry a layer for a stack. Pass it on as `tap`.
+      Where xs is sharded, add zeros made from xs (`jnp.zeros_like(xs[..., :1])`) to every array, so
+      that the taps are sharded as it is: inside `jax.shard_map` JAX would sum them over the mesh.
 
     Raises:
       TypeError: params is none of the three, or lead_shape no sequence.
@@ -149,7 +151,10 @@ def init_taps(params: Any, lead_shape: Sequence[int]) -> Any:
     ([1.0, 1.0, 1.0], (5, 2))
     """
     if not isinstance(lead_shape, Sequence):
-        raise TypeError(f"init_taps: lead_shape must be a sequence, got {lead_shape!r}.")
+        raise TypeError(
+            "init_taps: lead_shape must be a sequence of sizes, xs.shape[:-1], got "
+            f"{_count(lead_shape)}."
+        )
     if isinstance(params, GRUParams):
         sizes = (params.w_x.shape[0], params.w_h.shape[0])
         return Tap(*(jnp.zeros((*lead_shape, size), params.w_x.dtype) for size in sizes))
@@ -541,8 +546,14 @@ def _require_taps(params, tap):
     """ValueError of `gru_stack` for a tap that has not the form of its layers."""
     if tap is None:
         return
-    if isinstance(tap, Tap) or not isinstance(tap, list | tuple) or len(tap) != len(params):
-        found = "one Tap" if isinstance(tap, Tap) else _count(tap)
+    wrong = isinstance(tap, Tap) or not isinstance(tap, list | tuple) or len(tap) != len(params)
+    found = "one Tap" if isinstance(tap, Tap) else _count(tap)
+    for number, (layer, taps) in enumerate(() if wrong else zip(params, tap)):
+        several = isinstance(layer, Bidirectional)
+        for one in taps if several and isinstance(taps, list | tuple) else [taps]:
+            if one is not None and not isinstance(one, Tap):
+                wrong, found = True, f"{type(one).__name__} for layer {number}"
+    if wrong:
         raise ValueError(
             f"gru_stack: tap must be a sequence of {len(params)} taps, one for each layer, got "
             f"{found}; init_taps(params, lead_shape) has the form."
@@ -551,10 +562,11 @@ def _require_taps(params, tap):
 
 def _require_pair(function, argument, pair, noun="states"):
     """ValueError unless it is None or a pair."""
-    if pair is not None and (not isinstance(pair, list | tuple) or len(pair) != 2):
+    single = isinstance(pair, Tap) or not isinstance(pair, list | tuple) or len(pair) != 2
+    if pair is not None and single:
+        found = "one Tap" if isinstance(pair, Tap) else _count(pair)
         raise ValueError(
-            f"{function}: {argument} must be a pair of {noun}, forward and backward, got "
-            f"{_count(pair)}."
+            f"{function}: {argument} must be a pair of {noun}, forward and backward, got {found}."
         )
 
 

@@ -164,7 +164,7 @@ def gru(
     12CBH, with redone gates 16CBH. "boundaries" does not keep hs either: it is free to go
     where only h_last is used. Gains add 3T(BH + B) to "gates", and the product
     x w_x is made again in the backward. "bptt" keeps zoneout's key alone and draws its masks again;
-    recurrent dropout keeps BH.
+    recurrent dropout keeps BH. A tap costs its own size and that of its gradient, TB(I + H) each.
 
     Sources: Cho et al. 2014 (arXiv:1406.1078), eqs. 5-8, and Chung et al. 2014 (arXiv:1412.3555),
     section 3.2, for the forward equations; Gal and Ghahramani 2016 (arXiv:1512.05287), eq. 7, for
@@ -534,7 +534,9 @@ def _require_tap(tap, params, xs, axis):
     if tap is None:
         return None, None
     if not isinstance(tap, Tap):
-        raise TypeError(f"gru: tap must be a Tap, got {type(tap).__name__}; see init_taps.")
+        raise TypeError(
+            f"gru: tap must be a Tap of two arrays, got {type(tap).__name__}; init_taps makes one."
+        )
     lead = jnp.moveaxis(xs, 0, axis).shape[:-1]
     sizes = {"xs": params.w_x.shape[0], "hs": params.w_h.shape[0]}
     for (name, size), value in zip(sizes.items(), tap):
@@ -543,6 +545,7 @@ def _require_tap(tap, params, xs, axis):
         require_float("gru", f"tap.{name}", value, params.w_x.dtype)
         if value.shape != (*lead, size):
             raise ValueError(
-                f"gru: tap.{name} must have shape {(*lead, size)} (as {name}), got {value.shape}."
+                f"gru: tap.{name} must have shape {(*lead, size)} (as {name}), got {value.shape}; "
+                "init_taps(params, xs.shape[:-1]) makes it."
             )
     return tuple(None if v is None else jnp.moveaxis(v, axis, 0) for v in tap)

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jaxgru.arguments import is_traced, require_float
+from jaxgru.arguments import is_traced
 from jaxgru.cell import Coefficients, Gates, Recurrent, coefficients, cut_recurrent, project, step
+from jaxgru.comparison import named_leaves, non_finite_entries
 from jaxgru.layers import (
     Bidirectional,
     Merge,
@@ -52,7 +52,8 @@ def trace_gru(
     reverse: bool = False,
 ) -> tuple[tuple[Array, Array], Trace]:
     """(h_last, hs) of `gru`, and the trace of its steps; time is the leading axis."""
-    h_last, hs = gru(params, xs, h0, mask=mask, resets=resets, spec=spec, reverse=reverse)
+    options: Any = {"mask": mask, "resets": resets, "spec": spec, "reverse": reverse}
+    h_last, hs = gru(params, xs, h0, gradient="tangent", **options)  # differentiable in every mode
     params = jax.tree.map(jnp.asarray, params)
     mask, resets = (
         None if flags is None else jnp.asarray(flags)[..., None] for flags in (mask, resets)
@@ -153,24 +154,26 @@ def require_scalar_loss(function: str, loss_fn: Callable[..., Any], *args: Any) 
             f"{function}: loss_fn must return a scalar, got shape {found.shape}; take its sum or "
             "mean."
         )
-    require_float(function, "the loss", found)
-
-
-def require_finite(
-    function: str, name: str, value: Array | None, mask: Array | None = None
-) -> None:
-    """ValueError if a value that is known and counts is NaN or infinite."""
-    if value is None or any(is_traced(v) for v in (value, mask)):
-        return
-    bad = ~np.isfinite(np.asarray(value).astype(np.float64))
-    if mask is not None:
-        bad &= np.asarray(mask)[..., None]
-    if bad.any():
-        index = tuple(int(i) for i in np.argwhere(bad)[0])
-        raise ValueError(
-            f"{function}: {name} must be finite, got {np.asarray(value)[index]} at {list(index)}; "
-            "mask such steps or replace the entry."
+    if not jnp.issubdtype(found.dtype, jnp.floating):
+        raise TypeError(
+            f"{function}: loss_fn must return a floating number, got dtype {found.dtype}, which "
+            "has no gradient; cast it with .astype before what makes it integral."
         )
+
+
+def require_finite(function: str, subject: str, tree: Any, mask: Array | None = None) -> None:
+    """ValueError if a number that is known, and not masked, is NaN or infinite."""
+    leaves = jax.tree.leaves((tree, mask))
+    if any(is_traced(leaf) for leaf in leaves):
+        return
+    with jax.ensure_compile_time_eval():
+        if mask is not None:
+            tree = jnp.where(jnp.asarray(mask)[..., None], tree, jnp.zeros_like(tree))
+        if all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(tree)):
+            return
+    found = ", ".join(non_finite_entries(named_leaves(subject, tree)))
+    cure = "mask such steps or replace the entry" if subject == "xs" else "replace the entry"
+    raise ValueError(f"{function}: {subject} must be finite, got {found}; {cure}.")
 
 
 def require_sequence(
@@ -189,5 +192,5 @@ def require_sequence(
     require_states(function, layers, None if h0 is None else as_states(params, h0))
     require_flags(function, {"mask": mask, "resets": resets}, xs.shape[:-1])
     require_finite(function, "xs", xs, mask)
-    for leaf in jax.tree.leaves((params, h0)):
-        require_finite(function, "params and h0", leaf)
+    require_finite(function, "params", params)
+    require_finite(function, "h0", h0)

@@ -1,6 +1,7 @@
 """Observers beyond the agreement table: forms, transformations, known values, and errors."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -228,6 +229,10 @@ def test_half_precision_observes_in_float32_and_returns_gradients_in_half():
 def test_lyapunov_exponents_of_a_rotation_that_shrinks_and_of_skipped_steps(x64):
     angle = 0.3
     turn = jnp.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    slant = jnp.array([[0.5, 0.0], [0.0, 2.0]])
+    alone = jaxgru.lyapunov_exponents(jnp.stack([slant] * 3))
+    mixed = jnp.stack([slant, turn, slant, turn, slant])  # not skipped, turn would change the frame
+    assert_close(jaxgru.lyapunov_exponents(mixed, jnp.arange(5) % 2 == 0), alone, 1e-13)
     jacobians = jnp.stack([0.9 * turn, 100 * turn] * 50)
     mask = jnp.array([True, False] * 50)
     assert_close(jaxgru.lyapunov_exponents(jacobians, mask), jnp.full(2, np.log(0.9)), 1e-13)
@@ -243,7 +248,7 @@ def test_statistics_are_numpys_over_real_steps(x64):
         problem.params, problem.xs, problem.h0, low=0.4, high=0.6, **options
     )
     real = np.asarray(problem.mask)
-    r, z, k = (np.asarray(gates[name])[real] for name in ("reset", "update", "kept"))
+    r, z, k = (np.asarray(v)[real] for v in (gates.reset, gates.update, gates.kept))
     np.testing.assert_allclose(k, 1 - z, rtol=1e-14)
     wanted = (
         r.mean(0), z.mean(0), k.mean(0), (r < 0.4).mean(0), (r > 0.6).mean(0),
@@ -257,6 +262,110 @@ def test_credit_reach_counts_from_the_end_row_by_row():
     norms = jnp.array([[0.0, 5.0], [0.2, 0.0], [0.0, 0.0], [1.0, 1.0]])
     assert jaxgru.credit_reach(norms, 0.1).tolist() == [2, 3]
     assert jaxgru.credit_reach(norms, 0.5).tolist() == [0, 3]
+    real = jnp.array([[True, True], [True, True], [True, False], [False, False]])
+    assert jaxgru.credit_reach(norms + 0.05, 0.9, mask=real).tolist() == [2, 1]
+    for dead in (0.0, jnp.nan):
+        assert jaxgru.credit_reach(norms.at[3].set(dead), 0.1).tolist() == [0, 0]
+
+
+def test_bound_is_its_formula_in_gates_and_spectral_norms(x64):
+    problem = make_problem(12)
+    x, h = problem.xs[0], problem.h0
+    u_r, u_z, u_n = np.split(np.asarray(problem.params.w_h), 3, axis=-1)
+    norm_r, norm_z, norm_n = (np.linalg.norm(u, 2) for u in (u_r, u_z, u_n))
+    b_n = np.asarray(problem.params.b_h)[6:]
+    for spec in (GRUSpec("before", "write"), GRUSpec("after", "keep")):
+        gates = jaxgru.gate_values(problem.params, x[None], h, spec=spec)
+        r, z, n, k = (np.asarray(v[0]) for v in gates)
+        k_z, k_a = np.abs(np.asarray(h) - n) * z * (1 - z), (1 - k) * (1 - n**2)
+        largest = [np.abs(v).max(axis=-1) for v in (k, k_z, k_a, r)]
+        wanted = largest[0] + largest[1] * norm_z
+        if spec.reset == "before":
+            k_r = np.abs(np.asarray(h) * r * (1 - r)).max(axis=-1)
+            wanted += largest[2] * norm_n * (largest[3] + k_r * norm_r)
+        else:
+            k_r = np.abs(k_a * (np.asarray(h) @ u_n + b_n) * r * (1 - r)).max(axis=-1)
+            wanted += k_r * norm_r + np.abs(k_a * r).max(axis=-1) * norm_n
+        got = jaxgru.step_jacobian_bound(problem.params, x, h, spec=spec)
+        assert_close(got, wanted, 1e-13)
+
+
+def test_norms_of_gradients_that_cancel_or_are_tiny_keep_their_digits():
+    """The sum over steps of what one step takes back: a Gram matrix would round below 0."""
+    problem = make_problem(13, steps=20, batch=(12,), dtype=jnp.float32)
+    xs = jnp.ones_like(problem.xs)
+    weights = problem.cotangents[1] - problem.cotangents[1].mean(axis=0, keepdims=True)
+    params = problem.params._replace(w_h=0 * problem.params.w_h, b_h=None)
+
+    def loss(h_last, hs):
+        return 1e-25 * (hs * weights).sum()
+
+    _, norms = jaxgru.example_gradient_norms(loss, params, xs)
+    assert all(jnp.isfinite(v).all() for v in jax.tree.leaves(norms))
+    _, flow = jaxgru.gradient_flow(loss, params, xs)
+    assert (flow.states > 1e-26).all() and (flow.inputs > 1e-28).all()
+    half = jax.tree.map(lambda v: v.astype(jnp.float16), (params, xs))
+    _, flow = jaxgru.gradient_flow(lambda h, hs: (1e-3 * hs.astype(jnp.float32)).sum(), *half)
+    assert flow.states.dtype == jnp.float32 and (flow.states > 1e-4).all()
+
+
+def test_residual_and_merged_stacks_are_seen_as_gru_stack_runs_them(x64):
+    problem = make_problem(14)
+    options = options_of(problem, PYTORCH)
+    layers = jaxgru.init_stack(jax.random.key(3), 2, 3, 3, scheme="pytorch", dtype=jnp.float64)
+
+    def states(h, t, layers):
+        per_layer = tuple(jnp.split(h, 3, axis=-1))
+        flags = {"mask": problem.mask[t], "resets": problem.resets[t], "spec": PYTORCH}
+        h, _ = jaxgru.gru_stack_cell(layers, problem.xs[t], per_layer, residual=True, **flags)
+        return jnp.concatenate(h, axis=-1)
+
+    first = {"mask": problem.mask[:3], "resets": problem.resets[:3], "spec": PYTORCH}
+    h = jnp.concatenate(jaxgru.gru_stack(layers, problem.xs[:3], residual=True, **first)[0], -1)
+    whole = jax.jit(jax.jacrev(states), static_argnums=1)(h, 3, layers)
+    wanted = jnp.stack([whole[b, :, b] for b in range(3)])
+    got = jaxgru.sequence_jacobians(layers, problem.xs, residual=True, **options)
+    assert_close(got[3], wanted, 1e-12)
+
+    pairs = jaxgru.init_stack(
+        jax.random.key(4), 2, 3, 3, bidirectional=True, merge="sum", dtype=jnp.float64
+    )
+    merged = {"merge": "sum", "residual": True, **options}
+
+    def plain(tap):
+        return squares(*jaxgru.gru_stack(pairs, problem.xs, tap=tap, **merged))
+
+    wanted = jax.jit(jax.grad(plain))(jaxgru.init_taps(pairs, problem.mask.shape))
+    _, flow = jax.jit(lambda p: jaxgru.gradient_flow(squares, p, problem.xs, **merged))(pairs)
+    for layer, taps in zip(flow, wanted):
+        for direction, tap in zip(layer, taps):
+            assert_close(direction.states, jnp.linalg.norm(tap.hs, axis=-1), 1e-12)
+    # What a path says needs the layer's own input: in the top layer, of all layers below.
+    top = jaxgru.gru_stack(pairs[:2], problem.xs, **merged)[1]
+    paths = jaxgru.gradient_paths(pairs[2].forward, top, wanted[2][0].hs, **options)
+    got = flow[2].forward.paths
+    assert_close(got, jax.tree.map(lambda v: jnp.linalg.norm(v, axis=-1), paths), 1e-12)
+
+
+def test_flow_of_a_batch_that_is_sharded_is_that_of_the_whole():
+    problem = make_problem(15, batch=(4,), dtype=jnp.float32)
+    mesh = jax.make_mesh((2,), ("b",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def observe(params, xs):
+        flow = jaxgru.gradient_flow(squares, params, xs)[1]
+        return flow, jaxgru.example_gradient_norms(squares, params, xs)[1].w_h[None]
+
+    batch = jax.P(None, "b")
+    shards = jax.shard_map(observe, mesh=mesh, in_specs=(jax.P(), batch), out_specs=batch)
+    whole = observe(problem.params, problem.xs)
+    assert_close(jax.jit(shards)(problem.params, problem.xs), whole, 1e-5)
+
+
+def test_rtrl_sums_a_half_precision_loss_in_float32_and_keeps_a_list_a_list():
+    params = jax.tree.map(lambda v: v.astype(jnp.bfloat16), PARAMS)
+    xs = jnp.ones((400, 1, 2), jnp.bfloat16)
+    loss, grads = jaxgru.rtrl(lambda y, t: 1 + 0 * y.sum(), [params], xs, xs)
+    assert loss == 400 and isinstance(grads, list)
 
 
 def test_rtrl_knows_the_gradient_of_a_prefix_and_forgets_at_a_reset(x64):
@@ -291,15 +400,15 @@ EYES = jnp.stack([jnp.eye(3)] * 2)
          lambda: jaxgru.gradient_flow(lambda h, ys: ys, PARAMS, XS)),
         (TypeError, "gradient_flow: loss_fn must return one scalar, got tuple; return the loss",
          lambda: jaxgru.gradient_flow(lambda h, ys: (ys.sum(), 1), PARAMS, XS)),
-        (TypeError, "the loss must be a floating array, got dtype int32",
+        (TypeError, "gradient_flow: loss_fn must return a floating number, got dtype int32",
          lambda: jaxgru.gradient_flow(lambda h, ys: (ys > 0).sum(), PARAMS, XS)),
         (TypeError, "example_gradient_norms: loss_fn must be callable, got int",
          lambda: jaxgru.example_gradient_norms(3, PARAMS, XS)),
         (TypeError, "gradient_flow: xs must be a floating array, got dtype int32; cast it",
          lambda: jaxgru.gradient_flow(squares, PARAMS, jnp.ones((5, 4, 2), int))),
-        (ValueError, r"gate_statistics: xs must be finite, got nan at \[1, 2, 0\]; mask such steps",
+        (ValueError, r"gate_statistics: xs must be finite, got xs\[1, 2, 0\] = nan; mask such",
          lambda: jaxgru.gate_statistics(PARAMS, XS.at[1, 2, 0].set(jnp.nan))),
-        (ValueError, "gate_values: params and h0 must be finite, got inf",
+        (ValueError, r"gate_values: params must be finite, got params.w_h\[0, 0\] = -?inf; replace",
          lambda: jaxgru.gate_values(PARAMS._replace(w_h=PARAMS.w_h / 0), XS)),
         (ValueError, "rtrl: params must hold layers of one direction, got a Bidirectional",
          lambda: jaxgru.rtrl(squares, PAIR, XS, XS)),
@@ -318,6 +427,16 @@ EYES = jnp.stack([jnp.eye(3)] * 2)
          lambda: jaxgru.sequence_jacobians(PAIR, XS)),
         (TypeError, "gate_values: params must be a sequence of layers",
          lambda: jaxgru.gate_values("layers", XS)),
+        (ValueError, r"gru: h0 must have shape \(4, 3\)|h0\[0\] must have shape",
+         lambda: jaxgru.rtrl(squares, PARAMS, XS, XS, jnp.ones((7, 3)))),
+        (TypeError, "h0 must have the dtype of params.w_x, float32, got float16",
+         lambda: jaxgru.rtrl(squares, PARAMS, XS, XS, jnp.ones((4, 3), jnp.float16))),
+        (TypeError, "gradient_paths: params must be one GRUParams, got tuple; of a stack",
+         lambda: jaxgru.gradient_paths(LAYERS, XS, XS)),
+        (ValueError, "gru_bidirectional: tap must be a pair of taps, forward and backward, got one",
+         lambda: jaxgru.gru_bidirectional(PAIR, XS, tap=jaxgru.init_taps(PARAMS, (5, 4)))),
+        (ValueError, "one for each layer, got str for layer 0; init_taps",
+         lambda: jaxgru.gru_stack((PARAMS,), XS, tap=["a"])),
         (ValueError, r"gradient_paths: dhs must have shape \(5, 4, 3\), got \(5, 4, 2\)",
          lambda: jaxgru.gradient_paths(PARAMS, XS, XS)),
         (ValueError, r"gate_statistics: low and high must satisfy .* got 0.9, 0.1",
@@ -334,7 +453,7 @@ EYES = jnp.stack([jnp.eye(3)] * 2)
          lambda: jaxgru.lyapunov_exponents(EYES, jnp.ones(2))),
         (ValueError, r"gru_cell: h must have shape \(4, 3\)",
          lambda: jaxgru.step_jacobian(PARAMS, XS[0], XS[0])),
-        (TypeError, "gru: tap must be a Tap, got ndarray|gru: tap must be a Tap, got ArrayImpl",
+        (TypeError, "gru: tap must be a Tap of two arrays, got ArrayImpl; init_taps makes one",
          lambda: jaxgru.gru(PARAMS, XS, tap=XS)),
         (ValueError, r"gru: tap.hs must have shape \(5, 4, 3\) \(as hs\), got \(5, 4, 2\)",
          lambda: jaxgru.gru(PARAMS, XS, tap=Tap(None, XS))),
@@ -342,7 +461,7 @@ EYES = jnp.stack([jnp.eye(3)] * 2)
          lambda: jaxgru.gru_stack((PARAMS,), XS, tap=jaxgru.init_taps(PARAMS, (5, 4)))),
         (ValueError, "gru_bidirectional: tap must be a pair of taps",
          lambda: jaxgru.gru_bidirectional(PAIR, XS, tap=[1])),
-        (TypeError, "init_taps: lead_shape must be a sequence, got 5",
+        (TypeError, r"init_taps: lead_shape must be a sequence of sizes, xs.shape\[:-1\], got int",
          lambda: jaxgru.init_taps(PARAMS, 5)),
         (TypeError, "gru_stack_cell: tap must be left out",
          lambda: jaxgru.gru_stack_cell((PARAMS,), XS[0], (jnp.ones((4, 3)),), tap=None)),
@@ -357,3 +476,19 @@ def test_nan_on_masked_steps_is_legal():
     mask = jnp.ones((5, 4), bool).at[2, 1].set(False)
     got = jaxgru.gate_statistics(PARAMS, XS.at[2, 1].set(jnp.nan), mask=mask)
     assert jnp.isfinite(jnp.stack(got)).all()
+
+
+def test_decompositions_of_a_batch_are_made_one_by_one_on_a_cpu():
+    """Two batched ones in a program can wait for each other's threads for ever."""
+    jacobians = jnp.ones((5, 4, 3, 3))
+
+    def observe(jacobians):
+        return jaxgru.singular_values(jacobians), jaxgru.lyapunov_exponents(jacobians)
+
+    text = jax.jit(observe).lower(jacobians).compile().as_text()
+    text += jax.jit(jax.vmap(observe, 2, 2)).lower(jacobians[:, :, None]).compile().as_text()
+    calls = [line for line in text.splitlines() if 'custom_call_target="lapack' in line]
+    assert len(calls) >= 4
+    for call in calls:
+        shapes = re.findall(r"f32\[([\d,]*)\]", call.split("metadata=")[0])
+        assert all(not shape.startswith(("20,", "4,", "5,")) for shape in shapes), call

@@ -59,12 +59,12 @@ def test_cases_tend_to_their_limits_and_the_printed_jacobian_is_wrong_in_between
 def test_printed_jacobian_is_autodiffs_with_gates_held_fixed(x64):
     params = jaxgru.init_gru(jax.random.key(0), 2, 3, scheme="pytorch", dtype=jnp.float64)
     x, h = jax.random.normal(jax.random.key(1), (2,), jnp.float64), jnp.array([0.3, -0.5, 0.8])
-    gates = {k: v[0] for k, v in jaxgru.gate_values(params, x[None], h).items()}
+    gates = jax.tree.map(lambda v: v[0], jaxgru.gate_values(params, x[None], h))
     w_n, b_n = params.w_h[:, 6:], (params.b_x + params.b_h)[6:]
 
     def frozen(h):
-        n = jnp.tanh(x @ params.w_x[:, 6:] + (gates["reset"] * h) @ w_n + b_n)
-        return gates["kept"] * h + (1 - gates["kept"]) * n
+        n = jnp.tanh(x @ params.w_x[:, 6:] + (gates.reset * h) @ w_n + b_n)
+        return gates.kept * h + (1 - gates.kept) * n
 
     wanted = jax.jacrev(frozen)(h)
     np.testing.assert_allclose(observe.printed_jacobian(params, gates), wanted, atol=1e-14)
@@ -107,11 +107,11 @@ def test_saved_character_model_is_looked_at_before_and_after(tmp_path, model_run
     record = found["models"]["GRU"]
     assert record["before"]["credit"] != record["after"]["credit"]
     assert record["after"]["printed_error"] is None  # the article's Jacobian is of reset before
-    assert "character model, pytorch" in found["title"]
+    assert "character model (reset after, update keep)" in found["title"]
     assert (out / "gradient_flow.png").exists()
 
     assert gradient_flow.main(["--run", str(tmp_path), "--out", str(tmp_path / "x")]) == 2
-    assert "No such file" in capsys.readouterr().err
+    assert "is no run folder of char_lm: it has no" in capsys.readouterr().err
     long = [*command[:2], "--num-steps", "5000", "--out", str(tmp_path / "y")]
     assert gradient_flow.main(long) == 2
     assert "lower --num-steps" in capsys.readouterr().err and not (tmp_path / "y").exists()

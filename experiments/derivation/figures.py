@@ -102,8 +102,9 @@ def plot_errata(path, groups):
         axes.axvline(EXACT, color="tab:blue", linestyle=":", linewidth=1)
         axes.axvline(WRONG, color="tab:red", linestyle=":", linewidth=1)
         axes.grid(alpha=0.25)
+        axes.tick_params(labelbottom=True, labeltop=True)
     panels[-1].set_xlabel(
-        "largest relative error against autodiff, float64; at the left edge exactly equal, "
+        "largest relative error against autodiff, float64 but where said; at the left edge exactly equal, "
         "at the right edge not a number or not computable"
     )
     axes = panels[0]

@@ -166,7 +166,8 @@ def forward_rows(generator, weights, x, h, sides):
     """(1)-(14): the two readings, sizes, and what r = 0 leaves of the state."""
     w = weights["W"]
     yield Row("(1), (2)", "W^T x + b, then W x + b", "NOTATION", relative_error(w.T @ x, w @ x),
-              "one convention, W := W^T", relative_error(w.T.T @ x, w @ x))  # fmt: skip
+              "one convention: W := W^T",
+              relative_error(np.einsum("ji,i->j", w, x), w @ x))  # fmt: skip
     matrix, index = (side.v for side in sides)
     for place, name, products in (
         ("(5), (6)", "z", (("Wz", "x"), ("Uz", "h"))),
@@ -431,7 +432,7 @@ def state_jacobian(v):
 
 
 def parenthesis_rows(side):
-    """(30), (46), (47), (50): the print closes a bracket that it never opened."""
+    """(30), (33), (46), (47), (50): the print closes a bracket that it never opened."""
     v, ones = side.v, np.ones(SIZE)
     vz, ut = "((hc - h) * dz)", "(U.T @ (z * dt))"
     for place, printed, fixed, want in (

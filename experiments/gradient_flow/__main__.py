@@ -39,7 +39,7 @@ SMOKE = {
     "hidden_size": 8,
     "batch_size": 8,
 }
-TEST_BATCH = 32
+MOST_SEQUENCES, MOST_NUMBERS = 32, 1 << 28  # of all Jacobians together: 1 GB of float32
 
 
 def parse_args(argv):
@@ -129,7 +129,8 @@ def train_tasks(args, run, text):
             *networks, records = memory_tasks.train_model(
                 args, task, args.num_steps, model, num_updates, seed, keep
             )
-            xs, targets = task.draw(np.random.default_rng([*seed, 1]), args.num_steps, TEST_BATCH)
+            count = count_sequences(args.num_steps, args.hidden_size)
+            xs, targets = task.draw(np.random.default_rng([*seed, 1]), args.num_steps, count)
             loss_fn = LastLoss(task, targets[-1:])
             seen = [observe.observe(as_network(params), xs, loss_fn) for params in networks]
             found[name]["models"][model] = {
@@ -137,6 +138,16 @@ def train_tasks(args, run, text):
                 "before": seen[0], "after": seen[1],
             }  # fmt: skip
     return found
+
+
+def count_sequences(num_steps, hidden_size):
+    """How many sequences are looked at: as many as memory allows for their Jacobians."""
+    count = min(MOST_SEQUENCES, MOST_NUMBERS // (num_steps * hidden_size**2))
+    if count < 1:
+        raise data.DataError(
+            f"{num_steps} Jacobians of size {hidden_size} take more than 1 GB; lower --num-steps"
+        )
+    return count
 
 
 TITLES = {"adding": "adding problem", "text": "next character of a text"}
@@ -193,7 +204,8 @@ def inspect_run(args):
             f"the held-out tenth of the text of {folder} has {len(tokens)} characters, fewer than "
             f"the {args.num_steps + 1} of a sequence; lower --num-steps"
         )
-    starts = np.random.default_rng(args.seed).integers(0, len(tokens) - args.num_steps, TEST_BATCH)
+    count = count_sequences(args.num_steps, trained.hidden_size)
+    starts = np.random.default_rng(args.seed).integers(0, len(tokens) - args.num_steps, count)
     passages = np.stack([tokens[s : s + args.num_steps + 1] for s in starts], axis=1)
     key, _ = jax.random.split(jax.random.key(trained.seed))
     before = char_lm.init_params(trained, key, len(vocabulary))
@@ -209,7 +221,12 @@ def inspect_run(args):
     loss = jaxgru.token_loss(params, tokens, targets, spec=spec)[0]
     record = {"test_loss": float(loss), "baseline": math.log(len(vocabulary))}
     record |= {"before": seen[0], "after": seen[1]}
-    return {"run": {"title": f"character model, {trained.spec}", "models": {"GRU": record}}}
+    return {
+        "run": {
+            "title": f"character model (reset {spec.reset}, update {spec.update})",
+            "models": {"GRU": record},
+        }
+    }
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def _look_gru(arrays, xs, static):
     seen = {
         "credit": flow.states,
         "paths": flow.paths._asdict(),
-        "gates": {name: gates[name] for name in ("reset", "kept")},
+        "gates": {"reset": gates.reset, "kept": gates.kept},
         "statistics": jaxgru.gate_statistics(params, xs, spec=spec),
     }
     if spec.reset == "before" and spec.activation == "tanh":
@@ -116,12 +116,12 @@ def _spectra(jacobians):
     }
 
 
-def printed_jacobian(params: jaxgru.GRUParams, gates: dict[str, jax.Array]) -> jax.Array:
+def printed_jacobian(params: jaxgru.GRUParams, gates: jaxgru.GateValues) -> jax.Array:
     """dh_t/dh_{t-1} without the paths through the gates, as "Gated Recurrent Unit Networks" has it.
 
     diag(k) + diag((1 - k) (1 - n^2)) w_hn^T diag(r),    for reset="before" and tanh
     """
-    k, r, n = gates["kept"], gates["reset"], gates["candidate"]
+    k, r, n = gates.kept, gates.reset, gates.candidate
     hidden_size = k.shape[-1]
     w_n = params.w_h[:, 2 * hidden_size :]
     lead = (1,) * (k.ndim - 1)
@@ -158,10 +158,10 @@ def _case(params, x, h, signs, shift):
     size = h.shape[-1]
     moves = jnp.concatenate([jnp.full(size, sign * shift, h.dtype) for sign in (*signs, 0)])
     params = params._replace(b_x=params.b_x + moves)
-    gates = {k: v[0] for k, v in jaxgru.gate_values(params, x[None], h).items()}
+    gates = jax.tree.map(lambda v: v[0], jaxgru.gate_values(params, x[None], h))
     full, printed = jaxgru.step_jacobian(params, x, h), printed_jacobian(params, gates)
     open_ = params._replace(b_x=params.b_x + jnp.repeat(jnp.array([60.0, 0, 0], h.dtype), size))
-    candidate = jaxgru.gate_values(open_, x[None], h)["candidate"][0]
+    candidate = jaxgru.gate_values(open_, x[None], h).candidate[0]
     limit = {
         (0, 1): jnp.eye(size, dtype=h.dtype)[None],
         (-1, -1): jnp.zeros_like(full),

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-FLOOR = 1e-12  # of a logarithmic axis: what has underflowed is drawn here
+FLOOR = 1e-12  # of a logarithmic axis: what is less is not drawn
 COLORS = {"GRU": "tab:blue", "tanh RNN": "tab:red"}
 PATH_LABELS = {
     "kept": "kept state", "update": "update gate", "reset": "reset gate",
@@ -59,7 +59,7 @@ def _plot_task(panels, task):
             _plot_credit(credit, record[when], style, COLORS[model], f"{model}, {when}")
             _plot_spectrum(spectrum, record[when], style, COLORS[model], f"{model}, {when}")
     credit.set(
-        yscale="log", xlabel="distance from the loss, steps", ylim=(FLOOR, None),
+        yscale="log", xlabel="distance from the loss, steps", ylim=(FLOOR / 2, None),
         ylabel="|dL/dh_t| / |dL/dh_T|", title=f"{title}: credit over distance",
     )  # fmt: skip
     spectrum.set(
@@ -93,10 +93,12 @@ def _plot_task(panels, task):
 def _plot_credit(axes, seen, style, color, label):
     """Quantiles over sequences, relative to the last step's."""
     last = seen["credit"]["0.5"][-1] or 1.0
-    low, middle, high = (np.maximum(np.array(v) / last, FLOOR) for v in seen["credit"].values())
-    axes.plot(seen["distance"], middle, style, color=color, label=label)
+    low, middle, high = (np.array(v) / last for v in seen["credit"].values())
+    drawn = np.where(middle >= FLOOR, middle, np.nan)
+    axes.plot(seen["distance"], drawn, style, color=color, label=label)
     if style == "-":
-        axes.fill_between(seen["distance"], low, high, color=color, alpha=0.15, linewidth=0)
+        band = np.maximum([low, high], FLOOR)
+        axes.fill_between(seen["distance"], *band, color=color, alpha=0.15, linewidth=0)
 
 
 def _plot_spectrum(axes, seen, style, color, label):
@@ -108,6 +110,8 @@ def _plot_spectrum(axes, seen, style, color, label):
 
 def _plot_gates(axes, record, title):
     """Histograms of r and of the share that is kept, and the units' memories as an inset."""
+    from matplotlib.ticker import LogLocator
+
     bins = len(record["after"]["gates"]["reset"])
     edges = np.linspace(0, 1, bins + 1)
     for gate, label, color in (
@@ -129,7 +133,10 @@ def _plot_gates(axes, record, title):
         memory = record[when]["memory"]
         inset.plot(np.linspace(0, 100, len(memory)), memory, style, color="tab:purple")
     inset.set(yscale="log", xlabel="units, %")
+    inset.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    inset.yaxis.set_major_formatter("{x:g}")
     inset.yaxis.set_minor_formatter("")
+    inset.tick_params(labelsize=8)
     inset.set_title("memory, steps (units in order)", fontsize=9)
     inset.grid(alpha=0.3)
 
@@ -147,7 +154,8 @@ def _plot_cases(panels, cases, tasks):
     label = "shift s of the gates' pre-activations"
     errors.set(
         yscale="log", xlabel=label, ylabel="max |printed - full|",
-        title="three cases: the Jacobian printed without\ngate paths is right for saturated gates",
+        title='three cases of "Gated Recurrent Unit Networks": its\n'
+        "Jacobian, without gate paths, is right for saturated gates",
     )  # fmt: skip
     limits.set(
         yscale="log", xlabel=label, ylabel="max |full - limit|",
@@ -168,7 +176,7 @@ def _plot_cases(panels, cases, tasks):
                     networks.fill_between(time, low, high, color=color, alpha=0.15, linewidth=0)
     networks.set(
         xlabel="time, steps", ylabel="|printed - full| / |full|, Frobenius",
-        title="the printed Jacobian in the trained GRUs",
+        title="the Jacobian of that article in the trained GRUs",
     )  # fmt: skip
     networks.set_ylim(bottom=0)
     for axes in panels:

@@ -183,12 +183,9 @@ def load_run(run):
         if jaxgru.read_metadata(run / "weights.npz")["vocabulary_sha256"] != digest(vocabulary):
             raise data.DataError(f"{run} holds weights of another vocabulary than its config.json")
         return trained, vocabulary, jaxgru.load_arrays(run / "weights.npz", like)
-    except FileNotFoundError as error:
-        raise data.DataError(
-            f"{run} is no run folder of char_lm: it has no {error.filename}"
-        ) from None
-    except KeyError as error:
-        raise data.DataError(f"{run} is no run folder of char_lm: it has no {error}") from None
+    except (FileNotFoundError, KeyError) as error:
+        missing = getattr(error, "filename", None) or error
+        raise data.DataError(f"{run} is no run folder of char_lm: it has no {missing}") from None
     except (ValueError, TypeError, AttributeError) as error:
         raise data.DataError(f"{run} is no whole run folder: {error}") from None
 

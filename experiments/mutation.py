@@ -371,7 +371,8 @@ def table(outcomes: list[Outcome], num_points: int) -> str:
     total = f"cross_check: {len(outcomes)} mutants at {num_points} points: {counts}"
     notes = {
         "survived": "A survivor is a fault that these inputs do not show: other ones are needed.",
-        "indistinct": "Indistinct: it returns what the rule does for random arguments, too, so it is equivalent or acts where neither they nor the inputs go.",
+        "indistinct": "Indistinct: it returns what the rule does for random arguments, too, so it is "
+        "equivalent, or acts where neither they nor the inputs go.",
         "not reached": "Not reached: no point evaluates that expression.",
     }
     return "\n".join([align(lines), "", total, *(notes[n] for n in notes if n in verdicts)])

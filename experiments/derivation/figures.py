@@ -104,8 +104,8 @@ def plot_errata(path, groups):
         axes.grid(alpha=0.25)
         axes.tick_params(labelbottom=True, labeltop=True)
     panels[-1].set_xlabel(
-        "largest relative error against autodiff, float64 but where said; at the left edge exactly equal, "
-        "at the right edge not a number or not computable"
+        "largest relative error against autodiff, float64 but where said; at the left edge exactly "
+        "equal, at the right edge not a number or not computable"
     )
     axes = panels[0]
     axes.plot([], [], "o", color="tab:red", label="as printed")

@@ -13,8 +13,8 @@ changed node reports that it is evaluated, while JAX traces. A mutant is
 * "caught" if a check disagrees or anything raises,
 * "not reached" if no check evaluates its node,
 * "indistinct" if it passes every check and, called by itself with random numbers in place of every
-  floating argument of every call there was, returns what the rule returns: then no inputs of these
-  shapes can tell the two apart (`zip` drops what a longer list adds, x + 0 is x),
+  floating argument of every call there was, returns what the rule returns: then it is equivalent
+  (`zip` drops what a longer list adds, x + 0 is x) or acts where neither points nor numbers go,
 * "survived" otherwise: the checks are blind to that fault.
 """
 
@@ -371,8 +371,8 @@ def table(outcomes: list[Outcome], num_points: int) -> str:
     total = f"cross_check: {len(outcomes)} mutants at {num_points} points: {counts}"
     notes = {
         "survived": "A survivor is a fault that these inputs do not show: other ones are needed.",
-        "indistinct": "Indistinct: it returns what the rule does for random arguments, too, so it is "
-        "equivalent, or acts where neither they nor the inputs go.",
+        "indistinct": "Indistinct: it returns what the rule does for random arguments, too, so it "
+        "is equivalent, or acts where neither they nor the inputs go.",
         "not reached": "Not reached: no point evaluates that expression.",
     }
     return "\n".join([align(lines), "", total, *(notes[n] for n in notes if n in verdicts)])

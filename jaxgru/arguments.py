@@ -38,8 +38,7 @@ def require_float(function: str, argument: str, value: Any, dtype: Any = None) -
         )
     if not jnp.issubdtype(found, jnp.floating):
         raise TypeError(
-            f"{function}: {argument} must be a floating array, got dtype {found}; cast it with "
-            ".astype."
+            f"{function}: {argument} must be a floating array, got dtype {found}; cast it first."
         )
     require_dtype(function, found, argument)
     if dtype is not None and found != dtype:

@@ -9,13 +9,12 @@ import pytest
 import jaxgru
 from experiments import agreement
 
+# The command runs all of them; these have every choice of reset, update and gains.
 EQUATIONS = [
-    ("before", "keep", "tanh", False),
     ("before", "write", "softplus", False),
     ("after", "keep", "tanh", False),
-    ("after", "write", "relu", False),
     ("before", "keep", "tanh", True),
-    ("after", "keep", "tanh", True),
+    ("after", "write", "relu", True),
 ]
 
 

@@ -482,7 +482,7 @@ BAD_CALLS = {
     "w_x_integer": (
         lambda: call_cell(params=bad_params(w_x=jnp.zeros((2, 9), jnp.int32))),
         TypeError,
-        "gru_cell: params.w_x must be a floating array, got dtype int32.",
+        "gru_cell: params.w_x must be a floating array, got dtype int32; cast it first.",
     ),
     "w_x_eight_bits": (
         lambda: call_cell(params=bad_params(w_x=jnp.zeros((2, 9), jnp.float8_e4m3fn))),
@@ -546,7 +546,7 @@ BAD_CALLS = {
     "x_integer": (
         lambda: call_cell(dtype=jnp.int32),
         TypeError,
-        "gru_cell: x must be a floating array, got dtype int32.",
+        "gru_cell: x must be a floating array, got dtype int32; cast it first.",
     ),
     "x_dtype": (
         lambda: call_cell(dtype=jnp.bfloat16),

@@ -96,7 +96,7 @@ def bad_inputs(tmp_path, run):
         "unknown prompt": ([*fine, "--prompt", "Ω"], "outside of the vocabulary: 'Ω'"),
         "unwritable": ([*fine, "--out", str(tmp_path / "fine" / "run")], "Not a directory"),
         "used folder": ([*fine, "--out", str(tmp_path / "used")], "nothing was overwritten"),
-        "no run": (["--sample", str(tmp_path / "none")], "No such file"),
+        "no run": (["--sample", str(tmp_path / "none")], "is no run folder of char_lm: it has no"),
         "broken run": (["--sample", str(tmp_path / "broken")], "is no whole run folder"),
         "unknown prompt of a run": (
             ["--sample", str(run), "--prompt", "Ω"],

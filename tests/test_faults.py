@@ -341,7 +341,7 @@ MEAN = {"zoneout": 0.3, "deterministic": True}
 INSIDE = {
     "mean_of_zoneout_not_kept": ("recurrence._hold_vjp", mean_of_zoneout_not_kept, MEAN),
     "norm_without_its_mean": ("cell.normalize_vjp", norm_without_its_mean, {}),
-    "gain_not_normalized": ("cell._gain_vjp", gain_not_normalized, {}),
+    "gain_not_normalized": ("cell._gain_rows", gain_not_normalized, {}),
     "scale_ignored_by_tangent": (
         "recurrence.step_jvp",
         scale_ignored_by_tangent,

@@ -563,7 +563,7 @@ GRU_ERRORS = {
     "xs_integer": (
         lambda: call_gru(xs=jnp.zeros((5, 2), jnp.int32)),
         TypeError,
-        "gru: xs must be a floating array, got dtype int32.",
+        "gru: xs must be a floating array, got dtype int32; cast it first.",
     ),
     "xs_dtype": (
         lambda: call_gru(xs=jnp.zeros((5, 2), jnp.bfloat16)),

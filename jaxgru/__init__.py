@@ -19,6 +19,9 @@ The tour, from the equation outwards:
 * `jaxgru.diagnostics`: `gradient_flow`, its `gradient_paths` and `credit_reach`, `gate_statistics`,
   `example_gradient_norms`. `jaxgru.jacobians`: dh_t/dh_{t-1} in closed form, and what products of
   it do over time. `jaxgru.influence`: `rtrl`, the gradient computed forward in time.
+* `jaxgru.interop`: `from_torch`, `to_torch` and their like for Keras, Flax, Equinox, Haiku, ONNX
+  and haste. `jaxgru.onnx_files`: `read_onnx`, `write_onnx`. `jaxgru.weight_files`: `save_weights`
+  and `load_weights`, safetensors with spec, sizes and sha256.
 * `jaxgru.training`: `make_train_step` and `fit` train any loss with optax; `save_arrays` and
   `load_arrays` keep weights in files that run no code.
 
@@ -32,6 +35,7 @@ The tour, from the equation outwards:
 from jaxgru.cell import gru_cell
 from jaxgru.check import check_gradients, check_gru
 from jaxgru.comparison import GradientReport, GradientRow
+from jaxgru.conversion import Exported, Imported
 from jaxgru.diagnostics import (
     GateStatistics,
     GateValues,
@@ -45,6 +49,24 @@ from jaxgru.diagnostics import (
     gradient_paths,
 )
 from jaxgru.influence import rtrl
+from jaxgru.interop import (
+    from_equinox,
+    from_haiku,
+    from_haste,
+    from_keras,
+    from_linen,
+    from_nnx,
+    from_onnx,
+    from_torch,
+    to_equinox,
+    to_haiku,
+    to_haste,
+    to_keras,
+    to_linen,
+    to_nnx,
+    to_onnx,
+    to_torch,
+)
 from jaxgru.jacobians import (
     jacobian_products,
     lyapunov_exponents,
@@ -76,6 +98,7 @@ from jaxgru.models import (
     token_logits,
     token_loss,
 )
+from jaxgru.onnx_files import OnnxGRU, read_onnx, run_onnx_gru, write_onnx
 from jaxgru.parameters import CHO_2014, CHUNG_2014, PYTORCH, GRUParams, GRUSpec, init_gru
 from jaxgru.recurrence import Tap, gru
 from jaxgru.training import (
@@ -88,12 +111,14 @@ from jaxgru.training import (
     read_metadata,
     save_arrays,
 )
+from jaxgru.weight_files import LoadedWeights, load_weights, save_weights
 
 __all__ = [
     "CHO_2014",
     "CHUNG_2014",
     "PYTORCH",
     "Bidirectional",
+    "Exported",
     "GRUParams",
     "GRUSpec",
     "GateStatistics",
@@ -101,7 +126,10 @@ __all__ = [
     "GradientFlow",
     "GradientReport",
     "GradientRow",
+    "Imported",
+    "LoadedWeights",
     "NonFiniteError",
+    "OnnxGRU",
     "Paths",
     "SequenceParams",
     "Tap",
@@ -115,6 +143,14 @@ __all__ = [
     "example_gradient_norms",
     "final_outputs",
     "fit",
+    "from_equinox",
+    "from_haiku",
+    "from_haste",
+    "from_keras",
+    "from_linen",
+    "from_nnx",
+    "from_onnx",
+    "from_torch",
     "gate_statistics",
     "gate_values",
     "generate",
@@ -135,12 +171,16 @@ __all__ = [
     "jacobian_products",
     "length_mask",
     "load_arrays",
+    "load_weights",
     "lyapunov_exponents",
     "make_train_step",
     "read_metadata",
+    "read_onnx",
     "resets_from_dones",
     "rtrl",
+    "run_onnx_gru",
     "save_arrays",
+    "save_weights",
     "sequence_jacobians",
     "sequence_outputs",
     "singular_values",
@@ -148,6 +188,15 @@ __all__ = [
     "step_jacobian",
     "step_jacobian_bound",
     "step_jacobian_diagonal",
+    "to_equinox",
+    "to_haiku",
+    "to_haste",
+    "to_keras",
+    "to_linen",
+    "to_nnx",
+    "to_onnx",
+    "to_torch",
     "token_logits",
     "token_loss",
+    "write_onnx",
 ]

@@ -109,7 +109,7 @@ def sequence_outputs(
     >>> outputs.shape
     (5, 4, 1)
     """
-    _require_head("sequence_outputs", params, SequenceParams, stack_options.get("merge", "concat"))
+    require_head("sequence_outputs", params, SequenceParams, stack_options.get("merge", "concat"))
     h_last, ys = gru_stack(params.layers, xs, h0, **stack_options)
     return h_last, _head(params, ys)
 
@@ -153,7 +153,7 @@ def final_outputs(
     >>> outputs.shape
     (4, 1)
     """
-    _require_head("final_outputs", params, SequenceParams, merge)
+    require_head("final_outputs", params, SequenceParams, merge)
     require_rates("final_outputs", {"output_dropout": output_dropout}, key, deterministic)
     key = None if deterministic else key
     stack_key, head_key = (None, None) if key is None else jax.random.split(key)
@@ -238,7 +238,7 @@ def token_logits(
     >>> h_last[0].shape, logits.shape
     ((3,), (4, 5))
     """
-    _require_head("token_logits", params, TokenParams, stack_options.get("merge", "concat"))
+    require_head("token_logits", params, TokenParams, stack_options.get("merge", "concat"))
     require_labels("token_logits", "tokens", tokens)
     h_last, ys = gru_stack(params.layers, _embed(params, tokens), h0, **stack_options)
     return h_last, _head(params, ys)
@@ -349,7 +349,7 @@ def generate(
     >>> tokens.shape
     (4,)
     """
-    _require_head("generate", params, TokenParams, "concat")
+    require_head("generate", params, TokenParams, "concat")
     if any(isinstance(layer, Bidirectional) for layer in params.layers):
         raise ValueError(
             "generate: params must hold layers of one direction, got a Bidirectional, whose "
@@ -480,7 +480,7 @@ def _head(params, hs):
     return logits + params.b.astype(wide).reshape((1,) * (logits.ndim - 1) + params.b.shape)
 
 
-def _require_head(function, params, kind, merge):
+def require_head(function, params, kind, merge):
     """TypeError or ValueError unless params are of that kind and their head fits their layers."""
     if not isinstance(params, kind):
         raise TypeError(

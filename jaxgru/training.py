@@ -11,7 +11,6 @@ None) and metrics is a dict of scalars.
 import contextlib
 import json
 import os
-import tempfile
 import time
 import zipfile
 import zlib
@@ -25,6 +24,7 @@ import numpy as np
 import optax
 
 from jaxgru.arguments import require_count
+from jaxgru.whole_files import write_whole
 
 Array = jax.Array
 LossFn = Callable[[Any, Any, Any, chex.PRNGKey], tuple[Array, tuple[Any, dict[str, Array]]]]
@@ -235,23 +235,10 @@ def save_arrays(path: str | os.PathLike, tree: Any, metadata: dict[str, Any]) ->
         for name, array in arrays.items()
     }
     header = json.dumps({"format": _FORMAT, "dtypes": dtypes, "metadata": metadata})
-    folder = os.path.dirname(os.path.abspath(path))
-    descriptor, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            np.savez(file, **{_HEADER: np.array(header)}, **plain)  # pyright: ignore[reportArgumentType]
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(opened)  # the new name, too, is on the disk
-    finally:
-        os.close(opened)
+    write_whole(
+        path,
+        lambda file: np.savez(file, **{_HEADER: np.array(header)}, **plain),  # pyright: ignore[reportArgumentType]
+    )
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
@@ -337,13 +324,6 @@ def _read(path):
             message = f"{os.fspath(path)} must be a whole {_FORMAT!r} file: {error}"
             raise ValueError(message) from error
     return header, arrays
-
-
-def _umask():
-    """The process's mask for new files, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 class _Meter:

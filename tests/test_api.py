@@ -44,10 +44,19 @@ IMPORTS = {
     "influence": {"arguments", "cell", "jacobians", "layers", "parameters", "products", "traces"},
     "comparison": set(),
     "check": {"comparison", "parameters", "recurrence"},
-    "training": {"arguments"},
+    "training": {"arguments", "whole_files"},
+    "whole_files": set(),
+    "conversion": {"layers", "parameters"},
+    "interop": {"conversion", "layers", "parameters"},
+    "onnx_files": {
+        *("arguments", "interop", "layers", "masks", "models", "parameters", "recurrence"),
+        "whole_files",
+    },
+    "weight_files": {"conversion", "layers", "models", "parameters", "whole_files"},
 }
 CORE = {"jax", "jaxlib", "optax", "chex", "numpy"}
-OPTIONAL = {("training", "tqdm")}  # the progress bar, imported where it is asked for
+# Imported where they are asked for, and only there.
+OPTIONAL = {("training", "tqdm"), ("onnx_files", "onnx"), ("weight_files", "safetensors")}
 
 
 def imported(path):
@@ -101,7 +110,7 @@ def test_public_function_documents_every_argument(name):
     for parameter in inspect.signature(function).parameters.values():
         star = "*" * (parameter.kind in (2, 4)) + "*" * (parameter.kind == 4)
         assert re.search(rf"^ +{re.escape(star)}{parameter.name}: ", doc, re.M), parameter.name
-    if name != "save_arrays":
+    if name not in ("save_arrays", "save_weights"):
         assert "Returns:" in doc
     assert "Raises:" in doc or name in ("init_train_state", "make_train_step")
 
@@ -154,7 +163,8 @@ def test_import_loads_no_optional_dependency_and_leaves_the_settings_alone():
     code = (
         "import sys, jax; before = jax.config.values.copy(); import jaxgru;"
         "assert jax.config.values == before;"
-        "bad = {'tqdm', 'matplotlib', 'torch', 'flax', 'haiku', 'equinox', 'keras'};"
+        "bad = {'tqdm', 'matplotlib', 'torch', 'flax', 'haiku', 'equinox', 'keras', 'onnx',"
+        "'safetensors'};"
         "assert not bad & set(sys.modules), bad & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

@@ -1,0 +1,305 @@
+"""What all converters of weights share: named NumPy arrays in, checked, and what a target can hold.
+
+No array is cast, broadcast or dropped: what does not fit raises, with the whole list.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxgru.layers import Bidirectional, directions_of
+from jaxgru.parameters import GRUParams, GRUSpec, require_params, require_spec
+
+_FLOATS = ("float64", "float32", "bfloat16", "float16")
+_Z_AFTER_R = np.array([[1], [-1], [1]])
+
+
+class Imported(NamedTuple):
+    """Another library's weights, as this package's.
+
+    Attributes:
+      params: a `GRUParams`, a `Bidirectional` or a stack, of NumPy arrays in the source's dtype.
+      spec: the equation that they are for: pass it on wherever they go.
+      notes: what stands otherwise than in the source, one sentence each; empty for an identity.
+    """
+
+    params: Any
+    spec: GRUSpec
+    notes: tuple[str, ...]
+
+
+class Exported(NamedTuple):
+    """This package's weights, as another library's.
+
+    Attributes:
+      weights: NumPy arrays under the target's names, in the order or nesting that it loads.
+      options: what the target's constructor must be told; a list with one entry a layer where
+        `weights` is one.
+      notes: what was merged, negated or filled in, one sentence each.
+    """
+
+    weights: Any
+    options: Any
+    notes: tuple[str, ...]
+
+
+class Target(NamedTuple):
+    """What another library's GRU can compute."""
+
+    name: str
+    resets: tuple[str, ...]
+    update: str = "keep"
+    activations: tuple[str, ...] = ("tanh",)
+
+
+def named_arrays(
+    function: str, argument: str, source: Any, *, prefix: str = "", separator: str = "/"
+) -> dict[str, np.ndarray]:
+    """{name: array} of a mapping, nested ones joined by the separator, of the names with a prefix.
+
+    The arrays are copies: a library that trains on in place does not reach them.
+    """
+    if not isinstance(source, Mapping):
+        raise TypeError(
+            f"{function}: {argument} must be a mapping of names to arrays, got "
+            f"{type(source).__name__}."
+        )
+    flat = _flatten(source, separator)
+    chosen = {k.removeprefix(prefix): v for k, v in flat.items() if k.startswith(prefix)}
+    if not chosen:
+        raise ValueError(
+            f"{function}: prefix must begin a name of {argument}, got {prefix!r}; the names are "
+            f"{_listed(flat)}."
+        )
+    return {
+        k: as_float_array(function, f"{argument}[{prefix + k!r}]", v) for k, v in chosen.items()
+    }
+
+
+def as_float_array(function: str, name: str, value: Any) -> np.ndarray:
+    """A NumPy copy; TypeError unless floating, a warning where it is not finite."""
+    try:
+        array = np.asarray(value).copy()
+    except (TypeError, RuntimeError, ValueError) as error:
+        raise TypeError(
+            f"{function}: {name} must be an array that NumPy can hold, got "
+            f"{type(value).__name__} ({error}); move it to the CPU, detach it, and cast PyTorch's "
+            "bfloat16 with .float()."
+        ) from error
+    if array.dtype.name not in _FLOATS:
+        raise TypeError(
+            f"{function}: {name} must be an array of {', '.join(_FLOATS)}, got dtype {array.dtype}."
+        )
+    bad = array.size - int(np.isfinite(array.astype(np.float64)).sum())
+    if bad:
+        warnings.warn(f"{function}: {name} holds {bad} values that are not finite.", stacklevel=4)
+    return array
+
+
+def bind(
+    function: str, argument: str, arrays: dict[str, np.ndarray], axes: Mapping[str, str]
+) -> dict[str, np.ndarray]:
+    """The arrays, if they are exactly those of `axes`, of its shapes and one dtype.
+
+    `axes` maps names to axes such as "3H I"; a letter has one size in all of them.
+
+    Raises:
+      ValueError: listing every name that is missing, surplus or misshaped.
+      TypeError: dtypes differ.
+    """
+    missing = [f"{name} [{axes[name]}]" for name in axes if name not in arrays]
+    surplus = [name for name in arrays if name not in axes]
+    sizes = _sizes(arrays, axes)
+    misshaped = [
+        f"{name} {arrays[name].shape} for [{wanted}]"
+        for name, wanted in axes.items()
+        if name in arrays and arrays[name].shape != _shape(wanted, sizes)
+    ]
+    if missing or surplus or misshaped:
+        found = [("missing", missing), ("surplus", surplus), ("misshaped", misshaped)]
+        listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in found if names)
+        known = ", ".join(f"{unit}={size}" for unit, size in sizes.items())
+        raise ValueError(
+            f"{function}: {argument} must hold {', '.join(axes)}, got {listed}"
+            + (f" (with {known})." if misshaped else ".")
+        )
+    dtypes = {str(array.dtype) for array in arrays.values()}
+    if len(dtypes) > 1:
+        found = ", ".join(sorted(dtypes))
+        raise TypeError(
+            f"{function}: {argument} must hold arrays of one dtype, got {found}; cast them to one."
+        )
+    return arrays
+
+
+def map_layers(function: str, argument: str, tree: Any, read: Callable[[str, Any], Any]) -> Any:
+    """`read` of each cell of one layer or a stack, in the same nesting; stacks become tuples."""
+    if isinstance(tree, Bidirectional):
+        return Bidirectional(
+            read(f"{argument}.forward", tree.forward), read(f"{argument}.backward", tree.backward)
+        )
+    if isinstance(tree, list | tuple) and not hasattr(tree, "_fields"):
+        if not tree:
+            raise ValueError(f"{function}: {argument} must hold at least one layer, got none.")
+        return tuple(
+            map_layers(function, f"{argument}[{number}]", layer, read)
+            for number, layer in enumerate(tree)
+        )
+    return read(argument, tree)
+
+
+def require_exportable(
+    function: str, params: Any, spec: Any, target: Target
+) -> tuple[Any, list[str]]:
+    """The parameters as NumPy arrays with the target's meaning of z, and notes of what changed.
+
+    Raises:
+      ValueError: the target cannot compute this equation, and why.
+      TypeError: params or spec are of another kind.
+    """
+    require_spec(function, spec)
+    if spec.reset not in target.resets:
+        raise ValueError(
+            f"{function}: spec.reset must be {' or '.join(map(repr, target.resets))}, which is all "
+            f"that {target.name} computes, got {spec.reset!r}: no weights make the one of the "
+            "other, so the model has to be trained anew with it."
+        )
+    if spec.activation not in target.activations:
+        known = ", ".join(map(repr, target.activations))
+        raise ValueError(
+            f"{function}: spec.activation must be one of {known}, which is all that "
+            f"{target.name} computes, got {spec.activation!r}."
+        )
+
+    def read(name, cell):
+        with jax.enable_x64(True):  # float64 is for the caller to enable, where it is computed
+            if not isinstance(cell, GRUParams):
+                raise TypeError(
+                    f"{function}: {name} must be a GRUParams, got {type(cell).__name__}."
+                )
+            require_params(function, cell)
+        if cell.g_x is not None or cell.g_h is not None:
+            raise ValueError(
+                f"{function}: {name} must have no gains, as {target.name} has no layer "
+                "normalization of the gates' products, got g_x or g_h."
+            )
+        arrays = {k: as_float_array(function, f"{name}.{k}", v) for k, v in _present(cell)}
+        cell = cell._replace(**arrays)
+        return cell if spec.update == target.update else negate_update(cell)
+
+    converted = map_layers(function, "params", params, read)
+    notes = []
+    if spec.update != target.update:
+        notes.append(
+            f"the update gate's weights and biases are negated: z {target.update}s in {target.name}"
+        )
+    return converted, notes
+
+
+def numpy_cell(w_x: Any, w_h: Any, b_x: Any = None, b_h: Any = None) -> GRUParams:
+    """GRUParams of NumPy arrays, which JAX takes wherever it takes its own."""
+    return GRUParams(w_x, w_h, b_x, b_h)
+
+
+def negate_update(params: GRUParams) -> GRUParams:
+    """The cell whose z is 1 - z of this one, exactly: s(-a) = 1 - s(a)."""
+
+    def flip(v):
+        signs = _Z_AFTER_R.astype(v.dtype)
+        return (v.reshape(*v.shape[:-1], 3, -1) * signs).reshape(v.shape)
+
+    return params._replace(**{k: flip(v) for k, v in _present(params)})
+
+
+def reorder(v: Any) -> np.ndarray:
+    """Blocks r | z | n as z | r | n, or back."""
+    r, z, n = np.split(np.asarray(v), 3, axis=-1)
+    return np.ascontiguousarray(np.concatenate([z, r, n], axis=-1))
+
+
+def filled_biases(params: GRUParams) -> tuple[np.ndarray, np.ndarray]:
+    """b_x and b_h, zeros for an absent one."""
+    zeros = np.zeros(params.w_h.shape[1], params.w_h.dtype)
+    b_x, b_h = (zeros if b is None else np.asarray(b) for b in (params.b_x, params.b_h))
+    return b_x, b_h
+
+
+def merged_bias(params: GRUParams, reset: str) -> tuple[np.ndarray, np.ndarray]:
+    """The sum of what acts outside the reset gate [3H], and what r multiplies [H].
+
+    "before": b_x + b_h and zeros; "after": r and z blocks summed, b_xn, and b_hn by itself.
+    """
+    b_x, b_h = filled_biases(params)
+    if reset == "before":
+        return b_x + b_h, np.zeros_like(b_h[: params.w_h.shape[0]])
+    outside = b_h.copy()
+    outside[2 * params.w_h.shape[0] :] = 0
+    return b_x + outside, np.split(b_h, 3)[2]
+
+
+def bias_counts(params: Any) -> list[int]:
+    """How many of its two biases every cell of a layer or stack has."""
+    return [2 - (cell.b_x is None) - (cell.b_h is None) for cell in cells_of(params)]
+
+
+def cells_of(params: Any) -> list[GRUParams]:
+    """Every GRU of a layer or stack, layer by layer, forward first."""
+    layers = params if _is_stack(params) else (params,)
+    return [cell for layer in layers for cell in directions_of(layer)]
+
+
+def _is_stack(params):
+    return isinstance(params, tuple) and not isinstance(params, GRUParams | Bidirectional)
+
+
+def _present(params):
+    """The (name, array) pairs of the fields that are not None."""
+    return [(k, v) for k, v in params._asdict().items() if v is not None]
+
+
+def _flatten(source, separator):
+    """{joined name: leaf} of nested mappings."""
+    flat = {}
+    for key, value in source.items():
+        if isinstance(value, Mapping):
+            inner = _flatten(value, separator)
+            flat.update({f"{key}{separator}{name}": leaf for name, leaf in inner.items()})
+        else:
+            flat[str(key)] = value
+    return flat
+
+
+def _sizes(arrays, axes):
+    """{letter: size}, each from the first array that tells; a plain letter before a multiple."""
+    sizes = {}
+    for multiple in (False, True):
+        for name, wanted in axes.items():
+            tokens = wanted.split()
+            if name not in arrays or arrays[name].ndim != len(tokens):
+                continue
+            for token, size in zip(tokens, arrays[name].shape):
+                unit = token.lstrip("0123456789")
+                factor = int(token.removesuffix(unit) or 1)
+                if unit and (factor > 1) == multiple and size % factor == 0:
+                    sizes.setdefault(unit, size // factor)
+    return sizes
+
+
+def _shape(wanted, sizes):
+    """The shape that axes such as "3H I" stand for."""
+
+    def size(token):
+        unit = token.lstrip("0123456789")
+        return int(token.removesuffix(unit) or 1) * (sizes.get(unit, -1) if unit else 1)
+
+    return tuple(map(size, wanted.split()))
+
+
+def _listed(names, most=20):
+    """The first names, and how many more."""
+    names = list(names)
+    more = f", ... and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(str, names[:most])) + more if names else "none"

@@ -1,0 +1,846 @@
+"""Weights of other libraries, in and out: NumPy arrays under their names and in their layouts.
+
+The equation is this package's, with a cell's spec; what differs is where the numbers stand:
+
+===========  =========================  ======  ==================================  ======
+library      kernels                    blocks  biases                              reset
+===========  =========================  ======  ==================================  ======
+PyTorch      [3H, I], [3H, H]           r z n   [3H] and [3H], or none              after
+Keras 3      [I, 3H], [H, 3H]           z r n   after: [2, 3H]; before: [3H]        either
+Flax linen   [I, H], [H, H] per gate    names   r, z: one; n: one each side of r    after
+Flax nnx     [I, 3H], [H, 3H]           r z n   [3H], none that r multiplies        after
+Equinox      [3H, I], [3H, H]           r z n   [3H], and [H] that r multiplies     after
+Haiku        [I, 3H], [H, 3H]           z r n   [3H]; z writes                      before
+ONNX         [D, 3H, I], [D, 3H, H]     z r n   [D, 6H], D directions               either
+haste        [I, 3H], [H, 3H]           z r n   [3H] and [3H]                       after
+===========  =========================  ======  ==================================  ======
+
+z keeps the old state in all but Haiku; since s(-a) = 1 - s(a), the update gate's weights with the
+other sign change the one into the other exactly. Biases that only ever act as a sum may be summed:
+outputs and the gradients of everything else stay what they were, but two biases that both learn
+move their sum twice as fast as one. For that reason, and as moments belong to single arrays, an
+optimizer's state does not survive a conversion that notes anything: start it anew.
+
+Every `from_*` returns `Imported`, every `to_*` takes a `GRUParams`, a `Bidirectional` or a stack
+and returns `Exported`. Where a library keeps one set of arrays a cell, a list of them is a stack
+and a `Bidirectional` of them a layer of two directions. No other library is imported.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxgru.conversion import (
+    Exported,
+    Imported,
+    Target,
+    as_float_array,
+    bias_counts,
+    bind,
+    filled_biases,
+    map_layers,
+    merged_bias,
+    named_arrays,
+    numpy_cell,
+    reorder,
+    require_exportable,
+)
+from jaxgru.layers import Bidirectional, directions_of
+from jaxgru.parameters import CHO_2014, CHUNG_2014, PYTORCH, Activation, GRUParams, GRUSpec
+
+_ALL = ("tanh", "relu", "sigmoid", "softplus", "identity")
+_ONE_BIAS = "r and z have one bias in the source: b_h is zero there, and learns beside b_x from now"
+_FILLED = "absent biases are written as zeros"
+
+
+def from_torch(state_dict: Mapping[str, Any], *, prefix: str = "") -> Imported:
+    """The weights of a `torch.nn.GRU` or `torch.nn.GRUCell`: identical, transposed.
+
+    w_x = weight_ih^T, w_h = weight_hh^T, b_x = bias_ih, b_h = bias_hh, blocks r | z | n
+    (torch.nn.GRU's documentation, "Variables").
+
+    Args:
+      state_dict: names to tensors on the CPU, or to arrays: `module.state_dict()`.
+      prefix: what the GRU's names begin with in a larger model's, such as "encoder.rnn.".
+
+    Returns:
+      Imported: a stack (a tuple, of one layer too) for a GRU, its layers `Bidirectional` where
+      there are `_reverse` names; one `GRUParams` for a GRUCell. spec is `PYTORCH`.
+
+    Raises:
+      ValueError: names are missing, surplus or misshaped, all of them listed; or prefix fits none;
+        or it is an optimizer's state.
+      TypeError: it is no mapping, or an array is not floating; bfloat16 tensors, which NumPy does
+        not know, are cast with .float() first.
+
+    Cost: one copy of the arrays.
+
+    >>> cell = {"weight_ih": np.ones((9, 2)), "weight_hh": np.ones((9, 3))}
+    >>> from_torch(cell).params.w_x.shape
+    (2, 9)
+    """
+    function = "from_torch"
+    if isinstance(state_dict, Mapping) and {"state", "param_groups"} <= set(state_dict):
+        raise ValueError(
+            "from_torch: state_dict must be a module's, got an optimizer's; its moments belong to "
+            "PyTorch's arrays and do not move: start an optax optimizer anew."
+        )
+    arrays = named_arrays(function, "state_dict", state_dict, prefix=prefix, separator=".")
+    bias = any("bias" in name for name in arrays)
+
+    def cell(suffix):
+        biases = [arrays.get(f"bias_{side}{suffix}") for side in ("ih", "hh")]
+        return numpy_cell(arrays[f"weight_ih{suffix}"].T, arrays[f"weight_hh{suffix}"].T, *biases)
+
+    if any(f"weight_{side}" in arrays for side in ("ih", "hh")):
+        bind(function, "state_dict", arrays, _torch_axes("", "I", bias))
+        return Imported(cell(""), PYTORCH, ())
+    count = max(1, sum(name.startswith("weight_hh") and "rev" not in name for name in arrays))
+    both = any(name.endswith("_reverse") for name in arrays)
+    suffixes = [[f"_l{k}", f"_l{k}_reverse"][: 1 + both] for k in range(count)]
+    axes = {}
+    for k, layer in enumerate(suffixes):
+        for suffix in layer:
+            axes |= _torch_axes(suffix, ("2H" if both else "H") if k else "I", bias)
+    bind(function, "state_dict", arrays, axes)
+    layers = tuple(
+        Bidirectional(*map(cell, layer)) if both else cell(layer[0]) for layer in suffixes
+    )
+    return Imported(layers, PYTORCH, ())
+
+
+def to_torch(params: Any, *, spec: GRUSpec = CHO_2014) -> Exported:
+    """The state dict of a `torch.nn.GRU`, or of a `torch.nn.GRUCell` for a single `GRUParams`.
+
+    The transpose of `from_torch`; nothing is merged. Load it with
+    `module.load_state_dict({k: torch.from_numpy(v) for k, v in exported.weights.items()})`.
+
+    Args:
+      params: a stack of one size, whose directions are side by side; or a `GRUParams` or a
+        `Bidirectional`.
+      spec: of params; reset "after" and tanh. An update that writes is turned by the sign of the
+        update gate's weights.
+
+    Returns:
+      Exported: names to arrays, and the arguments of the module's constructor.
+
+    Raises:
+      ValueError: PyTorch has no such cell (reset before, another activation, gains), or the layers
+        differ in size or direction.
+      TypeError: params or spec are of another kind.
+
+    Cost: one copy of the arrays.
+
+    >>> params = from_torch({"weight_ih": np.ones((9, 2)), "weight_hh": np.ones((9, 3))}).params
+    >>> exported = to_torch((params,), spec=PYTORCH)
+    >>> sorted(exported.weights), exported.options["num_layers"]
+    (['weight_hh_l0', 'weight_ih_l0'], 1)
+    """
+    params, notes = require_exportable("to_torch", params, spec, Target("torch.nn.GRU", ("after",)))
+    counts = bias_counts(params)
+    bias = any(counts)
+    if bias and min(counts) < 2:
+        notes.append(_FILLED)
+    if isinstance(params, GRUParams):
+        sizes = {"input_size": params.w_x.shape[0], "hidden_size": params.w_h.shape[0]}
+        return Exported(_torch_cell(params, "", bias), sizes | {"bias": bias}, tuple(notes))
+    layers = (params,) if isinstance(params, Bidirectional) else params
+    both = isinstance(layers[0], Bidirectional)
+    first = directions_of(layers[0])[0]
+    input_size, hidden_size = first.w_x.shape[0], first.w_h.shape[0]
+    weights = {}
+    for k, layer in enumerate(layers):
+        if isinstance(layer, Bidirectional) != both:
+            raise ValueError(
+                "to_torch: params must have layers that are all Bidirectional or none, as "
+                f"torch.nn.GRU has, got another kind in layer {k}."
+            )
+        wanted = (input_size if k == 0 else (1 + both) * hidden_size, hidden_size)
+        for cell, suffix in zip(directions_of(layer), (f"_l{k}", f"_l{k}_reverse")):
+            found = (cell.w_x.shape[0], cell.w_h.shape[0])
+            if found != wanted:
+                raise ValueError(
+                    f"to_torch: params must have layers of one size H that read all outputs below, "
+                    f"as torch.nn.GRU has, got I, H = {found} in layer {k} for {wanted}."
+                )
+            weights |= _torch_cell(cell, suffix, bias)
+    options = {"input_size": input_size, "hidden_size": hidden_size, "num_layers": len(layers)}
+    return Exported(weights, options | {"bias": bias, "bidirectional": both}, tuple(notes))
+
+
+def _torch_axes(suffix, input_axis, bias):
+    """The names and axes of one cell in PyTorch."""
+    axes = {f"weight_hh{suffix}": "3H H", f"weight_ih{suffix}": f"3H {input_axis}"}
+    return axes | ({f"bias_ih{suffix}": "3H", f"bias_hh{suffix}": "3H"} if bias else {})
+
+
+def _torch_cell(cell, suffix, bias):
+    """One cell's arrays under PyTorch's names."""
+    kernels = {"ih": cell.w_x, "hh": cell.w_h}
+    weights = {f"weight_{k}{suffix}": np.ascontiguousarray(v.T) for k, v in kernels.items()}
+    if bias:
+        weights |= {f"bias_{k}{suffix}": v for k, v in zip(kernels, filled_biases(cell))}
+    return weights
+
+
+def from_keras(
+    weights: Any, *, reset_after: bool | None = None, activation: Activation = "tanh"
+) -> Imported:
+    """The weights of a Keras 3 `GRU` layer, a `Bidirectional` or a stack: identical, reordered.
+
+    kernel [I, 3H] and recurrent_kernel [H, 3H] in blocks z | r | n; bias [2, 3H], the input's row
+    first, where the reset gate acts after the product (Keras's default), [3H] where before it. A
+    layer with `go_backwards` is run with `reverse=True`; Keras gives its outputs last step first.
+
+    Args:
+      weights: of a layer, `layer.get_weights()`, for a `Bidirectional` of both directions; or a
+        mapping with those names; or a list of these, a stack.
+      reset_after: the layer's, for a layer without bias; else its shape tells, and must agree.
+      activation: the layer's; "identity" for "linear". Its recurrent_activation must be sigmoid.
+
+    Returns:
+      Imported: a `GRUParams`, a `Bidirectional` (run it with the merge that the layer had), or a
+      stack of them.
+
+    Raises:
+      ValueError: arrays are missing, surplus or misshaped; reset_after is not given where nothing
+        else tells, or belies the bias; or the layers of a stack differ in it.
+      TypeError: an array is not floating.
+
+    Cost: one copy of the arrays.
+
+    >>> from_keras([np.ones((2, 9)), np.ones((3, 9)), np.ones((2, 9))]).spec.reset
+    'after'
+    """
+    function, resets = "from_keras", set()
+    if reset_after is not None and not isinstance(reset_after, bool):
+        raise TypeError(f"from_keras: reset_after must be a bool or None, got {reset_after!r}.")
+
+    def cell(name, arrays):
+        axes = {"recurrent_kernel": "H 3H", "kernel": "I 3H"}
+        bias = arrays.get("bias")
+        after = reset_after if bias is None else bias.ndim == 2
+        if after is None:
+            raise ValueError(
+                f"from_keras: reset_after must be True or False for {name}, which has no bias that "
+                "tells, got None."
+            )
+        if bias is not None and reset_after not in (None, after):
+            raise ValueError(
+                f"from_keras: reset_after must be {after} for a bias of shape {bias.shape}, got "
+                f"{reset_after}."
+            )
+        resets.add("after" if after else "before")
+        if bias is not None:
+            axes["bias"] = "2 3H" if after else "3H"
+        arrays = {k: reorder(v) for k, v in bind(function, name, arrays, axes).items()}
+        biases = (None, None)
+        if bias is not None:
+            biases = tuple(arrays["bias"]) if after else (arrays["bias"], None)
+        return numpy_cell(arrays["kernel"], arrays["recurrent_kernel"], *biases)
+
+    def layer(name, source):
+        if isinstance(source, Mapping):
+            return cell(name, named_arrays(function, name, source))
+        count = {2: 1, 3: 1, 4: 2, 6: 2}.get(len(source))
+        if count is None:
+            raise ValueError(
+                f"from_keras: {name} must hold 2 or 3 arrays, or 4 or 6 of a Bidirectional, got "
+                f"{len(source)}."
+            )
+        each = len(source) // count
+        names = ("kernel", "recurrent_kernel", "bias")[:each]
+        arrays = [as_float_array(function, f"{name}[{i}]", v) for i, v in enumerate(source)]
+        parts = [arrays[:each], arrays[each:]][:count]
+        cells = [cell(name, dict(zip(names, part))) for part in parts]
+        return cells[0] if count == 1 else Bidirectional(*cells)
+
+    params = map_layers(function, "weights", _keras_layers(weights), layer)
+    if len(resets) > 1:
+        raise ValueError(
+            "from_keras: weights must be of layers with one reset_after, got both; import each "
+            "with its own spec."
+        )
+    return Imported(params, GRUSpec(resets.pop(), "keep", activation), ())
+
+
+class _KerasArrays(tuple):
+    """The arrays of one Keras layer, which a list of layers is not."""
+
+    _fields = ()
+
+
+def _keras_layers(weights):
+    """`weights` with every list of arrays marked as one layer."""
+    if isinstance(weights, Mapping) or not isinstance(weights, Sequence):
+        return weights
+    if weights and all(hasattr(v, "shape") for v in weights):
+        return _KerasArrays(weights)
+    if isinstance(weights, Bidirectional):
+        return Bidirectional(*map(_keras_layers, weights))
+    return [_keras_layers(v) for v in weights]
+
+
+def to_keras(params: Any, *, spec: GRUSpec = CHO_2014) -> Exported:
+    """What `set_weights` of a Keras 3 `GRU` or `Bidirectional(GRU)` takes.
+
+    With reset "before" Keras has one bias [3H]: b_x + b_h.
+
+    Args:
+      params: a `GRUParams`, a `Bidirectional`, or a stack.
+      spec: of params; any. An update that writes is turned by the sign of z's weights.
+
+    Returns:
+      Exported: a list of arrays in the order of `get_weights`, and the arguments of `keras.layers.
+      GRU`; for a stack a list of each, one a layer.
+
+    Raises:
+      ValueError: params have gains.
+      TypeError: params or spec are of another kind.
+
+    Cost: one copy of the arrays.
+
+    >>> source = [np.ones((2, 9)), np.ones((3, 9)), np.ones((2, 9))]
+    >>> exported = to_keras(from_keras(source).params, spec=PYTORCH)
+    >>> [v.shape for v in exported.weights], exported.options["units"]
+    ([(2, 9), (3, 9), (2, 9)], 3)
+    """
+    params, notes = require_exportable(
+        "to_keras", params, spec, Target("keras.layers.GRU", ("before", "after"), activations=_ALL)
+    )
+    after = spec.reset == "after"
+    if after and 1 in bias_counts(params):
+        notes.append(_FILLED)
+    if not after and 2 in bias_counts(params):
+        notes.append("b_x and b_h are summed: Keras has one bias where reset_after is False")
+
+    def arrays(cell, bias):
+        b = np.stack(filled_biases(cell)) if after else merged_bias(cell, "before")[0]
+        kernels = [reorder(cell.w_x), reorder(cell.w_h)]
+        return kernels + ([reorder(b)] if bias else [])
+
+    def layer(params):
+        bias = any(bias_counts(params))
+        options = {
+            "units": directions_of(params)[0].w_h.shape[0],
+            "activation": "linear" if spec.activation == "identity" else spec.activation,
+            "reset_after": after,
+            "use_bias": bias,
+        }
+        return [v for cell in directions_of(params) for v in arrays(cell, bias)], options
+
+    weights, options = _each_layer(params, layer)
+    return Exported(weights, options, tuple(notes))
+
+
+def from_linen(cell: Any, *, prefix: str = "", activation: Activation = "tanh") -> Imported:
+    """The weights of a `flax.linen.GRUCell`.
+
+    ir, iz, in [I, H] with a bias, hr, hz [H, H] without, hn [H, H] with one: b_x = [ir | iz | in],
+    b_h = [0 | 0 | hn]. One bias of r and z stands for two, which is noted.
+
+    Args:
+      cell: the cell's own entry of the parameters (`variables["params"]["cell"]` of an `nn.RNN`),
+        nested or with names joined by "/"; a list of them is a stack, a `Bidirectional` of them a
+        layer.
+      prefix: what the names begin with, such as "params/cell/".
+      activation: the cell's activation_fn.
+
+    Returns:
+      Imported: in the nesting of `cell`; spec resets after and keeps.
+
+    Raises:
+      ValueError: names are missing, surplus or misshaped, or prefix fits none.
+      TypeError: it is no mapping, or an array is not floating.
+
+    Cost: one copy of the arrays.
+    """
+
+    def read(name, source):
+        arrays = named_arrays("from_linen", name, source, prefix=prefix)
+        kernels = {f"h{gate}/kernel": "H H" for gate in "rzn"}
+        kernels |= {f"i{gate}/kernel": "I H" for gate in "rzn"}
+        biases = {f"i{gate}/bias": "H" for gate in "rzn"} | {"hn/bias": "H"}
+        bind("from_linen", name, arrays, kernels | biases)
+        w_x, w_h, b_x = (
+            np.concatenate([arrays[f"{side}{gate}/{kind}"] for gate in "rzn"], axis=-1)
+            for side, kind in (("i", "kernel"), ("h", "kernel"), ("i", "bias"))
+        )
+        return numpy_cell(w_x, w_h, b_x, _only_n(arrays["hn/bias"]))
+
+    params = map_layers("from_linen", "cell", cell, read)
+    return Imported(params, GRUSpec("after", "keep", activation), (_ONE_BIAS,))
+
+
+def to_linen(params: Any, *, spec: GRUSpec = CHO_2014) -> Exported:
+    """The parameters of a `flax.linen.GRUCell`; the two biases of r and of z are summed.
+
+    Args:
+      params: a `GRUParams`, a `Bidirectional`, or a stack.
+      spec: of params; reset "after".
+
+    Returns:
+      Exported: {"ir": {"kernel": ..., "bias": ...}, ...} for each cell, in the nesting of params,
+      and the arguments of each cell (activation_fn by its name in `jax.nn`).
+
+    Raises:
+      ValueError: linen has no such cell: reset before, or gains.
+      TypeError: params or spec are of another kind.
+
+    Cost: one copy of the arrays.
+
+    >>> params = from_torch({"weight_ih": np.ones((9, 2)), "weight_hh": np.ones((9, 3))}).params
+    >>> sorted(to_linen(params, spec=PYTORCH).weights)
+    ['hn', 'hr', 'hz', 'in', 'ir', 'iz']
+    """
+    params, notes = require_exportable(
+        "to_linen", params, spec, Target("flax.linen.GRUCell", ("after",), activations=_ALL)
+    )
+    notes += _bias_notes(params, "r and z have one bias in linen")
+
+    def write(name, cell):
+        b, b_n = merged_bias(cell, "after")
+        weights: dict[str, dict[str, np.ndarray]] = {}
+        for gate, w_x, w_h, bias in zip(
+            "rzn", *(np.split(v, 3, -1) for v in (cell.w_x, cell.w_h, b))
+        ):
+            weights[f"i{gate}"] = {"kernel": w_x.copy(), "bias": bias.copy()}
+            weights[f"h{gate}"] = {"kernel": w_h.copy()}
+        weights["hn"]["bias"] = b_n.copy()
+        return weights
+
+    def options(name, cell):
+        return {"features": cell.w_h.shape[0], "activation_fn": spec.activation}
+
+    return _exported("to_linen", params, write, options, notes)
+
+
+def from_nnx(cell: Any, *, prefix: str = "", activation: Activation = "tanh") -> Imported:
+    """The weights of a `flax.nnx.GRUCell`: identical; there is no bias that r multiplies.
+
+    Args:
+      cell: `nnx.state(cell, nnx.Param)`, or a mapping with dense_i (kernel [I, 3H], bias [3H]) and
+        dense_h (kernel [H, 3H]); a list of them is a stack, a `Bidirectional` of them a layer.
+      prefix: what the names begin with, such as "cell/".
+      activation: the cell's activation_fn.
+
+    Returns:
+      Imported: in the nesting of `cell`, b_h None; spec resets after and keeps.
+
+    Raises:
+      ValueError: names are missing, surplus or misshaped, or prefix fits none.
+      TypeError: it is no mapping, or an array is not floating.
+
+    Cost: one copy of the arrays.
+    """
+
+    def read(name, source):
+        arrays = named_arrays("from_nnx", name, source, prefix=prefix)
+        axes = {"dense_h/kernel": "H 3H", "dense_i/kernel": "I 3H", "dense_i/bias": "3H"}
+        w_h, w_x, b_x = (bind("from_nnx", name, arrays, axes)[key] for key in axes)
+        return numpy_cell(w_x, w_h, b_x, None)
+
+    params = map_layers("from_nnx", "cell", cell, read)
+    return Imported(params, GRUSpec("after", "keep", activation), ())
+
+
+def to_nnx(params: Any, *, spec: GRUSpec = CHO_2014) -> Exported:
+    """The parameters of a `flax.nnx.GRUCell`; the two biases of r and of z are summed.
+
+    Args:
+      params: a `GRUParams`, a `Bidirectional`, or a stack, whose b_h has an n block of zeros, or
+        that have no b_h.
+      spec: of params; reset "after".
+
+    Returns:
+      Exported: {"dense_i": {"kernel": ..., "bias": ...}, "dense_h": {"kernel": ...}} for each cell,
+      in the nesting of params, and the arguments of each cell.
+
+    Raises:
+      ValueError: nnx has no such cell: a bias that r multiplies, reset before, or gains.
+      TypeError: params or spec are of another kind.
+
+    Cost: one copy of the arrays.
+    """
+    params, notes = require_exportable(
+        "to_nnx", params, spec, Target("flax.nnx.GRUCell", ("after",), activations=_ALL)
+    )
+    notes += _bias_notes(params, "r and z have one bias in nnx")
+
+    def write(name, cell):
+        b, b_n = merged_bias(cell, "after")
+        if np.any(b_n):
+            raise ValueError(
+                f"to_nnx: the n block of {name}.b_h must be zero, as flax.nnx.GRUCell has no bias "
+                f"that the reset gate multiplies, got up to {np.abs(b_n).max():.3g}; "
+                "flax.linen.GRUCell has one (to_linen)."
+            )
+        return {
+            "dense_i": {"kernel": cell.w_x, "bias": b},
+            "dense_h": {"kernel": cell.w_h},
+        }
+
+    def options(name, cell):
+        sizes = {"in_features": cell.w_x.shape[0], "hidden_features": cell.w_h.shape[0]}
+        return sizes | {"activation_fn": spec.activation}
+
+    return _exported("to_nnx", params, write, options, notes)
+
+
+def from_equinox(cell: Any) -> Imported:
+    """The weights of an `equinox.nn.GRUCell`.
+
+    w_x = weight_ih^T, w_h = weight_hh^T, b_x = bias, b_h = [0 | 0 | bias_n].
+
+    Args:
+      cell: the module, or a mapping of its weight_ih [3H, I], weight_hh [3H, H], bias [3H] and
+        bias_n [H] (both None or left out without bias); a list of them is a stack, a
+        `Bidirectional` of them a layer.
+
+    Returns:
+      Imported: in the nesting of `cell`; spec is `PYTORCH`.
+
+    Raises:
+      ValueError: names are missing, surplus or misshaped.
+      TypeError: it is no such module and no mapping, or an array is not floating.
+
+    Cost: one copy of the arrays.
+    """
+    biased = []
+
+    def read(name, source):
+        fields = ("weight_ih", "weight_hh", "bias", "bias_n")
+        if not isinstance(source, Mapping) and hasattr(source, "weight_ih"):
+            source = {field: getattr(source, field) for field in fields}
+        if isinstance(source, Mapping):
+            source = {k: v for k, v in source.items() if v is not None}
+        arrays = named_arrays("from_equinox", name, source)
+        bias = "bias" in arrays or "bias_n" in arrays
+        axes = {"weight_hh": "3H H", "weight_ih": "3H I"}
+        bind("from_equinox", name, arrays, axes | ({"bias": "3H", "bias_n": "H"} if bias else {}))
+        biased.append(bias)
+        biases = (arrays["bias"], _only_n(arrays["bias_n"])) if bias else (None, None)
+        return numpy_cell(arrays["weight_ih"].T, arrays["weight_hh"].T, *biases)
+
+    params = map_layers("from_equinox", "cell", cell, read)
+    return Imported(params, PYTORCH, (_ONE_BIAS,) if any(biased) else ())
+
+
+def to_equinox(params: Any, *, spec: GRUSpec = CHO_2014) -> Exported:
+    """The fields of an `equinox.nn.GRUCell`; the two biases of r and of z are summed.
+
+    Put them into a module with
+    `equinox.tree_at(lambda c: [getattr(c, k) for k in weights], cell, list(weights.values()))`.
+
+    Args:
+      params: a `GRUParams`, a `Bidirectional`, or a stack.
+      spec: of params; reset "after" and tanh.
+
+    Returns:
+      Exported: {"weight_ih": ..., "weight_hh": ..., "bias": ..., "bias_n": ...} for each cell, in
+      the nesting of params, and the arguments of each cell.
+
+    Raises:
+      ValueError: Equinox has no such cell: reset before, another activation, or gains.
+      TypeError: params or spec are of another kind.
+
+    Cost: one copy of the arrays.
+    """
+    params, notes = require_exportable(
+        "to_equinox", params, spec, Target("equinox.nn.GRUCell", ("after",))
+    )
+    bias = any(bias_counts(params))
+    notes += _bias_notes(params, "r and z have one bias in Equinox") if bias else []
+
+    def write(name, cell):
+        b, b_n = merged_bias(cell, "after")
+        weights = {
+            "weight_ih": np.ascontiguousarray(cell.w_x.T),
+            "weight_hh": np.ascontiguousarray(cell.w_h.T),
+        }
+        return weights | ({"bias": b, "bias_n": b_n} if bias else {})
+
+    def options(name, cell):
+        sizes = {"input_size": cell.w_x.shape[0], "hidden_size": cell.w_h.shape[0]}
+        return sizes | {"use_bias": bias}
+
+    return _exported("to_equinox", params, write, options, notes)
+
+
+def from_haiku(cell: Any, *, prefix: str = "") -> Imported:
+    """The weights of a `haiku.GRU`: identical, reordered; spec is `CHUNG_2014`.
+
+    w_i [I, 3H], w_h [H, 3H] and b [3H] in blocks z | r | a. Reset before, and z writes.
+
+    Args:
+      cell: the module's own entry of the parameters, `params["gru"]`; a list of them is a stack, a
+        `Bidirectional` of them a layer.
+      prefix: what the names begin with where all parameters are given, such as "gru/".
+
+    Returns:
+      Imported: in the nesting of `cell`, b_h None.
+
+    Raises:
+      ValueError: names are missing, surplus or misshaped, or prefix fits none.
+      TypeError: it is no mapping, or an array is not floating.
+
+    Cost: one copy of the arrays.
+
+    >>> from_haiku({"w_i": np.ones((2, 9)), "w_h": np.ones((3, 9)), "b": np.ones(9)}).spec.update
+    'write'
+    """
+
+    def read(name, source):
+        arrays = named_arrays("from_haiku", name, source, prefix=prefix)
+        axes = {"w_h": "H 3H", "w_i": "I 3H", "b": "3H"}
+        w_h, w_x, b_x = (reorder(bind("from_haiku", name, arrays, axes)[key]) for key in axes)
+        return numpy_cell(w_x, w_h, b_x, None)
+
+    return Imported(map_layers("from_haiku", "cell", cell, read), CHUNG_2014, ())
+
+
+def to_haiku(params: Any, *, spec: GRUSpec = CHO_2014) -> Exported:
+    """The parameters of a `haiku.GRU`; b_x and b_h are summed.
+
+    Args:
+      params: a `GRUParams`, a `Bidirectional`, or a stack.
+      spec: of params; reset "before" and tanh. An update that keeps is turned by the sign of z's
+        weights.
+
+    Returns:
+      Exported: {"w_i": ..., "w_h": ..., "b": ...} for each cell, in the nesting of params, and the
+      arguments of each module.
+
+    Raises:
+      ValueError: Haiku has no such cell: reset after, another activation, or gains.
+      TypeError: params or spec are of another kind.
+
+    Cost: one copy of the arrays.
+    """
+    target = Target("haiku.GRU", ("before",), update="write")
+    params, notes = require_exportable("to_haiku", params, spec, target)
+    if 2 in bias_counts(params):
+        notes.append("b_x and b_h are summed: Haiku has one bias")
+    if 0 in bias_counts(params):
+        notes.append(_FILLED)
+
+    def write(name, cell):
+        b = merged_bias(cell, "before")[0]
+        return {"w_i": reorder(cell.w_x), "w_h": reorder(cell.w_h), "b": reorder(b)}
+
+    def options(name, cell):
+        return {"hidden_size": cell.w_h.shape[0]}
+
+    return _exported("to_haiku", params, write, options, notes)
+
+
+def from_haste(cell: Any, *, prefix: str = "") -> Imported:
+    """The weights of a haste GRU (haste_pytorch, haste_tf): identical, reordered.
+
+    kernel [I, 3H], recurrent_kernel [H, 3H], bias and recurrent_bias [3H] in blocks z | r | g
+    (haste, `gru.py`).
+
+    Args:
+      cell: a mapping with those names; a list of them is a stack, a `Bidirectional` of them a
+        layer.
+      prefix: what the names begin with.
+
+    Returns:
+      Imported: in the nesting of `cell`; spec is `PYTORCH`.
+
+    Raises:
+      ValueError: names are missing, surplus or misshaped, or prefix fits none.
+      TypeError: it is no mapping, or an array is not floating.
+
+    Cost: one copy of the arrays.
+    """
+
+    def read(name, source):
+        arrays = named_arrays("from_haste", name, source, prefix=prefix)
+        bind("from_haste", name, arrays, _HASTE)
+        w_h, w_x, b_x, b_h = (reorder(arrays[key]) for key in _HASTE)
+        return numpy_cell(w_x, w_h, b_x, b_h)
+
+    return Imported(map_layers("from_haste", "cell", cell, read), PYTORCH, ())
+
+
+def to_haste(params: Any, *, spec: GRUSpec = CHO_2014) -> Exported:
+    """The parameters of a haste GRU; nothing is merged.
+
+    Args:
+      params: a `GRUParams`, a `Bidirectional`, or a stack.
+      spec: of params; reset "after" and tanh.
+
+    Returns:
+      Exported: names to arrays for each cell, in the nesting of params, and the arguments of each.
+
+    Raises:
+      ValueError: haste has no such cell: reset before, another activation, or gains.
+      TypeError: params or spec are of another kind.
+
+    Cost: one copy of the arrays.
+    """
+    params, notes = require_exportable("to_haste", params, spec, Target("haste.GRU", ("after",)))
+    if min(bias_counts(params)) < 2:
+        notes.append(_FILLED)
+
+    def write(name, cell):
+        arrays = (cell.w_h, cell.w_x, *filled_biases(cell))
+        return {key: reorder(v) for key, v in zip(_HASTE, arrays)}
+
+    def options(name, cell):
+        return {"input_size": cell.w_x.shape[0], "hidden_size": cell.w_h.shape[0]}
+
+    return _exported("to_haste", params, write, options, notes)
+
+
+_HASTE = {"recurrent_kernel": "H 3H", "kernel": "I 3H", "bias": "3H", "recurrent_bias": "3H"}
+
+
+def from_onnx(
+    w: Any,
+    r: Any,
+    b: Any = None,
+    *,
+    linear_before_reset: int = 0,
+    activation: Activation = "tanh",
+) -> Imported:
+    """The inputs W, R and B of an ONNX `GRU` node: identical, reordered (`read_onnx` reads files).
+
+    W [D, 3H, I], R [D, 3H, H] and B [D, 6H] = [Wb | Rb] in blocks z | r | h for D directions
+    (ONNX operator GRU-22).
+
+    Args:
+      w: W.
+      r: R.
+      b: B, or None.
+      linear_before_reset: the node's attribute; not 0 resets after the product. ONNX's default
+        is 0.
+      activation: the node's second one.
+
+    Returns:
+      Imported: a `GRUParams`, or a `Bidirectional` for D = 2. A node of direction "reverse" is run
+      with reverse=True.
+
+    Raises:
+      ValueError: shapes do not fit, or D is neither 1 nor 2.
+      TypeError: an array is not floating, or dtypes differ.
+
+    Cost: one copy of the arrays.
+
+    >>> from_onnx(np.ones((2, 9, 4)), np.ones((2, 9, 3))).params.backward.w_x.shape
+    (4, 9)
+    """
+    sources = {"R": r, "W": w} | ({} if b is None else {"B": b})
+    arrays = {k: as_float_array("from_onnx", k, v) for k, v in sources.items()}
+    bind(
+        "from_onnx",
+        "the node",
+        arrays,
+        {"R": "D 3H H", "W": "D 3H I"} | ({} if b is None else {"B": "D 6H"}),
+    )
+    count = arrays["R"].shape[0]
+    if count not in (1, 2):
+        raise ValueError(f"from_onnx: R must have one or two directions in front, got {count}.")
+
+    def cell(d):
+        biases = (None, None)
+        if b is not None:
+            biases = [reorder(v) for v in np.split(arrays["B"][d], 2)]
+        return numpy_cell(reorder(arrays["W"][d].T), reorder(arrays["R"][d].T), *biases)
+
+    params = cell(0) if count == 1 else Bidirectional(cell(0), cell(1))
+    reset = "after" if linear_before_reset else "before"
+    return Imported(params, GRUSpec(reset, "keep", activation), ())
+
+
+def to_onnx(params: Any, *, spec: GRUSpec = CHO_2014) -> Exported:
+    """The inputs of ONNX `GRU` nodes, one a layer; nothing is merged (`write_onnx` writes files).
+
+    Args:
+      params: a `GRUParams`, a `Bidirectional`, or a stack.
+      spec: of params; any. An update that writes is turned by the sign of z's weights.
+
+    Returns:
+      Exported: {"W": [D, 3H, I], "R": [D, 3H, H], "B": [D, 6H]}, without B where there is no bias,
+      and the node's attributes; for a stack a list of each, one a layer.
+
+    Raises:
+      ValueError: params have gains.
+      TypeError: params or spec are of another kind.
+
+    Cost: one copy of the arrays.
+
+    >>> exported = to_onnx(from_onnx(np.ones((1, 9, 4)), np.ones((1, 9, 3))).params)
+    >>> exported.options["hidden_size"], exported.options["linear_before_reset"]
+    (3, 0)
+    """
+    params, notes = require_exportable(
+        "to_onnx", params, spec, Target("ONNX's GRU", ("before", "after"), activations=_ALL)
+    )
+    if 1 in bias_counts(params):
+        notes.append(_FILLED)
+
+    def layer(params):
+        cells = directions_of(params)
+        weights = {
+            "W": np.stack([reorder(cell.w_x).T for cell in cells]),
+            "R": np.stack([reorder(cell.w_h).T for cell in cells]),
+        }
+        if any(bias_counts(params)):
+            pairs = [np.concatenate([reorder(v) for v in filled_biases(cell)]) for cell in cells]
+            weights["B"] = np.stack(pairs)
+        options = {
+            "hidden_size": cells[0].w_h.shape[0],
+            "direction": "forward" if len(cells) == 1 else "bidirectional",
+            "linear_before_reset": int(spec.reset == "after"),
+            "activations": ["Sigmoid", ONNX_ACTIVATIONS[spec.activation]] * len(cells),
+        }
+        if spec.activation == "identity":  # Affine is 1 x + 0; Sigmoid takes no numbers
+            options["activation_alpha"] = [1.0] * len(cells)
+            options["activation_beta"] = [0.0] * len(cells)
+        return weights, options
+
+    weights, options = _each_layer(params, layer)
+    return Exported(weights, options, tuple(notes))
+
+
+ONNX_ACTIVATIONS = {
+    "tanh": "Tanh",
+    "relu": "Relu",
+    "sigmoid": "Sigmoid",
+    "softplus": "Softplus",
+    "identity": "Affine",
+}
+
+
+def _only_n(b_n):
+    """[0 | 0 | b_n]."""
+    return np.concatenate([np.zeros(2 * b_n.size, b_n.dtype), b_n])
+
+
+def _bias_notes(params, reason):
+    """What happens to biases where r and z have one of them in the target."""
+    notes = []
+    if 2 in bias_counts(params):
+        notes.append(f"b_x and b_h of r and z are summed: {reason}")
+    if 0 in bias_counts(params):
+        notes.append(_FILLED)
+    return notes
+
+
+def _exported(function, params, write, options, notes):
+    """Exported, cell by cell, in the nesting of params."""
+    weights, arguments = (
+        map_layers(function, "params", params, visit) for visit in (write, options)
+    )
+    return Exported(weights, arguments, tuple(notes))
+
+
+def _each_layer(params, layer):
+    """(weights, options) of a layer, or lists of them for a stack."""
+    if isinstance(params, GRUParams | Bidirectional):
+        return layer(params)
+    weights, options = zip(*map(layer, params))
+    return list(weights), list(options)

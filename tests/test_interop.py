@@ -1,0 +1,395 @@
+"""Weights of other libraries: golden files of what they computed, round trips, refusals."""
+
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import assert_close, make_problem
+from peer_layers import PEERS, VARIANTS
+
+import jaxgru
+from jaxgru import CHO_2014, CHUNG_2014, PYTORCH, Bidirectional, GRUParams, GRUSpec, gru_stack
+from jaxgru.conversion import negate_update
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+EXACT = 1e-12  # float64 on both sides
+WRITERS = {name: getattr(jaxgru, f"to_{name}") for name in PEERS}
+
+
+def load_golden(name, variant):
+    """The arrays of a file, weights and gradients in dicts of their own."""
+    with np.load(GOLDEN / f"{name}_{variant}.npz", allow_pickle=False) as file:
+        arrays = dict(file)
+    parts = {
+        part: {k.removeprefix(f"{part}:"): v for k, v in arrays.items() if k.startswith(part)}
+        for part in ("weights", "grads")
+    }
+    return parts, arrays
+
+
+def as_stack(params):
+    """A stack, also of a single layer."""
+    single = isinstance(params, GRUParams | Bidirectional)
+    return jax.tree.map(jnp.asarray, (params,) if single else params)
+
+
+def outputs_and_gradients(params, spec, xs, cotangents):
+    """hs, and the gradients of sum(hs * cotangents) in the parameters and inputs."""
+
+    def loss(params, xs):
+        hs = gru_stack(params, xs, spec=spec)[1]
+        return jnp.sum(hs * cotangents), hs
+
+    grad = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+    (grads, dxs), hs = grad(params, jnp.asarray(xs))
+    return hs, grads, dxs
+
+
+def without_merged(grads, notes):
+    """The gradients, less those of biases that the source keeps as one: r and z of b_h."""
+    if not any("one bias in the source" in note for note in notes):
+        return grads
+
+    def visit(cell):
+        keep = jnp.arange(cell.b_h.size) >= 2 * (cell.b_h.size // 3)
+        return cell._replace(b_h=jnp.where(keep, cell.b_h, jnp.zeros_like(cell.b_h)))
+
+    return jax.tree.map(visit, grads, is_leaf=lambda v: isinstance(v, GRUParams))
+
+
+@pytest.mark.usefixtures("x64", "quick_compilation")
+@pytest.mark.parametrize(("name", "variant"), VARIANTS)
+def test_golden_values_and_gradients_are_the_peers(name, variant):
+    parts, arrays = load_golden(name, variant)
+    imported = PEERS[name].read(parts["weights"], variant)
+    stack = as_stack(imported.params)
+    got = outputs_and_gradients(stack, imported.spec, arrays["xs"], arrays["cotangents"])
+    wanted = as_stack(PEERS[name].read(parts["grads"], variant).params)
+    hs, grads, dxs = got
+    assert_close(hs, arrays["hs"], EXACT, "hs")
+    assert_close(dxs, arrays["dxs"], EXACT, "dxs")
+    assert_close(without_merged(grads, imported.notes), wanted, EXACT, "grads")
+
+
+def flatten(name, weights):
+    """What a `to_*` returned under the names of tests/golden."""
+    if name != "keras":
+        flat = jax.tree_util.tree_leaves_with_path(weights)
+        return {"/".join(str(key.key) for key in path): v for path, v in flat}
+    arrays = weights if hasattr(weights[0], "shape") else [v for layer in weights for v in layer]
+    return dict(enumerate(arrays))
+
+
+@pytest.mark.parametrize(("name", "variant"), VARIANTS)
+def test_round_trip_is_exact_to_the_bit(name, variant):
+    weights = load_golden(name, variant)[0]["weights"]
+    imported = PEERS[name].read(weights, variant)
+    exported = WRITERS[name](imported.params, spec=imported.spec)
+    got = flatten(name, exported.weights)
+    wanted = dict(enumerate(weights.values())) if name == "keras" else weights
+    assert set(got) == set(wanted)
+    for key, value in wanted.items():
+        np.testing.assert_array_equal(got[key], value)
+        assert got[key].dtype == value.dtype
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("reset", ["before", "after"])
+def test_negated_update_gate_is_the_other_convention(reset):
+    problem = make_problem(0)
+    flipped = negate_update(jax.tree.map(np.asarray, problem.params))
+    writes = outputs_and_gradients(
+        (problem.params,), GRUSpec(reset, "write"), problem.xs, problem.cotangents[1]
+    )
+    keeps = outputs_and_gradients(
+        as_stack(flipped), GRUSpec(reset, "keep"), problem.xs, problem.cotangents[1]
+    )
+    assert_close(keeps[0], writes[0], EXACT)
+    assert_close(keeps[2], writes[2], EXACT)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("update", ["keep", "write"])
+@pytest.mark.parametrize("name", PEERS)
+def test_export_of_every_equation_it_can_hold_comes_back_as_the_same_function(name, update):
+    """Merged biases and a z of the other sense: other arrays, the same outputs."""
+    for reset in ("before", "after"):
+        spec = GRUSpec(reset, update)
+        problem = make_problem(1)
+        params = jax.tree.map(np.array, problem.params)
+        if name == "nnx":
+            params.b_h[6:] = 0
+        try:
+            exported = WRITERS[name](params, spec=spec)
+        except ValueError as error:
+            assert f"got {reset!r}" in str(error)
+            continue
+        if name == "onnx":
+            lbr = exported.options["linear_before_reset"]
+            weights = exported.weights
+            imported = jaxgru.from_onnx(*(weights[k] for k in "WRB"), linear_before_reset=lbr)
+        else:
+            imported = getattr(jaxgru, f"from_{name}")(exported.weights)
+        hs = outputs_and_gradients(as_stack(params), spec, problem.xs, problem.cotangents[1])[0]
+        got = outputs_and_gradients(
+            as_stack(imported.params), imported.spec, problem.xs, problem.cotangents[1]
+        )[0]
+        assert_close(got, hs, EXACT)
+        negates = (update == "write") != (name == "haiku")
+        assert any("negated" in note for note in exported.notes) == negates
+        merges = name in ("linen", "nnx", "equinox", "haiku") or (name, reset) == (
+            "keras",
+            "before",
+        )
+        assert any("summed" in note for note in exported.notes) == merges
+
+
+def test_arrays_are_copies():
+    weights = {"weight_ih": np.ones((9, 2)), "weight_hh": np.ones((9, 3))}
+    params = jaxgru.from_torch(weights).params
+    weights["weight_ih"][:] = 7
+    assert params.w_x.max() == 1
+    exported = jaxgru.to_nnx(GRUParams(np.ones((2, 9)), np.ones((3, 9)), None, None), spec=PYTORCH)
+    params.w_h[:] = 5
+    assert exported.weights["dense_h"]["kernel"].max() == 1
+
+
+def test_part_of_a_larger_model_is_chosen_by_its_prefix():
+    rnn = {f"rnn.{k}": v for k, v in load_golden("torch", "one_layer")[0]["weights"].items()}
+    model = {"head.weight": np.ones((2, 3)), **rnn}
+    (layer,), spec, notes = jaxgru.from_torch(model, prefix="rnn.")
+    assert layer.w_x.shape == (4, 9)
+    assert (spec, notes) == (PYTORCH, ())
+
+
+def test_lists_are_stacks_and_pairs_are_layers_of_two_directions():
+    cell = load_golden("linen", "tanh")[0]["weights"]
+    deep = {k: v[:3] if k.startswith("i") and "kernel" in k else v for k, v in cell.items()}
+    params = jaxgru.from_linen([cell, Bidirectional(deep, deep)]).params
+    assert isinstance(params, tuple)
+    assert isinstance(params[1], Bidirectional)
+    assert params[1].backward.w_x.shape == (3, 9)
+    weights = jaxgru.to_linen(params, spec=PYTORCH).weights
+    assert isinstance(weights[1], Bidirectional)
+    np.testing.assert_array_equal(weights[1].forward["hn"]["kernel"], cell["hn/kernel"])
+
+
+def test_weights_that_are_not_finite_are_told():
+    cell = {"weight_ih": np.ones((9, 2)), "weight_hh": np.ones((9, 3))}
+    cell["weight_hh"][0, :2] = np.nan, np.inf
+    told = r"^from_torch: state_dict\['weight_hh'\] holds 2 values that are not finite\.$"
+    with pytest.warns(UserWarning, match=told):
+        jaxgru.from_torch(cell)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+def test_every_dtype_is_kept(dtype):
+    dtype = jnp.dtype(dtype)
+    cell = {"weight_ih": np.ones((9, 2), dtype), "weight_hh": np.ones((9, 3), dtype)}
+    params = jaxgru.from_torch(cell).params
+    assert params.w_x.dtype == dtype
+    assert jaxgru.to_haste(params, spec=PYTORCH).weights["kernel"].dtype == dtype
+
+
+def torch_cell(**changes):
+    cell = {"weight_ih": np.ones((9, 2)), "weight_hh": np.ones((9, 3))} | changes
+    return {k: v for k, v in cell.items() if v is not None}
+
+
+def keras_cell(*bias):
+    return [np.ones((2, 9)), np.ones((3, 9)), *bias]
+
+
+def cell_of(hidden=3, inputs=2, **changes):
+    arrays = {"w_x": (inputs, 3 * hidden), "w_h": (hidden, 3 * hidden)}
+    arrays |= {"b_x": (3 * hidden,), "b_h": (3 * hidden,)}
+    return GRUParams(**({k: np.ones(v) for k, v in arrays.items()} | changes))
+
+
+BAD_CALLS = {
+    "no_mapping": (
+        lambda: jaxgru.from_torch([1, 2]),
+        TypeError,
+        "from_torch: state_dict must be a mapping of names to arrays, got list.",
+    ),
+    "missing_surplus_and_misshaped_together": (
+        lambda: jaxgru.from_torch(
+            torch_cell(weight_hh=np.ones((3, 9)), bias_ih=np.ones(9), extra=np.ones(1))
+        ),
+        ValueError,
+        "from_torch: state_dict must hold weight_hh, weight_ih, bias_ih, bias_hh, got "
+        "missing: bias_hh [3H]; surplus: extra; misshaped: weight_hh (3, 9) for [3H H], "
+        "weight_ih (9, 2) for [3H I], bias_ih (9,) for [3H] (with H=9, I=2).",
+    ),
+    "missing_layer": (
+        lambda: jaxgru.from_torch(
+            {"weight_hh_l1": np.ones((9, 3)), "weight_ih_l1": np.ones((9, 3))}
+        ),
+        ValueError,
+        "from_torch: state_dict must hold weight_hh_l0, weight_ih_l0, got missing: "
+        "weight_hh_l0 [3H H], weight_ih_l0 [3H I]; surplus: weight_hh_l1, weight_ih_l1.",
+    ),
+    "wrong_prefix": (
+        lambda: jaxgru.from_torch(torch_cell(), prefix="rnn."),
+        ValueError,
+        "from_torch: prefix must begin a name of state_dict, got 'rnn.'; the names are "
+        "weight_ih, weight_hh.",
+    ),
+    "optimizer_state": (
+        lambda: jaxgru.from_torch({"state": {}, "param_groups": []}),
+        ValueError,
+        "from_torch: state_dict must be a module's, got an optimizer's; its moments belong to "
+        "PyTorch's arrays and do not move: start an optax optimizer anew.",
+    ),
+    "integers": (
+        lambda: jaxgru.from_torch(torch_cell(weight_hh=np.ones((9, 3), int))),
+        TypeError,
+        "from_torch: state_dict['weight_hh'] must be an array of float64, float32, bfloat16, "
+        "float16, got dtype int64.",
+    ),
+    "two_dtypes": (
+        lambda: jaxgru.from_torch(torch_cell(weight_hh=np.ones((9, 3), np.float32))),
+        TypeError,
+        "from_torch: state_dict must hold arrays of one dtype, got float32, float64; cast them to "
+        "one.",
+    ),
+    "keras_without_bias": (
+        lambda: jaxgru.from_keras(keras_cell()),
+        ValueError,
+        "from_keras: reset_after must be True or False for weights, which has no bias that tells, "
+        "got None.",
+    ),
+    "keras_belied": (
+        lambda: jaxgru.from_keras(keras_cell(np.ones(9)), reset_after=True),
+        ValueError,
+        "from_keras: reset_after must be False for a bias of shape (9,), got True.",
+    ),
+    "keras_kind": (
+        lambda: jaxgru.from_keras(keras_cell(np.ones(9)), reset_after=1),
+        TypeError,
+        "from_keras: reset_after must be a bool or None, got 1.",
+    ),
+    "keras_count": (
+        lambda: jaxgru.from_keras([np.ones((2, 9))]),
+        ValueError,
+        "from_keras: weights must hold 2 or 3 arrays, or 4 or 6 of a Bidirectional, got 1.",
+    ),
+    "keras_mixed": (
+        lambda: jaxgru.from_keras([keras_cell(np.ones(9)), keras_cell(np.ones((2, 9)))]),
+        ValueError,
+        "from_keras: weights must be of layers with one reset_after, got both; import each with "
+        "its own spec.",
+    ),
+    "no_layers": (
+        lambda: jaxgru.from_haiku([]),
+        ValueError,
+        "from_haiku: cell must hold at least one layer, got none.",
+    ),
+    "unknown_activation": (
+        lambda: jaxgru.from_keras(keras_cell(np.ones(9)), activation="elu"),
+        ValueError,
+        "GRUSpec: activation must be one of 'tanh', 'relu', 'sigmoid', 'softplus', 'identity', got "
+        "'elu'.",
+    ),
+    "onnx_directions": (
+        lambda: jaxgru.from_onnx(np.ones((3, 9, 2)), np.ones((3, 9, 3))),
+        ValueError,
+        "from_onnx: R must have one or two directions in front, got 3.",
+    ),
+    "torch_resets_after_alone": (
+        lambda: jaxgru.to_torch(cell_of(), spec=CHO_2014),
+        ValueError,
+        "to_torch: spec.reset must be 'after', which is all that torch.nn.GRU computes, got "
+        "'before': no weights make the one of the other, so the model has to be trained anew with "
+        "it.",
+    ),
+    "haiku_resets_before_alone": (
+        lambda: jaxgru.to_haiku(cell_of(), spec=PYTORCH),
+        ValueError,
+        "to_haiku: spec.reset must be 'before', which is all that haiku.GRU computes, got 'after': "
+        "no weights make the one of the other, so the model has to be trained anew with it.",
+    ),
+    "equinox_has_tanh_alone": (
+        lambda: jaxgru.to_equinox(cell_of(), spec=GRUSpec("after", activation="relu")),
+        ValueError,
+        "to_equinox: spec.activation must be one of 'tanh', which is all that equinox.nn.GRUCell "
+        "computes, got 'relu'.",
+    ),
+    "nnx_has_no_bias_inside": (
+        lambda: jaxgru.to_nnx((cell_of(),), spec=PYTORCH),
+        ValueError,
+        "to_nnx: the n block of params[0].b_h must be zero, as flax.nnx.GRUCell has no bias that "
+        "the reset gate multiplies, got up to 1; flax.linen.GRUCell has one (to_linen).",
+    ),
+    "gains": (
+        lambda: jaxgru.to_keras(cell_of(g_x=np.ones(9)), spec=PYTORCH),
+        ValueError,
+        "to_keras: params must have no gains, as keras.layers.GRU has no layer normalization of "
+        "the gates' products, got g_x or g_h.",
+    ),
+    "params_kind": (
+        lambda: jaxgru.to_haste({"w_x": 1}, spec=PYTORCH),
+        TypeError,
+        "to_haste: params must be a GRUParams, got dict.",
+    ),
+    "spec_kind": (
+        lambda: jaxgru.to_onnx(cell_of(), spec="pytorch"),
+        TypeError,
+        "to_onnx: spec must be a GRUSpec, got 'pytorch'.",
+    ),
+    "torch_one_kind_of_layer": (
+        lambda: jaxgru.to_torch(
+            (cell_of(), Bidirectional(cell_of(inputs=3), cell_of(inputs=3))), spec=PYTORCH
+        ),
+        ValueError,
+        "to_torch: params must have layers that are all Bidirectional or none, as torch.nn.GRU "
+        "has, got another kind in layer 1.",
+    ),
+    "torch_one_size": (
+        lambda: jaxgru.to_torch((cell_of(), cell_of(4, 3)), spec=PYTORCH),
+        ValueError,
+        "to_torch: params must have layers of one size H that read all outputs below, as "
+        "torch.nn.GRU has, got I, H = (3, 4) in layer 1 for (3, 3).",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_bad_call_is_refused_with_its_reason(case):
+    call, kind, message = BAD_CALLS[case]
+    with pytest.raises(kind, match="^" + re.escape(message) + "$"):
+        call()
+
+
+def test_absent_biases_are_written_as_zeros_and_told():
+    cell = cell_of(b_x=None)
+    exported = jaxgru.to_torch((cell,), spec=PYTORCH)
+    assert not exported.weights["bias_ih_l0"].any()
+    assert exported.notes == ("absent biases are written as zeros",)
+    bare = cell_of(b_x=None, b_h=None)
+    assert jaxgru.to_torch((bare,), spec=PYTORCH).options["bias"] is False
+    assert jaxgru.to_haiku(bare, spec=CHUNG_2014).notes == ("absent biases are written as zeros",)
+
+
+def test_options_build_the_target():
+    stack = (
+        Bidirectional(cell_of(), cell_of()),
+        Bidirectional(cell_of(inputs=6), cell_of(inputs=6)),
+    )
+    assert jaxgru.to_torch(stack, spec=PYTORCH).options == {
+        "input_size": 2,
+        "hidden_size": 3,
+        "num_layers": 2,
+        "bias": True,
+        "bidirectional": True,
+    }
+    options = jaxgru.to_keras(cell_of(), spec=GRUSpec(activation="identity")).options
+    assert options == {
+        "units": 3,
+        "activation": "linear",
+        "reset_after": False,
+        "use_bias": True,
+    }

@@ -20,8 +20,8 @@ The tour, from the equation outwards:
   `example_gradient_norms`. `jaxgru.jacobians`: dh_t/dh_{t-1} in closed form, and what products of
   it do over time. `jaxgru.influence`: `rtrl`, the gradient computed forward in time.
 * `jaxgru.interop`: `from_torch`, `to_torch` and their like for Keras, Flax, Equinox, Haiku, ONNX
-  and haste. `jaxgru.onnx_files`: `read_onnx`, `write_onnx`. `jaxgru.weight_files`: `save_weights`
-  and `load_weights`, safetensors with spec, sizes and sha256.
+  and haste. `jaxgru.onnx_files`: `read_onnx`, `write_onnx`. `jaxgru.weight_files`: `save_weights`,
+  `load_weights` and `read_safetensors`, safetensors with spec, sizes and sha256.
 * `jaxgru.training`: `make_train_step` and `fit` train any loss with optax; `save_arrays` and
   `load_arrays` keep weights in files that run no code.
 
@@ -111,7 +111,7 @@ from jaxgru.training import (
     read_metadata,
     save_arrays,
 )
-from jaxgru.weight_files import LoadedWeights, load_weights, save_weights
+from jaxgru.weight_files import LoadedWeights, load_weights, read_safetensors, save_weights
 
 __all__ = [
     "CHO_2014",
@@ -176,6 +176,7 @@ __all__ = [
     "make_train_step",
     "read_metadata",
     "read_onnx",
+    "read_safetensors",
     "resets_from_dones",
     "rtrl",
     "run_onnx_gru",

@@ -87,6 +87,13 @@ def from_torch(state_dict: Mapping[str, Any], *, prefix: str = "") -> Imported:
             "PyTorch's arrays and do not move: start an optax optimizer anew."
         )
     arrays = named_arrays(function, "state_dict", state_dict, prefix=prefix, separator=".")
+    starts = {k.removesuffix("weight_hh_l0") for k in arrays if k.endswith("weight_hh_l0")}
+    if starts and "" not in starts:
+        known = ", ".join(repr(prefix + start) for start in sorted(starts))
+        raise ValueError(
+            f"from_torch: prefix must be one of {known}, "
+            f"where state_dict holds a GRU, got {prefix!r}."
+        )
     bias = any("bias" in name for name in arrays)
 
     def cell(suffix):

@@ -469,7 +469,7 @@ def _embed(params, tokens):
     """x = embedding[token], or the one-hot row."""
     if params.embedding is None:
         return jax.nn.one_hot(tokens, params.w.shape[1], dtype=params.w.dtype)
-    return params.embedding[tokens]
+    return jnp.asarray(params.embedding)[tokens]  # NumPy does not index by traced ones
 
 
 def _head(params, hs):

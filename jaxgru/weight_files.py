@@ -23,6 +23,10 @@ _FORMAT = "jaxgru weights 1"
 _MOST_HEADER = 8 * 2**20  # bytes; a header of a layer takes about 100 an array
 _KINDS = {kind.__name__: kind for kind in (GRUParams, Bidirectional, SequenceParams, TokenParams)}
 _NAMES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_NAMES |= {
+    f"{kind[0].upper()}{n}": f"{kind}{n}" for kind in ("int", "uint") for n in (8, 16, 32, 64)
+}
+_NAMES["BOOL"] = "bool"
 
 
 class LoadedWeights(NamedTuple):
@@ -98,7 +102,7 @@ def load_weights(path: str | os.PathLike) -> LoadedWeights:
 
     Cost: reads the file twice over in memory.
     """
-    arrays, description = read_safetensors("load_weights", path)
+    arrays, description = _read("load_weights", path)
     if description.get("format") != _FORMAT:
         raise ValueError(
             f"load_weights: {path} must be a file of {_FORMAT!r}, got format "
@@ -114,21 +118,39 @@ def load_weights(path: str | os.PathLike) -> LoadedWeights:
     return LoadedWeights(params, spec, json.loads(description["metadata"]))
 
 
-def read_safetensors(
-    function: str, path: str | os.PathLike
-) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """(arrays by name, metadata) of a safetensors file; ValueError where it is none or damaged."""
+def read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """The arrays of any program's safetensors file, for `from_torch` and the like.
+
+    Args:
+      path: of the file.
+
+    Returns:
+      Names to NumPy arrays; bfloat16 too, which NumPy alone does not know.
+
+    Raises:
+      ImportError: safetensors is not installed.
+      OSError: the file cannot be read.
+      ValueError: it is a pickle, which could run code; or no whole safetensors file; or its header
+        is larger than 8 MiB; or it holds a dtype that NumPy has no form of.
+
+    Cost: reads the file twice over in memory.
+    """
+    return _read("read_safetensors", path)[0]
+
+
+def _read(function, path):
+    """(arrays by name, metadata) of a safetensors file."""
     safetensors = _library(function)
     with open(path, "rb") as file:
         data = file.read()
-    if data[:2] == b"PK" or data[:1] == b"\x80":
-        raise ValueError(
-            f"{function}: {path} must be a safetensors file, got a pickle or a zip of one, which "
-            "can run code; where it comes from, write one with "
-            "safetensors.torch.save_file(module.state_dict(), 'weights.safetensors')."
-        )
     size = int.from_bytes(data[:8], "little") if len(data) >= 8 else -1
-    if not 0 <= size <= min(_MOST_HEADER, len(data) - 8):
+    if not 0 <= size <= min(_MOST_HEADER, len(data) - 8) or data[8:9] != b"{":
+        if data[:2] == b"PK" or data[:1] == b"\x80":
+            raise ValueError(
+                f"{function}: {path} must be a safetensors file, got a pickle or a zip of one, "
+                "which can run code; where it comes from, write one with "
+                "safetensors.torch.save_file(module.state_dict(), 'weights.safetensors')."
+            )
         raise ValueError(
             f"{function}: {path} must be a whole safetensors file with a header of at most "
             f"{_MOST_HEADER} bytes, got {len(data)} bytes of which the header claims {size}."
@@ -136,20 +158,20 @@ def read_safetensors(
     try:
         entries = safetensors.deserialize(data)
         metadata = json.loads(data[8 : 8 + size]).get("__metadata__", {})
+        arrays = {
+            name: np.frombuffer(bytes(entry["data"]), jnp.dtype(_NAMES[entry["dtype"]]))
+            .reshape(entry["shape"])
+            .copy()
+            for name, entry in entries
+        }
+    except KeyError as error:
+        raise ValueError(
+            f"{function}: {path} must hold arrays of {', '.join(_NAMES)}, got {error}."
+        ) from error
     except (safetensors.SafetensorError, ValueError) as error:
         raise ValueError(
             f"{function}: {path} must be a whole safetensors file, got: {error}."
         ) from error
-    arrays = {}
-    for name, entry in entries:
-        dtype = _NAMES.get(entry["dtype"])
-        if dtype is None:
-            raise TypeError(
-                f"{function}: {name} of {path} must be of {', '.join(_NAMES)}, got "
-                f"{entry['dtype']}."
-            )
-        array = np.frombuffer(bytes(entry["data"]), jnp.dtype(dtype))
-        arrays[name] = array.reshape(entry["shape"]).copy()
     return arrays, metadata
 
 

@@ -18,6 +18,7 @@ from jaxgru import (
     init_stack,
     init_token_model,
     load_weights,
+    read_safetensors,
     save_weights,
 )
 
@@ -109,6 +110,18 @@ def test_pickles_are_refused_with_the_safe_way(tmp_path):
         told = r"got a pickle or a zip of one, which can run code; .*safetensors\.torch\.save_file"
         with pytest.raises(ValueError, match=told):
             load_weights(path)
+
+
+def test_header_whose_length_looks_like_a_pickles_beginning_is_read(tmp_path):
+    """Lengths of 0x280 and 0x480 begin with the bytes of pickle's protocols 2 and 4."""
+    seen = set()
+    for length in range(700):
+        safetensors.save_file({"w": np.ones(2)}, tmp_path / "w", {"x": "y" * length})
+        start = (tmp_path / "w").read_bytes()[:2]
+        if start[0] == 0x80:
+            seen.add(start)
+            np.testing.assert_array_equal(read_safetensors(tmp_path / "w")["w"], np.ones(2))
+    assert b"\x80\x02" in seen
 
 
 def test_huge_header_is_refused_before_it_is_read(tmp_path):

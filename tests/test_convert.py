@@ -1,0 +1,271 @@
+"""The converter as a command: files in, files out, what it prints, what it refuses."""
+
+import json
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+
+import jaxgru
+from experiments.convert import main
+from jaxgru import CHUNG_2014, PYTORCH, GRUSpec, init_stack, init_token_model
+
+st = pytest.importorskip("safetensors.numpy", reason="safetensors is an extra")
+pytest.importorskip("onnx", reason="onnx is an extra")
+
+
+def torch_file(path, prefix="", **stack):
+    """A state dict as torch would have written it."""
+    layers = init_stack(jax.random.key(0), 2, 3, scheme="pytorch", **stack)
+    weights = jaxgru.to_torch(layers, spec=PYTORCH).weights
+    st.save_file({f"{prefix}{k}": v for k, v in weights.items()}, path)
+    return layers
+
+
+def run(capsys, *argv):
+    """(exit code, printed) of the command."""
+    code = main([str(a) for a in argv])
+    captured = capsys.readouterr()
+    return code, captured.out + captured.err
+
+
+def same(got, wanted):
+    jax.tree.map(np.testing.assert_array_equal, got, wanted)
+
+
+@pytest.mark.parametrize("both", [False, True], ids=["one_way", "both_ways"])
+def test_weights_that_went_through_every_format_are_the_same(tmp_path, capsys, both):
+    """All that hold this cell as it is, one after the other, back to PyTorch."""
+    layers = torch_file(tmp_path / "torch.safetensors", num_layers=2, bidirectional=both)
+    formats = ["onnx", "keras", "haste", "jaxgru", "torch"]
+    ends = {"onnx": "onnx", "jaxgru": "safetensors", "keras": "npz", "haste": "safetensors"}
+    source = ("torch", tmp_path / "torch.safetensors")
+    for kind in formats:
+        target = (kind, tmp_path / f"{kind}_2.{ends.get(kind, 'npz')}")
+        code, printed = run(capsys, "--from", *source, "--to", *target)
+        assert code == 0, printed
+        assert "0.0e+00  read again, float64" in printed
+        assert "note" not in printed
+        source = target
+    with np.load(source[1]) as file:
+        same(jaxgru.from_torch(dict(file)).params, layers)
+
+
+@pytest.mark.parametrize("kind", ["linen", "equinox"])
+def test_merged_biases_are_told_and_the_function_is_kept(tmp_path, capsys, kind):
+    torch_file(tmp_path / "t.safetensors", num_layers=2)
+    target = tmp_path / "m.safetensors"
+    code, printed = run(capsys, "--from", "torch", tmp_path / "t.safetensors", "--to", kind, target)
+    assert code == 0, printed
+    assert "note     b_x and b_h of r and z are summed" in printed
+    # Merged in float32: rounding, and no more.
+    assert 0 < float(printed.split("  read again")[0].split()[-1]) < 1e-6
+
+
+def test_negated_update_is_told(tmp_path, capsys):
+    params = init_stack(jax.random.key(0), 2, 3)
+    jaxgru.save_weights(tmp_path / "j", params, spec=CHUNG_2014)
+    code, printed = run(capsys, "--from", "jaxgru", tmp_path / "j", "--to", "onnx", tmp_path / "o")
+    assert code == 0, printed
+    assert "note     the update gate's weights and biases are negated" in printed
+    code, printed = run(
+        capsys, "--from", "onnx", tmp_path / "o", "--to", "haiku", tmp_path / "h.npz"
+    )
+    assert code == 0, printed
+    assert "I=2 H=3 float32; reset before, z keeps, tanh" in printed
+
+
+def test_layers_of_a_larger_model_are_chosen(tmp_path, capsys):
+    layers = torch_file(tmp_path / "t.safetensors", prefix="rnn.", num_layers=2)
+    argv = ("--from", "torch", tmp_path / "t.safetensors", "--to", "jaxgru", tmp_path / "j")
+    code, printed = run(capsys, *argv)
+    assert (code, "prefix must be one of 'rnn.', where" in printed) == (2, True)
+    code, printed = run(capsys, *argv, "--layer", "rnn.")
+    assert code == 0, printed
+    same(jaxgru.load_weights(tmp_path / "j").params, layers)
+
+
+def test_model_goes_to_onnx_whole_and_elsewhere_without_its_head(tmp_path, capsys):
+    model = init_token_model(jax.random.key(0), 5, 3, embedding_size=2)
+    jaxgru.save_weights(tmp_path / "j", model, spec=PYTORCH)
+    argv = ("--from", "jaxgru", tmp_path / "j", "--to")
+    code, printed = run(capsys, *argv, "onnx", tmp_path / "m.onnx")
+    assert code == 0, printed
+    assert "stay behind" not in printed
+    code, printed = run(capsys, *argv, "torch", tmp_path / "t.npz")
+    assert code == 0, printed
+    assert "the head and embedding stay behind" in printed
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_weights_file_of_keras_is_read(tmp_path, capsys, bias):
+    h5py = pytest.importorskip("h5py", reason="h5py comes with keras")
+    rng = np.random.default_rng(0)
+    arrays = [rng.normal(size=v) for v in ((2, 9), (3, 9), (9,))][: 2 + bias]
+    upper = [rng.normal(size=v) for v in ((3, 9), (3, 9), (9,))][: 2 + bias]
+    with h5py.File(tmp_path / "k.weights.h5", "w") as file:
+        for name, own in (("gru", arrays), ("gru_1", upper)):
+            for number, array in enumerate(own):
+                file[f"layers/{name}/cell/vars/{number}"] = array
+        file["layers/dense/vars/0"] = np.ones((3, 2))
+    argv = ("--from", "keras", tmp_path / "k.weights.h5", "--to", "jaxgru", tmp_path / "j")
+    code, printed = run(capsys, *argv)
+    assert code == 2
+    assert "--layer layers/gru/ --layer layers/gru_1/" in printed
+    layers = ("--layer", "layers/gru/", "--layer", "layers/gru_1/")
+    code, printed = run(capsys, *argv, *layers, *(() if bias else ("--reset", "before")))
+    assert code == 0, printed
+    loaded = jaxgru.load_weights(tmp_path / "j")
+    same(loaded.params, jaxgru.from_keras([arrays, upper], reset_after=False).params)
+    assert loaded.spec == GRUSpec("before")
+
+
+def test_layers_of_numbered_names_come_in_their_order(tmp_path, capsys):
+    """Ten and more: 10/ after 9/."""
+    layers = init_stack(jax.random.key(0), 3, [3] * 11, scheme="pytorch")
+    jaxgru.save_weights(tmp_path / "j", layers, spec=PYTORCH)
+    code, printed = run(
+        capsys, "--from", "jaxgru", tmp_path / "j", "--to", "haste", tmp_path / "h.npz"
+    )
+    assert code == 0, printed
+    assert "0.0e+00  read again" in printed
+
+
+def bad(path, data):
+    path.write_bytes(data)
+    return path
+
+
+REFUSED = {
+    "pickle": (
+        lambda path: ("torch", bad(path / "m.pt", pickle.dumps({"w": 1}))),
+        "which can run code; where it comes from, write one with safetensors.torch.save_file",
+    ),
+    "no_file": (lambda path: ("onnx", path / "none.onnx"), "No such file or directory"),
+    "truncated_npz": (lambda path: ("keras", bad(path / "m.npz", b"PK\x03\x04")), "whole .npz"),
+    "pickled_npz": (
+        lambda path: (np.savez(path / "m.npz", w=np.array([{}])), ("haste", path / "m.npz"))[1],
+        "Object arrays cannot be loaded when allow_pickle=False",
+    ),
+    "no_model": (lambda path: ("onnx", bad(path / "m", b"no model")), "a whole ONNX model"),
+    "other_names": (
+        lambda path: (np.savez(path / "m.npz", w=np.ones(3)), ("haste", path / "m.npz"))[1],
+        "must hold recurrent_kernel, kernel, bias, recurrent_bias, got missing:",
+    ),
+    "integers": (
+        lambda path: (
+            np.savez(path / "m.npz", weight_ih=np.ones((9, 2), int), weight_hh=np.ones((9, 3))),
+            ("torch", path / "m.npz"),
+        )[1],
+        "got dtype int64",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_unusable_file_is_refused_in_one_line(tmp_path, capsys, case):
+    make, message = REFUSED[case]
+    source = make(tmp_path)
+    code, printed = run(capsys, "--from", *source, "--to", "jaxgru", tmp_path / "new")
+    assert code == 2
+    assert message in printed
+    assert printed.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_target_that_cannot_hold_the_cell_says_why_and_writes_nothing(tmp_path, capsys):
+    torch_file(tmp_path / "t.safetensors")
+    argv = ("--from", "torch", tmp_path / "t.safetensors", "--to")
+    code, printed = run(capsys, *argv, "haiku", tmp_path / "new.npz")
+    assert (code, "which is all that haiku.GRU computes" in printed) == (2, True)
+    code, printed = run(capsys, *argv, "nnx", tmp_path / "new.npz")
+    assert (code, "flax.nnx.GRUCell has no bias that the reset gate" in printed) == (2, True)
+    code, printed = run(capsys, *argv, "keras", tmp_path / "new.h5")
+    assert (code, "must end in .safetensors or .npz" in printed) == (2, True)
+    assert not list(tmp_path.glob("new*"))
+
+
+def test_no_file_is_overwritten(tmp_path, capsys):
+    torch_file(tmp_path / "t.safetensors")
+    (tmp_path / "old").write_text(json.dumps("mine"))
+    argv = ("--from", "torch", tmp_path / "t.safetensors", "--to", "onnx", tmp_path / "old")
+    assert run(capsys, *argv)[0] == 2
+    assert json.loads((tmp_path / "old").read_text()) == "mine"
+
+
+def test_weights_that_are_not_finite_are_told(tmp_path, capsys):
+    weights = {"weight_ih": np.ones((9, 2)), "weight_hh": np.ones((9, 3))}
+    weights["weight_hh"][0, 0] = np.nan
+    np.savez(tmp_path / "t.npz", **weights)
+    argv = ("--from", "torch", tmp_path / "t.npz", "--to", "jaxgru", tmp_path / "j")
+    code, printed = run(capsys, *argv)
+    assert "weight_hh'] holds 1 values that are not finite" in printed
+    assert code == 1  # nothing computed with them can be compared
+
+
+def test_difference_beyond_rounding_is_exit_code_1(tmp_path, capsys, monkeypatch):
+    torch_file(tmp_path / "t.safetensors")
+    true = jaxgru.load_weights
+
+    def worse(path):
+        loaded = true(path)
+        return loaded._replace(params=jax.tree.map(lambda v: v + np.float32(1e-3), loaded.params))
+
+    monkeypatch.setattr(jaxgru, "load_weights", worse)
+    argv = ("--from", "torch", tmp_path / "t.safetensors", "--to", "jaxgru", tmp_path / "j")
+    assert run(capsys, *argv)[0] == 1
+
+
+@pytest.mark.parametrize("kind", ["stack", "tokens", "float64"])
+def test_program_with_its_weights_runs_without_the_package(tmp_path, capsys, kind):
+    """Every length and batch, and step by step; the command itself compares one."""
+    if kind == "tokens":
+        model = init_token_model(jax.random.key(0), 5, 3, embedding_size=2, num_layers=2)
+    else:
+        model = init_stack(jax.random.key(0), 2, 3, num_layers=2)
+        if kind == "float64":
+            model = jax.tree.map(np.float64, model)
+    jaxgru.save_weights(tmp_path / "j", model, spec=PYTORCH)
+    for options in ((), ("--step",)):
+        target = tmp_path / f"m{len(options)}"
+        argv = ("--from", "jaxgru", tmp_path / "j", "--to", "stablehlo", target)
+        code, printed = run(capsys, *argv, *options)
+        assert code == 0, printed
+        assert "of the program on cpu" in printed
+    if kind == "stack":
+        xs = np.random.default_rng(1).normal(size=(7, 2, 2)).astype(np.float32)
+        h, ys = export.deserialize((tmp_path / "m0").read_bytes()).call(xs, np.ones((7, 2), bool))
+        wanted = jaxgru.gru_stack(model, jnp.asarray(xs), spec=PYTORCH)
+        np.testing.assert_allclose(ys, wanted[1], atol=1e-6)
+        step = export.deserialize((tmp_path / "m1").read_bytes())
+        h, y = step.call(xs[0], jaxgru.init_state(model, (2,)))
+        np.testing.assert_allclose(y, wanted[1][0], atol=1e-6)
+        assert [v.shape for v in h] == [(2, 3), (2, 3)]
+
+
+def test_program_of_a_step_in_two_directions_is_refused(tmp_path, capsys):
+    torch_file(tmp_path / "t.safetensors", bidirectional=True)
+    argv = ("--from", "torch", tmp_path / "t.safetensors", "--to", "stablehlo", tmp_path / "m")
+    code, printed = run(capsys, *argv, "--step")
+    assert (code, "--step must be left out for two directions" in printed) == (2, True)
+    assert not (tmp_path / "m").exists()
+
+
+def test_unknown_format_is_refused(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--from", "caffe", "a", "--to", "onnx", "b"])
+    assert caught.value.code == 2
+    assert "a format must be one of torch, keras" in capsys.readouterr().err
+
+
+def test_half_types_keep_their_bits(tmp_path, capsys):
+    layers = init_stack(jax.random.key(0), 2, 3, dtype=jnp.bfloat16)
+    jaxgru.save_weights(tmp_path / "j", layers, spec=PYTORCH)
+    argv = ("--from", "jaxgru", tmp_path / "j", "--to", "torch", tmp_path / "t.safetensors")
+    code, printed = run(capsys, *argv)
+    assert code == 0, printed
+    arrays = jaxgru.read_safetensors(tmp_path / "t.safetensors")
+    same(jaxgru.from_torch(arrays).params, jax.tree.map(np.asarray, layers))

@@ -118,7 +118,10 @@ def convert(args):
             again = None
             if target != "stablehlo":
                 again = read(target, target_file, args_of_target(args, spec))
-        except (ValueError, TypeError, ImportError) as error:
+        except ImportError as error:
+            cure = "pip install -e '.[experiments,onnx,safetensors,export]'"
+            raise DataError(f"{error} For every format: {cure}") from error
+        except (ValueError, TypeError) as error:
             raise DataError(str(error)) from error
     for note in dict.fromkeys(notes + [str(w.message) for w in told]):
         print(f"note     {note}")

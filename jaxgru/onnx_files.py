@@ -350,7 +350,7 @@ def _library(function):
         import onnx
         import onnx.reference
     except ImportError as error:
-        raise ImportError(f"{function}: needs onnx; pip install 'jaxgru[onnx]'.") from error
+        raise ImportError(f"{function}: needs onnx; install jaxgru[onnx].") from error
     return onnx
 
 

@@ -181,9 +181,7 @@ def _library(function):
         import safetensors
         import safetensors.numpy
     except ImportError as error:
-        raise ImportError(
-            f"{function}: needs safetensors; pip install 'jaxgru[safetensors]'."
-        ) from error
+        raise ImportError(f"{function}: needs safetensors; install jaxgru[safetensors].") from error
     return safetensors
 
 

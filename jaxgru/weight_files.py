@@ -144,7 +144,7 @@ def _read(function, path):
     with open(path, "rb") as file:
         data = file.read()
     size = int.from_bytes(data[:8], "little") if len(data) >= 8 else -1
-    if not 0 <= size <= min(_MOST_HEADER, len(data) - 8) or data[8:9] != b"{":
+    if not 0 <= size <= min(_MOST_HEADER, len(data) - 8):
         if data[:2] == b"PK" or data[:1] == b"\x80":
             raise ValueError(
                 f"{function}: {path} must be a safetensors file, got a pickle or a zip of one, "

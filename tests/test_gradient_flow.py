@@ -12,6 +12,8 @@ from experiments import char_lm, memory_tasks
 from experiments.gradient_flow import __main__ as gradient_flow
 from experiments.gradient_flow import observe, report
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
 TEXT = "The quick brown fox jumps over the lazy dog. " * 40
 
 

@@ -3,6 +3,7 @@
 Nothing here depends on how long anything takes.
 """
 
+import functools
 import json
 import math
 import types
@@ -464,6 +465,18 @@ def test_scaling_targets_hold_the_exponents_and_the_long_run_to_their_bounds(slo
 MODULES = {name: library.module for name, library in libraries.LIBRARIES.items() if library.module}
 
 
+def results_of(name, task, reset):
+    """What an adapter's program gives for a small problem."""
+    size = Size(9, 1, 3, 4) if task in ("step", "generation") else Size(5, 2, 3, 4)
+    draw = problems.draw_model if task == "generation" else problems.draw_problem
+    library = libraries.choose([name])[name]
+    program = library.make(reset, size, jnp.float32)(task, draw(size, reset, 1), 1)
+    return program.read(program.call())
+
+
+our_results = functools.cache(functools.partial(results_of, "jaxgru"))  # for every other library
+
+
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.filterwarnings("ignore")  # of the libraries themselves
 @pytest.mark.parametrize("task", problems.TASKS)
@@ -471,17 +484,9 @@ MODULES = {name: library.module for name, library in libraries.LIBRARIES.items()
 def test_library_has_our_values_and_gradients(name, task, monkeypatch):
     monkeypatch.setenv("KERAS_BACKEND", "jax")  # its default is a library that may not be there
     pytest.importorskip(MODULES[name].partition(".")[0], reason=f"{name} is in the extra `peers`")
-    chosen = libraries.choose([name])
-    size = Size(9, 1, 3, 4) if task in ("step", "generation") else Size(5, 2, 3, 4)
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        for reset in chosen[name].resets:
-            draw = problems.draw_model if task == "generation" else problems.draw_problem
-            problem = draw(size, reset, 1)
-            expected, actual = (
-                program.read(program.call())
-                for library in (chosen["jaxgru"], chosen[name])
-                for program in [library.make(reset, size, jnp.float32)(task, problem, 1)]
-            )
+        for reset in libraries.choose([name])[name].resets:
+            expected, actual = our_results(task, reset), results_of(name, task, reset)
             found = problems.differences(expected, actual, {})
             assert max(found.values()) < 1e-5, (reset, found)
             missing = set(expected) - set(found)

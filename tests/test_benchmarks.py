@@ -18,6 +18,8 @@ from experiments.benchmarks.problems import Size
 from experiments.benchmarks.timing import interleave, summarize
 from jaxgru import GRUSpec, gru
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
 OWN = ["jaxgru", "plain scan", "plain scan, hoisted"]
 
 
@@ -78,7 +80,16 @@ def test_peers_table_has_a_line_for_each_size(run):
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
 
 
-@pytest.mark.usefixtures("quick_compilation")
+def test_results_are_never_overwritten(run, capsys):
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    assert run_peers(run) == 2
+    assert scaling.main(["--smoke", "--out", str(run)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["peers", "scaling"]
+    assert all("nothing was overwritten" in line for line in lines)
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
 def test_bfloat16_is_checked_in_float32_and_its_error_is_written(tmp_path):
     arguments = ("--dtype", "bfloat16", "--tasks", "training", "--reset", "before")
     assert run_peers(tmp_path / "run", *arguments, contenders=["plain scan"]) == 0
@@ -100,7 +111,6 @@ def test_float32_reference_of_bfloat16_is_on_the_same_rounded_arrays():
             np.testing.assert_array_equal(leaf.astype(jnp.bfloat16).astype(jnp.float32), leaf)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_scaling_measures_every_axis_and_leaves_all_its_files(tmp_path, capsys):
     out = tmp_path / "run"
     assert scaling.main(["--smoke", "--out", str(out)]) == 0
@@ -141,7 +151,6 @@ def wrong_by(factor):
     return libraries.PLAIN["plain scan"]._replace(make=make)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_contender_with_a_wrong_gradient_is_refused_before_anything_is_timed(monkeypatch, tmp_path):
     def never(*args, **kwargs):
         raise AssertionError("something was timed")
@@ -188,16 +197,6 @@ def test_error_is_relative_in_norm_and_leaves_the_cancelling_value_out():
     ours = {"value": np.array(0.0), "a": np.array([3.0, 4.0]), "b": np.array([1.0])}
     other = {"value": np.array(9.0), "a": np.array([3.0, 4.5]), "b": np.array([1.01])}
     assert problems.relative_error(ours, other) == pytest.approx(0.1)
-
-
-def test_results_are_never_overwritten(run, capsys):
-    before = {path.name: path.read_bytes() for path in run.iterdir()}
-    assert run_peers(run) == 2
-    assert scaling.main(["--smoke", "--out", str(run)]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert [line.partition(":")[0] for line in lines] == ["peers", "scaling"]
-    assert all("nothing was overwritten" in line for line in lines)
-    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
 
 
 @pytest.mark.parametrize(
@@ -477,7 +476,6 @@ def results_of(name, task, reset):
 our_results = functools.cache(functools.partial(results_of, "jaxgru"))  # for every other library
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.filterwarnings("ignore")  # of the libraries themselves
 @pytest.mark.parametrize("task", problems.TASKS)
 @pytest.mark.parametrize("name", MODULES)
@@ -493,7 +491,6 @@ def test_library_has_our_values_and_gradients(name, task, monkeypatch):
             assert missing <= {"b_hn"} and (not missing or name in ("Flax nnx", "Haiku", "Keras"))
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_reference_is_jaxgru_itself():
     """What all others are compared with is gru's own values and autodiff's gradients."""
     size = Size(5, 2, 3, 4)

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from jaxgru import cell, recurrence
 from jaxgru.check import check_gradients
@@ -12,6 +13,23 @@ from jaxgru.parameters import CHO_2014, CHUNG_2014, PYTORCH, GRUParams, init_gru
 
 # For faults alone: the rule that must pass is compiled as users compile it.
 quickly = pytest.mark.usefixtures("quick_compilation")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """JAX's cache in a new folder: a fault changes the gradient, not its reference and values."""
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for values in (options, before):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if values is options:
+            yield
 
 
 def of_step(change):

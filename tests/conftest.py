@@ -29,17 +29,28 @@ def x64():
         yield
 
 
-@pytest.fixture
-def quick_compilation():
-    """Without XLA's optimisations, which the mathematics checked here does not depend on.
-
-    Compiling is nearly the whole cost of the float64 tests that ask for this. The others, among
-    them those of jit, sharding, float32 and half precision, compile as users do.
-    """
+def _without_optimisations():
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture
+def quick_compilation():
+    """Without XLA's optimisations, which the mathematics checked here does not depend on.
+
+    Compiling is nearly the whole cost of the tests that ask for this: in float64, and where a
+    seeded fault must be seen. The others, among them those of jit, sharding, and of what float32
+    and half precision must reach, compile as users do.
+    """
+    yield from _without_optimisations()
+
+
+@pytest.fixture(scope="module")
+def quick_runs():
+    """The same for all of a file of short runs of an experiment, whose every line they execute."""
+    yield from _without_optimisations()
 
 
 class Problem(NamedTuple):

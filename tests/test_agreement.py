@@ -22,6 +22,7 @@ EQUATIONS = [
 WITH_GAINS = ("four paths of a step", "step Jacobian", "its diagonal", "stack of two: Jacobian")
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(("reset", "update", "activation", "gains"), EQUATIONS)
 def test_every_object_is_autodiffs(reset, update, activation, gains):
     """Masks, resets, a row without a real step; eager, as compilation is most of the cost."""

@@ -3,6 +3,7 @@
 Nothing here depends on how long anything takes.
 """
 
+import functools
 import json
 import math
 import types
@@ -16,6 +17,8 @@ from experiments.benchmarks import layers, libraries, peers, problems, scaling, 
 from experiments.benchmarks.problems import Size
 from experiments.benchmarks.timing import interleave, summarize
 from jaxgru import GRUSpec, gru
+
+pytestmark = pytest.mark.usefixtures("quick_runs")
 
 OWN = ["jaxgru", "plain scan", "plain scan, hoisted"]
 
@@ -77,7 +80,16 @@ def test_peers_table_has_a_line_for_each_size(run):
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
 
 
-@pytest.mark.usefixtures("quick_compilation")
+def test_results_are_never_overwritten(run, capsys):
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    assert run_peers(run) == 2
+    assert scaling.main(["--smoke", "--out", str(run)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["peers", "scaling"]
+    assert all("nothing was overwritten" in line for line in lines)
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
 def test_bfloat16_is_checked_in_float32_and_its_error_is_written(tmp_path):
     arguments = ("--dtype", "bfloat16", "--tasks", "training", "--reset", "before")
     assert run_peers(tmp_path / "run", *arguments, contenders=["plain scan"]) == 0
@@ -99,7 +111,6 @@ def test_float32_reference_of_bfloat16_is_on_the_same_rounded_arrays():
             np.testing.assert_array_equal(leaf.astype(jnp.bfloat16).astype(jnp.float32), leaf)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_scaling_measures_every_axis_and_leaves_all_its_files(tmp_path, capsys):
     out = tmp_path / "run"
     assert scaling.main(["--smoke", "--out", str(out)]) == 0
@@ -140,7 +151,6 @@ def wrong_by(factor):
     return libraries.PLAIN["plain scan"]._replace(make=make)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_contender_with_a_wrong_gradient_is_refused_before_anything_is_timed(monkeypatch, tmp_path):
     def never(*args, **kwargs):
         raise AssertionError("something was timed")
@@ -187,16 +197,6 @@ def test_error_is_relative_in_norm_and_leaves_the_cancelling_value_out():
     ours = {"value": np.array(0.0), "a": np.array([3.0, 4.0]), "b": np.array([1.0])}
     other = {"value": np.array(9.0), "a": np.array([3.0, 4.5]), "b": np.array([1.01])}
     assert problems.relative_error(ours, other) == pytest.approx(0.1)
-
-
-def test_results_are_never_overwritten(run, capsys):
-    before = {path.name: path.read_bytes() for path in run.iterdir()}
-    assert run_peers(run) == 2
-    assert scaling.main(["--smoke", "--out", str(run)]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert [line.partition(":")[0] for line in lines] == ["peers", "scaling"]
-    assert all("nothing was overwritten" in line for line in lines)
-    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
 
 
 @pytest.mark.parametrize(
@@ -464,31 +464,33 @@ def test_scaling_targets_hold_the_exponents_and_the_long_run_to_their_bounds(slo
 MODULES = {name: library.module for name, library in libraries.LIBRARIES.items() if library.module}
 
 
-@pytest.mark.usefixtures("quick_compilation")
+def results_of(name, task, reset):
+    """What an adapter's program gives for a small problem."""
+    size = Size(9, 1, 3, 4) if task in ("step", "generation") else Size(5, 2, 3, 4)
+    draw = problems.draw_model if task == "generation" else problems.draw_problem
+    library = libraries.choose([name])[name]
+    program = library.make(reset, size, jnp.float32)(task, draw(size, reset, 1), 1)
+    return program.read(program.call())
+
+
+our_results = functools.cache(functools.partial(results_of, "jaxgru"))  # for every other library
+
+
 @pytest.mark.filterwarnings("ignore")  # of the libraries themselves
 @pytest.mark.parametrize("task", problems.TASKS)
 @pytest.mark.parametrize("name", MODULES)
 def test_library_has_our_values_and_gradients(name, task, monkeypatch):
     monkeypatch.setenv("KERAS_BACKEND", "jax")  # its default is a library that may not be there
     pytest.importorskip(MODULES[name].partition(".")[0], reason=f"{name} is in the extra `peers`")
-    chosen = libraries.choose([name])
-    size = Size(9, 1, 3, 4) if task in ("step", "generation") else Size(5, 2, 3, 4)
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        for reset in chosen[name].resets:
-            draw = problems.draw_model if task == "generation" else problems.draw_problem
-            problem = draw(size, reset, 1)
-            expected, actual = (
-                program.read(program.call())
-                for library in (chosen["jaxgru"], chosen[name])
-                for program in [library.make(reset, size, jnp.float32)(task, problem, 1)]
-            )
+        for reset in libraries.choose([name])[name].resets:
+            expected, actual = our_results(task, reset), results_of(name, task, reset)
             found = problems.differences(expected, actual, {})
             assert max(found.values()) < 1e-5, (reset, found)
             missing = set(expected) - set(found)
             assert missing <= {"b_hn"} and (not missing or name in ("Flax nnx", "Haiku", "Keras"))
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_reference_is_jaxgru_itself():
     """What all others are compared with is gru's own values and autodiff's gradients."""
     size = Size(5, 2, 3, 4)

@@ -9,6 +9,8 @@ import pytest
 
 from experiments import char_lm, data
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
 TEXT = "the quick brown fox jumps over the lazy dog. " * 60
 
 

@@ -11,6 +11,8 @@ from experiments.derivation import __main__ as derivation
 from experiments.derivation import sixteen_steps, verdicts
 from experiments.derivation.verdicts import Row
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
 LABELS = ("sixteen steps", "Tian 2016", "many-to-many 9.5", "GRU networks", "NumPy article")
 
 

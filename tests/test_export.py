@@ -1,5 +1,7 @@
 """`jax.export` with symbolic time and batch: the values and gradients of the traced program."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,14 @@ import pytest
 from jax import export
 
 from jaxgru import gru, gru_stack, init_gru, init_stack
+
+
+def loss(params, xs, **options):
+    h_last, hs = gru(params, xs, **options)
+    return jnp.sum(h_last**2) + jnp.sum(jnp.sin(hs))
+
+
+plain_gradient = jax.jit(jax.grad(functools.partial(loss, gradient="autodiff"), argnums=(0, 1)))
 
 
 @pytest.mark.parametrize(
@@ -17,20 +27,14 @@ from jaxgru import gru, gru_stack, init_gru, init_stack
 def test_exported_gradient_serves_every_length_and_batch(options):
     params = init_gru(jax.random.key(0), 2, 3, scheme="pytorch")
 
-    def run(params, xs, **options):
-        h_last, hs = gru(params, xs, **options)
-        return jnp.sum(h_last**2) + jnp.sum(jnp.sin(hs))
-
     steps, batch = export.symbolic_shape("t, b")
-    grad = jax.jit(jax.grad(lambda params, xs: run(params, xs, **options), argnums=(0, 1)))
+    grad = jax.jit(jax.grad(functools.partial(loss, **options), argnums=(0, 1)))
     symbolic = jax.ShapeDtypeStruct((steps, batch, 2), jnp.float32)
     exported = export.export(grad)(params, symbolic)
     for shape in ((5, 4, 2), (1, 1, 2), (300, 2, 2)):
         xs = jax.random.normal(jax.random.key(1), shape)
-        plain = jax.grad(lambda p, x: run(p, x, gradient="autodiff"), argnums=(0, 1))
-        for a, b in zip(
-            jax.tree.leaves(exported.call(params, xs)), jax.tree.leaves(plain(params, xs))
-        ):
+        got, wanted = exported.call(params, xs), plain_gradient(params, xs)
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted)):
             # 2e-5 of the largest entry: float32, two orders of summation.
             np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(b).max()), rtol=0)
 

@@ -5,10 +5,31 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from jaxgru import cell, recurrence
 from jaxgru.check import check_gradients
 from jaxgru.parameters import CHO_2014, CHUNG_2014, PYTORCH, GRUParams, init_gru
+
+# For faults alone: the rule that must pass is compiled as users compile it.
+quickly = pytest.mark.usefixtures("quick_compilation")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """JAX's cache in a new folder: a fault changes the gradient, not its reference and values."""
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for values in (options, before):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if values is options:
+            yield
 
 
 def of_step(change):
@@ -337,22 +358,22 @@ def scale_ignored_by_tangent(original):
     return faulty
 
 
+# Each with what it acts on alone: all of it together would take thrice as long to compile.
+KEY = {"key": jax.random.key(3)}
+DROPOUT, ZONEOUT = KEY | {"recurrent_dropout": 0.4}, KEY | {"zoneout": 0.3}
 MEAN = {"zoneout": 0.3, "deterministic": True}
+EVERYTHING = DROPOUT | ZONEOUT | {"truncate": 2}
 INSIDE = {
     "mean_of_zoneout_not_kept": ("recurrence._hold_vjp", mean_of_zoneout_not_kept, MEAN),
-    "norm_without_its_mean": ("cell.normalize_vjp", norm_without_its_mean, {}),
-    "gain_not_normalized": ("cell._gain_rows", gain_not_normalized, {}),
-    "scale_ignored_by_tangent": (
-        "recurrence.step_jvp",
-        scale_ignored_by_tangent,
-        {"gradient": "tangent"},
-    ),
-    "scale_ignored": ("recurrence.step_vjp", scale_ignored, {}),
-    "scale_ignored_by_weights": ("recurrence.params_vjp", scale_ignored_by_weights, {}),
-    "held_units_written": ("recurrence._backward_chunk", held_units_written, {}),
-    "cut_ignored": ("recurrence._backward_chunk", of_sweep(cut_ignored), {}),
-    "norms_of_the_wrong_gate": ("recurrence.step_vjp", norms_of_the_wrong_gate, {}),
-    "gain_of_inputs_ignored": ("recurrence.inputs_vjp", gain_of_inputs_ignored, {}),
+    "norm_without_its_mean": ("cell.normalize_vjp", norm_without_its_mean, "layer_norm"),
+    "gain_not_normalized": ("cell._gain_rows", gain_not_normalized, "layer_norm"),
+    "scale_ignored_by_tangent": ("recurrence.step_jvp", scale_ignored_by_tangent, DROPOUT),
+    "scale_ignored": ("recurrence.step_vjp", scale_ignored, DROPOUT),
+    "scale_ignored_by_weights": ("recurrence.params_vjp", scale_ignored_by_weights, DROPOUT),
+    "held_units_written": ("recurrence._backward_chunk", held_units_written, ZONEOUT),
+    "cut_ignored": ("recurrence._backward_chunk", of_sweep(cut_ignored), {"truncate": 2}),
+    "norms_of_the_wrong_gate": ("recurrence.step_vjp", norms_of_the_wrong_gate, "layer_norm"),
+    "gain_of_inputs_ignored": ("recurrence.inputs_vjp", gain_of_inputs_ignored, "layer_norm"),
 }
 TANGENT = {
     "no_reset_gate_in_tangent": ("step_jvp", no_reset_gate_in_tangent),
@@ -361,34 +382,20 @@ TANGENT = {
 }
 
 
-def run_check(fn, spec=CHO_2014, layer_norm=False, **options):
+def run_check(fn, spec=CHO_2014, layer_norm=False, inside=None, **options):
     keys = jax.random.split(jax.random.key(7), 4)
     params = init_gru(keys[0], 2, 3, scheme="pytorch", layer_norm=layer_norm)
     xs, h0 = jax.random.normal(keys[1], (5, 2, 2)), jax.random.normal(keys[2], (2, 3))
     options = {"num_cotangents": 1, "finite_differences": False, **options}
-    fn = functools.partial(fn, spec=spec)
-    inside = fn.keywords.get("inside", False)
-    reference = functools.partial(plain, gradient="autodiff", spec=spec, inside=inside)
-    return check_gradients(fn, reference, params, xs, h0, **options)
+    choices = {"spec": spec, **(inside or {})}
+    reference = functools.partial(plain, gradient="autodiff", **choices)
+    return check_gradients(functools.partial(fn, **choices), reference, params, xs, h0, **options)
 
 
-def plain(params, xs, h0, gradient="bptt", chunk_size=None, spec=CHO_2014, inside=False):
+def plain(params, xs, h0, **choices):
     mask = jnp.array([[1, 1], [1, 0], [1, 1], [0, 1], [1, 1]], bool)
     resets = jnp.array([[0, 0], [0, 0], [1, 0], [0, 1], [0, 0]], bool)
-    return recurrence.gru(
-        params,
-        xs,
-        h0,
-        mask=mask,
-        resets=resets,
-        gradient=gradient,
-        chunk_size=chunk_size,
-        spec=spec,
-        **(inside if isinstance(inside, dict) else _INSIDE if inside else {}),
-    )
-
-
-_INSIDE = {"key": jax.random.key(3), "recurrent_dropout": 0.4, "zoneout": 0.3, "truncate": 2}
+    return recurrence.gru(params, xs, h0, mask=mask, resets=resets, **choices)
 
 
 @pytest.mark.parametrize("chunk_size", [None, 2])
@@ -396,6 +403,7 @@ def test_unbroken_rule_passes(chunk_size):
     assert run_check(functools.partial(plain, chunk_size=chunk_size)).passed
 
 
+@quickly
 @pytest.mark.parametrize("fault", FAULTS)
 def test_fault_is_caught_in_both_precisions(fault, monkeypatch):
     name, mutate = FAULTS[fault]
@@ -404,6 +412,7 @@ def test_fault_is_caught_in_both_precisions(fault, monkeypatch):
     assert {row.dtype for row in report.failures if row.reason == "value"} == {"float32", "float64"}
 
 
+@quickly
 @pytest.mark.parametrize(
     ("spec", "gradient", "fault"),
     [
@@ -421,19 +430,19 @@ def test_fault_of_another_equation_or_rule_is_caught(spec, gradient, fault, monk
 
 
 def test_unbroken_rule_with_all_that_acts_inside_passes():
-    assert run_check(functools.partial(plain, inside=True), layer_norm=True).passed
+    assert run_check(plain, inside=EVERYTHING, layer_norm=True).passed
 
 
+@quickly
 @pytest.mark.parametrize("fault", INSIDE)
 def test_fault_of_what_acts_inside_the_recurrence_is_caught(fault, monkeypatch):
-    place, mutate, choices = INSIDE[fault]
+    place, mutate, inside = INSIDE[fault]
     module, name = place.split(".")
     module = {"recurrence": recurrence, "cell": cell}[module]
     monkeypatch.setattr(module, name, mutate(getattr(module, name)))
-    gradient = choices.get("gradient", "bptt")
-    inside = {k: v for k, v in choices.items() if k != "gradient"} or True
-    fn = functools.partial(plain, inside=inside, gradient=gradient)
-    report = run_check(fn, layer_norm=True)
+    fn = functools.partial(plain, gradient="tangent") if name == "step_jvp" else plain
+    layer_norm = inside == "layer_norm"
+    report = run_check(fn, layer_norm=layer_norm, inside=None if layer_norm else inside)
     assert {row.dtype for row in report.failures if row.reason == "value"} == {"float32", "float64"}
 
 
@@ -465,6 +474,7 @@ def not_a_number(dparams, dxs, dh0):
     return dparams._replace(w_x=dparams.w_x.at[0, 0].set(jnp.nan)), dxs, dh0
 
 
+@quickly
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -492,6 +502,7 @@ def test_float32_gradient_of_a_bfloat16_parameter_is_caught(monkeypatch):
     assert "dtype" in {row.reason for row in report.failures}
 
 
+@quickly
 def test_lost_carry_between_chunks_is_caught(monkeypatch):
     original = recurrence._backward_chunk
 
@@ -503,6 +514,7 @@ def test_lost_carry_between_chunks_is_caught(monkeypatch):
     assert {row.dtype for row in report.failures if row.reason == "value"} == {"float32", "float64"}
 
 
+@quickly
 def test_grid_names_the_case_that_fails(monkeypatch):
     """check_gru says which of its points failed: here only the one that redoes its gates."""
     from jaxgru.check import check_gru

@@ -12,6 +12,8 @@ from experiments import char_lm, memory_tasks
 from experiments.gradient_flow import __main__ as gradient_flow
 from experiments.gradient_flow import observe, report
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
 TEXT = "The quick brown fox jumps over the lazy dog. " * 40
 
 
@@ -45,8 +47,8 @@ def test_smoke_run_leaves_picture_numbers_and_metrics(smoke_run):
         assert all(abs(sum(gate) - 1) < 1e-6 for gate in after["gates"].values())
 
 
-def test_cases_tend_to_their_limits_and_the_printed_jacobian_is_wrong_in_between():
-    cases = observe.saturation_cases(0, hidden_size=6)
+def test_cases_tend_to_their_limits_and_the_printed_jacobian_is_wrong_in_between(smoke_run):
+    cases = json.loads((smoke_run / "gradient_flow.json").read_text())["cases"]
     last = cases["shift"].index(12.0)
     for name in ("1: z to 1", "2A: z to 0, r to 0", "2B: z to 0, r to 1"):
         case = cases[name]

@@ -10,6 +10,8 @@ import pytest
 from experiments import memory_tasks
 from experiments.memory_tasks import TASKS
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):

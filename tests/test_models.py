@@ -24,6 +24,8 @@ from jaxgru import (
     token_loss,
 )
 
+quickly = pytest.mark.usefixtures("quick_compilation")
+
 V, E, H = 7, 3, 5
 
 
@@ -46,6 +48,7 @@ def by_hand(params, tokens, spec):
     return hs @ p.w + p.b
 
 
+@quickly
 @pytest.mark.parametrize("spec", [CHUNG_2014, PYTORCH])
 @pytest.mark.parametrize("embedding_size", [None, E])
 def test_logits_equal_the_equations_in_numpy(embedding_size, spec):
@@ -55,6 +58,7 @@ def test_logits_equal_the_equations_in_numpy(embedding_size, spec):
     np.testing.assert_allclose(logits, by_hand(params, tokens, spec), rtol=1e-5, atol=1e-5)
 
 
+@quickly
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_loss_is_the_cross_entropy_of_the_counted_targets(reduction, masked):
@@ -85,6 +89,7 @@ def test_loss_of_half_types_is_summed_in_float32(dtype, masked):
     np.testing.assert_allclose(loss, np.log(V), rtol=1e-5)
 
 
+@quickly
 def test_loss_without_a_counted_target_is_zero_with_zero_gradient():
     params, tokens = make(), make_tokens((3, 2))
     mask = jnp.zeros((3, 2), bool)
@@ -93,6 +98,7 @@ def test_loss_without_a_counted_target_is_zero_with_zero_gradient():
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(grads))
 
 
+@quickly
 def test_padding_tokens_change_no_loss_and_no_gradient():
     params, tokens, targets = make(), make_tokens((5, 2)), make_tokens((5, 2), seed=2)
     mask = jnp.ones((5, 2), bool).at[3:, 1].set(False)
@@ -103,6 +109,7 @@ def test_padding_tokens_change_no_loss_and_no_gradient():
         np.testing.assert_array_equal(a, b)
 
 
+@quickly
 def test_carried_state_makes_two_halves_one_sequence():
     params, tokens, targets = make(), make_tokens((6, 2)), make_tokens((6, 2), seed=2)
     whole = token_loss(params, tokens, targets, reduction="sum")[0]
@@ -111,6 +118,7 @@ def test_carried_state_makes_two_halves_one_sequence():
     np.testing.assert_allclose(first + second, whole, rtol=1e-6)
 
 
+@quickly
 def test_model_learns_a_cycle_through_the_handwritten_gradient():
     tokens = jnp.arange(40)[:, None] % 4
     params = init_token_model(jax.random.key(0), V, H)
@@ -207,6 +215,7 @@ def test_generation_compiles_once_for_all_temperatures_and_filters():
     assert _generate._cache_size() == before + 2
 
 
+@quickly
 @pytest.mark.parametrize("num_steps", [4, 2 * V], ids=["products", "table"])
 def test_deep_generation_is_the_model_run_step_by_step(num_steps):
     """Two layers, a batch of prompts, residual, zoneout's mean: greedy tokens from the logits.
@@ -223,6 +232,7 @@ def test_deep_generation_is_the_model_run_step_by_step(num_steps):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), h, h_last)
 
 
+@quickly
 def test_prompts_of_several_lengths_go_on_from_their_own_ends():
     params = init_token_model(jax.random.key(0), V, H, embedding_size=E, num_layers=2)
     prompt, lengths = make_tokens((4, 2)), [2, 4]
@@ -234,6 +244,7 @@ def test_prompts_of_several_lengths_go_on_from_their_own_ends():
         np.testing.assert_array_equal(drawn[:, row], alone)
 
 
+@quickly
 def test_batch_major_loss_is_the_time_major_one():
     params, tokens, targets = make(), make_tokens((6, 2)), make_tokens((6, 2), seed=2)
     mask = length_mask([2, 6], 6)
@@ -243,6 +254,7 @@ def test_batch_major_loss_is_the_time_major_one():
         np.testing.assert_allclose(got, wanted, rtol=1e-6)
 
 
+@quickly
 @pytest.mark.parametrize("merge", ["concat", "sum"])
 @pytest.mark.parametrize("residual", [False, True])
 def test_final_output_reads_the_last_real_step_of_each_direction(merge, residual):
@@ -261,6 +273,7 @@ def test_final_output_reads_the_last_real_step_of_each_direction(merge, residual
         np.testing.assert_allclose(outputs[row], top @ params.w + params.b, atol=1e-6)
 
 
+@quickly
 def test_dropout_before_the_head_scales_what_it_reads():
     """A head that sums: each output is the sum of the kept entries times 1 / (1 - rate)."""
     params = init_sequence_model(jax.random.key(0), E, H, 1)

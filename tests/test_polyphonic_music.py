@@ -12,6 +12,8 @@ import scipy.io
 import jaxgru
 from experiments import data, polyphonic_music
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
 
 def write_rolls(path, splits, **changed):
     """A .mat file with the rolls of each split in a cell array; changed replaces whole entries."""

@@ -10,6 +10,8 @@ import pytest
 import jaxgru
 from experiments import data, regression
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
 SCORES = ("one_step_rmse", "free_running_rmse")
 
 

@@ -12,6 +12,8 @@ import jaxgru
 from experiments import sequential_digits
 from experiments.sequential_digits import IMAGE_SHAPE, SIZES
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):

@@ -330,8 +330,9 @@ def noisy_stack_gradient(layers, xs):
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_mesh_of_devices_draws_the_masks_of_one_device(kind):
-    sizes = {"bidirectional": True, "layer_norm": True, "dtype": jnp.float64}
-    layers = init_stack(jax.random.key(0), 3, 4, 2, **sizes)
+    sizes = {"layer_norm": True, "dtype": jnp.float64}
+    below = init_stack(jax.random.key(0), 3, 4, bidirectional=True, **sizes)
+    layers = (*below, *init_stack(jax.random.key(3), 8, 4, **sizes))
     xs = jax.random.normal(jax.random.key(1), (5, 8, 3))
     wanted = jax.jit(noisy_stack_gradient)(layers, xs)
     mesh = four_devices(kind)
@@ -356,8 +357,8 @@ def test_noisy_stack_runs_on_each_device(check_vma):
     got = jax.jit(jax.grad(lambda *a: jnp.sum(jnp.sin(sharded(*a)))))(layers, xs, keys)
 
     def total(layers):
-        parts = [run(layers, xs[:, i : i + 1], keys[i : i + 1]) for i in range(4)]
-        return jnp.sum(jnp.sin(jnp.concatenate(parts, axis=1)))
+        parts = (xs.swapaxes(0, 1)[:, :, None], keys[:, None])
+        return jnp.sum(jnp.sin(jax.lax.map(lambda part: run(layers, *part), parts)))
 
     assert_close(got, jax.jit(jax.grad(total))(layers), EXACT)
 

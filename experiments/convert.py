@@ -20,20 +20,26 @@ token model. It returns (h, outputs), and needs no jaxgru.
 A stack has the layers "0/", "1/", ... before the names, a layer of two directions "forward/" and
 "backward/" after that; PyTorch has its own. In a larger model `--layer`, once for each layer,
 bottom first, gives what the names of a layer begin with: `--layer rnn.` for PyTorch's whole GRU,
-`--layer params/cell/` for Flax, `--layer layers/gru/` for Keras. Pickles (.pt, .pth, .pkl) can run
+`--layer params/cell/` for Flax, `--layer layers/gru/` for Keras; for ONNX the name of a GRU node.
+What a file does not tell is assumed, and can be told: `--activation` and `--reset`. Of a larger
+ONNX model or Keras file the GRUs alone are read. Pickles (.pt, .pth, .pkl) can run
 code and are refused: write `safetensors.torch.save_file(module.state_dict(), FILE)` instead.
 
-Prints what was read, what is merged or negated, and the largest difference on a random input: of
-the written file, read again, in float64; and of onnxruntime and torch.nn.GRU themselves where they
-are installed. The exit code is 0 where that is rounding of the weights' dtype, 1 where not, 2 for
-unusable input. No file is overwritten.
+Prints what was read, what is merged or negated, and the largest difference on a random input, of
+the largest output: between what was read and the new file, read again, in float64; and to
+onnxruntime and torch.nn.GRU themselves where they are installed. The exit code is 0 where that is
+rounding of the weights' dtype; else 1, or 2 for unusable input, and nothing is written. No file is
+overwritten.
 """
 
 import argparse
 import io
+import itertools
+import os
 import pathlib
 import re
 import sys
+import tempfile
 import warnings
 import zipfile
 from typing import Any
@@ -53,7 +59,14 @@ FORMATS = ("torch", *CELLS, "onnx", "jaxgru")
 TARGETS = (*FORMATS, "stablehlo")
 KERAS = ("kernel", "recurrent_kernel", "bias")
 STEPS, BATCH = 16, 4
-_OF_KERAS = re.compile(rf"(.*?)(?:(?:forward|backward)/)?(?:{'|'.join(KERAS)})")
+_PLUMBING = {
+    *("Cast", "Concat", "Constant", "ConstantOfShape", "Expand", "GRU", "Gather", "Identity"),
+    *("Less", "Range", "ReduceSum", "Reshape", "Shape", "Slice", "Squeeze", "Transpose"),
+    *("Unsqueeze", "Where"),
+}
+# What every layer of a format has: the end of its name tells where the layers are.
+_KEYS = {"keras": "recurrent_kernel", "haste": "recurrent_kernel", "linen": "hn/kernel"}
+_KEYS |= {"nnx": "dense_h/kernel", "haiku": "w_h", "equinox": "weight_hh"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -88,7 +101,9 @@ def parse_args(argv):
         "--reset", choices=("before", "after"), help="of a Keras layer without bias"
     )
     parser.add_argument(
-        "--activation", default="tanh", help="of keras, linen or nnx, where no file tells it"
+        "--activation",
+        choices=("tanh", "relu", "sigmoid", "softplus", "identity"),
+        help="of keras, linen or nnx, whose files do not tell it; tanh unless told",
     )
     parser.add_argument(
         "--merge", choices=("concat", "sum"), default="concat", help="of two directions"
@@ -97,6 +112,14 @@ def parse_args(argv):
     parser.add_argument("--step", action="store_true", help="write the program of one step")
     parser.add_argument("--seed", type=int, default=0, help="of the random input")
     args = parser.parse_args(argv)
+    args.assumed = args.activation is not None
+    args.activation = args.activation or "tanh"
+    if args.seed < 0:
+        parser.error(f"--seed must be at least 0, got {args.seed}")
+    for option in ("cell", "step"):
+        kind = {"cell": "torch", "step": "stablehlo"}[option]
+        if getattr(args, option) and args.target[0] != kind:
+            parser.error(f"--{option} must be left out for any target but {kind}")
     for (kind, _), kinds in ((args.source, FORMATS), (args.target, TARGETS)):
         if kind not in kinds:
             parser.error(f"a format must be one of {', '.join(kinds)}, got {kind}")
@@ -104,46 +127,68 @@ def parse_args(argv):
 
 
 def convert(args):
-    """Reads, writes, compares, and says so."""
+    """Reads, writes beside the target, compares, and puts the new file in its place."""
     (source, source_file), (target, target_file) = args.source, args.target
-    if pathlib.Path(target_file).exists():
-        raise DataError(f"{target_file} exists; nothing was overwritten")
-    with warnings.catch_warnings(record=True) as told:
+    place = pathlib.Path(target_file)
+    if place.exists():
+        raise DataError(f"{place} exists; nothing was overwritten")
+    if not place.parent.is_dir():
+        raise DataError(f"{place.parent} is no folder to write into")
+    with (
+        tempfile.TemporaryDirectory(dir=place.parent) as folder,
+        warnings.catch_warnings(record=True) as told,
+    ):
         warnings.simplefilter("always")
+        new = pathlib.Path(folder) / place.name
         try:
             model, spec, notes = read(source, source_file, args)
-            layers = layers_of(model)
-            print(f"read     {source:8} {source_file}: {describe(layers, spec)}")
-            notes = list(notes) + write(target, target_file, model, spec, args)
-            again = None
-            if target != "stablehlo":
-                again = read(target, target_file, args_of_target(args, spec))
+            print(f"read     {source:8} {source_file}: {describe(layers_of(model), spec)}")
+            errors, more = write_and_compare(args, new, model, spec)
         except ImportError as error:
             cure = "pip install -e '.[experiments,onnx,safetensors,export]'"
             raise DataError(f"{error} For every format: {cure}") from error
+        except MemoryError as error:
+            raise DataError(f"{source_file} claims more than fits into memory") from error
         except (ValueError, TypeError) as error:
             raise DataError(str(error)) from error
-    for note in dict.fromkeys(notes + [str(w.message) for w in told]):
-        print(f"note     {note}")
-    print(f"wrote    {target:8} {target_file}")
-    return compare(args, model, spec, again)
+        texts = [str(w.message) for w in told if issubclass(w.category, UserWarning)]
+        for note in dict.fromkeys([*notes, *more, *texts]):
+            print(f"note     {note}")
+        agree = within_rounding(errors, model)
+        if agree:
+            os.link(new, place)  # fails where another has made it in the meantime
+        print(f"{'wrote' if agree else 'not written, see below:':8} {target:8} {target_file}")
+    print(f"largest difference on a random input, T={STEPS}, B={BATCH}, of the largest output:")
+    for name, error in errors.items():
+        print(f"  {error:8.1e}  {name}")
+    return 0 if agree else 1
+
+
+def write_and_compare(args, new, model, spec):
+    """(errors by name, notes) of the new file."""
+    seed = np.random.default_rng(args.seed)
+    wanted = run_stack(layers_of(model), spec, draw_wide(model, args.seed), args.merge)
+    notes, again = write(args.target[0], new, model, spec, args), None
+    if args.target[0] != "stablehlo":
+        again = read(args.target[0], new, args_of_target(args, spec))
+    return compare(args, new, model, spec, again, wanted, seed), notes
+
+
+def within_rounding(errors, model):
+    """True where every error is rounding in the model's dtype."""
+    dtype = jnp.dtype(first_cell(layers_of(model)).w_x.dtype)
+    return bool(np.max(list(errors.values())) <= 100 * float(jnp.finfo(dtype).eps))
 
 
 def read(kind, file, args):
     """(params, spec, notes) of a file."""
     if kind == "jaxgru":
+        if args.layer:
+            raise DataError("--layer must be left out for jaxgru, whose files hold their structure")
         loaded = jaxgru.load_weights(file)
         return loaded.params, loaded.spec, ()
     if kind == "onnx":
-        nodes = jaxgru.read_onnx(file)
-        specs = {node.spec for node in nodes}
-        backward = [node.name for node in nodes if node.direction == "reverse"]
-        if len(specs) > 1 or backward:
-            raise DataError(
-                f"{file} must hold GRU nodes of one equation that begin forward, got {specs}"
-                + (f", and {backward} of direction reverse" if backward else "")
-            )
-        return tuple(node.params for node in nodes), specs.pop(), ()
+        return read_nodes(file, args.layer)
     arrays = read_arrays(file, kind)
     if kind == "torch":
         if len(args.layer) > 1:
@@ -155,7 +200,57 @@ def read(kind, file, args):
     if kind == "keras" and args.reset:
         options["reset_after"] = args.reset == "after"
     reader = getattr(jaxgru, f"from_{kind}")
-    return reader(nest(arrays, args.layer, file), **options)
+    params, spec, notes = reader(nest(arrays, kind, args.layer, file), **options)
+    if options.get("activation") == "tanh" and not args.assumed:
+        notes = (*notes, f"{kind} files do not tell the activation: tanh is assumed")
+    return params, spec, notes
+
+
+def read_nodes(file, names):
+    """(stack, spec, notes) of the GRU nodes of an ONNX file, all or those that are named."""
+    nodes = jaxgru.read_onnx(file)
+    if names:
+        found = {node.name: node for node in nodes}
+        if missing := [name for name in names if name not in found]:
+            raise DataError(f"{file} must hold GRU nodes {missing}; its own are {list(found)}")
+        nodes = [found[name] for name in names]
+    listed = " ".join(f"--layer {node.name}" for node in nodes)
+    for lower, node in itertools.pairwise(nodes):
+        if node.below != lower.name and not names:
+            raise DataError(
+                f"{file}: node {node.name!r} does not read the outputs of {lower.name!r} alone, so "
+                f"they are no stack; name those that are: {listed}"
+            )
+    for node in nodes:
+        if node.direction == "reverse":
+            raise DataError(f"{file}: node {node.name!r} goes backward alone; no file here can")
+        if node.sequence_lens is not None or (
+            node.initial_h is not None and np.any(node.initial_h)
+        ):
+            raise DataError(
+                f"{file}: node {node.name!r} holds its own sequence_lens or initial_h, which no "
+                "weights can stand for; jaxgru.read_onnx gives them"
+            )
+    specs = {node.spec for node in nodes}
+    if len(specs) > 1:
+        raise DataError(f"{file} must hold nodes of one equation, got {specs}; name some: {listed}")
+    return tuple(node.params for node in nodes), specs.pop(), what_stays(file, nodes)
+
+
+def what_stays(file, nodes):
+    """Notes on what else an ONNX file computes than GRUs and their plumbing."""
+    import onnx
+
+    graph = onnx.load(file, load_external_data=False).graph
+    tables = {tensor.name for tensor in graph.initializer if len(tensor.dims) == 2}
+    others = {node.op_type for node in graph.node if node.op_type not in _PLUMBING}
+    others |= {"Gather" for v in graph.node if v.op_type == "Gather" and v.input[0] in tables}
+    notes = []
+    if others:
+        notes.append(f"the rest of the ONNX graph stays behind: {', '.join(sorted(others))}")
+    if any("initial_h" in node.computed for node in nodes):
+        notes.append("initial_h is an input of the ONNX graph, or computed there: zeros here")
+    return notes
 
 
 def read_arrays(file, kind):
@@ -181,8 +276,10 @@ def read_hdf5(path):
     arrays = {}
 
     def visit(name, entry):
-        found = re.fullmatch(r"(.*?)(?:(forward|backward)_layer/)?cell/vars/([012])", name)
+        found = re.fullmatch(r"(|.*?/)(?:(forward|backward)_layer/)?cell/vars/([012])", name)
         if found and isinstance(entry, h5py.Dataset):
+            if entry.external or entry.is_virtual:
+                raise DataError(f"{path}: {name} must be in the file itself, not in another")
             layer, direction, number = found.groups()
             direction = f"{direction}/" if direction else ""
             arrays[f"{layer}{direction}{KERAS[int(number)]}"] = entry[()]
@@ -198,20 +295,29 @@ def read_hdf5(path):
     return arrays
 
 
-def nest(arrays, prefixes, file):
+def nest(arrays, kind, prefixes, file):
     """The layers that flat names stand for."""
     numbers = {int(m[1]) for name in arrays if (m := re.match(r"(\d+)/", name))}
-    places = {m[1] for name in arrays if (m := _OF_KERAS.fullmatch(name))}
+    place = re.compile(rf"(|.*/)(?:(?:forward|backward)/)?{_KEYS[kind]}")
+    places = {m[1] for name in arrays if (m := place.fullmatch(name))}
     if prefixes:
         starts = prefixes
     elif all(re.match(r"\d+/", name) for name in arrays):
         starts = [f"{number}/" for number in sorted(numbers)]
     elif len(places) > 1:
-        named = " ".join(f"--layer {place}" for place in sorted(places))
-        raise DataError(f"{file} holds several layers; name them, bottom first: {named}")
+        named = " ".join(f"--layer {place}" for place in sorted(places, key=by_number))
+        raise DataError(
+            f"{file} holds several layers, here by name; give them in your model's order, the one "
+            f"that reads the input first: {named}"
+        )
     else:
         starts = list(places) or [""]
     return [layer_at(arrays, start, file) for start in starts]
+
+
+def by_number(name):
+    """Sorts gru_10 behind gru_9."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def layer_at(arrays, prefix, file):
@@ -279,6 +385,8 @@ def write_arrays(file, arrays):
     """A new .npz or .safetensors file."""
     suffix, data = pathlib.Path(file).suffix, io.BytesIO()
     if suffix == ".npz":
+        if any(v.dtype.kind == "V" or v.dtype.name == "bfloat16" for v in arrays.values()):
+            raise DataError(f"{file} cannot hold bfloat16; write a .safetensors file")
         np.savez(data, **arrays)
     elif suffix == ".safetensors":
         import safetensors.numpy
@@ -293,7 +401,7 @@ def write_arrays(file, arrays):
 
 def args_of_target(args, spec):
     """The options that read the written file again."""
-    return argparse.Namespace(layer=[], reset=spec.reset, activation=spec.activation)
+    return argparse.Namespace(layer=[], reset=spec.reset, activation=spec.activation, assumed=True)
 
 
 def layers_of(model: Any) -> Any:
@@ -317,36 +425,41 @@ def describe(layers, spec):
     return f"{len(layers)} layer{'s' * (len(layers) > 1)}{both}, {sizes}; {equation}"
 
 
-def compare(args, model, spec, again):
-    """Prints the largest differences on a random input; 0 where all are rounding."""
-    layers, rng = layers_of(model), np.random.default_rng(args.seed)
-    first = first_cell(layers)
-    dtype = jnp.asarray(first.w_x).dtype
-    xs = rng.normal(size=(STEPS, BATCH, first.w_x.shape[0]))
-    wanted = run_stack(layers, spec, xs, args.merge)
+def compare(args, new, model, spec, again, wanted, rng):
+    """The largest differences on a random input, by name."""
+    xs = draw_wide(model, args.seed)
     found: dict[str, Any] = {}
     if again is not None:
         found["read again, float64"] = run_stack(layers_of(again[0]), again[1], xs, args.merge)
-    for kind, file in (args.source, args.target):
-        if kind == "torch":
-            found[f"{file} in torch.nn.GRU, float64"] = run_torch(file, args, xs)
+    if args.source[0] == "torch":
+        found["the source in torch.nn.GRU, float64"] = run_torch(
+            args.source[1], args.layer, args, xs
+        )
+    if args.target[0] == "torch":
+        found["in torch.nn.GRU, float64"] = run_torch(new, [], args, xs)
     errors = {k: largest_difference(v, wanted) for k, v in found.items() if v is not None}
+    dtype = first_cell(layers_of(model)).w_x.dtype
     if args.target[0] == "onnx" and dtype == np.float32:
-        error = difference_of_onnxruntime(args, model, spec, rng)
+        error = difference_of_onnxruntime(args, new, model, spec, rng)
         errors |= {} if error is None else {"in onnxruntime, float32": error}
     if args.target[0] == "stablehlo":
-        error = difference_of_program(args, model, spec, rng)
+        error = difference_of_program(args, new, model, spec, rng)
         errors |= {f"of the program on {jax.default_backend()}, {dtype}": error}
-    print(f"largest difference on a random input, T={STEPS}, B={BATCH}, of the largest output:")
-    for name, error in errors.items():
-        print(f"  {error:8.1e}  {name}")
-    return 0 if np.max(list(errors.values())) <= 100 * float(jnp.finfo(dtype).eps) else 1
+    return errors
+
+
+def draw_wide(model, seed):
+    """A random sequence in float64."""
+    size = first_cell(layers_of(model)).w_x.shape[0]
+    return np.random.default_rng(seed).normal(size=(STEPS, BATCH, size))
 
 
 def largest_difference(got, wanted):
-    """The largest error, relative to the largest wanted entry."""
-    wanted = np.asarray(wanted)
-    return float(np.abs(np.asarray(got) - wanted).max() / np.abs(wanted).max())
+    """The largest error, relative to the largest wanted entry; 0 for the same, NaN included."""
+    got, wanted = np.asarray(got, np.float64), np.asarray(wanted, np.float64)
+    if np.array_equal(got, wanted, equal_nan=True):
+        return 0.0
+    return float(np.abs(got - wanted).max() / max(np.abs(wanted).max(), np.finfo(np.float32).tiny))
 
 
 def run_stack(layers, spec, xs, merge):
@@ -356,9 +469,9 @@ def run_stack(layers, spec, xs, merge):
         return np.asarray(jaxgru.gru_stack(wide, xs, spec=spec, merge=merge)[1])
 
 
-def run_torch(file, args, xs):
+def run_torch(file, layer, args, xs):
     """What torch.nn.GRU makes of a file, in float64; None without torch, and for cells and sums."""
-    start = "".join(args.layer) if file == args.source[1] else ""
+    start = "".join(layer)
     whole = read_arrays(file, "torch")
     arrays = {k.removeprefix(start): v for k, v in whole.items() if k.startswith(start)}
     try:
@@ -393,7 +506,7 @@ def draw_inputs(model, rng):
     return rng.normal(size=(STEPS, BATCH, w_x.shape[0])).astype(w_x.dtype), lengths
 
 
-def difference_of_onnxruntime(args, model, spec, rng):
+def difference_of_onnxruntime(args, new, model, spec, rng):
     """The error of onnxruntime's outputs with ragged lengths; None without it."""
     try:
         import onnxruntime
@@ -402,7 +515,7 @@ def difference_of_onnxruntime(args, model, spec, rng):
     xs, lengths = draw_inputs(model, rng)
     mask = jaxgru.length_mask(lengths, STEPS)
     wanted = run_model(model, jnp.asarray(xs), None, spec, args.merge, mask)[1]
-    session = onnxruntime.InferenceSession(args.target[1])
+    session = onnxruntime.InferenceSession(new)
     name = "tokens" if isinstance(model, TokenParams) else "xs"
     return largest_difference(session.run(["outputs"], {name: xs, "lengths": lengths})[0], wanted)
 
@@ -439,9 +552,9 @@ def write_program(file, model, spec, args):
         opened.write(exported.serialize())
 
 
-def difference_of_program(args, model, spec, rng):
+def difference_of_program(args, new, model, spec, rng):
     """The error of a written program: of a ragged batch, or of steps one after another."""
-    program = export.deserialize(bytearray(pathlib.Path(args.target[1]).read_bytes()))
+    program = export.deserialize(bytearray(new.read_bytes()))
     xs, lengths = draw_inputs(model, rng)
     with jax.enable_x64(is_wide(model)):
         mask = None if args.step else jaxgru.length_mask(lengths, STEPS)

@@ -56,18 +56,35 @@ class Target(NamedTuple):
 
 
 def named_arrays(
-    function: str, argument: str, source: Any, *, prefix: str = "", separator: str = "/"
+    function: str,
+    argument: str,
+    source: Any,
+    *,
+    prefix: str = "",
+    separator: str = "/",
+    known_by: tuple[str, ...] = (),
 ) -> dict[str, np.ndarray]:
     """{name: array} of a mapping, nested ones joined by the separator, of the names with a prefix.
 
-    The arrays are copies: a library that trains on in place does not reach them.
+    The arrays are copies: a library that trains on in place does not reach them. Where none of the
+    names in `known_by` is there, but behind another prefix, that is said.
     """
     if not isinstance(source, Mapping):
         raise TypeError(
             f"{function}: {argument} must be a mapping of names to arrays, got "
             f"{type(source).__name__}."
         )
-    flat = _flatten(source, separator)
+    if not isinstance(prefix, str):
+        raise TypeError(f"{function}: prefix must be a string, got {prefix!r}.")
+    flat = _flatten(function, source, separator)
+    ends = [(k, key) for k in flat for key in known_by if k.endswith(separator + key)]
+    starts = sorted({k.removesuffix(key) for k, key in ends})
+    if starts and not any(prefix + key in flat for key in known_by):
+        known = ", ".join(map(repr, starts))
+        raise ValueError(
+            f"{function}: prefix must be one of {known}, where {argument} holds a GRU, got "
+            f"{prefix!r}."
+        )
     chosen = {k.removeprefix(prefix): v for k, v in flat.items() if k.startswith(prefix)}
     if not chosen:
         raise ValueError(
@@ -135,20 +152,61 @@ def bind(
     return arrays
 
 
-def map_layers(function: str, argument: str, tree: Any, read: Callable[[str, Any], Any]) -> Any:
-    """`read` of each cell of one layer or a stack, in the same nesting; stacks become tuples."""
+def map_layers(
+    function: str,
+    argument: str,
+    tree: Any,
+    read: Callable[[str, Any], Any],
+    is_layer: Callable[[Any], bool] = lambda tree: False,
+) -> Any:
+    """`read` of each cell of one layer or a stack, in the same nesting; stacks become tuples.
+
+    `is_layer` tells a list that is a layer of the source from a list of layers.
+    """
     if isinstance(tree, Bidirectional):
         return Bidirectional(
             read(f"{argument}.forward", tree.forward), read(f"{argument}.backward", tree.backward)
         )
-    if isinstance(tree, list | tuple) and not hasattr(tree, "_fields"):
-        if not tree:
-            raise ValueError(f"{function}: {argument} must hold at least one layer, got none.")
-        return tuple(
-            map_layers(function, f"{argument}[{number}]", layer, read)
-            for number, layer in enumerate(tree)
-        )
-    return read(argument, tree)
+    if is_layer(tree) or not is_stack(tree):
+        return read(argument, tree)
+    if not tree:
+        raise ValueError(f"{function}: {argument} must hold at least one layer, got none.")
+    layers = []
+    for number, layer in enumerate(tree):
+        name = f"{argument}[{number}]"
+        if is_stack(layer) and not is_layer(layer):
+            raise TypeError(f"{function}: {name} must be one layer, got a list in a list.")
+        layers.append(map_layers(function, name, layer, read, is_layer))
+    return tuple(layers)
+
+
+def is_stack(params: Any) -> bool:
+    """True for a list or tuple that is none of the package's own."""
+    return isinstance(params, list | tuple) and not hasattr(params, "_fields")
+
+
+def require_fit(function: str, argument: str, params: Any) -> Any:
+    """The parameters, if directions and layers fit one another and all are of one dtype."""
+    layers = params if is_stack(params) else (params,)
+    for number, layer in enumerate(layers):
+        name = f"{argument}[{number}]" if is_stack(params) else argument
+        sizes = [(cell.w_x.shape[0], cell.w_h.shape[0]) for cell in directions_of(layer)]
+        if len(set(sizes)) > 1:
+            raise ValueError(
+                f"{function}: {name} must have two directions of the same I, H, got {sizes[0]} and "
+                f"{sizes[1]}; layers that follow one another go into a list."
+            )
+        below = [cell.w_h.shape[0] for cell in directions_of(layers[number - 1])]
+        if number and sizes[0][0] not in (sum(below), below[0]):
+            raise ValueError(
+                f"{function}: {name} must read the {sum(below)} outputs of the layer below it, "
+                f"got I={sizes[0][0]}."
+            )
+    dtypes = {str(np.dtype(cell.w_x.dtype)) for cell in cells_of(params)}
+    if len(dtypes) > 1:
+        found = ", ".join(sorted(dtypes))
+        raise TypeError(f"{function}: {argument} must be of one dtype, got {found}; cast them.")
+    return params
 
 
 def require_exportable(
@@ -177,10 +235,12 @@ def require_exportable(
     def read(name, cell):
         with jax.enable_x64(True):  # float64 is for the caller to enable, where it is computed
             if not isinstance(cell, GRUParams):
+                has_layers = hasattr(cell, "layers")
                 raise TypeError(
-                    f"{function}: {name} must be a GRUParams, got {type(cell).__name__}."
+                    f"{function}: {name} must be a GRUParams, got {type(cell).__name__}"
+                    + (f"; its layers are {name}.layers." if has_layers else ".")
                 )
-            require_params(function, cell)
+            require_params(function, cell, name)
         if cell.g_x is not None or cell.g_h is not None:
             raise ValueError(
                 f"{function}: {name} must have no gains, as {target.name} has no layer "
@@ -190,7 +250,7 @@ def require_exportable(
         cell = cell._replace(**arrays)
         return cell if spec.update == target.update else negate_update(cell)
 
-    converted = map_layers(function, "params", params, read)
+    converted = require_fit(function, "params", map_layers(function, "params", params, read))
     notes = []
     if spec.update != target.update:
         notes.append(
@@ -245,14 +305,24 @@ def bias_counts(params: Any) -> list[int]:
     return [2 - (cell.b_x is None) - (cell.b_h is None) for cell in cells_of(params)]
 
 
+def bias_notes(
+    groups: list[list[int]], slots: int, *, always: bool = False, merged: str = ""
+) -> list[str]:
+    """What becomes of biases in a target that has `slots` of the two, for cells with such counts.
+
+    A group is what has biases together or not at all; `always` is for targets that have them in any
+    case. `merged` says of which there is one, where b_x and b_h are summed.
+    """
+    summed = merged and any(2 in group for group in groups)
+    short = any(min(group) < slots for group in groups if always or any(group))
+    notes = [f"b_x and b_h are summed: {merged}"] if summed else []
+    return notes + (["absent biases are written as zeros"] if short else [])
+
+
 def cells_of(params: Any) -> list[GRUParams]:
     """Every GRU of a layer or stack, layer by layer, forward first."""
-    layers = params if _is_stack(params) else (params,)
+    layers = params if is_stack(params) else (params,)
     return [cell for layer in layers for cell in directions_of(layer)]
-
-
-def _is_stack(params):
-    return isinstance(params, tuple) and not isinstance(params, GRUParams | Bidirectional)
 
 
 def _present(params):
@@ -260,15 +330,17 @@ def _present(params):
     return [(k, v) for k, v in params._asdict().items() if v is not None]
 
 
-def _flatten(source, separator):
+def _flatten(function, source, separator):
     """{joined name: leaf} of nested mappings."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in source.items():
+        inner = {str(key): value}
         if isinstance(value, Mapping):
-            inner = _flatten(value, separator)
-            flat.update({f"{key}{separator}{name}": leaf for name, leaf in inner.items()})
-        else:
-            flat[str(key)] = value
+            leaves = _flatten(function, value, separator).items()
+            inner = {f"{key}{separator}{name}": leaf for name, leaf in leaves}
+        if clash := flat.keys() & inner.keys():
+            raise ValueError(f"{function}: two arrays have the name {clash.pop()!r}.")
+        flat |= inner
     return flat
 
 

@@ -26,7 +26,7 @@ and returns `Exported`. Where a library keeps one set of arrays a cell, a list o
 and a `Bidirectional` of them a layer of two directions. No other library is imported.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -37,21 +37,23 @@ from jaxgru.conversion import (
     Target,
     as_float_array,
     bias_counts,
+    bias_notes,
     bind,
     filled_biases,
+    is_stack,
     map_layers,
     merged_bias,
     named_arrays,
     numpy_cell,
     reorder,
     require_exportable,
+    require_fit,
 )
 from jaxgru.layers import Bidirectional, directions_of
 from jaxgru.parameters import CHO_2014, CHUNG_2014, PYTORCH, Activation, GRUParams, GRUSpec
 
 _ALL = ("tanh", "relu", "sigmoid", "softplus", "identity")
 _ONE_BIAS = "r and z have one bias in the source: b_h is zero there, and learns beside b_x from now"
-_FILLED = "absent biases are written as zeros"
 
 
 def from_torch(state_dict: Mapping[str, Any], *, prefix: str = "") -> Imported:
@@ -86,14 +88,8 @@ def from_torch(state_dict: Mapping[str, Any], *, prefix: str = "") -> Imported:
             "from_torch: state_dict must be a module's, got an optimizer's; its moments belong to "
             "PyTorch's arrays and do not move: start an optax optimizer anew."
         )
-    arrays = named_arrays(function, "state_dict", state_dict, prefix=prefix, separator=".")
-    starts = {k.removesuffix("weight_hh_l0") for k in arrays if k.endswith("weight_hh_l0")}
-    if starts and "" not in starts:
-        known = ", ".join(repr(prefix + start) for start in sorted(starts))
-        raise ValueError(
-            f"from_torch: prefix must be one of {known}, "
-            f"where state_dict holds a GRU, got {prefix!r}."
-        )
+    known = {"known_by": ("weight_hh_l0", "weight_hh"), "prefix": prefix, "separator": "."}
+    arrays = named_arrays(function, "state_dict", state_dict, **known)
     bias = any("bias" in name for name in arrays)
 
     def cell(suffix):
@@ -145,10 +141,8 @@ def to_torch(params: Any, *, spec: GRUSpec = CHO_2014) -> Exported:
     (['weight_hh_l0', 'weight_ih_l0'], 1)
     """
     params, notes = require_exportable("to_torch", params, spec, Target("torch.nn.GRU", ("after",)))
-    counts = bias_counts(params)
-    bias = any(counts)
-    if bias and min(counts) < 2:
-        notes.append(_FILLED)
+    bias = any(bias_counts(params))
+    notes += bias_notes([bias_counts(params)], 2)
     if isinstance(params, GRUParams):
         sizes = {"input_size": params.w_x.shape[0], "hidden_size": params.w_h.shape[0]}
         return Exported(_torch_cell(params, "", bias), sizes | {"bias": bias}, tuple(notes))
@@ -254,7 +248,7 @@ def from_keras(
         if count is None:
             raise ValueError(
                 f"from_keras: {name} must hold 2 or 3 arrays, or 4 or 6 of a Bidirectional, got "
-                f"{len(source)}."
+                f"{len(source)}; of several layers give a list, [v.get_weights() for v in layers]."
             )
         each = len(source) // count
         names = ("kernel", "recurrent_kernel", "bias")[:each]
@@ -263,30 +257,24 @@ def from_keras(
         cells = [cell(name, dict(zip(names, part))) for part in parts]
         return cells[0] if count == 1 else Bidirectional(*cells)
 
-    params = map_layers(function, "weights", _keras_layers(weights), layer)
+    if not isinstance(weights, Mapping | list | tuple):
+        raise TypeError(
+            "from_keras: weights must be a layer's get_weights(), a mapping, or a list of those, "
+            f"got {type(weights).__name__}."
+        )
+    params = map_layers(function, "weights", weights, layer, _is_keras_layer)
     if len(resets) > 1:
         raise ValueError(
             "from_keras: weights must be of layers with one reset_after, got both; import each "
             "with its own spec."
         )
+    require_fit(function, "weights", params)
     return Imported(params, GRUSpec(resets.pop(), "keep", activation), ())
 
 
-class _KerasArrays(tuple):
-    """The arrays of one Keras layer, which a list of layers is not."""
-
-    _fields = ()
-
-
-def _keras_layers(weights):
-    """`weights` with every list of arrays marked as one layer."""
-    if isinstance(weights, Mapping) or not isinstance(weights, Sequence):
-        return weights
-    if weights and all(hasattr(v, "shape") for v in weights):
-        return _KerasArrays(weights)
-    if isinstance(weights, Bidirectional):
-        return Bidirectional(*map(_keras_layers, weights))
-    return [_keras_layers(v) for v in weights]
+def _is_keras_layer(source):
+    """True for one layer's list of arrays, or its mapping."""
+    return isinstance(source, Mapping) or any(hasattr(v, "shape") for v in source)
 
 
 def to_keras(params: Any, *, spec: GRUSpec = CHO_2014) -> Exported:
@@ -317,10 +305,9 @@ def to_keras(params: Any, *, spec: GRUSpec = CHO_2014) -> Exported:
         "to_keras", params, spec, Target("keras.layers.GRU", ("before", "after"), activations=_ALL)
     )
     after = spec.reset == "after"
-    if after and 1 in bias_counts(params):
-        notes.append(_FILLED)
-    if not after and 2 in bias_counts(params):
-        notes.append("b_x and b_h are summed: Keras has one bias where reset_after is False")
+    layers = params if is_stack(params) else (params,)
+    merged = "" if after else "Keras has one bias where reset_after is False"
+    notes += bias_notes(list(map(bias_counts, layers)), 2 if after else 1, merged=merged)
 
     def arrays(cell, bias):
         b = np.stack(filled_biases(cell)) if after else merged_bias(cell, "before")[0]
@@ -365,7 +352,7 @@ def from_linen(cell: Any, *, prefix: str = "", activation: Activation = "tanh") 
     """
 
     def read(name, source):
-        arrays = named_arrays("from_linen", name, source, prefix=prefix)
+        arrays = named_arrays("from_linen", name, source, prefix=prefix, known_by=("hn/kernel",))
         kernels = {f"h{gate}/kernel": "H H" for gate in "rzn"}
         kernels |= {f"i{gate}/kernel": "I H" for gate in "rzn"}
         biases = {f"i{gate}/bias": "H" for gate in "rzn"} | {"hn/bias": "H"}
@@ -376,7 +363,7 @@ def from_linen(cell: Any, *, prefix: str = "", activation: Activation = "tanh") 
         )
         return numpy_cell(w_x, w_h, b_x, _only_n(arrays["hn/bias"]))
 
-    params = map_layers("from_linen", "cell", cell, read)
+    params = _read_layers("from_linen", cell, read)
     return Imported(params, GRUSpec("after", "keep", activation), (_ONE_BIAS,))
 
 
@@ -389,7 +376,8 @@ def to_linen(params: Any, *, spec: GRUSpec = CHO_2014) -> Exported:
 
     Returns:
       Exported: {"ir": {"kernel": ..., "bias": ...}, ...} for each cell, in the nesting of params,
-      and the arguments of each cell (activation_fn by its name in `jax.nn`).
+      and the arguments of each cell, activation_fn by its name in `jax.nn`: give that function.
+      Run it with `nn.RNN(cell).apply({"params": {"cell": exported.weights}}, xs)`.
 
     Raises:
       ValueError: linen has no such cell: reset before, or gains.
@@ -404,7 +392,8 @@ def to_linen(params: Any, *, spec: GRUSpec = CHO_2014) -> Exported:
     params, notes = require_exportable(
         "to_linen", params, spec, Target("flax.linen.GRUCell", ("after",), activations=_ALL)
     )
-    notes += _bias_notes(params, "r and z have one bias in linen")
+    merged = "r and z have one bias in linen"
+    notes += bias_notes([bias_counts(params)], 2, always=True, merged=merged)
 
     def write(name, cell):
         b, b_n = merged_bias(cell, "after")
@@ -443,12 +432,12 @@ def from_nnx(cell: Any, *, prefix: str = "", activation: Activation = "tanh") ->
     """
 
     def read(name, source):
-        arrays = named_arrays("from_nnx", name, source, prefix=prefix)
+        arrays = named_arrays("from_nnx", name, source, prefix=prefix, known_by=("dense_h/kernel",))
         axes = {"dense_h/kernel": "H 3H", "dense_i/kernel": "I 3H", "dense_i/bias": "3H"}
         w_h, w_x, b_x = (bind("from_nnx", name, arrays, axes)[key] for key in axes)
         return numpy_cell(w_x, w_h, b_x, None)
 
-    params = map_layers("from_nnx", "cell", cell, read)
+    params = _read_layers("from_nnx", cell, read)
     return Imported(params, GRUSpec("after", "keep", activation), ())
 
 
@@ -462,7 +451,8 @@ def to_nnx(params: Any, *, spec: GRUSpec = CHO_2014) -> Exported:
 
     Returns:
       Exported: {"dense_i": {"kernel": ..., "bias": ...}, "dense_h": {"kernel": ...}} for each cell,
-      in the nesting of params, and the arguments of each cell.
+      in the nesting of params, and the arguments of each cell, activation_fn by its name in
+      `jax.nn`. Put it into a cell with `nnx.update(cell, exported.weights)`.
 
     Raises:
       ValueError: nnx has no such cell: a bias that r multiplies, reset before, or gains.
@@ -473,7 +463,8 @@ def to_nnx(params: Any, *, spec: GRUSpec = CHO_2014) -> Exported:
     params, notes = require_exportable(
         "to_nnx", params, spec, Target("flax.nnx.GRUCell", ("after",), activations=_ALL)
     )
-    notes += _bias_notes(params, "r and z have one bias in nnx")
+    merged = "r and z have one bias in nnx"
+    notes += bias_notes([bias_counts(params)], 1, always=True, merged=merged)
 
     def write(name, cell):
         b, b_n = merged_bias(cell, "after")
@@ -518,7 +509,7 @@ def from_equinox(cell: Any) -> Imported:
 
     def read(name, source):
         fields = ("weight_ih", "weight_hh", "bias", "bias_n")
-        if not isinstance(source, Mapping) and hasattr(source, "weight_ih"):
+        if all(hasattr(source, field) for field in fields):
             source = {field: getattr(source, field) for field in fields}
         if isinstance(source, Mapping):
             source = {k: v for k, v in source.items() if v is not None}
@@ -530,7 +521,7 @@ def from_equinox(cell: Any) -> Imported:
         biases = (arrays["bias"], _only_n(arrays["bias_n"])) if bias else (None, None)
         return numpy_cell(arrays["weight_ih"].T, arrays["weight_hh"].T, *biases)
 
-    params = map_layers("from_equinox", "cell", cell, read)
+    params = _read_layers("from_equinox", cell, read)
     return Imported(params, PYTORCH, (_ONE_BIAS,) if any(biased) else ())
 
 
@@ -558,7 +549,8 @@ def to_equinox(params: Any, *, spec: GRUSpec = CHO_2014) -> Exported:
         "to_equinox", params, spec, Target("equinox.nn.GRUCell", ("after",))
     )
     bias = any(bias_counts(params))
-    notes += _bias_notes(params, "r and z have one bias in Equinox") if bias else []
+    merged = "r and z have one bias in Equinox"
+    notes += bias_notes([bias_counts(params)], 2, merged=merged)
 
     def write(name, cell):
         b, b_n = merged_bias(cell, "after")
@@ -599,12 +591,12 @@ def from_haiku(cell: Any, *, prefix: str = "") -> Imported:
     """
 
     def read(name, source):
-        arrays = named_arrays("from_haiku", name, source, prefix=prefix)
+        arrays = named_arrays("from_haiku", name, source, prefix=prefix, known_by=("w_h",))
         axes = {"w_h": "H 3H", "w_i": "I 3H", "b": "3H"}
         w_h, w_x, b_x = (reorder(bind("from_haiku", name, arrays, axes)[key]) for key in axes)
         return numpy_cell(w_x, w_h, b_x, None)
 
-    return Imported(map_layers("from_haiku", "cell", cell, read), CHUNG_2014, ())
+    return Imported(_read_layers("from_haiku", cell, read), CHUNG_2014, ())
 
 
 def to_haiku(params: Any, *, spec: GRUSpec = CHO_2014) -> Exported:
@@ -627,10 +619,8 @@ def to_haiku(params: Any, *, spec: GRUSpec = CHO_2014) -> Exported:
     """
     target = Target("haiku.GRU", ("before",), update="write")
     params, notes = require_exportable("to_haiku", params, spec, target)
-    if 2 in bias_counts(params):
-        notes.append("b_x and b_h are summed: Haiku has one bias")
-    if 0 in bias_counts(params):
-        notes.append(_FILLED)
+    merged = "Haiku has one bias"
+    notes += bias_notes([bias_counts(params)], 1, always=True, merged=merged)
 
     def write(name, cell):
         b = merged_bias(cell, "before")[0]
@@ -664,12 +654,14 @@ def from_haste(cell: Any, *, prefix: str = "") -> Imported:
     """
 
     def read(name, source):
-        arrays = named_arrays("from_haste", name, source, prefix=prefix)
+        arrays = named_arrays(
+            "from_haste", name, source, prefix=prefix, known_by=("recurrent_kernel",)
+        )
         bind("from_haste", name, arrays, _HASTE)
         w_h, w_x, b_x, b_h = (reorder(arrays[key]) for key in _HASTE)
         return numpy_cell(w_x, w_h, b_x, b_h)
 
-    return Imported(map_layers("from_haste", "cell", cell, read), PYTORCH, ())
+    return Imported(_read_layers("from_haste", cell, read), PYTORCH, ())
 
 
 def to_haste(params: Any, *, spec: GRUSpec = CHO_2014) -> Exported:
@@ -689,8 +681,7 @@ def to_haste(params: Any, *, spec: GRUSpec = CHO_2014) -> Exported:
     Cost: one copy of the arrays.
     """
     params, notes = require_exportable("to_haste", params, spec, Target("haste.GRU", ("after",)))
-    if min(bias_counts(params)) < 2:
-        notes.append(_FILLED)
+    notes += bias_notes([bias_counts(params)], 2, always=True)
 
     def write(name, cell):
         arrays = (cell.w_h, cell.w_x, *filled_biases(cell))
@@ -722,8 +713,7 @@ def from_onnx(
       w: W.
       r: R.
       b: B, or None.
-      linear_before_reset: the node's attribute; not 0 resets after the product. ONNX's default
-        is 0.
+      linear_before_reset: the node's attribute; 1 resets after the product. ONNX's default is 0.
       activation: the node's second one.
 
     Returns:
@@ -758,6 +748,10 @@ def from_onnx(
         return numpy_cell(reorder(arrays["W"][d].T), reorder(arrays["R"][d].T), *biases)
 
     params = cell(0) if count == 1 else Bidirectional(cell(0), cell(1))
+    if linear_before_reset not in (0, 1):
+        raise ValueError(
+            f"from_onnx: linear_before_reset must be 0 or 1, got {linear_before_reset!r}."
+        )
     reset = "after" if linear_before_reset else "before"
     return Imported(params, GRUSpec(reset, "keep", activation), ())
 
@@ -783,11 +777,16 @@ def to_onnx(params: Any, *, spec: GRUSpec = CHO_2014) -> Exported:
     >>> exported.options["hidden_size"], exported.options["linear_before_reset"]
     (3, 0)
     """
+    return onnx_nodes("to_onnx", params, spec)
+
+
+def onnx_nodes(function: str, params: Any, spec: GRUSpec) -> Exported:
+    """The inputs and attributes of a node a layer, for the function that is named in errors."""
     params, notes = require_exportable(
-        "to_onnx", params, spec, Target("ONNX's GRU", ("before", "after"), activations=_ALL)
+        function, params, spec, Target("ONNX's GRU", ("before", "after"), activations=_ALL)
     )
-    if 1 in bias_counts(params):
-        notes.append(_FILLED)
+    layers = params if is_stack(params) else (params,)
+    notes += bias_notes(list(map(bias_counts, layers)), 2)
 
     def layer(params):
         cells = directions_of(params)
@@ -822,19 +821,14 @@ ONNX_ACTIVATIONS = {
 }
 
 
+def _read_layers(function, cell, read):
+    """What `read` makes of each cell, in their nesting, if it fits together."""
+    return require_fit(function, "cell", map_layers(function, "cell", cell, read))
+
+
 def _only_n(b_n):
     """[0 | 0 | b_n]."""
     return np.concatenate([np.zeros(2 * b_n.size, b_n.dtype), b_n])
-
-
-def _bias_notes(params, reason):
-    """What happens to biases where r and z have one of them in the target."""
-    notes = []
-    if 2 in bias_counts(params):
-        notes.append(f"b_x and b_h of r and z are summed: {reason}")
-    if 0 in bias_counts(params):
-        notes.append(_FILLED)
-    return notes
 
 
 def _exported(function, params, write, options, notes):

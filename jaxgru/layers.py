@@ -124,7 +124,7 @@ def init_state(params: Any, batch_shape: Sequence[int] = ()) -> Any:
         return jnp.zeros((*batch_shape, params.w_h.shape[0]), params.w_h.dtype)
     if isinstance(params, Bidirectional):
         return (init_state(params.forward, batch_shape), init_state(params.backward, batch_shape))
-    _require_stack("init_state", params)
+    require_stack("init_state", params)
     return tuple(init_state(layer, batch_shape) for layer in params)
 
 
@@ -160,7 +160,7 @@ def init_taps(params: Any, lead_shape: Sequence[int]) -> Any:
         return Tap(*(jnp.zeros((*lead_shape, size), params.w_x.dtype) for size in sizes))
     if isinstance(params, Bidirectional):
         return (init_taps(params.forward, lead_shape), init_taps(params.backward, lead_shape))
-    _require_stack("init_taps", params)
+    require_stack("init_taps", params)
     return tuple(init_taps(layer, lead_shape) for layer in params)
 
 
@@ -383,7 +383,7 @@ def gru_stack_cell(
     >>> y.shape
     (4, 3)
     """
-    _require_stack("gru_stack_cell", params)
+    require_stack("gru_stack_cell", params)
     if any(isinstance(layer, Bidirectional) for layer in params):
         raise ValueError(
             "gru_stack_cell: params must hold layers of one direction, got a Bidirectional, whose "
@@ -456,7 +456,7 @@ def directions_of(layer: Any) -> tuple[GRUParams, ...]:
     return tuple(layer) if isinstance(layer, Bidirectional) else (layer,)
 
 
-def _require_stack(function, params):
+def require_stack(function, params):
     """TypeError unless params is a sequence of well-formed layers of one dtype."""
     single = isinstance(params, GRUParams | Bidirectional)
     sequence = isinstance(params, list | tuple) and not single
@@ -485,7 +485,7 @@ def _require_stack(function, params):
 
 def require_layers(function: str, params: Any, xs: Array, merge: Merge, residual: bool) -> None:
     """TypeError or ValueError for layers that do not fit xs or each other."""
-    _require_stack(function, params)
+    require_stack(function, params)
     require_choice(function, "merge", merge, _MERGES)
     if not isinstance(residual, bool):
         raise TypeError(f"{function}: residual must be a bool, got {residual!r}.")

@@ -16,13 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgru.arguments import require_choice
-from jaxgru.interop import ONNX_ACTIVATIONS, from_onnx, to_onnx
+from jaxgru.conversion import is_stack
+from jaxgru.interop import ONNX_ACTIVATIONS, from_onnx, onnx_nodes
 from jaxgru.layers import (
     Bidirectional,
     Merge,
     directions_of,
     gru_bidirectional,
+    output_size_of,
     require_layers,
+    require_stack,
 )
 from jaxgru.masks import length_mask
 from jaxgru.models import SequenceParams, TokenParams, require_head
@@ -33,6 +36,7 @@ from jaxgru.whole_files import write_whole
 Array = jax.Array
 Outputs = Literal["every", "last"]
 _OPSET, _IR_VERSION = 17, 8  # of 2022: any onnxruntime from 1.12 on runs them
+_DIRECTIONS: Any = ("forward", "reverse", "bidirectional")
 _OPTIONAL_INPUTS = {4: "sequence_lens", 5: "initial_h"}
 
 
@@ -49,6 +53,8 @@ class OnnxGRU(NamedTuple):
       sequence_lens: [B] where the file holds it, else None.
       computed: {"initial_h": name, "sequence_lens": name} of those that the graph is given or
         computes: hand their values to `run_onnx_gru`.
+      below: the name of the GRU node whose outputs, at most rearranged or held where a sequence has
+        ended, are this one's inputs; "" where it reads anything else.
     """
 
     name: str
@@ -59,6 +65,7 @@ class OnnxGRU(NamedTuple):
     initial_h: np.ndarray | None
     sequence_lens: np.ndarray | None
     computed: dict[str, str]
+    below: str = ""
 
 
 def read_onnx(
@@ -74,15 +81,16 @@ def read_onnx(
       inputs: values of graph inputs by name, for models that are given their weights.
 
     Returns:
-      OnnxGRU for each node. Nodes that follow one another are a stack:
-      `tuple(node.params for node in nodes)`, where their specs agree.
+      OnnxGRU for each node. Nodes that follow one another (`below` tells) are a stack:
+      `tuple(node.params for node in nodes)`, with the spec that they have in common.
 
     Raises:
       ImportError: onnx is not installed.
       OSError: the file cannot be read.
-      ValueError: it is no whole ONNX model or has no GRU node; a node has clip, activations that
-        this package has not or other numbers for them, different ones for its two directions, a
-        hidden_size that belies R, or weights that depend on inputs that are not given.
+      ValueError: it is no whole ONNX model or has no GRU node; inputs names what is no input; a
+        node has clip, activations that this package has not or other numbers for them, different
+        ones for its two directions, an attribute or shape that the operator does not allow, or
+        weights that depend on inputs that are not given.
       TypeError: weights are not floating.
 
     Cost: one copy of the weights.
@@ -97,10 +105,19 @@ def read_onnx(
     except Exception as error:  # protobuf's DecodeError, onnx's ValidationError, or an OSError
         raise ValueError(f"read_onnx: {file} must be a whole ONNX model, got: {error}.") from error
     given = {name: np.asarray(value) for name, value in (inputs or {}).items()}
-    found = list(_nodes(onnx, model.graph, given))
+    known = {entry.name for entry in [*model.graph.input, *model.graph.initializer]}
+    if unknown := sorted(set(given) - known):
+        raise ValueError(
+            f"read_onnx: inputs must name inputs of the graph, {', '.join(sorted(known))}, got "
+            f"{', '.join(unknown)}."
+        )
+    try:
+        found = list(_nodes(onnx, model, model.graph, given))
+    except RecursionError as error:
+        raise ValueError(f"read_onnx: {file} must not nest nodes so deeply.") from error
     if not found:
         raise ValueError(f"read_onnx: {file} must hold a GRU node of ONNX, got none.")
-    return tuple(_read_node(onnx, node, value_of) for node, value_of in found)
+    return tuple(_read_node(onnx, *place) for place in found)
 
 
 def run_onnx_gru(
@@ -117,17 +134,23 @@ def run_onnx_gru(
       xs: X, [T, B, I], or [B, T, I] in layout 1.
       sequence_lens: [B] integers; None for those of the file, or all T.
       initial_h: [D, B, H], or [B, D, H] in layout 1; None for that of the file, or zeros.
-      **gru_options: gradient, residuals, chunk_size, unroll, ... of `gru`.
+      **gru_options: gradient, residuals, chunk_size, unroll, truncate, dropout, ... of `gru`; not
+        mask, spec, reverse, merge and axis, which the node itself tells.
 
     Returns:
       Y [T, D, B, H] and Y_h [D, B, H]; in layout 1 [B, T, D, H] and [B, D, H].
 
     Raises:
-      ValueError: xs is not of three axes, or as `gru` and `length_mask`.
-      TypeError: as `gru`.
+      ValueError: xs is not of three axes, initial_h not of its shape, or as `gru` and
+        `length_mask`.
+      TypeError: node is none, an option is the node's own, or as `gru`.
 
     Cost: that of `gru`.
     """
+    if not isinstance(node, OnnxGRU):
+        raise TypeError(f"run_onnx_gru: node must be an OnnxGRU, got {type(node).__name__}.")
+    if own := {"mask", "spec", "reverse", "merge", "axis"} & gru_options.keys():
+        raise TypeError(f"run_onnx_gru: {own.pop()} must be left out, as the node tells it.")
     if getattr(xs, "ndim", None) != 3:
         raise ValueError(
             f"run_onnx_gru: xs must have three axes, got {getattr(xs, 'shape', type(xs).__name__)}."
@@ -137,6 +160,13 @@ def run_onnx_gru(
     if node.layout:
         xs = jnp.swapaxes(xs, 0, 1)
         h0 = None if h0 is None else jnp.swapaxes(h0, 0, 1)
+    cells = directions_of(node.params)
+    wanted = (len(cells), xs.shape[1], cells[0].w_h.shape[0])
+    if h0 is not None and h0.shape != wanted:
+        raise ValueError(
+            f"run_onnx_gru: initial_h must have shape {wanted} (directions, B, H; in layout 1 B "
+            f"first), got {h0.shape}."
+        )
     mask = None if lengths is None else length_mask(lengths, xs.shape[0])
     options = {"mask": mask, "spec": node.spec, **gru_options}
     if isinstance(node.params, Bidirectional):
@@ -172,7 +202,8 @@ def write_onnx(
 
     The graph takes "tokens" int64 [T, B] for a `TokenParams`, "xs" [T, B, I] for anything else, and
     gives "outputs", [T, B, K], or [B, K] of the last real step, and "h_last_0" [D, B, H], ... of
-    every layer. T and B are free. Its values are those of `token_logits`, `sequence_outputs`,
+    every layer. T and B are free. onnxruntime runs files of float32; its GRU has no float64 and
+    float16. Its values are those of `token_logits`, `sequence_outputs`,
     `final_outputs` or `gru_stack` without dropout, on held steps and for empty sequences too.
 
     Args:
@@ -200,16 +231,26 @@ def write_onnx(
     require_choice("write_onnx", "outputs", outputs, get_args(Outputs))
     model = isinstance(params, SequenceParams | TokenParams)
     layers = params.layers if model else params
-    layers = layers if _is_stack(layers) else (layers,)
-    exported = to_onnx(layers, spec=spec)
+    layers: Any = layers if is_stack(layers) else (layers,)
     with jax.enable_x64(True):  # float64 is for the runtime to compute
+        require_stack("write_onnx", layers)
         input_size = directions_of(layers[0])[0].w_x.shape[0]
         xs: Any = np.zeros((0, 1, input_size), directions_of(layers[0])[0].w_x.dtype)
         require_layers("write_onnx", layers, xs, merge, residual)
+    exported = onnx_nodes("write_onnx", layers, spec)
+    layers_dtype = exported.weights[0]["R"].dtype
     if model:
         require_head("write_onnx", params, type(params), merge)
-    graph = _Graph(onnx, exported.weights[0]["R"].dtype, lengths, state)
+        for name, value in params._asdict().items():
+            if name != "layers" and value is not None and value.dtype != layers_dtype:
+                raise TypeError(
+                    f"write_onnx: params.{name} must have the dtype of the layers, {layers_dtype}, "
+                    f"got {value.dtype}; cast one of them."
+                )
+    graph = _Graph(onnx, layers_dtype, lengths, state)
     ys = _write_inputs(graph, params, layers)
+    if lengths:
+        graph.input("lengths", onnx.TensorProto.INT32, ["B"])
     final = None
     for number, (weights, options) in enumerate(zip(exported.weights, exported.options)):
         hs, h_last = _write_layer(graph, number, ys, weights, options)
@@ -222,7 +263,10 @@ def write_onnx(
     if model:
         product = graph.node("MatMul", top, graph.constant("w", params.w))
         top = graph.node("Add", product, graph.constant("b", params.b))
-    graph.output("outputs", top)
+    size = output_size_of(layers[-1], merge)
+    if isinstance(params, SequenceParams | TokenParams):
+        size = params.w.shape[1]
+    graph.output("outputs", top, ["T", "B", size] if outputs == "every" else ["B", size])
     data = graph.finish().SerializeToString()
     write_whole(file, lambda opened: opened.write(data))
     return exported.notes
@@ -240,18 +284,15 @@ class _Graph:
         self.onnx, self.dtype, self.state = onnx, dtype, state
         self.float = getattr(onnx.TensorProto, names[dtype.name])
         self.nodes, self.initializers, self.inputs, self.outputs = [], [], [], []
-        self.lengths = self.input("lengths", onnx.TensorProto.INT32, ["B"]) if lengths else ""
-        self.mask = ""
+        self.lengths, self.mask = "lengths" if lengths else "", ""
 
     def input(self, name, kind, shape):
         self.inputs.append(self.onnx.helper.make_tensor_value_info(name, kind, shape))
         return name
 
-    def output(self, name, value):
+    def output(self, name, value, shape):
         self.node("Identity", value, name=name)
-        info = self.onnx.helper.make_empty_tensor_value_info(name)
-        info.type.tensor_type.elem_type = self.float
-        self.outputs.append(info)
+        self.outputs.append(self.onnx.helper.make_tensor_value_info(name, self.float, shape))
 
     def constant(self, name, value):
         array = np.ascontiguousarray(value)
@@ -340,7 +381,7 @@ def _write_layer(graph, number, xs, weights, options):
             backward = graph.node("Expand", backward, graph.node("Shape", forward))
             held = graph.node("Concat", forward, backward, axis=0)
         hs = graph.node("Where", mask, hs, graph.node("Unsqueeze", held, graph.axes(0)))
-    graph.output(f"h_last_{number}", h_last)
+    graph.output(f"h_last_{number}", h_last, [directions, "B", hidden_size])
     return hs, h_last
 
 
@@ -354,74 +395,123 @@ def _library(function):
     return onnx
 
 
-def _is_stack(params):
-    return isinstance(params, tuple | list) and not hasattr(params, "_fields")
+# What weights of exporters come through; nothing here grows its inputs.
+_OF_CONSTANTS = {
+    *("Cast", "Concat", "Constant", "DequantizeLinear", "Identity", "Reshape", "Slice", "Split"),
+    *("Squeeze", "Transpose", "Unsqueeze"),
+}
+# Nodes that rearrange the outputs of a GRU, and which of their inputs those are.
+_PLAIN = ("Identity", "ReduceSum", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
+_REARRANGED = dict.fromkeys(_PLAIN, 0) | {"Where": 1}
 
 
-def _nodes(onnx, graph, known):
-    """(node, value_of) of every GRU, value_of(name) the value of a name or None if it varies."""
-    values = known | {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
+def _nodes(onnx, model, graph, known, outer=lambda name: None):
+    """(node, value_of, below) of every GRU.
+
+    value_of(name) is the value of a name, None where it varies, and below the name of the GRU whose
+    outputs a node reads.
+    """
+    values = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer} | known
     makers = {name: node for node in graph.node for name in node.output if name}
 
     def value_of(name):
-        if name not in values:
-            values[name] = None
-            node = makers.get(name)
-            subgraphs = node is not None and any(a.type in (5, 10) for a in node.attribute)
-            if node is None or subgraphs or node.op_type.startswith("Random"):
-                return None
+        if name in values:
+            return values[name]
+        node = makers.get(name)
+        if node is None:
+            return outer(name)
+        values[name] = None
+        if node.op_type in _OF_CONSTANTS and node.domain in ("", "ai.onnx"):
             arguments = {i: value_of(i) for i in node.input if i}
-            if any(v is None for v in arguments.values()):
-                return None
-            results = onnx.reference.ReferenceEvaluator(node).run(None, arguments)
-            values.update(zip(node.output, results))
+            if all(v is not None for v in arguments.values()):
+                values.update(zip(node.output, _evaluate(onnx, model, node, arguments)))
         return values[name]
+
+    def below(name):
+        node = makers.get(name)
+        while node is not None and node.op_type in _REARRANGED:
+            node = makers.get(node.input[_REARRANGED[node.op_type]])
+        return _name_of(node) if node is not None and node.op_type == "GRU" else ""
 
     for node in graph.node:
         if node.op_type == "GRU" and node.domain in ("", "ai.onnx"):
-            yield node, value_of
+            yield node, value_of, below(node.input[0] if node.input else "")
         for attribute in node.attribute:
             for inner in [attribute.g, *attribute.graphs]:
-                yield from _nodes(onnx, inner, values)
+                yield from _nodes(onnx, model, inner, {}, value_of)
 
 
-def _read_node(onnx, node, value_of):
+def _evaluate(onnx, model, node, arguments):
+    """The outputs of a node, as the opset of its model has it."""
+    helper = onnx.helper
+    inputs, outputs = (
+        [helper.make_empty_tensor_value_info(name) for name in names]
+        for names in (arguments, node.output)
+    )
+    graph = helper.make_graph([node], "constants", inputs, outputs)
+    alone = helper.make_model(
+        graph, opset_imports=model.opset_import, ir_version=model.ir_version, functions=[]
+    )
+    try:
+        return onnx.reference.ReferenceEvaluator(alone).run(None, arguments)
+    except Exception as error:  # whatever a malformed node raises
+        raise ValueError(
+            f"read_onnx: node {_name_of(node)!r} must be a whole {node.op_type}, got: {error}."
+        ) from error
+
+
+def _name_of(node):
+    """A node's name, or that of its first output."""
+    return node.name or next(filter(None, node.output), "")
+
+
+def _read_node(onnx, node, value_of, below):
     """The OnnxGRU of a node."""
-    name = node.name or node.output[0] or next(filter(None, node.output))
+    name = _name_of(node)
     attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
     names = [*node.input, *[""] * (6 - len(node.input))]
-    weights = {}
+    weights = {label: value_of(source) for label, source in zip("WRB", names[1:4]) if source}
     for label, source in zip("WRB", names[1:4]):
-        weights[label] = value_of(source) if source else None
         if source and weights[label] is None:
             raise ValueError(
                 f"read_onnx: inputs must give {source!r}, the {label} of node {name!r}, which the "
                 f"file does not hold: inputs={{{source!r}: array}}."
             )
-    direction = attributes.get("direction", b"forward").decode()
-    count = 2 if direction == "bidirectional" else 1
+    direction, count, layout = _form(name, attributes, weights)
     activation = _activation(name, attributes, count)
     imported = from_onnx(
         weights["W"],
         weights["R"],
-        weights["B"],
-        linear_before_reset=attributes.get("linear_before_reset", 0),
+        weights.get("B"),
+        linear_before_reset=int(bool(attributes.get("linear_before_reset", 0))),
         activation=activation,
     )
+    optional = {label: names[i] for i, label in _OPTIONAL_INPUTS.items()}
+    held = {label: value_of(source) if source else None for label, source in optional.items()}
+    computed = {k: source for k, source in optional.items() if source and held[k] is None}
+    return OnnxGRU(name, *imported[:2], direction, layout, **held, computed=computed, below=below)
+
+
+def _form(name: str, attributes: dict[str, Any], weights: dict[str, Any]) -> tuple[Any, int, int]:
+    """(direction, D, layout) of a node; ValueError where attributes and weights do not fit."""
+    direction = attributes.get("direction", b"forward")
+    direction = direction.decode() if isinstance(direction, bytes) else direction
+    require_choice("read_onnx", f"direction of {name!r}", direction, _DIRECTIONS)
+    count, layout = 1 + (direction == "bidirectional"), attributes.get("layout", 0)
+    require_choice("read_onnx", f"layout of {name!r}", str(layout), ("0", "1"))
+    missing = [label for label in "WR" if label not in weights]
+    if missing or any(weights[label].ndim != 3 for label in "WR"):
+        raise ValueError(
+            f"read_onnx: node {name!r} must have W [D, 3H, I] and R [D, 3H, H], got "
+            f"{ {label: v.shape for label, v in weights.items()} }."
+        )
     found = (len(weights["R"]), weights["R"].shape[2])
     if found != (count, attributes.get("hidden_size", found[1])):
         raise ValueError(
             f"read_onnx: node {name!r} must have R of {count} directions and its hidden_size, got "
             f"{found} for direction {direction!r} and hidden_size {attributes.get('hidden_size')}."
         )
-    held = {
-        label: value_of(names[i]) if names[i] else None for i, label in _OPTIONAL_INPUTS.items()
-    }
-    computed = {
-        label: names[i] for i, label in _OPTIONAL_INPUTS.items() if names[i] and held[label] is None
-    }
-    layout = attributes.get("layout", 0)
-    return OnnxGRU(name, *imported[:2], direction, layout, **held, computed=computed)  # pyright: ignore
+    return direction, count, layout
 
 
 def _activation(name, attributes, count):

@@ -146,18 +146,18 @@ def require_spec(function: str, spec: Any) -> None:
         raise TypeError(f"{function}: spec must be a GRUSpec, got {spec!r}.")
 
 
-def require_params(function: str, params: Any) -> tuple[int, int]:
+def require_params(function: str, params: Any, argument: str = "params") -> tuple[int, int]:
     """(I, H) of well-formed parameters; TypeError or ValueError naming the array that is not."""
     if not isinstance(params, GRUParams):
-        raise TypeError(f"{function}: params must be a GRUParams, got {type(params).__name__}.")
-    require_float(function, "params.w_x", params.w_x)
+        raise TypeError(f"{function}: {argument} must be a GRUParams, got {type(params).__name__}.")
+    require_float(function, f"{argument}.w_x", params.w_x)
     arrays: dict[str, Any] = params._asdict()
     for name in ("w_x", "w_h"):
         value = arrays[name]
-        require_float(function, f"params.{name}", value, params.w_x.dtype)
+        require_float(function, f"{argument}.{name}", value, params.w_x.dtype)
         if value.ndim != 2:
             raise ValueError(
-                f"{function}: params.{name} must have two axes, got shape {value.shape}."
+                f"{function}: {argument}.{name} must have two axes, got shape {value.shape}."
             )
     hidden_size = params.w_h.shape[0]
     wanted = {
@@ -172,10 +172,10 @@ def require_params(function: str, params: Any) -> tuple[int, int]:
         value = arrays[name]
         if value is None:
             continue
-        require_float(function, f"params.{name}", value, params.w_x.dtype)
+        require_float(function, f"{argument}.{name}", value, params.w_x.dtype)
         if value.shape != shape:
             raise ValueError(
-                f"{function}: params.{name} must have shape {shape} (H={hidden_size}, the rows of "
-                f"params.w_h), got {value.shape}."
+                f"{function}: {argument}.{name} must have shape {shape} (H={hidden_size}, the rows "
+                f"of {argument}.w_h), got {value.shape}."
             )
     return params.w_x.shape[0], hidden_size

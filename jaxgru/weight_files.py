@@ -10,18 +10,21 @@ import json
 import os
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgru.conversion import as_float_array
+from jaxgru.conversion import as_float_array, is_stack
 from jaxgru.layers import Bidirectional
 from jaxgru.models import SequenceParams, TokenParams
-from jaxgru.parameters import CHO_2014, GRUParams, GRUSpec, require_spec
+from jaxgru.parameters import CHO_2014, GRUParams, GRUSpec, require_params, require_spec
 from jaxgru.whole_files import write_whole
 
 _FORMAT = "jaxgru weights 1"
 _MOST_HEADER = 8 * 2**20  # bytes; a header of a layer takes about 100 an array
 _KINDS = {kind.__name__: kind for kind in (GRUParams, Bidirectional, SequenceParams, TokenParams)}
+# The fields of each kind that hold further layers; all others hold an array, or None.
+_PARTS = {"GRUParams": (), "SequenceParams": ("layers",), "TokenParams": ("layers",)}
 _NAMES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _NAMES |= {
     f"{kind[0].upper()}{n}": f"{kind}{n}" for kind in ("int", "uint") for n in (8, 16, 32, 64)
@@ -60,25 +63,28 @@ def save_weights(
       path: of the file.
       params: a `GRUParams`, `Bidirectional`, stack, `SequenceParams` or `TokenParams`.
       spec: of params.
-      metadata: a dict of JSON values to keep with it.
+      metadata: a dict of JSON values to keep with it, its keys strings.
 
     Raises:
       ImportError: safetensors is not installed.
       OSError: the file cannot be written.
-      TypeError: params are of another kind, an array is not floating, or metadata holds what JSON
-        cannot.
+      TypeError: params are of another kind, an array is not floating or of another dtype than its
+        cell, or metadata is no dict of what JSON can hold.
+      ValueError: shapes do not fit, or metadata holds NaN.
 
     Cost: two copies of the arrays.
     """
     safetensors = _library("save_weights")
     require_spec("save_weights", spec)
-    structure, arrays = _take_apart(params, "")
+    if metadata is not None and not isinstance(metadata, dict):
+        raise TypeError(f"save_weights: metadata must be a dict or None, got {metadata!r}.")
+    structure, arrays = _take_apart("save_weights", params, "")
     description = {
         "format": _FORMAT,
         "spec": json.dumps({k: getattr(spec, k) for k in GRUSpec.__dataclass_fields__}),
         "structure": json.dumps(structure),
         "sizes": json.dumps({name: list(array.shape) for name, array in arrays.items()}),
-        "metadata": json.dumps({} if metadata is None else metadata),
+        "metadata": json.dumps({} if metadata is None else metadata, allow_nan=False),
     }
     description["sha256"] = _digest(description, arrays)
     data = safetensors.numpy.save(arrays, metadata=description)
@@ -92,7 +98,8 @@ def load_weights(path: str | os.PathLike) -> LoadedWeights:
       path: of the file.
 
     Returns:
-      LoadedWeights: params in the structure they were saved in, their spec, and the metadata.
+      LoadedWeights: params in the structure they were saved in (a stack as a tuple), their spec,
+      and the metadata.
 
     Raises:
       ImportError: safetensors is not installed.
@@ -113,9 +120,20 @@ def load_weights(path: str | os.PathLike) -> LoadedWeights:
         raise ValueError(
             f"load_weights: {path} must hold what was saved, got another sha256: it is damaged."
         )
-    spec = GRUSpec(**json.loads(description["spec"]))
-    params = _put_together(json.loads(description["structure"]), arrays)
-    return LoadedWeights(params, spec, json.loads(description["metadata"]))
+    try:
+        sizes = {name: list(array.shape) for name, array in arrays.items()}
+        if json.loads(description["sizes"]) != sizes:
+            raise ValueError("its sizes are not those of its arrays")
+        params = _put_together(json.loads(description["structure"]), dict(arrays))
+        spec = GRUSpec(**json.loads(description["spec"]))
+        again = _take_apart("load_weights", params, "")[1]
+        if again.keys() != arrays.keys():
+            raise ValueError("its structure does not use all of its arrays")
+        return LoadedWeights(params, spec, _metadata("load_weights", description["metadata"]))
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"load_weights: {path} must describe parameters of this package, got {error!r}."
+        ) from error
 
 
 def read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -142,10 +160,12 @@ def _read(function, path):
     """(arrays by name, metadata) of a safetensors file."""
     safetensors = _library(function)
     with open(path, "rb") as file:
-        data = file.read()
-    size = int.from_bytes(data[:8], "little") if len(data) >= 8 else -1
-    if not 0 <= size <= min(_MOST_HEADER, len(data) - 8):
-        if data[:2] == b"PK" or data[:1] == b"\x80":
+        start, whole = file.read(8), os.fstat(file.fileno()).st_size
+        size = int.from_bytes(start, "little")
+        plausible = len(start) == 8 and size <= min(_MOST_HEADER, whole - 8)
+        data = start + file.read() if plausible else b""
+    if not plausible:
+        if start[:2] == b"PK" or start[:1] == b"\x80":
             raise ValueError(
                 f"{function}: {path} must be a safetensors file, got a pickle or a zip of one, "
                 "which can run code; where it comes from, write one with "
@@ -153,11 +173,11 @@ def _read(function, path):
             )
         raise ValueError(
             f"{function}: {path} must be a whole safetensors file with a header of at most "
-            f"{_MOST_HEADER} bytes, got {len(data)} bytes of which the header claims {size}."
+            f"{_MOST_HEADER} bytes, got {whole} bytes of which the header claims {size}."
         )
     try:
         entries = safetensors.deserialize(data)
-        metadata = json.loads(data[8 : 8 + size]).get("__metadata__", {})
+        metadata = json.loads(data[8 : 8 + size]).get("__metadata__") or {}
         arrays = {
             name: np.frombuffer(bytes(entry["data"]), jnp.dtype(_NAMES[entry["dtype"]]))
             .reshape(entry["shape"])
@@ -196,27 +216,45 @@ def _digest(description, arrays):
     return digest.hexdigest()
 
 
-def _take_apart(params: Any, prefix: str) -> tuple[Any, dict[str, np.ndarray]]:
-    """(structure in JSON, {name: array}) of parameters."""
-    if params is None:
-        return None, {}
-    kind = type(params).__name__
+def _metadata(function, text):
+    """The dict of a JSON text."""
+    metadata = json.loads(text)
+    if not isinstance(metadata, dict):
+        raise TypeError(f"{function}: metadata must be a dict, got {metadata!r}.")
+    return metadata
+
+
+def _take_apart(function: str, params: Any, prefix: str) -> tuple[Any, dict[str, np.ndarray]]:
+    """(structure in JSON, {name: array}) of a layer, a stack or a model."""
+    kind, name = type(params).__name__, prefix.removesuffix(".") or "params"
+    if isinstance(params, GRUParams):
+        with jax.enable_x64(True):  # float64 is for the caller to enable, where it is computed
+            require_params(function, params, name)
     if _KINDS.get(kind) is type(params):
         fields = params._asdict()
-    elif isinstance(params, tuple | list) and not hasattr(params, "_fields"):
+    elif is_stack(params) and params:
         kind, fields = "stack", {str(i): layer for i, layer in enumerate(params)}
-    elif hasattr(params, "shape"):
-        name = prefix.removesuffix(".")
-        array = as_float_array("save_weights", name, params)
-        return name, {name: np.ascontiguousarray(array)}
     else:
         raise TypeError(
-            "save_weights: params must be a GRUParams, Bidirectional, stack, SequenceParams or "
-            f"TokenParams, got {kind}{f' at {prefix!r}' if prefix else ''}."
+            f"{function}: {name} must be a GRUParams, Bidirectional, stack, SequenceParams or "
+            f"TokenParams, got {kind}."
         )
-    parts = {name: _take_apart(value, f"{prefix}{name}.") for name, value in fields.items()}
-    arrays = {name: array for _, inner in parts.values() for name, array in inner.items()}
-    return {"kind": kind, "fields": {k: part[0] for k, part in parts.items()}}, arrays
+    structure, arrays = {}, {}
+    for field, value in fields.items():
+        place = f"{prefix}{field}"
+        if kind in _PARTS and field not in _PARTS[kind]:
+            structure[field], inner = _take_array(function, value, place)
+        else:
+            structure[field], inner = _take_apart(function, value, f"{place}.")
+        arrays |= inner
+    return {"kind": kind, "fields": structure}, arrays
+
+
+def _take_array(function, value, name):
+    """(name, {name: array}) of a field that holds an array, or (None, {})."""
+    if value is None:
+        return None, {}
+    return name, {name: np.ascontiguousarray(as_float_array(function, name, value))}
 
 
 def _put_together(structure, arrays):
@@ -224,8 +262,6 @@ def _put_together(structure, arrays):
     if structure is None or isinstance(structure, str):
         return None if structure is None else arrays[structure]
     fields = {k: _put_together(v, arrays) for k, v in structure["fields"].items()}
-    return (
-        tuple(fields.values())
-        if structure["kind"] == "stack"
-        else _KINDS[structure["kind"]](**fields)
-    )
+    if structure["kind"] == "stack":
+        return tuple(fields.values())
+    return _KINDS[structure["kind"]](**fields)

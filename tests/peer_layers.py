@@ -243,7 +243,7 @@ class Equinox(ByJax):
 
 
 class Haiku(ByJax):
-    """haiku.GRU in hk.dynamic_unroll."""
+    """haiku.GRU in hk.static_unroll."""
 
     variants: ClassVar[dict[str, Any]] = {"tanh": {}}
     read = staticmethod(lambda weights, variant: jaxgru.from_haiku(weights))
@@ -292,7 +292,7 @@ class Haste(ByJax):
 class Onnx(ByJax):
     """The equations of ONNX's operator GRU-22, typed from its text, one node a layer.
 
-    onnxruntime has them in float32 alone: `tests/test_onnx_files.py` holds it beside the package.
+    onnxruntime has them in float32 alone: `tests/test_interop_live.py` holds it beside the package.
     """
 
     variants: ClassVar[dict[str, Any]] = {"before": {}, "after": {}, "both_ways": {}, "no_bias": {}}

@@ -49,8 +49,8 @@ IMPORTS = {
     "conversion": {"layers", "parameters"},
     "interop": {"conversion", "layers", "parameters"},
     "onnx_files": {
-        *("arguments", "interop", "layers", "masks", "models", "parameters", "recurrence"),
-        "whole_files",
+        *("arguments", "conversion", "interop", "layers", "masks", "models", "parameters"),
+        *("recurrence", "whole_files"),
     },
     "weight_files": {"conversion", "layers", "models", "parameters", "whole_files"},
 }

@@ -275,13 +275,91 @@ BAD_CALLS = {
     "keras_count": (
         lambda: jaxgru.from_keras([np.ones((2, 9))]),
         ValueError,
-        "from_keras: weights must hold 2 or 3 arrays, or 4 or 6 of a Bidirectional, got 1.",
+        "from_keras: weights must hold 2 or 3 arrays, or 4 or 6 of a Bidirectional, got 1; of "
+        "several layers give a list, [v.get_weights() for v in layers].",
     ),
     "keras_mixed": (
         lambda: jaxgru.from_keras([keras_cell(np.ones(9)), keras_cell(np.ones((2, 9)))]),
         ValueError,
         "from_keras: weights must be of layers with one reset_after, got both; import each with "
         "its own spec.",
+    ),
+    "keras_layers_in_one_list": (
+        lambda: jaxgru.from_keras(
+            [*keras_cell(np.ones((2, 9))), np.ones((3, 12)), np.ones((4, 12)), np.ones((2, 12))]
+        ),
+        ValueError,
+        "from_keras: weights must have two directions of the same I, H, got (2, 3) and (3, 4); "
+        "layers that follow one another go into a list.",
+    ),
+    "keras_no_weights": (
+        lambda: jaxgru.from_keras(None),
+        TypeError,
+        "from_keras: weights must be a layer's get_weights(), a mapping, or a list of those, got "
+        "NoneType.",
+    ),
+    "flax_prefix": (
+        lambda: jaxgru.from_linen({"params": {"cell": {"hn": {"kernel": np.ones((3, 3))}}}}),
+        ValueError,
+        "from_linen: prefix must be one of 'params/cell/', where cell holds a GRU, got ''.",
+    ),
+    "torch_prefix_beside_integers": (
+        lambda: jaxgru.from_torch({"bn.num": np.ones(1, int), "rnn.weight_hh_l0": np.ones((9, 3))}),
+        ValueError,
+        "from_torch: prefix must be one of 'rnn.', where state_dict holds a GRU, got ''.",
+    ),
+    "prefix_kind": (
+        lambda: jaxgru.from_haiku({}, prefix=None),
+        TypeError,
+        "from_haiku: prefix must be a string, got None.",
+    ),
+    "one_name_twice": (
+        lambda: jaxgru.from_haste({"a": {"b": 1.0}, "a/b": 2.0}),
+        ValueError,
+        "from_haste: two arrays have the name 'a/b'.",
+    ),
+    "onnx_attribute": (
+        lambda: jaxgru.from_onnx(np.ones((1, 9, 2)), np.ones((1, 9, 3)), linear_before_reset="0"),
+        ValueError,
+        "from_onnx: linear_before_reset must be 0 or 1, got '0'.",
+    ),
+    "no_cell_of_equinox": (
+        lambda: jaxgru.from_equinox(3.0),
+        TypeError,
+        "from_equinox: cell must be a mapping of names to arrays, got float.",
+    ),
+    "list_in_a_list": (
+        lambda: jaxgru.to_haste(((cell_of(),),), spec=PYTORCH),
+        TypeError,
+        "to_haste: params[0] must be one layer, got a list in a list.",
+    ),
+    "model_for_its_layers": (
+        lambda: jaxgru.to_torch(jaxgru.SequenceParams((cell_of(),), 0, 0), spec=PYTORCH),
+        TypeError,
+        "to_torch: params must be a GRUParams, got SequenceParams; its layers are params.layers.",
+    ),
+    "directions_of_two_sizes": (
+        lambda: jaxgru.to_onnx(Bidirectional(cell_of(), cell_of(4)), spec=PYTORCH),
+        ValueError,
+        "to_onnx: params must have two directions of the same I, H, got (2, 3) and (2, 4); layers "
+        "that follow one another go into a list.",
+    ),
+    "layers_that_do_not_follow": (
+        lambda: jaxgru.to_keras((cell_of(), cell_of(inputs=7)), spec=PYTORCH),
+        ValueError,
+        "to_keras: params[1] must read the 3 outputs of the layer below it, got I=7.",
+    ),
+    "dtypes_of_directions": (
+        lambda: jaxgru.to_onnx(
+            Bidirectional(cell_of(), jax.tree.map(np.float16, cell_of())), spec=PYTORCH
+        ),
+        TypeError,
+        "to_onnx: params must be of one dtype, got float16, float64; cast them.",
+    ),
+    "bad_second_layer": (
+        lambda: jaxgru.to_torch((cell_of(), cell_of(inputs=3, b_x=np.ones(2))), spec=PYTORCH),
+        ValueError,
+        "to_torch: params[1].b_x must have shape (9,) (H=3, the rows of params[1].w_h), got (2,).",
     ),
     "no_layers": (
         lambda: jaxgru.from_haiku([]),
@@ -364,14 +442,41 @@ def test_bad_call_is_refused_with_its_reason(case):
         call()
 
 
-def test_absent_biases_are_written_as_zeros_and_told():
-    cell = cell_of(b_x=None)
-    exported = jaxgru.to_torch((cell,), spec=PYTORCH)
-    assert not exported.weights["bias_ih_l0"].any()
-    assert exported.notes == ("absent biases are written as zeros",)
-    bare = cell_of(b_x=None, b_h=None)
-    assert jaxgru.to_torch((bare,), spec=PYTORCH).options["bias"] is False
-    assert jaxgru.to_haiku(bare, spec=CHUNG_2014).notes == ("absent biases are written as zeros",)
+ABSENT = {"b_x": cell_of(b_x=None), "b_h": cell_of(b_h=None), "both": cell_of(b_x=None, b_h=None)}
+# Which absent biases each target writes as zeros; one that none of its arrays stands for is exact.
+FILLS = {
+    "torch": {"b_x", "b_h"},
+    "keras": {"b_x", "b_h"},
+    "onnx": {"b_x", "b_h"},
+    "equinox": {"b_x", "b_h"},
+    "linen": {"b_x", "b_h", "both"},
+    "haste": {"b_x", "b_h", "both"},
+    "nnx": {"both"},
+    "haiku": {"both"},
+}
+
+
+@pytest.mark.parametrize("absent", ABSENT)
+@pytest.mark.parametrize("name", FILLS)
+def test_absent_biases_that_are_written_as_zeros_are_told(name, absent):
+    cell, spec = ABSENT[absent], CHUNG_2014 if name == "haiku" else PYTORCH
+    if name == "nnx" and cell.b_h is not None:
+        cell = cell._replace(b_h=cell.b_h * (np.arange(9) < 6))
+    exported = WRITERS[name](cell, spec=spec)
+    told = "absent biases are written as zeros" in exported.notes
+    assert told == (absent in FILLS[name])
+    assert exported.options.get("bias", exported.options.get("use_bias", True)) == (
+        absent != "both" or name not in ("torch", "keras", "equinox")
+    )
+
+
+def test_layer_without_bias_beside_one_with_it_is_told():
+    bare, full = ABSENT["both"], cell_of()
+    for name in ("keras", "onnx"):
+        exported = WRITERS[name](Bidirectional(full, bare), spec=PYTORCH)
+        assert exported.notes == ("absent biases are written as zeros",)
+        upper = full._replace(w_x=np.ones((3, 9)))
+        assert WRITERS[name]((bare, upper), spec=PYTORCH).notes == ()
 
 
 def test_options_build_the_target():

@@ -224,6 +224,28 @@ BAD_FILES = {
         "Softplus, Affine (Affine with alpha 1 and beta 0), the same in both directions, got "
         "['Sigmoid', 'Affine'] with alpha [2.0] and beta [0.0].",
     ),
+    "direction": (
+        lambda path: make_model([node_of(direction="sideways")], path=path, **kernels()),
+        "read_onnx: direction of 'gru' must be one of 'forward', 'reverse', 'bidirectional', got "
+        "'sideways'.",
+    ),
+    "layout": (
+        lambda path: make_model([node_of(layout=7)], path=path, **kernels()),
+        "read_onnx: layout of 'gru' must be one of '0', '1', got '7'.",
+    ),
+    "no_recurrent_weights": (
+        lambda path: make_model([node_of("X", "W")], path=path, **kernels()),
+        "read_onnx: node 'gru' must have W [D, 3H, I] and R [D, 3H, H], got {'W': (1, 9, 2)}.",
+    ),
+    "malformed_constant": (
+        lambda path: make_model(
+            [onnx.helper.make_node("Transpose", ["V"], ["W"], perm=[5]), node_of()],
+            path=path,
+            V=kernels()["W"],
+            R=kernels()["R"],
+        ),
+        "read_onnx: node 'W' must be a whole Transpose, got: ",
+    ),
     "belied_size": (
         lambda path: make_model([node_of(hidden_size=4)], path=path, **kernels()),
         "read_onnx: node 'gru' must have R of 1 directions and its hidden_size, got (1, 3) for "
@@ -239,6 +261,54 @@ def test_bad_file_is_refused_with_its_reason(tmp_path, case):
     with pytest.raises(ValueError) as caught:
         read_onnx(path)
     assert str(caught.value).startswith(message.replace("{path}", str(path)))
+
+
+def test_given_inputs_go_before_what_the_file_holds(tmp_path):
+    path = make_model([node_of()], inputs=("X", "W"), path=tmp_path / "m", **kernels())
+    (read,) = read_onnx(path, inputs={"W": 0 * kernels()["W"]})
+    assert not read.params.w_x.any()
+    with pytest.raises(ValueError, match=r"^read_onnx: inputs must name inputs .*, got Wtypo\.$"):
+        read_onnx(path, inputs={"Wtypo": kernels()["W"]})
+
+
+def test_constants_are_made_as_the_models_opset_has_it(tmp_path):
+    """Before opset 13 the axes of Squeeze are an attribute."""
+    helper, arrays = onnx.helper, kernels()
+    nodes = [
+        helper.make_node("Squeeze", ["V"], ["W"], axes=[0]),
+        node_of(),
+    ]
+    tensors = {"V": arrays["W"][None], "R": arrays["R"]}
+    path = make_model(nodes, path=tmp_path / "m", **tensors)
+    model = onnx.load(path)
+    model.opset_import[0].version = 11
+    path.write_bytes(model.SerializeToString())
+    np.testing.assert_array_equal(
+        read_onnx(path)[0].params.w_x, jaxgru.from_onnx(arrays["W"], arrays["R"]).params.w_x
+    )
+
+
+def test_what_is_random_or_grows_is_not_evaluated(tmp_path):
+    helper = onnx.helper
+    for operator, inputs in (("RandomUniformLike", ["R"]), ("ConstantOfShape", ["shape"])):
+        nodes = [helper.make_node(operator, inputs, ["W"]), node_of()]
+        arrays = {"R": kernels()["R"], "shape": np.array([1 << 40])}
+        with pytest.raises(ValueError, match=r"^read_onnx: inputs must give 'W', the W of node"):
+            read_onnx(make_model(nodes, path=tmp_path / "m", **arrays))
+
+
+def test_weights_of_the_outer_graph_are_found_from_a_subgraph(tmp_path):
+    helper, empty = onnx.helper, onnx.helper.make_empty_tensor_value_info
+    arrays = kernels()
+    body = helper.make_graph([node_of()], "inner", [], [empty("Y")])
+    constant = onnx.numpy_helper.from_array(arrays["W"])
+    nodes = [
+        helper.make_node("Constant", [], ["W"], value=constant),
+        helper.make_node("If", ["c"], ["Y"], then_branch=body, else_branch=body),
+    ]
+    path = make_model(nodes, inputs=("X", "c"), path=tmp_path / "m", R=arrays["R"])
+    wanted = jaxgru.from_onnx(arrays["W"], arrays["R"]).params
+    jax.tree.map(np.testing.assert_array_equal, read_onnx(path)[0].params, wanted)
 
 
 def test_file_that_does_not_exist_is_named(tmp_path):
@@ -258,12 +328,22 @@ def test_bad_calls_are_refused_and_leave_no_file(tmp_path):
         write_onnx(path, half)
     with pytest.raises(ValueError, match=r"^write_onnx: params\[1\]\.w_x must have 3 rows"):
         write_onnx(path, (params, params))
-    with pytest.raises(ValueError, match=r"^to_onnx: params\[0\] must have no gains"):
+    with pytest.raises(ValueError, match=r"^write_onnx: params\[0\] must have no gains"):
         write_onnx(path, init_gru(jax.random.key(0), 2, 3, layer_norm=True))
     assert list(tmp_path.iterdir()) == []
     (read,) = read_onnx(make_model([node_of()], path=path, **kernels()))
     with pytest.raises(ValueError, match=r"^run_onnx_gru: xs must have three axes, got \(5, 2\)"):
         run_onnx_gru(read, jnp.ones((5, 2)))
+    xs = jnp.ones((5, 4, 2))
+    with pytest.raises(ValueError, match=r"initial_h must have shape \(1, 4, 3\) .*, got \("):
+        run_onnx_gru(read, xs, initial_h=jnp.ones((3, 4, 3)))
+    with pytest.raises(TypeError, match=r"^run_onnx_gru: mask must be left out, as the node tells"):
+        run_onnx_gru(read, xs, mask=jnp.ones((5, 4), bool))
+    with pytest.raises(TypeError, match=r"^run_onnx_gru: node must be an OnnxGRU, got GRUParams"):
+        run_onnx_gru(params, xs)
+    model = init_token_model(jax.random.key(0), 5, 3)
+    with pytest.raises(TypeError, match=r"^write_onnx: params\.w must have the dtype of the lay"):
+        write_onnx(path, model._replace(w=model.w.astype(jnp.float16)))
 
 
 @pytest.mark.usefixtures("x64")

@@ -20,6 +20,7 @@ from jaxgru import (
     load_weights,
     read_safetensors,
     save_weights,
+    weight_files,
 )
 
 safetensors = pytest.importorskip("safetensors.numpy", reason="safetensors is an extra")
@@ -103,6 +104,40 @@ def test_description_is_part_of_the_sha256(tmp_path, field):
         load_weights(path)
 
 
+@pytest.mark.parametrize(
+    ("field", "text"),
+    [
+        ("structure", '{"kind": "Foo", "fields": {}}'),
+        ("structure", '{"kind": "GRUParams", "fields": {"w_x": "x"}}'),
+        ("structure", '{"kind": "GRUParams", "fields": {"w": "w_x"}}'),
+        ("structure", "[1]"),
+        ("structure", "null"),
+        ("structure", "[" * 3000 + "]" * 3000),
+        ("spec", "[1]"),
+        ("spec", '{"x": 1}'),
+        ("sizes", '{"w": [99]}'),
+        ("metadata", "[1]"),
+    ],
+)
+def test_description_that_describes_no_parameters_is_refused(tmp_path, monkeypatch, field, text):
+    """Whoever writes a file writes its sha256, too: what it says is checked by itself."""
+    monkeypatch.setattr(weight_files, "_digest", lambda description, arrays: "same")
+    path = saved(tmp_path)
+    header_of(path, **{field: text})
+    told = r"^load_weights: .* must describe parameters of this package, got"
+    with pytest.raises(ValueError, match=told):
+        load_weights(path)
+
+
+def test_array_that_no_parameter_uses_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(weight_files, "_digest", lambda description, arrays: "same")
+    path = saved(tmp_path)
+    fields = {"w_x": "w_x", "w_h": "w_h", "b_x": None, "b_h": None, "g_x": None, "g_h": None}
+    header_of(path, structure=json.dumps({"kind": "GRUParams", "fields": fields}))
+    with pytest.raises(ValueError, match="its structure does not use all of its arrays"):
+        load_weights(path)
+
+
 def test_pickles_are_refused_with_the_safe_way(tmp_path):
     path = tmp_path / "w.pt"
     for data in (pickle.dumps({"w": 1}), b"PK\x03\x04archive"):
@@ -141,8 +176,23 @@ def test_bad_calls_are_refused_and_leave_no_file(tmp_path):
     path = tmp_path / "w"
     with pytest.raises(TypeError, match=r"^save_weights: params must be a GRUParams, .* got dict"):
         save_weights(path, {"w": np.ones(3)})
-    with pytest.raises(TypeError, match=r"got set at '0\.w_h\.'\."):
-        save_weights(path, (GRUParams(np.ones((2, 9)), {1}, None, None),))
+    cell = init_gru(KEY, 2, 3)
+    for params, told in (
+        ((GRUParams(np.ones((2, 9)), {1}, None, None),), r"0\.w_h must be an array, got set"),
+        (None, "params must be a GRUParams, .* got NoneType"),
+        (np.ones(3), "params must be a GRUParams, .* got ndarray"),
+        ((), "params must be a GRUParams, .* got tuple"),
+        ((cell, None), "1 must be a GRUParams, .* got NoneType"),
+        (cell._replace(b_x=cell.b_x.astype(jnp.bfloat16)), r"params\.b_x must have the dtype of"),
+    ):
+        with pytest.raises(TypeError, match=f"^save_weights: {told}"):
+            save_weights(path, params)
+    with pytest.raises(ValueError, match=r"^save_weights: params\.w_x must have shape"):
+        save_weights(path, cell._replace(w_h=jnp.ones((7, 1))))
+    with pytest.raises(TypeError, match=r"^save_weights: metadata must be a dict or None, got \[1"):
+        save_weights(path, cell, metadata=[1])
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        save_weights(path, cell, metadata={"x": float("nan")})
     with pytest.raises(TypeError, match=r"^save_weights: spec must be a GRUSpec"):
         save_weights(path, init_gru(KEY, 2, 3), spec="cho")
     with pytest.raises(TypeError, match="JSON serializable"):

@@ -166,12 +166,12 @@ def convert(args):
 
 def write_and_compare(args, new, model, spec):
     """(errors by name, notes) of the new file."""
-    seed = np.random.default_rng(args.seed)
+    rng = np.random.default_rng(args.seed)
     wanted = run_stack(layers_of(model), spec, draw_wide(model, args.seed), args.merge)
     notes, again = write(args.target[0], new, model, spec, args), None
     if args.target[0] != "stablehlo":
         again = read(args.target[0], new, args_of_target(args, spec))
-    return compare(args, new, model, spec, again, wanted, seed), notes
+    return compare(args, new, model, spec, again, wanted, rng), notes
 
 
 def within_rounding(errors, model):

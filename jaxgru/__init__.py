@@ -19,9 +19,10 @@ The tour, from the equation outwards:
 * `jaxgru.diagnostics`: `gradient_flow`, its `gradient_paths` and `credit_reach`, `gate_statistics`,
   `example_gradient_norms`. `jaxgru.jacobians`: dh_t/dh_{t-1} in closed form, and what products of
   it do over time. `jaxgru.influence`: `rtrl`, the gradient computed forward in time.
-* `jaxgru.interop`: `from_torch`, `to_torch` and their like for Keras, Flax, Equinox, Haiku, ONNX
-  and haste. `jaxgru.onnx_files`: `read_onnx`, `write_onnx`. `jaxgru.weight_files`: `save_weights`,
-  `load_weights` and `read_safetensors`, safetensors with spec, sizes and sha256.
+* `jaxgru.interop`, `jaxgru.interop_jax` and `jaxgru.onnx_weights`: `from_torch`, `to_torch` and
+  their like for Keras, haste, Flax, Equinox, Haiku and ONNX. `jaxgru.onnx_files`: `read_onnx`.
+  `jaxgru.onnx_models`: `write_onnx`. `jaxgru.weight_files`: `save_weights`, `load_weights` and
+  `read_safetensors`, with spec, sizes and sha256.
 * `jaxgru.training`: `make_train_step` and `fit` train any loss with optax; `save_arrays` and
   `load_arrays` keep weights in files that run no code.
 
@@ -49,23 +50,16 @@ from jaxgru.diagnostics import (
     gradient_paths,
 )
 from jaxgru.influence import rtrl
-from jaxgru.interop import (
+from jaxgru.interop import from_haste, from_keras, from_torch, to_haste, to_keras, to_torch
+from jaxgru.interop_jax import (
     from_equinox,
     from_haiku,
-    from_haste,
-    from_keras,
     from_linen,
     from_nnx,
-    from_onnx,
-    from_torch,
     to_equinox,
     to_haiku,
-    to_haste,
-    to_keras,
     to_linen,
     to_nnx,
-    to_onnx,
-    to_torch,
 )
 from jaxgru.jacobians import (
     jacobian_products,
@@ -98,7 +92,9 @@ from jaxgru.models import (
     token_logits,
     token_loss,
 )
-from jaxgru.onnx_files import OnnxGRU, read_onnx, run_onnx_gru, write_onnx
+from jaxgru.onnx_files import OnnxGRU, read_onnx, run_onnx_gru
+from jaxgru.onnx_models import write_onnx
+from jaxgru.onnx_weights import from_onnx, to_onnx
 from jaxgru.parameters import CHO_2014, CHUNG_2014, PYTORCH, GRUParams, GRUSpec, init_gru
 from jaxgru.recurrence import Tap, gru
 from jaxgru.training import (

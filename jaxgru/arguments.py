@@ -3,6 +3,7 @@
 They run when a function is traced, on static facts only: kinds, shapes and dtypes.
 """
 
+import importlib
 from typing import Any
 
 import jax
@@ -109,6 +110,16 @@ def require_first_step(function: str, value: Any) -> None:
         raise TypeError(f"{function}: first_step must be an integer, got {value!r}.")
     if not is_traced(value) and value < 0:
         raise ValueError(f"{function}: first_step must be at least 0, got {value}.")
+
+
+def require_extra(function: str, package: str, *modules: str) -> Any:
+    """An optional package, with these modules of it; ImportError naming the extra to install."""
+    try:
+        for module in modules:
+            importlib.import_module(module)
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ImportError(f"{function}: needs {package}; install jaxgru[{package}].") from error
 
 
 def is_traced(value: Any) -> bool:

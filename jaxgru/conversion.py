@@ -5,14 +5,15 @@ No array is cast, broadcast or dropped: what does not fit raises, with the whole
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import numpy as np
 
 from jaxgru.layers import Bidirectional, directions_of
-from jaxgru.parameters import GRUParams, GRUSpec, require_params, require_spec
+from jaxgru.parameters import Activation, GRUParams, GRUSpec, require_params, require_spec
 
+ALL_ACTIVATIONS = get_args(Activation)
 _FLOATS = ("float64", "float32", "bfloat16", "float16")
 _Z_AFTER_R = np.array([[1], [-1], [1]])
 
@@ -323,6 +324,34 @@ def cells_of(params: Any) -> list[GRUParams]:
     """Every GRU of a layer or stack, layer by layer, forward first."""
     layers = params if is_stack(params) else (params,)
     return [cell for layer in layers for cell in directions_of(layer)]
+
+
+def only_n(b_n: np.ndarray) -> np.ndarray:
+    """[0 | 0 | b_n]."""
+    return np.concatenate([np.zeros(2 * b_n.size, b_n.dtype), b_n])
+
+
+def exported_cells(
+    function: str, params: Any, write: Callable, options: Callable, notes: list[str]
+) -> Exported:
+    """Exported, cell by cell, in the nesting of params."""
+    weights, arguments = (
+        map_layers(function, "params", params, visit) for visit in (write, options)
+    )
+    return Exported(weights, arguments, tuple(notes))
+
+
+def each_layer(params: Any, layer: Callable[[Any], tuple[Any, Any]]) -> tuple[Any, Any]:
+    """(weights, options) of a layer, or lists of them for a stack."""
+    if isinstance(params, GRUParams | Bidirectional):
+        return layer(params)
+    weights, options = zip(*map(layer, params))
+    return list(weights), list(options)
+
+
+def read_layers(function: str, cell: Any, read: Callable[[str, Any], Any]) -> Any:
+    """What `read` makes of each cell, in their nesting, if it fits together."""
+    return require_fit(function, "cell", map_layers(function, "cell", cell, read))
 
 
 def _present(params):

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxgru.arguments import require_extra
 from jaxgru.conversion import as_float_array, is_stack
 from jaxgru.layers import Bidirectional
 from jaxgru.models import SequenceParams, TokenParams
@@ -74,7 +75,7 @@ def save_weights(
 
     Cost: two copies of the arrays.
     """
-    safetensors = _library("save_weights")
+    safetensors = require_extra("save_weights", "safetensors", "safetensors.numpy")
     require_spec("save_weights", spec)
     if metadata is not None and not isinstance(metadata, dict):
         raise TypeError(f"save_weights: metadata must be a dict or None, got {metadata!r}.")
@@ -158,7 +159,7 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
 def _read(function, path):
     """(arrays by name, metadata) of a safetensors file."""
-    safetensors = _library(function)
+    safetensors = require_extra(function, "safetensors")
     with open(path, "rb") as file:
         start, whole = file.read(8), os.fstat(file.fileno()).st_size
         size = int.from_bytes(start, "little")
@@ -193,16 +194,6 @@ def _read(function, path):
             f"{function}: {path} must be a whole safetensors file, got: {error}."
         ) from error
     return arrays, metadata
-
-
-def _library(function):
-    """safetensors, or how to get it."""
-    try:
-        import safetensors
-        import safetensors.numpy
-    except ImportError as error:
-        raise ImportError(f"{function}: needs safetensors; install jaxgru[safetensors].") from error
-    return safetensors
 
 
 def _digest(description, arrays):

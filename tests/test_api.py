@@ -48,15 +48,19 @@ IMPORTS = {
     "whole_files": set(),
     "conversion": {"layers", "parameters"},
     "interop": {"conversion", "layers", "parameters"},
+    "interop_jax": {"conversion", "parameters"},
+    "onnx_weights": {"conversion", "layers", "parameters"},
     "onnx_files": {
-        *("arguments", "conversion", "interop", "layers", "masks", "models", "parameters"),
-        *("recurrence", "whole_files"),
+        *("arguments", "layers", "masks", "onnx_weights", "parameters", "recurrence"),
     },
-    "weight_files": {"conversion", "layers", "models", "parameters", "whole_files"},
+    "onnx_models": {
+        *("arguments", "conversion", "layers", "models", "onnx_weights", "parameters"),
+        "whole_files",
+    },
+    "weight_files": {"arguments", "conversion", "layers", "models", "parameters", "whole_files"},
 }
 CORE = {"jax", "jaxlib", "optax", "chex", "numpy"}
-# Imported where they are asked for, and only there.
-OPTIONAL = {("training", "tqdm"), ("onnx_files", "onnx"), ("weight_files", "safetensors")}
+OPTIONAL = {("training", "tqdm")}  # the progress bar, imported where it is asked for
 
 
 def imported(path):

@@ -5,10 +5,12 @@
     python -m experiments.char_lm --corpus tinyshakespeare
     python -m experiments.char_lm --preset classic                 # one-hot, H=64, SGD, one passage
     python -m experiments.char_lm --sample RUN --prompt "The "
+    python -m experiments.char_lm --resume RUN                     # after a crash, Ctrl-C, SIGTERM
 
 It first proves its gradient against `jax.grad` on its own model and first batch, then trains on
 contiguous streams with the state carried from batch to batch and cut (truncated BPTT). A run
-folder holds config.json, metrics.jsonl, loss.png, samples.txt, cross_check.txt and weights.npz.
+folder holds config.json, metrics.jsonl, checkpoints, loss.png, samples.txt, cross_check.txt and
+weights.npz.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import hashlib
 import json
 import math
 import pathlib
+import re
 import sys
 
 import jax
@@ -27,6 +30,7 @@ import optax
 import jaxgru
 from experiments import data, runs
 
+HEADING = "--- update"  # of a sample
 SPECS = {"cho": jaxgru.CHO_2014, "chung": jaxgru.CHUNG_2014, "pytorch": jaxgru.PYTORCH}
 PRESETS = {
     "default": {},
@@ -76,9 +80,10 @@ def parse_args(argv):
     add("--reduction", choices=("mean", "sum"), default="mean")
     add("--evaluate-every", type=int, default=0, help="in updates; 0 for once an epoch")
     add("--seed", type=int, default=0)
+    runs.add_run_options(parser)
     preset = parser.parse_known_args(argv)[0]
     parser.set_defaults(**PRESETS[preset.preset], **(PRESETS["smoke"] if preset.smoke else {}))
-    args = parser.parse_args(argv)
+    args = runs.take_options(parser, argv)
     counts = ("hidden_size", "batch_size", "num_steps", "epochs", "sample_size")
     amounts = (
         "passage", "embedding_size", "evaluate_every", "warm_up", "learning_rate", "weight_decay",
@@ -117,8 +122,7 @@ def train(args):
         )
     inputs, targets = data.streams(train_tokens, args.batch_size, args.num_steps)
     num_updates = args.epochs * len(inputs)
-    config = {**vars(args), "vocabulary": vocabulary, "num_updates": num_updates}
-    run = runs.make_run_folder("char_lm", args.out, config)
+    run = runs.open_run("char_lm", args, vocabulary=vocabulary, num_updates=num_updates)
     print(
         f"{len(text):,} characters, {len(vocabulary)} of them different; {runs.describe_device()}"
     )
@@ -126,22 +130,27 @@ def train(args):
     key_params, key_state = jax.random.split(jax.random.key(args.seed))
     params = init_params(args, key_params, len(vocabulary))
     h0 = jaxgru.init_state(params.layers, (args.batch_size,))
-    if not cross_check(args, run, params, h0, inputs[0], targets[0]):
+    checked = (run / runs.CHECKPOINTS).exists()  # before the run was stopped
+    if not checked and not cross_check(args, run, params, h0, inputs[0], targets[0]):
         return 1
     optimizer = make_optimizer(args, num_updates)
     state = jaxgru.init_train_state(params, optimizer, key=key_state, carry=h0)
     evaluate = functools.partial(evaluate_streams, args, streams=validation)
     train_step = jaxgru.make_train_step(make_loss(args), optimizer)
-    metadata = {"config": vars(args), "vocabulary_sha256": digest(vocabulary)}
+    metadata = {"config": runs.config_of(args), "vocabulary_sha256": digest(vocabulary)}
+    every = args.evaluate_every or len(inputs)
     try:
-        state, records = jaxgru.fit(
+        state, *_ = jaxgru.fit(
             train_step,
             state,
-            data.epochs(inputs, targets, args.epochs, restart=not classic),
+            functools.partial(data.epochs, inputs, targets, args.epochs, restart=not classic),
             num_updates=num_updates,
             evaluate=evaluate if validation else None,
-            evaluate_every=args.evaluate_every or len(inputs),
-            callbacks=[make_reporter(args, run, vocabulary, prompt)],
+            evaluate_every=every,
+            checkpoints=runs.checkpoints_of(
+                run, args, every, vocabulary_sha256=digest(vocabulary), text_sha256=digest(text)
+            ),
+            callbacks=[*runs.loggers(run, args), Samples(args, run, vocabulary, prompt)],
             items_per_update=args.batch_size * args.num_steps,
             items_name="characters",
         )
@@ -150,6 +159,7 @@ def train(args):
         print(f"char_lm: {error} They are in {run}.", file=sys.stderr)
         return 1
     jaxgru.save_arrays(run / "weights.npz", state.params, metadata)
+    records = runs.read_records(run)
     plot(run / "loss.png", records)
     last = {k: v for k, v in records[-1].items() if "bits" in k or k in ("seconds",)}
     print("\n" + draw(args, state.params, vocabulary, prompt, args.sample_size, args.seed))
@@ -306,24 +316,35 @@ def draw(args, params, vocabulary, prompt, count, seed):
     return prompt + data.decode(np.asarray(tokens), vocabulary)
 
 
-def make_reporter(args, run, vocabulary, prompt):
-    """A callback of `fit`: metrics to a file, and a sample with every evaluation."""
-    from tqdm import tqdm
+class Samples:
+    """A callback of `fit`: a sample with every evaluation, in samples.txt and on the screen."""
 
-    def report(state, record):
-        runs.append_metrics(run, record)
-        due = args.evaluate_every and record["update"] % args.evaluate_every == 0
+    def __init__(self, args, run, vocabulary, prompt):
+        self.args, self.path = args, run / "samples.txt"
+        self.vocabulary, self.prompt = vocabulary, prompt
+
+    def __call__(self, state, record):
+        from tqdm import tqdm
+
+        args, update = self.args, record["update"]
+        due = args.evaluate_every and update % args.evaluate_every == 0
         if not (due or "validation_bits_per_character" in record):
             return
-        seed = args.seed + record["update"]
-        text = draw(args, state.params, vocabulary, prompt, args.sample_size, seed)
-        with open(run / "samples.txt", "a", encoding="utf-8") as file:
-            file.write(f"--- update {record['update']}\n{text}\n")
+        seed = args.seed + update
+        text = draw(args, state.params, self.vocabulary, self.prompt, args.sample_size, seed)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(f"{HEADING} {update}\n{text}\n")
         shown = {k: v for k, v in record.items() if "bits" in k}
         words = ", ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in shown.items())
-        tqdm.write(f"update {record['update']}: {words}\n  {text[:100]!r}")
+        tqdm.write(f"update {update}: {words}\n  {text[:100]!r}")
 
-    return report
+    def resume(self, update):
+        """Drops the samples of later updates."""
+        text = self.path.read_text("utf-8") if self.path.exists() else ""
+        for start in re.finditer(rf"^{HEADING} (\d+)$", text, re.M):
+            if int(start[1]) > update:
+                self.path.write_text(text[: start.start()], encoding="utf-8")
+                return
 
 
 def plot(path, records):
@@ -345,8 +366,8 @@ def plot(path, records):
     figure.savefig(path, dpi=150)
 
 
-def digest(vocabulary):
-    return hashlib.sha256(vocabulary.encode()).hexdigest()
+def digest(text):
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 if __name__ == "__main__":

@@ -127,16 +127,22 @@ def streams(
 
 
 def epochs(
-    inputs: np.ndarray, targets: np.ndarray, num_epochs: int, *, restart: bool = True
+    inputs: np.ndarray,
+    targets: np.ndarray,
+    num_epochs: int,
+    position: int = 0,
+    *,
+    restart: bool = True,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """(inputs, targets, start) of every batch; start is True where the state is to be zero.
 
-    That is before every epoch, or before the first alone where restart is False.
+    That is before every epoch, or before the first alone where restart is False. The first
+    `position` batches are left out.
     """
-    for epoch in range(num_epochs):
-        for batch in range(len(inputs)):
-            start = np.array(batch == 0 and (restart or epoch == 0))
-            yield inputs[batch], targets[batch], start
+    for number in range(position, num_epochs * len(inputs)):
+        epoch, batch = divmod(number, len(inputs))
+        start = np.array(batch == 0 and (restart or epoch == 0))
+        yield inputs[batch], targets[batch], start
 
 
 def read_piano_rolls(path: str | os.PathLike) -> dict[str, list[np.ndarray]]:

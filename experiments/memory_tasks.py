@@ -80,8 +80,9 @@ def parse_args(argv):
     add("--clip-norm", type=float, default=1.0)
     add("--chrono", action=argparse.BooleanOptionalAction, default=True, help="spread gate biases")
     add("--seed", type=int, default=0)
+    runs.add_run_options(parser)
     parser.set_defaults(**(SMOKE if parser.parse_known_args(argv)[0].smoke else {}))
-    args = parser.parse_args(argv)
+    args = runs.take_options(parser, argv)
     least = {"adding_steps": 2, "copy_blanks": 1, "seed": 0}
     least |= dict.fromkeys(("adding_updates", "copy_updates", "hidden_size", "batch_size"), 1)
     above = ("gru_learning_rate", "rnn_learning_rate", "clip_norm")
@@ -105,19 +106,14 @@ def main(argv=None):
 
 
 def train_all(args):
-    run = runs.make_run_folder("memory_tasks", args.out, vars(args))
+    run = runs.open_run("memory_tasks", args)
     print(runs.describe_device())
     lengths = {"adding": args.adding_steps, "copy": args.copy_blanks}
     results = []
     for name, task in TASKS.items():
         for length, model in itertools.product(sorted(set(lengths[name])), MODELS):
             print(f"{name}, T={length}, {model}", flush=True)
-            try:
-                records = train_one(args, run, name, task, length, model)
-            except jaxgru.NonFiniteError as error:
-                print(f"memory_tasks: {error}", file=sys.stderr)
-                return 1
-            results.append({"task": name, "length": length, "model": model, **records[-1]})
+            results.append(train_one(args, run, name, task, length, model))
     plot(run / "memory_tasks.png", results)
     print_table(results)
     print(f"run folder: {run}")
@@ -125,19 +121,20 @@ def train_all(args):
 
 
 def train_one(args, run, name, task, length, model):
-    """The records of one model on one task at one length."""
+    """The last record of one model on one task at one length."""
     # The same draws for both models, and other ones for every task and length.
     seed = [args.seed, list(TASKS).index(name), length]
-
-    def report(state, record):
-        runs.append_metrics(run, {"task": name, "length": length, "model": model, **record})
-
+    fields = {"task": name, "length": length, "model": model}
     num_updates = getattr(args, f"{name}_updates")
-    return train_model(args, task, length, model, num_updates, seed, report)[-1]
+    return train_model(args, run, fields, task, num_updates, seed)[-1]
 
 
-def train_model(args, task, length, model, num_updates, seed, report):
-    """(params before, params after, records) of one model; both models draw alike from a seed."""
+def train_model(args, run, fields, task, num_updates, seed):
+    """(params before, params after, last record) of one model; a seed draws alike for both.
+
+    fields are what its records and checkpoints are known by: task, length and model.
+    """
+    length, model = fields["length"], fields["model"]
     generator = np.random.default_rng(seed)
     key_params, key_state = jax.random.split(jax.random.key(generator.integers(2**32)))
     init_params, apply_model = MODELS[model]
@@ -164,19 +161,29 @@ def train_model(args, task, length, model, num_updates, seed, report):
     params = jax.tree.map(jnp.copy, before)  # the train step takes its buffers over
     state = jaxgru.init_train_state(params, optimizer, key=key_state)
     every = max(1, num_updates // 10)
-    state, records = jaxgru.fit(
+    part = "-".join(str(value).replace(" ", "_") for value in fields.values())
+    drawn = generator.bit_generator.state
+
+    def draw_batches(start):
+        generator.bit_generator.state = drawn
+        return itertools.islice(
+            iter(lambda: task.draw(generator, length, args.batch_size), None), start, None
+        )
+
+    state, *_ = jaxgru.fit(
         jaxgru.make_train_step(loss_fn, optimizer),
         state,
-        iter(lambda: task.draw(generator, length, args.batch_size), None),
+        draw_batches,
         num_updates=num_updates,
         evaluate=evaluate,
         evaluate_every=every,
-        callbacks=[report],
+        checkpoints=runs.checkpoints_of(run, args, every, part),
+        callbacks=runs.loggers(run, args, **fields),
         log_every=every,
         items_per_update=args.batch_size,
         items_name="sequences",
     )
-    return before, state.params, records
+    return before, state.params, runs.read_records(run, **fields)[-1]
 
 
 def init_gru_model(key, task, args, num_steps):

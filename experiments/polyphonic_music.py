@@ -11,13 +11,15 @@ averaged over all predicted steps. A recurrent mask of a sequence drops units fr
 with w_h (Gal and Ghahramani 2016, arXiv:1512.05287), a fresh one each step from what the head
 reads. The epoch that is best on validation is kept and tested once.
 
-A run folder holds config.json, metrics.jsonl, weights.npz, loss.png and pianoroll.png: a test
-piece, its prediction one step ahead, and a piece that the model goes on with by itself.
+A run folder holds config.json, metrics.jsonl, checkpoints, result.json, weights.npz, loss.png and
+pianoroll.png: a test piece, its prediction one step ahead, and a piece that the model goes on with
+by itself.
 """
 
 import argparse
 import functools
 import hashlib
+import itertools
 import math
 import pathlib
 import sys
@@ -58,8 +60,9 @@ def parse_args(argv):
     add("--prompt-steps", type=int, default=16, help="steps of it that the sample starts from")
     add("--roll-steps", type=int, default=96, help="steps of it that are shown at most")
     add("--seed", type=int, default=0)
+    runs.add_run_options(parser)
     parser.set_defaults(**(SMOKE if parser.parse_known_args(argv)[0].smoke else {}))
-    args = parser.parse_args(argv)
+    args = runs.take_options(parser, argv)
     least = dict.fromkeys(("hidden_size", "batch_size", "epochs", "prompt_steps"), 1)
     least |= {"piece": 0, "roll_steps": 2, "seed": 0}
     most = {"seed": 2**32 - 1}
@@ -86,23 +89,18 @@ def train(args):
         raise data.DataError(
             f"--piece must be below {len(test_rolls)}, the number of test pieces, got {args.piece}"
         )
-    run = runs.make_run_folder("polyphonic_music", args.out, {**vars(args), "data_sha256": digest})
+    run = runs.open_run("polyphonic_music", args, data_sha256=digest)
     counts = f"{len(train_rolls)} training, {len(valid_rolls)} validation, {len(test_rolls)} test"
     print(f"{counts} pieces; {runs.describe_device()}")
-    best = {"validation_nll": math.inf}
-    try:
-        records = fit_model(args, run, train_rolls, valid_rolls, best)
-    except jaxgru.NonFiniteError as error:
-        print(f"polyphonic_music: {error} The best so far are in {run}.", file=sys.stderr)
-        return 1
-    finally:
-        if "params" in best:
-            jaxgru.save_arrays(run / "weights.npz", best["params"], {"config": vars(args)})
-    scores = score_best(best, train_rolls, valid_rolls, test_rolls)
-    runs.append_metrics(run, scores)
+    updates_per_epoch = math.ceil(len(train_rolls) / args.batch_size)
+    best = fit_model(args, run, updates_per_epoch, train_rolls, valid_rolls, digest)
+    jaxgru.save_arrays(run / "weights.npz", best.params, {"config": runs.config_of(args)})
+    records = jaxgru.read_json_lines(run / runs.METRICS)
+    scores = score_best(best, updates_per_epoch, train_rolls, valid_rolls, test_rolls)
+    runs.write_json(run / "result.json", scores)
     plot_losses(run / "loss.png", records, scores)
     key = jax.random.fold_in(jax.random.key(args.seed), 1)
-    plot_rolls(run / "pianoroll.png", args, best["params"], key, test_rolls[args.piece])
+    plot_rolls(run / "pianoroll.png", args, best.params, key, test_rolls[args.piece])
     print_table(args, scores, digest)
     print(f"{records[-1]['seconds']:.0f} s of training; run folder: {run}")
     return 0
@@ -121,11 +119,10 @@ def load_splits(args):
     return [rolls[name] for name in data.ROLL_SPLITS], digest
 
 
-def fit_model(args, run, train_rolls, valid_rolls, best):
-    """The records of training, one an epoch from 0 on; best holds the parameters to keep."""
+def fit_model(args, run, updates_per_epoch, train_rolls, valid_rolls, digest):
+    """The training state of the epoch that is best on validation."""
     key_params, key_state = jax.random.split(jax.random.key(args.seed))
     params = init_params(args, key_params, train_rolls)
-    updates_per_epoch = math.ceil(len(train_rolls) / args.batch_size)
     num_updates = args.epochs * updates_per_epoch
     schedule = optax.cosine_decay_schedule(args.learning_rate, num_updates)
     optimizer = optax.chain(optax.clip_by_global_norm(args.clip_norm), optax.adam(schedule))
@@ -133,26 +130,27 @@ def fit_model(args, run, train_rolls, valid_rolls, best):
     batches = cut_batches(valid_rolls)
 
     def evaluate(state):
-        nll, epoch = mean_nll(state.params, batches), int(state.step) // updates_per_epoch
-        if nll < best["validation_nll"]:  # a copy, since the next update takes the buffers
-            best.update(
-                validation_nll=nll, epoch=epoch, params=jax.tree.map(jnp.copy, state.params)
-            )
-        return {"epoch": epoch, "validation_nll": nll}
+        epoch = int(state.step) // updates_per_epoch
+        return {"epoch": epoch, "validation_nll": mean_nll(state.params, batches)}
 
-    first = {"update": 0, **evaluate(state)}
-    runs.append_metrics(run, first)
-    _, records = jaxgru.fit(
+    logs = runs.loggers(run, args)
+    if not (run / runs.METRICS).exists():
+        for log in logs:
+            log(state, {"update": 0, **evaluate(state)})
+    fitted = jaxgru.fit(
         jaxgru.make_train_step(make_loss(args), optimizer),
         state,
-        draw_batches(args, train_rolls),
+        lambda start: itertools.islice(draw_batches(args, train_rolls), start, None),
         num_updates=num_updates,
         evaluate=evaluate,
         evaluate_every=updates_per_epoch,
+        monitor=jaxgru.Monitor("validation_nll"),
+        checkpoints=runs.checkpoints_of(run, args, updates_per_epoch, data_sha256=digest),
         log_every=updates_per_epoch,
-        callbacks=[lambda state, record: runs.append_metrics(run, record)],
+        callbacks=logs,
     )
-    return [first, *records]
+    assert fitted.best is not None  # there was an evaluation
+    return fitted.best
 
 
 def init_params(args, key, rolls):
@@ -232,15 +230,15 @@ def _sum_nll(params, xs, lengths):
     return jaxgru.bernoulli_loss(logits, xs[1:], mask, reduction="sum")
 
 
-def score_best(best, train_rolls, valid_rolls, test_rolls):
+def score_best(best, updates_per_epoch, train_rolls, valid_rolls, test_rolls):
     """NLL of the parameters kept, and of each key's share of the training steps alone."""
     valid_batches, test_batches = cut_batches(valid_rolls), cut_batches(test_rolls)
     shares = np.concatenate(train_rolls).mean(axis=0)
-    params = best["params"]
+    params, nll = best.params, mean_nll(best.params, valid_batches)
     without = params._replace(w=jnp.zeros_like(params.w), b=share_logits(shares))
     return {
-        "best_epoch": best["epoch"],
-        "best_validation_nll": best["validation_nll"],
+        "best_epoch": int(best.step) // updates_per_epoch,
+        "best_validation_nll": nll,
         "test_nll": mean_nll(params, test_batches),
         "shares_validation_nll": mean_nll(without, valid_batches),
         "shares_test_nll": mean_nll(without, test_batches),

@@ -20,13 +20,14 @@ line is of the test part), loss.png, forecast.png and weights.npz.
 import argparse
 import csv
 import functools
+import hashlib
 import io
+import itertools
 import math
 import sys
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -82,10 +83,11 @@ def parse_args(argv):
     add("--recurrent-dropout", type=float, default=0.0, help="rate in [0, 1)")
     add("--evaluate-every", type=int, default=250, help="in updates")
     add("--seed", type=int, default=0)
+    runs.add_run_options(parser)
     known = parser.parse_known_args(argv)[0]
     parser.set_defaults(**PRESETS["real" if known.csv or known.series == "sunspots" else "sine"])
     parser.set_defaults(**(PRESETS["smoke"] if known.smoke else {}))
-    args = parser.parse_args(argv)
+    args = runs.take_options(parser, argv)
     counts = ("window", "hidden_size", "batch_size", "num_updates", "evaluate_every")
     for name in (*counts, "learning_rate", "weight_decay", "recurrent_dropout", "seed"):
         value, least = getattr(args, name), 1 if name in counts else 0
@@ -106,32 +108,33 @@ def main(argv=None):
 
 def train(args):
     series = load_series(args)
-    run = runs.make_run_folder("regression", args.out, vars(args))
+    run = runs.open_run("regression", args)
     print(f"{series.title}, {len(series.values)} values; {runs.describe_device()}")
     key_params, key_state = jax.random.split(jax.random.key(args.seed))
     params = jaxgru.init_sequence_model(key_params, 1, args.hidden_size, 1)
     optimizer = optax.adamw(args.learning_rate, weight_decay=args.weight_decay)
-    best = {"validation_rmse": math.inf}
-    try:
-        _, records = jaxgru.fit(
-            jaxgru.make_train_step(make_loss(args), optimizer),
-            jaxgru.init_train_state(params, optimizer, key=key_state),
-            draw_batches(args, series.standard[: series.validation]),
-            num_updates=args.num_updates,
-            evaluate=functools.partial(evaluate_validation, series),
-            evaluate_every=args.evaluate_every,
-            callbacks=[make_reporter(run, best)],
-            log_every=args.evaluate_every,
-        )
-    except jaxgru.NonFiniteError as error:
-        print(f"regression: {error}", file=sys.stderr)
-        return 1
-    jaxgru.save_arrays(run / "weights.npz", best["params"], {"config": vars(args)})
-    scores, curves = score_test(series, best["params"])
-    runs.append_metrics(run, {"update": best["update"], **scores})
-    plot_loss(run / "loss.png", series, records, best["update"])
+    training = series.standard[: series.validation]
+    digest = hashlib.sha256(series.values.data).hexdigest()
+    best = jaxgru.fit(
+        jaxgru.make_train_step(make_loss(args), optimizer),
+        jaxgru.init_train_state(params, optimizer, key=key_state),
+        lambda start: itertools.islice(draw_batches(args, training), start, None),
+        num_updates=args.num_updates,
+        evaluate=functools.partial(evaluate_validation, series),
+        evaluate_every=args.evaluate_every,
+        monitor=jaxgru.Monitor("validation_rmse"),
+        checkpoints=runs.checkpoints_of(run, args, args.evaluate_every, data_sha256=digest),
+        callbacks=runs.loggers(run, args),
+        log_every=args.evaluate_every,
+    ).best
+    assert best is not None  # there was an evaluation
+    update = int(best.step)
+    jaxgru.save_arrays(run / "weights.npz", best.params, {"config": runs.config_of(args)})
+    scores, curves = score_test(series, best.params)
+    runs.write_json(run / "result.json", {"update": update, **scores})
+    plot_loss(run / "loss.png", series, runs.read_records(run), update)
     plot_forecast(run / "forecast.png", series, *curves, scores["free_running_rmse"])
-    print(f"\nRoot mean square errors on the test part, model of update {best['update']}:")
+    print(f"\nRoot mean square errors on the test part, model of update {update}:")
     for name, score in scores.items():
         print(f"  {name.replace('_', ' '):36} {score:.4g}")
     print(f"run folder: {run}")
@@ -297,17 +300,6 @@ def score_test(series, params):
     }
     scores = {name: root_mean_square(y - values[test:]) for name, y in forecasts.items()}
     return scores, (predictions, free)
-
-
-def make_reporter(run, best):
-    """A callback of `fit`: metrics to a file, and the best parameters so far into best."""
-
-    def report(state, record):
-        runs.append_metrics(run, record)
-        if "params" not in best or record["validation_rmse"] < best["validation_rmse"]:
-            best.update(record, params=jax.tree.map(jnp.copy, state.params))
-
-    return report
 
 
 def plot_loss(path, series, records, chosen):

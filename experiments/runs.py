@@ -1,21 +1,30 @@
-"""What every experiment's script shares: its run folder, its lines of metrics, and how it ends."""
+"""What every experiment's script shares: its run folder, its checkpoints, and how it ends.
 
+A run folder holds config.json, metrics.jsonl (a line of JSON for each record of training), a folder
+of checkpoints, and the experiment's own results. A script ends with code 0; 1 where training or a
+check failed; 2 with one line where its input is unusable; and 143 or 130 where SIGTERM or SIGINT
+(Ctrl-C) stopped it, after the update was finished and saved: `--resume RUN` goes on from there, as
+it does after a crash, in the same bytes as if the run had never stopped.
+"""
+
+import argparse
 import datetime
 import importlib
 import json
-import math
 import pathlib
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
+import jaxgru
 from experiments.data import DataError
 
 
 def run_script(name: str, run: Callable[[], int], extras: tuple[str, ...] = ()) -> int:
-    """The exit code of a script: run's own, or 2 with one line where its input is unusable.
+    """The exit code of a script: run's own, or that of the way it was stopped, with one line.
 
     `extras` are further modules that the script needs beside tqdm and matplotlib.
     """
@@ -23,14 +32,63 @@ def run_script(name: str, run: Callable[[], int], extras: tuple[str, ...] = ()) 
         for module in ("tqdm", "matplotlib.figure", *extras):
             importlib.import_module(module)
     except ImportError as error:
-        cure = "install the extra: pip install -e '.[experiments]'"
-        print(f"{name}: {error}; {cure}", file=sys.stderr)
-        return 2
+        return fail(name, f"{error}; install the extra: pip install -e '.[experiments]'")
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *place: fail(name, message)
+        try:
+            return run()
+        except (DataError, OSError) as error:
+            return fail(name, error)
+        except jaxgru.NonFiniteError as error:
+            fail(name, error)
+            return 1
+        except jaxgru.Interrupted as error:
+            folder = next(p for p in (error.folder, *error.folder.parents) if p.name == CHECKPOINTS)
+            command = f"python -m experiments.{name} --resume {folder.parent}"
+            fail(name, f"{error}; go on with: {command}")
+            return int(str(error.code))
+
+
+def fail(name: str, message: Any) -> int:
+    """Prints one line on the standard error; the code of unusable input."""
+    print(f"{name}: {message}", file=sys.stderr)
+    return 2
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """The options of every script that trains; `take_options` reads them."""
+    add = parser.add_argument
+    add("--resume", metavar="RUN", help="go on with this run folder, with the options it has")
+    add("--checkpoint-every", type=int, default=0, help="updates; 0 for as often as it evaluates")
+    add("--tensorboard", action="store_true", help="write RUN/tensorboard too (needs tensorboardX)")
+
+
+def take_options(parser: argparse.ArgumentParser, argv: Any) -> argparse.Namespace:
+    """The options of the command line, or with --resume those of the run's config.json."""
+    args = parser.parse_args(argv)
+    if args.checkpoint_every < 0:
+        parser.error(f"--checkpoint-every must be at least 0, got {args.checkpoint_every}")
+    if args.resume is None:
+        return args
+    given = [n for n, v in vars(args).items() if v != parser.get_default(n) and n != "resume"]
+    if given:
+        named = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        parser.error(f"--resume takes the options of the run; leave out {named}")
     try:
-        return run()
-    except (DataError, OSError) as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        return 2
+        config = json.loads((pathlib.Path(args.resume) / "config.json").read_text("utf-8"))
+        saved = {name: config[name] for name in vars(args)}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        parser.error(
+            f"--resume must be a run folder of this experiment, got {args.resume}: {error}"
+        )
+    return argparse.Namespace(**{**saved, "resume": args.resume, "out": args.resume})
+
+
+def open_run(name: str, args: argparse.Namespace, **facts: Any) -> pathlib.Path:
+    """The run folder of --resume, or a new one with the options and facts in its config.json."""
+    if args.resume is not None:
+        return pathlib.Path(args.resume)
+    return make_run_folder(name, args.out, {**vars(args), **facts})
 
 
 def make_run_folder(name: str, out: str | None, config: dict[str, Any]) -> pathlib.Path:
@@ -44,30 +102,54 @@ def make_run_folder(name: str, out: str | None, config: dict[str, Any]) -> pathl
     return run
 
 
-def append_metrics(run: pathlib.Path, record: dict[str, Any]) -> None:
-    """One line of JSON in metrics.jsonl; a number that is not finite becomes null."""
-    with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(finite(record), allow_nan=False) + "\n")
+def checkpoints_of(
+    run: pathlib.Path, args: argparse.Namespace, every: int, part: str = "", **facts: Any
+) -> jaxgru.Checkpoints:
+    """Checkpoints of a run, or of one part of it, that only the same options and data resume."""
+    return jaxgru.Checkpoints(
+        run / CHECKPOINTS / part,
+        args.checkpoint_every or every,
+        run={"config": config_of(args), **facts},
+        resume=args.resume is not None,
+    )
+
+
+def config_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that say what a run computes: not where it lies or how it is watched."""
+    aside = ("out", "resume", "checkpoint_every", "tensorboard")
+    return {name: value for name, value in vars(args).items() if name not in aside}
+
+
+def loggers(run: pathlib.Path, args: argparse.Namespace, **fields: Any) -> list[jaxgru.Callback]:
+    """Callbacks of `fit` that write RUN/metrics.jsonl, and TensorBoard's files where asked for."""
+    logs: list[jaxgru.Callback] = [jaxgru.JsonLines(run / METRICS, **fields)]
+    if args.tensorboard:
+        part = "-".join(str(value) for value in fields.values())
+        logs.append(jaxgru.TensorBoard(run / "tensorboard" / part))
+    return logs
+
+
+def read_records(run: pathlib.Path, **fields: Any) -> list[dict[str, Any]]:
+    """The records of training in RUN/metrics.jsonl, before and after a resumption."""
+    return [
+        record
+        for record in jaxgru.read_json_lines(run / METRICS)
+        if "loss" in record and all(record.get(name) == v for name, v in fields.items())
+    ]
 
 
 def write_json(path: pathlib.Path, record: Any) -> None:
     """A file of strict JSON; a number that is not finite becomes null."""
-    text = json.dumps(finite(record), indent=1, allow_nan=False, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")
-
-
-def finite(value: Any) -> Any:
-    """The value with null for NaN and infinity, and text for what JSON has no form of."""
-    if isinstance(value, dict):
-        return {str(name): finite(entry) for name, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(entry) for entry in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, str | int) else str(value)
+    text = json.dumps(jaxgru.json_values(record), indent=1, allow_nan=False, ensure_ascii=False)
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text + "\n", encoding="utf-8")
+    temporary.replace(path)
 
 
 def describe_device() -> str:
     """The platform, device and JAX of this process, for the first line of a run."""
     device = jax.devices()[0]
     return f"{device.platform} ({device.device_kind}), jax {jax.__version__}"
+
+
+CHECKPOINTS, METRICS = "checkpoints", "metrics.jsonl"

@@ -18,6 +18,7 @@ config.json, metrics.jsonl, result.json, accuracy.png and digits.png.
 
 import argparse
 import functools
+import itertools
 import math
 import sys
 
@@ -53,8 +54,9 @@ def parse_args(argv):
     add("--learning-rate", type=float, default=0.01, help="falls to 0 by a cosine")
     add("--shift", type=int, default=1, help="largest shift of a training image, in pixels")
     add("--seed", type=int, default=0)
+    runs.add_run_options(parser)
     parser.set_defaults(**(SMOKE if parser.parse_known_args(argv)[0].smoke else {}))
-    args = parser.parse_args(argv)
+    args = runs.take_options(parser, argv)
     limits = {"members": (1, 1000), "hidden_size": (1, math.inf), "epochs": (1, math.inf)}
     limits |= {"batch_size": (1, SIZES["train"]), "shift": (0, 3), "seed": (0, 2**32 - 1)}
     for name, (least, most) in limits.items():
@@ -74,7 +76,7 @@ def main(argv=None):
 
 def train(args):
     splits = load_splits()
-    run = runs.make_run_folder("sequential_digits", args.out, {**vars(args), "sizes": SIZES})
+    run = runs.open_run("sequential_digits", args, sizes=SIZES)
     num_steps = math.prod(IMAGE_SHAPE) // args.pixels_per_step
     print(f"{args.members} members, {num_steps} steps an image; {runs.describe_device()}")
 
@@ -85,22 +87,20 @@ def train(args):
     # Nothing here may look across members, as a clip of the global norm would.
     optimizer = optax.adam(optax.cosine_decay_schedule(args.learning_rate, num_updates))
     order = choose_order(args.permute)
-    try:
-        state, records = jaxgru.fit(
-            jaxgru.make_train_step(make_loss(args, order), optimizer),
-            jaxgru.init_train_state(params, optimizer, key=key_state),
-            draw_batches(args, *splits["train"]),
-            num_updates=num_updates,
-            evaluate=functools.partial(evaluate, args, order, splits["validation"]),
-            evaluate_every=updates_per_epoch,
-            callbacks=[lambda state, record: runs.append_metrics(run, record)],
-            log_every=num_updates,
-            items_per_update=args.members * args.batch_size,
-            items_name="images",
-        )
-    except jaxgru.NonFiniteError as error:
-        print(f"sequential_digits: {error}", file=sys.stderr)
-        return 1
+    state, *_ = jaxgru.fit(
+        jaxgru.make_train_step(make_loss(args, order), optimizer),
+        jaxgru.init_train_state(params, optimizer, key=key_state),
+        lambda start: itertools.islice(draw_batches(args, *splits["train"]), start, None),
+        num_updates=num_updates,
+        evaluate=functools.partial(evaluate, args, order, splits["validation"]),
+        evaluate_every=updates_per_epoch,
+        checkpoints=runs.checkpoints_of(run, args, updates_per_epoch),
+        callbacks=runs.loggers(run, args),
+        log_every=num_updates,
+        items_per_update=args.members * args.batch_size,
+        items_name="images",
+    )
+    records = runs.read_records(run)
     images, labels = splits["test"]
     probabilities = np.asarray(predict(args, order, state.params, images))
     result = summarize(probabilities, labels)

@@ -23,8 +23,10 @@ The tour, from the equation outwards:
   their like for Keras, haste, Flax, Equinox, Haiku and ONNX. `jaxgru.onnx_files`: `read_onnx`.
   `jaxgru.onnx_models`: `write_onnx`. `jaxgru.weight_files`: `save_weights`, `load_weights` and
   `read_safetensors`, with spec, sizes and sha256.
-* `jaxgru.training`: `make_train_step` and `fit` train any loss with optax; `save_arrays` and
-  `load_arrays` keep weights in files that run no code.
+* `jaxgru.training`: `make_train_step`, one update of any loss with optax. `jaxgru.fitting`: `fit`,
+  the loop around it, which goes on from where it was stopped. `jaxgru.checkpoints`:
+  `save_checkpoint`, `find_checkpoint`, `load_checkpoint`. `jaxgru.logs`: `JsonLines`,
+  `TensorBoard`. `jaxgru.array_files`: `save_arrays`, `load_arrays`, files that run no code.
 
 >>> import jax, jax.numpy as jnp, jaxgru
 >>> params = jaxgru.init_gru(jax.random.key(0), 2, 3)
@@ -33,8 +35,10 @@ The tour, from the equation outwards:
 (5, 4, 3)
 """
 
+from jaxgru.array_files import load_arrays, read_metadata, save_arrays
 from jaxgru.cell import gru_cell
 from jaxgru.check import check_gradients, check_gru
+from jaxgru.checkpoints import Checkpoint, find_checkpoint, load_checkpoint, save_checkpoint
 from jaxgru.comparison import GradientReport, GradientRow
 from jaxgru.conversion import Exported, Imported
 from jaxgru.diagnostics import (
@@ -49,6 +53,7 @@ from jaxgru.diagnostics import (
     gradient_flow,
     gradient_paths,
 )
+from jaxgru.fitting import Checkpoints, Fit, Interrupted, Monitor, NonFiniteError, fit
 from jaxgru.influence import rtrl
 from jaxgru.interop import from_haste, from_keras, from_torch, to_haste, to_keras, to_torch
 from jaxgru.interop_jax import (
@@ -79,6 +84,7 @@ from jaxgru.layers import (
     init_state,
     init_taps,
 )
+from jaxgru.logs import Callback, JsonLines, TensorBoard, json_values, read_json_lines
 from jaxgru.losses import bernoulli_loss, categorical_loss, squared_loss
 from jaxgru.masks import length_mask, resets_from_dones
 from jaxgru.models import (
@@ -97,16 +103,7 @@ from jaxgru.onnx_models import write_onnx
 from jaxgru.onnx_weights import from_onnx, to_onnx
 from jaxgru.parameters import CHO_2014, CHUNG_2014, PYTORCH, GRUParams, GRUSpec, init_gru
 from jaxgru.recurrence import Tap, gru
-from jaxgru.training import (
-    NonFiniteError,
-    TrainState,
-    fit,
-    init_train_state,
-    load_arrays,
-    make_train_step,
-    read_metadata,
-    save_arrays,
-)
+from jaxgru.training import TrainState, init_train_state, make_train_step
 from jaxgru.weight_files import LoadedWeights, load_weights, read_safetensors, save_weights
 
 __all__ = [
@@ -114,7 +111,11 @@ __all__ = [
     "CHUNG_2014",
     "PYTORCH",
     "Bidirectional",
+    "Callback",
+    "Checkpoint",
+    "Checkpoints",
     "Exported",
+    "Fit",
     "GRUParams",
     "GRUSpec",
     "GateStatistics",
@@ -123,12 +124,16 @@ __all__ = [
     "GradientReport",
     "GradientRow",
     "Imported",
+    "Interrupted",
+    "JsonLines",
     "LoadedWeights",
+    "Monitor",
     "NonFiniteError",
     "OnnxGRU",
     "Paths",
     "SequenceParams",
     "Tap",
+    "TensorBoard",
     "TokenParams",
     "TrainState",
     "bernoulli_loss",
@@ -138,6 +143,7 @@ __all__ = [
     "credit_reach",
     "example_gradient_norms",
     "final_outputs",
+    "find_checkpoint",
     "fit",
     "from_equinox",
     "from_haiku",
@@ -165,11 +171,14 @@ __all__ = [
     "init_token_model",
     "init_train_state",
     "jacobian_products",
+    "json_values",
     "length_mask",
     "load_arrays",
+    "load_checkpoint",
     "load_weights",
     "lyapunov_exponents",
     "make_train_step",
+    "read_json_lines",
     "read_metadata",
     "read_onnx",
     "read_safetensors",
@@ -177,6 +186,7 @@ __all__ = [
     "rtrl",
     "run_onnx_gru",
     "save_arrays",
+    "save_checkpoint",
     "save_weights",
     "sequence_jacobians",
     "sequence_outputs",

@@ -21,12 +21,12 @@ def require_choice(function: str, argument: str, value: Any, choices: tuple[str,
         raise ValueError(f"{function}: {argument} must be one of {listed}, got {value!r}.")
 
 
-def require_count(function: str, argument: str, value: Any) -> None:
-    """TypeError unless value is an integer, ValueError unless it is at least 1."""
+def require_count(function: str, argument: str, value: Any, least: int = 1) -> None:
+    """TypeError unless value is an integer, ValueError unless it is at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(f"{function}: {argument} must be an integer, got {value!r}.")
-    if value < 1:
-        raise ValueError(f"{function}: {argument} must be at least 1, got {value}.")
+    if value < least:
+        raise ValueError(f"{function}: {argument} must be at least {least}, got {value}.")
 
 
 def require_float(function: str, argument: str, value: Any, dtype: Any = None) -> None:
@@ -112,14 +112,16 @@ def require_first_step(function: str, value: Any) -> None:
         raise ValueError(f"{function}: first_step must be at least 0, got {value}.")
 
 
-def require_extra(function: str, package: str, *modules: str) -> Any:
+def require_extra(function: str, package: str, *modules: str, extra: str = "") -> Any:
     """An optional package, with these modules of it; ImportError naming the extra to install."""
     try:
         for module in modules:
             importlib.import_module(module)
         return importlib.import_module(package)
     except ImportError as error:
-        raise ImportError(f"{function}: needs {package}; install jaxgru[{package}].") from error
+        raise ImportError(
+            f"{function}: needs {package}; install jaxgru[{extra or package}]."
+        ) from error
 
 
 def is_traced(value: Any) -> bool:

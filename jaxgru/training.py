@@ -1,4 +1,4 @@
-"""Training of any loss with optax: a state, one jitted update, a loop, and files of weights.
+"""A training state and one jitted update of any loss with optax.
 
 Knows no model. A loss is a function
 
@@ -8,34 +8,19 @@ where carry is whatever runs from one batch to the next without a gradient (a re
 None) and metrics is a dict of scalars.
 """
 
-import contextlib
-import json
-import os
-import time
-import zipfile
-import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from jaxgru.arguments import require_count
-from jaxgru.whole_files import write_whole
 
 Array = jax.Array
 LossFn = Callable[[Any, Any, Any, chex.PRNGKey], tuple[Array, tuple[Any, dict[str, Array]]]]
-
-
-class NonFiniteError(FloatingPointError):
-    """Training stopped because updates in a row were not finite; `state` is the last good one."""
-
-    def __init__(self, message: str, state: "TrainState"):
-        super().__init__(message)
-        self.state = state
+TrainStep = Callable[["TrainState", Any], tuple["TrainState", dict[str, Array]]]
 
 
 class TrainState(NamedTuple):
@@ -45,8 +30,9 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
     carry: Any  # what runs from batch to batch, e.g. a recurrent state
     key: chex.PRNGKey
-    step: Array  # int32, updates asked for
+    step: Array  # int32, updates asked for, which is the number of batches drawn
     skipped: Array  # int32, updates left out because the loss or a gradient was not finite
+    average: Any = None  # exponential moving average of params, where it was asked for
 
 
 def init_train_state(
@@ -55,6 +41,7 @@ def init_train_state(
     *,
     key: chex.PRNGKey,
     carry: Any = None,
+    average: bool = False,
 ) -> TrainState:
     """The state before the first update.
 
@@ -63,6 +50,8 @@ def init_train_state(
       optimizer: from optax.
       key: a `jax.random.key`; each update draws its own from it.
       carry: the first carry of the loss; copied too.
+      average: keep a moving average of the parameters beside them, which starts as they do; for
+        the `average_decay` of `make_train_step`.
 
     Returns:
       TrainState with step 0.
@@ -75,22 +64,46 @@ def init_train_state(
     step, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
     # Some optimizers keep the parameters' own buffers in their state.
     opt_state = jax.tree.map(jnp.copy, optimizer.init(params))
-    return TrainState(params, opt_state, carry, key, step, skipped)
+    averaged = jax.tree.map(jnp.copy, params) if average else None
+    return TrainState(params, opt_state, carry, key, step, skipped, averaged)
 
 
 def make_train_step(
-    loss_fn: LossFn, optimizer: optax.GradientTransformation, *, donate: bool = True
-) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]:
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
+    clip_value: float | None = None,
+    clip_norm: float | None = None,
+    compute_dtype: Any = None,
+    loss_scale: float = 1.0,
+    average_decay: float | None = None,
+    donate: bool = True,
+) -> TrainStep:
     """One jitted optimizer update: train_step(state, batch) -> (state, metrics).
 
     An update whose loss, gradient, gradient norm or resulting parameters are not finite changes
-    nothing but step, key and the count of skipped updates. The gradient is checked as it is, since
-    a clip turns inf into NaN; its norm, since entries of 1e30 in float32 have finite values and
-    squares that no optimizer survives.
+    nothing but step, key and the count of skipped updates. The gradient is checked before it is
+    clipped, since a clip turns inf into NaN or into a number; its norm after, since entries of
+    1e30 in float32 have finite values and squares that no optimizer survives. Clipped here, they
+    do no harm: the norm is taken of the entries over the largest one, and so overflows only
+    where it is itself too large a number; `optax.clip_by_global_norm` makes zeros of them.
 
     Args:
       loss_fn: loss_fn(params, carry, batch, key) -> (loss, (carry, metrics)).
-      optimizer: from optax, with its clipping and schedule.
+      optimizer: from optax, with its schedule.
+      accumulate: parts of a batch. Above 1, every leaf of a batch has them as its leading axis;
+        the loss takes one after another, with the carry running through and a key each, and the
+        one update follows the mean of their gradients. Memory is that of a part. Loss and metrics
+        are means over the parts.
+      clip_value: the largest absolute value of a gradient's entry; None for any.
+      clip_norm: the largest norm of the whole gradient, which keeps its direction; None for any.
+      compute_dtype: the floating dtype that the loss sees params, carry and batch in, e.g.
+        bfloat16. Parameters, optimizer state, carry and gradients keep their own, float32.
+      loss_scale: the loss is multiplied by it before, and the gradient divided by it after
+        differentiation, so that float16 gradients do not underflow; a power of 2.
+      average_decay: d of average <- d average + (1 - d) params after each update that is not
+        skipped; for a state made with average=True.
       donate: reuse the state's buffers for the new state; the old one is then gone.
 
     Returns:
@@ -98,7 +111,10 @@ def make_train_step(
       clipping) and "skipped".
 
     Raises:
-      ValueError: when traced, where the optimizer's updates change a parameter's shape or dtype.
+      ValueError: an argument is out of its range; when traced, where the optimizer's updates
+        change a parameter's shape or dtype, a batch has no axis of parts, or the state has no
+        average to keep or one that nobody keeps.
+      TypeError: accumulate is no integer, or compute_dtype no floating dtype.
 
     Cost: one gradient of the loss; parameters are held once where buffers are donated.
 
@@ -110,250 +126,141 @@ def make_train_step(
     >>> state.params.tolist(), float(metrics["loss"])
     ([1.0, 1.0], 2.0)
     """
+    require_count("make_train_step", "accumulate", accumulate)
+    for name, value in (("clip_value", clip_value), ("clip_norm", clip_norm)):
+        if value is not None and not value > 0:
+            raise ValueError(f"make_train_step: {name} must be above 0 or None, got {value}.")
+    if not 0 < loss_scale < float("inf"):
+        raise ValueError(
+            f"make_train_step: loss_scale must be finite and above 0, got {loss_scale}."
+        )
+    if average_decay is not None and not 0 <= average_decay < 1:
+        raise ValueError(
+            f"make_train_step: average_decay must be at least 0 and below 1, got {average_decay}."
+        )
+    if compute_dtype is not None and not jnp.issubdtype(compute_dtype, jnp.floating):
+        raise TypeError(
+            f"make_train_step: compute_dtype must be a floating dtype, got {compute_dtype!r}."
+        )
+
+    def scaled_loss(params, carry, batch, key):
+        """The loss in compute_dtype; all that leaves it has the dtypes that came."""
+        inside_params, inside_carry, batch = _cast((params, carry, batch), compute_dtype)
+        loss, (new_carry, metrics) = loss_fn(inside_params, inside_carry, batch, key)
+        if compute_dtype is not None:
+            new_carry = jax.tree.map(lambda new, old: new.astype(old.dtype), new_carry, carry)
+            loss, metrics = _cast((loss, metrics), jnp.float32)
+        return loss * loss_scale, (loss, new_carry, metrics)
+
+    def differentiate(params, carry, batch, key):
+        """(gradient, loss, carry, metrics) of one part."""
+        grads, (loss, carry, metrics) = jax.grad(scaled_loss, has_aux=True)(
+            params, carry, batch, key
+        )
+        if loss_scale != 1:
+            grads = jax.tree.map(lambda g: g / loss_scale, grads)
+        return grads, loss, carry, metrics
+
+    def differentiate_parts(params, carry, batch, key):
+        """The same of a whole batch: means over its parts, the carry running through."""
+        _require_parts(batch, accumulate)
+
+        def body(sums, part):
+            carry, *sums = sums
+            grads, loss, carry, metrics = differentiate(params, carry, *part)
+            return (carry, *jax.tree.map(jnp.add, tuple(sums), (grads, loss, metrics))), None
+
+        keys = jax.random.split(key, accumulate)
+        first = jax.tree.map(lambda x: x[0], (batch, keys))
+        grads, loss, _, metrics = jax.eval_shape(differentiate, params, carry, *first)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, loss, metrics))
+        (carry, *sums), _ = jax.lax.scan(body, (carry, *zeros), (batch, keys))
+        grads, loss, metrics = jax.tree.map(lambda x: x / accumulate, tuple(sums))
+        return grads, loss, carry, metrics
 
     def train_step(state, batch):
+        _require_average(state, average_decay)
         key, key_loss = jax.random.split(state.key)
-        gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, (carry, metrics)), grads = gradient_fn(state.params, state.carry, batch, key_loss)
-        norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
+        take = differentiate if accumulate == 1 else differentiate_parts
+        grads, loss, carry, metrics = take(state.params, state.carry, batch, key_loss)
+        leaves = [loss, *jax.tree.leaves(grads)]
+        norm = _safe_norm(grads)
+        grads = _clip(grads, clip_value, clip_norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         _require_same_shapes(params, state.params)
-        leaves = [loss, norm, *jax.tree.leaves((grads, params))]
+        leaves += [_square_sum(grads), *jax.tree.leaves(params)]
         finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
-        params, opt_state, carry = jax.tree.map(
+        average = state.average
+        if average_decay is not None:
+            average = optax.incremental_update(params, average, 1 - average_decay)
+        params, opt_state, carry, average = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
-            (params, opt_state, carry),
-            (state.params, state.opt_state, state.carry),
+            (params, opt_state, carry, average),
+            (state.params, state.opt_state, state.carry, state.average),
         )
         skipped = state.skipped + (1 - finite.astype(jnp.int32))
-        state = TrainState(params, opt_state, carry, key, state.step + 1, skipped)
+        state = TrainState(params, opt_state, carry, key, state.step + 1, skipped, average)
         return state, {**metrics, "loss": loss, "gradient_norm": norm, "skipped": skipped}
 
     return jax.jit(train_step, donate_argnums=(0,) if donate else ())
 
 
-def fit(
-    train_step: Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]],
-    state: TrainState,
-    batches: Iterable[Any],
-    *,
-    num_updates: int,
-    evaluate: Callable[[TrainState], dict[str, float]] | None = None,
-    evaluate_every: int | None = None,
-    callbacks: Iterable[Callable[[TrainState, dict[str, float]], None]] = (),
-    log_every: int = 10,
-    items_per_update: int | None = None,
-    items_name: str = "items",
-    progress: bool = True,
-) -> tuple[TrainState, list[dict[str, float]]]:
-    """Runs num_updates updates, one batch each, and reports as it goes.
-
-    Args:
-      train_step: from `make_train_step`.
-      state: where to start; its buffers are donated by the train step.
-      batches: as many as there are updates, or more.
-      num_updates: at least 1.
-      evaluate: evaluate(state) -> dict, called every evaluate_every updates and after the last.
-      evaluate_every: updates between evaluations, with a record each; None for the end alone.
-      callbacks: each is called with (state, record) whenever a record is made. Copy what is kept:
-        the state's buffers are donated to the next update.
-      log_every: updates between records; the loop waits for the device only then.
-      items_per_update: items of a batch, for records of their rate.
-      items_name: what the items are, e.g. "characters".
-      progress: a bar by tqdm, which the extra `experiments` installs.
-
-    Returns:
-      The state after the last update, and the records: dicts of "update", "seconds" (of training,
-      evaluations left out), the means of the step's metrics since the last record ("skipped" is a
-      total; values that are not finite are left out of a mean), f"{items_name}_per_second", and
-      what evaluate returned.
-
-    Raises:
-      ValueError: batches ended early, or a count is below 1.
-      TypeError: a count is no integer.
-      NonFiniteError: the last ten updates or more were skipped as not finite. Checked when a record
-        is made; `state` of the error holds the parameters from before them.
-      ImportError: progress is asked for and tqdm is missing.
-    """
-    counts = {"num_updates": num_updates, "log_every": log_every}
-    counts.update({} if evaluate_every is None else {"evaluate_every": evaluate_every})
-    for name, value in counts.items():
-        require_count("fit", name, value)
-    meter = _Meter(int(state.skipped), items_per_update, items_name)
-    batches, callbacks, records = iter(batches), list(callbacks), []
-    with _progress_bar(num_updates, progress) as bar:
-        for update in range(1, num_updates + 1):
-            batch = next(batches, _END)
-            if batch is _END:
-                raise ValueError(f"fit: batches must hold {num_updates}, got {update - 1}.")
-            state, metrics = train_step(state, batch)
-            meter.pending.append(metrics)
-            last = update == num_updates
-            due = last or (evaluate_every is not None and update % evaluate_every == 0)
-            if not (due or update % log_every == 0):
-                continue
-            record = meter.read(update)
-            if meter.in_row >= _MAX_SKIPPED_IN_ROW:
-                raise NonFiniteError(
-                    f"fit: loss, gradient or parameters were not finite in the last {meter.in_row} "
-                    f"updates, up to update {update}; the parameters are as before them. Lower the "
-                    "learning rate.",
-                    state,
-                )
-            if due and evaluate is not None:
-                record.update(evaluate(state))
-            records.append(record)
-            for callback in callbacks:
-                callback(state, record)
-            bar(record)
-            meter.start()
-    return state, records
-
-
-def save_arrays(path: str | os.PathLike, tree: Any, metadata: dict[str, Any]) -> None:
-    """Writes a pytree of arrays and a dict of JSON values into one .npz file.
-
-    The file appears whole or not at all: a temporary file in the same folder is written, flushed
-    to the disk and renamed. An existing file is replaced.
-
-    Args:
-      path: of the file.
-      tree: pytree of arrays; leaves are named by their path in it.
-      metadata: values that `json` can write.
-
-    Raises:
-      OSError: the file cannot be written.
-      TypeError: metadata holds what JSON cannot.
-    """
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    arrays = {jax.tree_util.keystr(key): np.asarray(leaf) for key, leaf in leaves}
-    dtypes = {name: str(array.dtype) for name, array in arrays.items()}
-    # NumPy reads its own dtypes only: bfloat16 travels as bits with its name beside it.
-    plain = {
-        name: array if array.dtype.kind in "biufc" else array.view(np.uint16)
-        for name, array in arrays.items()
-    }
-    header = json.dumps({"format": _FORMAT, "dtypes": dtypes, "metadata": metadata})
-    write_whole(
-        path,
-        lambda file: np.savez(file, **{_HEADER: np.array(header)}, **plain),  # pyright: ignore[reportArgumentType]
+def _cast(tree, dtype):
+    """The tree with its floating leaves in that dtype; as it is where dtype is None."""
+    if dtype is None:
+        return tree
+    return jax.tree.map(
+        lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x,
+        jax.tree.map(jnp.asarray, tree),
     )
 
 
-def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
-    """The metadata of a file that `save_arrays` wrote.
-
-    Args:
-      path: of the file.
-
-    Returns:
-      The dict.
-
-    Raises:
-      OSError: the file cannot be read.
-      ValueError: it is no such file, or damaged.
-    """
-    return _read(path)[0]["metadata"]
+def _square_sum(grads):
+    return sum(jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(grads))
 
 
-def load_arrays(path: str | os.PathLike, like: Any) -> Any:
-    """The pytree of a file that `save_arrays` wrote; runs no code of the file.
+def _safe_norm(grads):
+    """The norm of all entries, of numbers between 0 and 1 where squares would overflow."""
+    leaves = [jnp.max(jnp.abs(g.astype(jnp.float32)), initial=0) for g in jax.tree.leaves(grads)]
+    largest = jnp.max(jnp.stack(leaves), initial=0)
+    unit = jnp.where(largest > 0, largest, 1)
+    return unit * jnp.sqrt(_square_sum(jax.tree.map(lambda g: g / unit.astype(g.dtype), grads)))
 
-    Args:
-      path: of the file.
-      like: a pytree of arrays, or of `jax.ShapeDtypeStruct`, of the structure, shapes and dtypes
-        that the file must hold.
 
-    Returns:
-      The pytree, its leaves jax arrays.
+def _clip(grads, clip_value, clip_norm):
+    """The gradient with its entries, and then its norm, clipped."""
+    if clip_value is not None:
+        grads = jax.tree.map(lambda g: jnp.clip(g, -clip_value, clip_value), grads)
+    if clip_norm is None:
+        return grads
+    norm = _safe_norm(grads)
+    # Divided first: clip_norm / norm may be too small a number.
+    return jax.tree.map(
+        lambda g: jnp.where(norm > clip_norm, g / norm * clip_norm, g).astype(g.dtype), grads
+    )
 
-    Raises:
-      OSError: the file cannot be read.
-      ValueError: it is no such file, is damaged, or holds other names, shapes or dtypes.
-    """
-    header, arrays = _read(path)
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(like)
-    names = [jax.tree_util.keystr(key) for key, _ in leaves]
-    missing, surplus = sorted(set(names) - set(arrays)), sorted(set(arrays) - set(names))
-    if missing or surplus:
-        raise ValueError(
-            f"load_arrays: {path} must hold the leaves of `like`, got missing {missing} and "
-            f"surplus {surplus}."
-        )
-    loaded = []
-    for name, (_, leaf) in zip(names, leaves):
-        array, dtype = arrays[name], jnp.dtype(header["dtypes"][name])
-        array = array if array.dtype == dtype else array.view(dtype)
-        if array.shape != leaf.shape or dtype != leaf.dtype:
+
+def _require_parts(batch, accumulate):
+    """ValueError where a leaf of the batch has another leading axis than its parts."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+        if leaf.ndim == 0 or leaf.shape[0] != accumulate:
+            name = jax.tree_util.keystr(path)
             raise ValueError(
-                f"load_arrays: {name} of {path} must be {leaf.dtype}{list(leaf.shape)}, got "
-                f"{dtype}{list(array.shape)}."
+                f"train_step: batch{name} must have the {accumulate} parts of accumulate as its "
+                f"leading axis, got shape {list(leaf.shape)}."
             )
-        loaded.append(jnp.asarray(array))
-    return jax.tree_util.tree_unflatten(treedef, loaded)
 
 
-_END = object()
-_FORMAT = "jaxgru arrays 1"
-_HEADER = "jaxgru"
-_DAMAGE = (zipfile.BadZipFile, zlib.error)
-_MAX_SKIPPED_IN_ROW = 10
-
-
-def _read(path):
-    """(header, arrays) of a file; ValueError where it is damaged or another's."""
-    with open(path, "rb") as opened:
-        try:
-            with np.load(opened, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-            header = json.loads(str(arrays.pop(_HEADER)))
-            if header["format"] != _FORMAT:
-                raise ValueError(f"format {header['format']!r}")
-            if set(header["dtypes"]) != set(arrays) or not isinstance(header["metadata"], dict):
-                raise ValueError("its header does not fit its arrays")
-        except (
-            KeyError,
-            TypeError,
-            ValueError,
-            EOFError,
-            OSError,
-            RuntimeError,
-            *_DAMAGE,
-        ) as error:
-            message = f"{os.fspath(path)} must be a whole {_FORMAT!r} file: {error}"
-            raise ValueError(message) from error
-    return header, arrays
-
-
-class _Meter:
-    """Loss, rate and skipped updates between two records."""
-
-    def __init__(self, skipped, items_per_update, items_name):
-        self.skipped, self.items_per_update = skipped, items_per_update
-        self.rate, self.seconds, self.in_row = f"{items_name}_per_second", 0.0, 0
-        self.start()
-
-    def start(self):
-        self.pending, self.began = [], time.perf_counter()
-
-    def read(self, update):
-        """The record up to this update; waits for the device."""
-        host = jax.device_get(self.pending)
-        elapsed = time.perf_counter() - self.began
-        self.seconds += elapsed
-        record = {"update": update, "seconds": self.seconds}
-        for name in host[-1]:
-            values = np.asarray([metrics[name] for metrics in host], np.float64)
-            finite = values[np.isfinite(values)]
-            record[name] = float(finite.mean()) if finite.size else float("nan")
-        record["skipped"] = int(host[-1]["skipped"])
-        if self.items_per_update is not None:
-            record[self.rate] = self.items_per_update * len(host) / elapsed
-        for metrics in host:
-            self.in_row = self.in_row + 1 if metrics["skipped"] > self.skipped else 0
-            self.skipped = int(metrics["skipped"])
-        return record
+def _require_average(state, average_decay):
+    """ValueError where the state has an average that nobody keeps, or none to keep."""
+    if (state.average is None) != (average_decay is None):
+        has = "none" if state.average is None else "one"
+        raise ValueError(
+            f"train_step: the average of the state and average_decay={average_decay} must go "
+            f"together, got a state with {has}; give init_train_state average=True and "
+            "make_train_step an average_decay, or neither."
+        )
 
 
 def _require_same_shapes(params, old):
@@ -365,29 +272,3 @@ def _require_same_shapes(params, old):
                 f"train_step: the optimizer must keep params{name} as {leaf.dtype}"
                 f"{list(leaf.shape)}, got {new.dtype}{list(new.shape)}."
             )
-
-
-@contextlib.contextmanager
-def _progress_bar(num_updates, shown):
-    """A function of a record that moves the bar, or one that does nothing."""
-    if not shown:
-        yield lambda record: None
-        return
-    try:
-        from tqdm import tqdm
-    except ImportError as error:
-        raise ImportError(
-            "fit: progress=True needs tqdm; install jaxgru[experiments] or pass progress=False."
-        ) from error
-    values = {}
-
-    with tqdm(total=num_updates, unit="update", dynamic_ncols=True) as bar:
-
-        def show(record):
-            hidden = {"update", "seconds", "gradient_norm"}
-            hidden |= set() if record["skipped"] else {"skipped"}
-            values.update({k: f"{v:.4g}" for k, v in record.items() if k not in hidden})
-            bar.update(record["update"] - bar.n)
-            bar.set_postfix(values)
-
-        yield show

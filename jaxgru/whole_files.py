@@ -12,7 +12,7 @@ def write_whole(path: str | os.PathLike, write: Callable[[BinaryIO], object]) ->
     An existing file is replaced, in one step; after an error the folder is as it was.
     """
     folder = os.path.dirname(os.path.abspath(path))
-    descriptor, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")
+    descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=_PREFIX, suffix=_SUFFIX)
     try:
         with os.fdopen(descriptor, "wb") as file:
             write(file)
@@ -28,6 +28,16 @@ def write_whole(path: str | os.PathLike, write: Callable[[BinaryIO], object]) ->
         os.fsync(opened)  # the new name, too, is on the disk
     finally:
         os.close(opened)
+
+
+def remove_leftovers(folder: str | os.PathLike) -> None:
+    """Removes what writers that were killed left in a folder; for its only user."""
+    for name in os.listdir(folder):
+        if name.startswith(_PREFIX) and name.endswith(_SUFFIX):
+            os.unlink(os.path.join(folder, name))
+
+
+_PREFIX, _SUFFIX = ".jaxgru-", ".tmp"
 
 
 def _umask():

@@ -27,7 +27,8 @@ def run(tmp_path_factory):
 def test_run_learns_and_leaves_all_its_files(run):
     names = {path.name for path in run.iterdir()}
     assert names == {
-        "config.json", "cross_check.txt", "loss.png", "metrics.jsonl", "samples.txt", "weights.npz",
+        "checkpoints", "config.json", "cross_check.txt", "loss.png", "metrics.jsonl", "samples.txt",
+        "weights.npz",
     }  # fmt: skip
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     name = "validation_bits_per_character"
@@ -151,7 +152,7 @@ def test_run_that_diverges_keeps_its_last_good_weights(tmp_path, capsys):
 
 
 def test_run_folder_of_another_vocabulary_is_refused(tmp_path, run, capsys):
-    for path in run.iterdir():
+    for path in filter(pathlib.Path.is_file, run.iterdir()):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     config = json.loads((run / "config.json").read_text())
     config["vocabulary"] = config["vocabulary"][1:] + "é"  # the same size: shapes cannot tell

@@ -47,7 +47,7 @@ def read_metrics(run):
 @pytest.mark.parametrize("name", ["smoke", "copy"])
 def test_run_leaves_its_files(runs, name):
     names = {path.name for path in (runs / name).iterdir()}
-    assert names == {"config.json", "metrics.jsonl", "memory_tasks.png"}
+    assert names == {"checkpoints", "config.json", "metrics.jsonl", "memory_tasks.png"}
     assert (runs / name / "memory_tasks.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((runs / name / "config.json").read_text())["gru_learning_rate"] == 0.03
 

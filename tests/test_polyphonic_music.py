@@ -36,6 +36,10 @@ def read_records(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def read_scores(run):
+    return json.loads((run / "result.json").read_text())
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
@@ -62,7 +66,8 @@ def load_params(run):
 
 def test_run_leaves_all_its_files(run):
     assert {path.name for path in run.iterdir()} == {
-        "config.json", "metrics.jsonl", "weights.npz", "loss.png", "pianoroll.png",
+        "checkpoints", "config.json", "metrics.jsonl", "weights.npz", "loss.png", "pianoroll.png",
+        "result.json",
     }  # fmt: skip
     for name in ("loss.png", "pianoroll.png"):
         assert (run / name).read_bytes().startswith(b"\x89PNG")
@@ -72,14 +77,14 @@ def test_run_leaves_all_its_files(run):
 
 
 def test_run_learns_chords_that_the_shares_of_the_keys_do_not_tell(run):
-    *records, scores = read_records(run)
+    records, scores = read_records(run), read_scores(run)
     assert [record["epoch"] for record in records] == list(range(26))
     assert scores["test_nll"] < 0.2 * scores["shares_test_nll"]
     assert records[-1]["loss"] < 0.3 * records[1]["loss"]
 
 
 def test_weights_kept_are_those_of_the_best_epoch_on_validation(run):
-    *records, scores = read_records(run)
+    records, scores = read_records(run), read_scores(run)
     best = min(records, key=lambda record: record["validation_nll"])
     assert scores["best_epoch"] == best["epoch"] > 0
     _, valid_rolls, test_rolls = made_up_splits()
@@ -102,7 +107,8 @@ def test_first_prediction_is_nearly_the_share_of_each_key():
 
 def test_same_seed_and_chords_give_the_same_metrics_from_a_file_and_drawn(run, second_run):
     def numbers(run):
-        return [{k: v for k, v in r.items() if k != "seconds"} for r in read_records(run)]
+        records = [{k: v for k, v in r.items() if k != "seconds"} for r in read_records(run)]
+        return records, read_scores(run)
 
     assert numbers(run) == numbers(second_run)
     assert json.loads((second_run / "config.json").read_text())["data_sha256"] is None
@@ -264,17 +270,27 @@ def test_verified_download_is_read_from_the_cache(tmp_path, monkeypatch):
         path.unlink(missing_ok=True)  # the second time the cache is all there is
 
 
-def test_run_that_diverges_keeps_its_best_weights(tmp_path, monkeypatch, capsys):
-    def make_train_step(loss_fn, optimizer):
-        def train_step(state, batch):
-            raise jaxgru.NonFiniteError("fit: not finite.", state)
+def test_run_that_diverges_keeps_its_last_good_and_its_best_state(tmp_path, monkeypatch, capsys):
+    make_train_step = jaxgru.make_train_step
 
-        return train_step
+    def poisoned(loss_fn, optimizer):
+        train_step = make_train_step(loss_fn, optimizer)
 
-    monkeypatch.setattr(jaxgru, "make_train_step", make_train_step)
+        def step(state, batch):
+            xs, lengths = batch
+            return train_step(state, (xs * np.float32(np.nan if state.step >= 3 else 1), lengths))
+
+        return step
+
+    monkeypatch.setattr(jaxgru, "make_train_step", poisoned)
     assert polyphonic_music.main(["--smoke", "--out", str(tmp_path / "run")]) == 1
-    assert "polyphonic_music: fit: not finite. The best so far" in capsys.readouterr().err
-    assert load_params(tmp_path / "run").w.shape == (48, 88)
+    folder = tmp_path / "run" / "checkpoints"
+    shown = capsys.readouterr().err
+    assert "polyphonic_music: fit: loss, gradient or parameters were not finite in the" in shown
+    assert f"the parameters are as before them, and are in {folder}" in shown
+    best, latest = (jaxgru.find_checkpoint(folder, which) for which in ("best", "latest"))
+    assert best is not None and latest is not None
+    assert best.step == 3 and latest.step >= 13
 
 
 @pytest.mark.parametrize(

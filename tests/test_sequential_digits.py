@@ -41,7 +41,9 @@ def read_metrics(run):
 
 def test_run_leaves_its_files_and_a_record_an_epoch(run):
     names = {path.name for path in run.iterdir()}
-    assert names == {"accuracy.png", "config.json", "digits.png", "metrics.jsonl", "result.json"}
+    assert names == {
+        "accuracy.png", "checkpoints", "config.json", "digits.png", "metrics.jsonl", "result.json",
+    }  # fmt: skip
     for name in ("accuracy.png", "digits.png"):
         assert (run / name).read_bytes().startswith(b"\x89PNG")
     config = json.loads((run / "config.json").read_text())

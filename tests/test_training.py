@@ -137,7 +137,7 @@ def run_fit(num_updates=7, batches=None, optimizer=None, value=0.0, **options):
 
 
 def test_loop_makes_every_update_and_records_means():
-    state, records = run_fit(log_every=3, items_per_update=4, items_name="rows")
+    state, records, _ = run_fit(log_every=3, items_per_update=4, items_name="rows")
     np.testing.assert_allclose(state.params["p"], 1 - 0.5**7)  # the distance halves
     assert [record["update"] for record in records] == [3, 6, 7]
     losses = [0.25**i for i in range(7)]  # 1/2 * 2 * (0.5^i)^2
@@ -171,12 +171,12 @@ def test_loop_stops_after_ten_bad_updates_in_a_row_with_the_last_good_state(log_
 
 def test_bad_updates_that_are_not_in_a_row_are_survived():
     batches = [jnp.full(2, jnp.nan), jnp.ones(2)] * 15
-    assert run_fit(30, batches, log_every=7)[1][-1]["skipped"] == 15
+    assert run_fit(30, batches, log_every=7).records[-1]["skipped"] == 15
 
 
 def test_nine_bad_updates_are_survived():
     batches = [jnp.full(2, jnp.nan)] * 9 + [jnp.ones(2)] * 3
-    state, records = run_fit(12, batches, log_every=1)
+    state, records, _ = run_fit(12, batches, log_every=1)
     assert records[-1]["skipped"] == 9
     np.testing.assert_allclose(state.params["p"], 1 - 0.5**3)
 
@@ -269,7 +269,7 @@ def test_file_has_the_permissions_of_any_new_file(tmp_path):
 
 def test_pickled_objects_are_not_loaded(tmp_path):
     np.savez(tmp_path / "evil.npz", jaxgru=np.array({"code": print}, dtype=object))
-    with pytest.raises(ValueError, match="must be a whole 'jaxgru arrays 1' file"):
+    with pytest.raises(ValueError, match="must be a whole 'jaxgru arrays 2' file"):
         load_arrays(tmp_path / "evil.npz", {})
 
 
@@ -297,5 +297,144 @@ def test_batches_may_be_none_for_a_loss_that_draws_its_own():
 
     state = init_train_state(jnp.zeros(2), optimizer, key=jax.random.key(0))
     train_step = make_train_step(loss_fn, optimizer)
-    state, records = fit(train_step, state, [None] * 3, num_updates=3, progress=False)
+    state, records, _ = fit(train_step, state, [None] * 3, num_updates=3, progress=False)
     assert int(state.step) == 3 and records[-1]["update"] == 3
+
+
+def linear(params, carry, batch, key):
+    """A loss whose gradient is the batch; the carry counts, and the metric draws."""
+    return jnp.sum(params["p"] * batch), (carry + 1, {"draw": jax.random.uniform(key)})
+
+
+def gradient_step(**options):
+    """What an update subtracts from parameters of zero, at learning rate 1."""
+    optimizer = optax.sgd(1.0)
+    step = make_train_step(options.pop("loss_fn", linear), optimizer, donate=False, **options)
+    return lambda batch: step(start(optimizer), jnp.asarray(batch, jnp.float32))
+
+
+@pytest.mark.parametrize(
+    ("options", "gradient", "clipped"),
+    [
+        ({"clip_norm": 1.0}, [3.0, 4.0], [0.6, 0.8]),
+        ({"clip_norm": 5.0}, [3.0, 4.0], [3.0, 4.0]),
+        ({"clip_norm": 5.0}, [0.0, 0.0], [0.0, 0.0]),
+        ({"clip_norm": 1.0}, [1e30, 0.0], [1.0, 0.0]),
+        ({"clip_norm": 1.0}, [-3e30, 4e30], [-0.6, 0.8]),
+        ({"clip_norm": 2.0}, [2e38, 2e38], [2**0.5, 2**0.5]),
+        ({"clip_norm": 1.0}, [3e-38, 4e-38], [3e-38, 4e-38]),
+        ({"clip_value": 2.0}, [1e30, -1.0], [2.0, -1.0]),
+        ({"clip_value": 3.0, "clip_norm": 1.0}, [3.0, -1e30], [0.5**0.5, -(0.5**0.5)]),
+    ],
+)
+def test_clipped_gradient_keeps_its_direction_however_large(options, gradient, clipped):
+    state, metrics = gradient_step(**options)(gradient)
+    np.testing.assert_allclose(-state.params["p"], clipped, rtol=1e-6)
+    norm = np.linalg.norm(np.asarray(gradient, np.float64))
+    np.testing.assert_allclose(metrics["gradient_norm"], norm, rtol=1e-6)
+    assert int(state.skipped) == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"clip_norm": 1.0}, {"clip_value": 1.0}])
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+def test_no_clip_makes_a_number_of_what_is_none(options, poison):
+    state, _ = gradient_step(**options)([1.0, poison])
+    np.testing.assert_array_equal(state.params["p"], [0.0, 0.0])
+    assert int(state.skipped) == 1
+
+
+def test_accumulated_gradient_is_the_mean_over_parts_taken_one_after_another():
+    parts = [[1.0, 2.0], [3.0, 6.0], [5.0, 1.0]]
+
+    def loss_fn(params, carry, batch, key):
+        return jnp.sum(params["p"] * batch) * (1 + carry), (
+            carry + 1, {"carry": carry, "draw": jax.random.uniform(key)}
+        )  # fmt: skip
+
+    state, metrics = gradient_step(loss_fn=loss_fn, accumulate=3)(parts)
+    wanted = np.mean([np.array(part) * (1 + i) for i, part in enumerate(parts)], axis=0)
+    np.testing.assert_allclose(-state.params["p"], wanted, rtol=1e-6)
+    assert (float(state.carry), float(metrics["carry"]), int(state.step)) == (3.0, 1.0, 1)
+    key = jax.random.split(jax.random.split(jax.random.key(0))[1], 3)
+    draws = np.mean([jax.random.uniform(k) for k in key])
+    np.testing.assert_allclose(metrics["draw"], draws, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"batch must have the 3 parts of .*, got shape \[2, 2\]"):
+        gradient_step(accumulate=3)([[1.0, 2.0], [3.0, 6.0]])
+
+
+def test_one_bad_part_skips_the_whole_update():
+    state, _ = gradient_step(accumulate=2)([[1.0, 2.0], [np.nan, 6.0]])
+    np.testing.assert_array_equal(state.params["p"], [0.0, 0.0])
+    assert (int(state.skipped), float(state.carry)) == (1, 0.0)
+
+
+def test_loss_is_computed_in_the_dtype_asked_for_and_all_else_keeps_its_own():
+    seen = {}
+
+    def loss_fn(params, carry, batch, key):
+        seen.update(params=params["p"].dtype, carry=carry.dtype, batch=batch.dtype)
+        return jnp.sum(params["p"] * batch), (carry + 1, {"half": batch[0]})
+
+    state, metrics = gradient_step(loss_fn=loss_fn, compute_dtype=jnp.bfloat16)([1.00390625, 2.0])
+    assert set(seen.values()) == {jnp.dtype(jnp.bfloat16)}
+    assert {leaf.dtype for leaf in (state.params["p"], state.carry)} == {jnp.dtype(jnp.float32)}
+    assert {metrics[name].dtype for name in ("loss", "half", "gradient_norm")} == {
+        jnp.dtype(jnp.float32)
+    }
+    np.testing.assert_array_equal(-state.params["p"], [1.0, 2.0])  # the batch in bfloat16
+
+
+def test_scaled_loss_saves_float16_gradients_from_underflow():
+    def loss_fn(params, carry, batch, key):
+        return jnp.sum(params["p"] * batch * jnp.float16(2**-4)), (carry, {})
+
+    options = {"loss_fn": loss_fn, "compute_dtype": jnp.float16}
+    lost, _ = gradient_step(**options)([2e-7, 2e-6])
+    kept, _ = gradient_step(**options, loss_scale=2.0**12)([2e-7, 2e-6])
+    assert float(lost.params["p"][0]) == 0.0
+    # 2e-7 is 3 times 2^-24, the least number of float16; its 2^-4th part is none.
+    np.testing.assert_allclose(-kept.params["p"][0], 3 * 2.0**-28, rtol=1e-3)
+
+
+def test_average_follows_the_parameters_and_misses_what_was_skipped():
+    optimizer = optax.sgd(1.0)
+    step = make_train_step(linear, optimizer, average_decay=0.75, donate=False)
+    params = {"p": jnp.array([8.0, 0.0])}
+    state = init_train_state(
+        params, optimizer, key=jax.random.key(0), carry=jnp.float32(0), average=True
+    )
+    np.testing.assert_array_equal(state.average["p"], [8.0, 0.0])
+    expected = np.array([8.0, 0.0])
+    for batch in ([4.0, 0.0], [np.nan, 1.0], [0.0, 2.0]):
+        state, _ = step(state, jnp.array(batch))
+        if np.isfinite(batch).all():
+            expected = 0.75 * expected + 0.25 * np.asarray(state.params["p"])
+        np.testing.assert_allclose(state.average["p"], expected, rtol=1e-6)
+    assert int(state.skipped) == 1
+
+
+def test_average_and_its_decay_go_together():
+    optimizer = optax.sgd(1.0)
+    with pytest.raises(ValueError, match="must go together, got a state with none; give init_tra"):
+        make_train_step(quadratic, optimizer, average_decay=0.5)(start(optimizer), jnp.ones(2))
+    state = init_train_state({"p": jnp.ones(2)}, optimizer, key=jax.random.key(0), average=True)
+    with pytest.raises(ValueError, match=r"average_decay=None must .* a state with one; give"):
+        make_train_step(quadratic, optimizer)(state, jnp.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"accumulate": 0}, ValueError, "accumulate must be at least 1, got 0"),
+        ({"accumulate": 2.0}, TypeError, "accumulate must be an integer, got 2.0"),
+        ({"clip_norm": 0.0}, ValueError, "clip_norm must be above 0 or None, got 0.0"),
+        ({"clip_value": np.nan}, ValueError, "clip_value must be above 0 or None, got nan"),
+        ({"compute_dtype": jnp.int32}, TypeError, "compute_dtype must be a floating dtype"),
+        ({"loss_scale": 0.0}, ValueError, "loss_scale must be finite and above 0, got 0.0"),
+        ({"loss_scale": np.inf}, ValueError, "loss_scale must be finite and above 0, got inf"),
+        ({"average_decay": 1.0}, ValueError, "average_decay must be at least 0 and below 1"),
+    ],
+)
+def test_bad_option_of_the_train_step_is_refused(options, error, match):
+    with pytest.raises(error, match=f"make_train_step: {match}"):
+        make_train_step(quadratic, optax.sgd(1.0), **options)

@@ -60,8 +60,9 @@ def parse_args(argv):
     add("--rnn-learning-rate", type=float, default=0.003, help="falls to 0 by a cosine")
     add("--clip-norm", type=float, default=1.0)
     add("--seed", type=int, default=0)
+    runs.add_run_options(parser)
     parser.set_defaults(**(SMOKE if parser.parse_known_args(argv)[0].smoke else {}))
-    args = parser.parse_args(argv)
+    args = runs.take_options(parser, argv)
     least = dict.fromkeys(("adding_updates", "text_updates", "hidden_size", "batch_size"), 1)
     least |= {"num_steps": 2, "seed": 0}
     for name, value in vars(args).items():
@@ -84,13 +85,9 @@ def main(argv=None):
 def run_all(args):
     inspected = inspect_run(args) if args.run else None  # before a folder is made
     text = None if args.run else load_text(args)
-    run = runs.make_run_folder("gradient_flow", args.out, vars(args))
+    run = runs.open_run("gradient_flow", args)
     print(runs.describe_device(), flush=True)
-    try:
-        tasks = inspected or train_tasks(args, run, text)
-    except jaxgru.NonFiniteError as error:
-        print(f"gradient_flow: {error}", file=sys.stderr)
-        return 1
+    tasks = inspected or train_tasks(args, run, text)
     found = {"tasks": tasks, "cases": observe.saturation_cases(args.seed)}
     found |= {"device": runs.describe_device(), "options": vars(args)}
     runs.write_json(run / "gradient_flow.json", found)
@@ -121,20 +118,15 @@ def train_tasks(args, run, text):
         found[name] = {"title": TITLES[name], "models": {}}
         for model in memory_tasks.MODELS:
             print(f"{name}, T={args.num_steps}, {model}", flush=True)
-
-            def keep(state, record, name=name, model=model):
-                runs.append_metrics(run, {"task": name, "model": model, **record})
-
+            fields = {"task": name, "length": args.num_steps, "model": model}
             seed = [args.seed, number, args.num_steps]
-            *networks, records = memory_tasks.train_model(
-                args, task, args.num_steps, model, num_updates, seed, keep
-            )
+            *networks, last = memory_tasks.train_model(args, run, fields, task, num_updates, seed)
             count = count_sequences(args.num_steps, args.hidden_size)
             xs, targets = task.draw(np.random.default_rng([*seed, 1]), args.num_steps, count)
             loss_fn = LastLoss(task, targets[-1:])
             seen = [observe.observe(as_network(params), xs, loss_fn) for params in networks]
             found[name]["models"][model] = {
-                "test_loss": records[-1]["test_loss"], "baseline": task.baseline,
+                "test_loss": last["test_loss"], "baseline": task.baseline,
                 "before": seen[0], "after": seen[1],
             }  # fmt: skip
     return found

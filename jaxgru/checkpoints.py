@@ -1,0 +1,264 @@
+"""Checkpoints of a training state: whole, verified, of this run, and one run to a folder.
+
+A folder holds `step-00000120.npz` for each checkpoint kept, or with Orbax a folder
+`step-00000120.orbax` beside a `step-00000120.json`, and `lock`. A checkpoint is its arrays and a
+manifest: the format's version, dtypes, a sha256 of every array (of every file, with Orbax), what
+the caller says of the run, and the step that was best so far.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+import re
+import warnings
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jaxgru.arguments import require_choice, require_count
+from jaxgru.array_files import is_key, load_arrays, read_metadata, save_arrays
+from jaxgru.sharded_files import (
+    load_sharded,
+    read_sharded_metadata,
+    remove_sharded,
+    save_sharded,
+    wait_for_all,
+)
+from jaxgru.whole_files import remove_leftovers
+
+Format = Literal["npz", "orbax"]
+FORMATS = ("npz", "orbax")
+
+
+class Checkpoint(NamedTuple):
+    """One that is whole."""
+
+    path: pathlib.Path
+    step: int
+    run: dict[str, Any]  # what the caller said of the run
+    loop: dict[str, Any]  # counters of the loop that wrote it
+    best_step: int | None
+
+
+def save_checkpoint(
+    folder: str | os.PathLike,
+    step: int,
+    state: Any,
+    *,
+    run: dict[str, Any] | None = None,
+    loop: dict[str, Any] | None = None,
+    best_step: int | None = None,
+    keep: int = 3,
+    format: Format = "npz",
+) -> pathlib.Path:
+    """Writes a state whole or not at all, then removes all but the last `keep` and the best.
+
+    In several processes all must call it, on one shared folder: with "npz" the arrays are gathered
+    and process 0 writes them, with "orbax" each process writes the parts that it holds. It returns
+    where the checkpoint is on the disk. Equal states and facts make equal bytes ("npz").
+
+    Args:
+      folder: made where it is missing.
+      step: its number, at least 0; an earlier checkpoint of that number is replaced.
+      state: pytree of arrays, keys among them.
+      run: JSON facts that must be the same when it is loaded: configuration, a vocabulary's sha256.
+      loop: JSON facts that may differ, for whoever goes on.
+      best_step: the step of the checkpoint to keep for being best.
+      keep: how many of the last are kept.
+      format: "npz" for arrays that one host can hold, "orbax" (extra `orbax`) for larger ones.
+
+    Returns:
+      The path of the new checkpoint.
+
+    Raises:
+      OSError: it cannot be written; the folder is as it was.
+      ValueError: step or keep are too small, format is unknown, a fact is none that JSON has.
+      TypeError: step or keep are no integers, or a fact is none that JSON has.
+      ImportError: format is "orbax" and Orbax is missing.
+
+    Cost: one copy of the state on the host, its sha256, one write and fsync.
+    """
+    require_count("save_checkpoint", "step", step, least=0)
+    require_count("save_checkpoint", "keep", keep)
+    require_choice("save_checkpoint", "format", format, FORMATS)
+    facts = {"step": step, "run": run or {}, "loop": loop or {}, "best_step": best_step}
+    folder = pathlib.Path(folder)
+    path = folder / f"step-{step:08}.{format}"
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+    if format == "orbax":
+        save_sharded(path, state, facts)
+    else:
+        whole = _gathered(state)
+        if jax.process_index() == 0:
+            save_arrays(path, whole, facts)
+    if jax.process_index() == 0:
+        _prune(folder, keep, {step, best_step})
+    wait_for_all(f"checkpoint {step}")
+    return path
+
+
+def find_checkpoint(
+    folder: str | os.PathLike, which: Literal["latest", "best"] = "latest"
+) -> Checkpoint | None:
+    """The newest checkpoint of a folder that is whole, or the one that the newest calls the best.
+
+    Each is read and verified, newest first; one that is damaged or torn is left where it is,
+    skipped, and named in a warning. Other files and folders are not looked at.
+
+    Args:
+      folder: as given to `save_checkpoint`; it may be missing.
+      which: "latest" or "best".
+
+    Returns:
+      The Checkpoint, or None where there is none.
+
+    Raises:
+      OSError: the folder cannot be read.
+      ValueError: which is unknown.
+
+    Cost: one read of the checkpoint and its sha256.
+    """
+    require_choice("find_checkpoint", "which", which, ("latest", "best"))
+    latest = _first_whole(_numbered(folder))
+    if which == "latest" or latest is None:
+        return latest
+    return _first_whole([(n, p) for n, p in _numbered(folder) if n == latest.best_step])
+
+
+def load_checkpoint(
+    path: str | os.PathLike, like: Any, *, run: dict[str, Any] | None = None
+) -> Any:
+    """The state of a checkpoint, laid out over devices as `like` is.
+
+    Args:
+      path: of the checkpoint.
+      like: a state of the same structure, shapes and dtypes; the layout that the checkpoint was
+        written under does not matter.
+      run: the facts that it must have been saved with; None for any.
+
+    Returns:
+      The state.
+
+    Raises:
+      OSError: it cannot be read.
+      ValueError: it is damaged, or of another model or run; every difference is named.
+      ImportError: it is of Orbax, which is missing.
+
+    Cost: one read and its sha256.
+    """
+    path = pathlib.Path(path)
+    facts = _read_facts(path)
+    if run is not None:
+        require_same_run(path, facts["run"], run)
+    return load_sharded(path, like) if path.suffix == ".orbax" else load_arrays(path, like)
+
+
+def require_same_run(path: pathlib.Path, saved: dict[str, Any], run: dict[str, Any]) -> None:
+    """ValueError that names every fact in which a checkpoint is of another run."""
+    run = json.loads(json.dumps(run))
+    differences = [
+        f"{name} must be {_short(run.get(name))}, got {_short(saved.get(name))}"
+        for name in sorted({*saved, *run})
+        if saved.get(name) != run.get(name)
+    ]
+    if differences:
+        raise ValueError(
+            f"load_checkpoint: {path} is of another run: {'; '.join(differences)}. Resume with "
+            "what it was made with, or give a new folder."
+        )
+
+
+@contextlib.contextmanager
+def locked(folder: str | os.PathLike) -> Iterator[None]:
+    """Holds a folder for this process alone; OSError where a living process holds it.
+
+    The lock is the kernel's: it goes with the process, however that ends.
+    """
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(descriptor, 20).decode(errors="replace").strip()
+            raise OSError(
+                f"{folder} is in use by the run of process {holder}; wait for its end or give "
+                "another folder"
+            ) from None
+        os.truncate(descriptor, 0)
+        os.write(descriptor, f"{os.getpid()}\n".encode())
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _short(value):
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _numbered(folder):
+    """[(step, path)] of all that is named as a checkpoint, newest first."""
+    folder = pathlib.Path(folder)
+    if not folder.exists():
+        return []
+    found = [(_NAME.fullmatch(path.name), path) for path in folder.iterdir()]
+    return sorted(((int(m[1]), path) for m, path in found if m), reverse=True)
+
+
+def _first_whole(numbered):
+    """The first that is whole; a warning for each before it."""
+    for step, path in numbered:
+        try:
+            facts = _read_facts(path)
+            if facts["step"] != step:
+                raise ValueError(f"{path} holds step {facts['step']}")
+            return Checkpoint(path, step, facts["run"], facts["loop"], facts["best_step"])
+        except (ValueError, KeyError, OSError) as error:
+            warnings.warn(f"checkpoint skipped: {error}", stacklevel=3)
+    return None
+
+
+def _read_facts(path):
+    return read_sharded_metadata(path) if path.suffix == ".orbax" else read_metadata(path)
+
+
+def _prune(folder, keep, kept):
+    """Removes all but the last `keep`, those in `kept`, and what a killed writer left."""
+    for number, (step, path) in enumerate(_numbered(folder)):
+        if number >= keep and step not in kept:
+            with contextlib.suppress(OSError):  # a foreign folder of that name, say
+                _remove(path)
+    remove_leftovers(folder)
+
+
+def _remove(path):
+    remove_sharded(path) if path.suffix == ".orbax" else path.unlink()
+
+
+def _gathered(state):
+    """The state with every array whole in this process."""
+    if jax.process_count() == 1:
+        return state
+
+    def gather(leaf):
+        if is_key(leaf):
+            data = gather(jax.random.key_data(leaf))
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+        if leaf.is_fully_addressable:
+            return leaf
+        if leaf.is_fully_replicated:
+            return np.asarray(leaf.addressable_data(0))
+        return multihost_utils.process_allgather(leaf, tiled=True)
+
+    return jax.tree.map(gather, state)
+
+
+_NAME = re.compile(r"step-(\d{8,})\.(?:npz|orbax)")

@@ -1,0 +1,410 @@
+"""The loop around a train step: records, evaluation, early stopping, checkpoints, signals."""
+
+import contextlib
+import math
+import pathlib
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jaxgru.arguments import require_choice, require_count
+from jaxgru.checkpoints import (
+    Checkpoint,
+    Format,
+    find_checkpoint,
+    load_checkpoint,
+    locked,
+    save_checkpoint,
+)
+from jaxgru.logs import Callback, Resumable
+from jaxgru.training import TrainState, TrainStep
+
+
+class NonFiniteError(FloatingPointError):
+    """Training stopped because updates in a row were not finite; `state` is the last good one."""
+
+    def __init__(self, message: str, state: TrainState):
+        super().__init__(message)
+        self.state = state
+
+
+class Interrupted(SystemExit):
+    """A signal stopped `fit` after a whole update, which was saved first.
+
+    Uncaught, it ends the process with the code 128 + the signal's number: 143 for SIGTERM, 130 for
+    SIGINT (Ctrl-C).
+    """
+
+    def __init__(self, number: int, step: int, folder: pathlib.Path):
+        super().__init__(128 + number)
+        self.signal, self.step, self.folder = signal.Signals(number), step, folder
+
+    def __str__(self) -> str:
+        return f"stopped by {self.signal.name} after update {self.step}, which is in {self.folder}"
+
+
+class Monitor(NamedTuple):
+    """Which evaluation is best, and when there has been none for too long."""
+
+    metric: str  # one that `evaluate` returns
+    mode: Literal["min", "max"] = "min"
+    patience: int | None = None  # evaluations in a row without a better one that stop training
+    min_delta: float = 0.0  # how much better counts as better
+
+
+class Checkpoints(NamedTuple):
+    """Where, and how often, `fit` saves all that it needs to go on as if it had not stopped."""
+
+    folder: str | pathlib.Path
+    every: int  # updates
+    run: dict[str, Any] | None = None  # JSON facts that must be the same on resuming
+    resume: bool = False  # go on from the newest whole checkpoint, or begin where there is none
+    keep: int = 3  # of the last, and the best beside them
+    format: Format = "npz"
+
+
+class Fit(NamedTuple):
+    """What `fit` returns."""
+
+    state: TrainState  # after the last update
+    records: list[dict[str, Any]]  # of this call's updates
+    best: TrainState | None  # of the best evaluation so far; None without a monitor
+
+
+def fit(
+    train_step: TrainStep,
+    state: TrainState,
+    batches: Iterable[Any] | Callable[[int], Iterable[Any]],
+    *,
+    num_updates: int,
+    evaluate: Callable[[TrainState], dict[str, float]] | None = None,
+    evaluate_every: int | None = None,
+    monitor: Monitor | None = None,
+    checkpoints: Checkpoints | None = None,
+    callbacks: Iterable[Callback] = (),
+    log_every: int = 10,
+    items_per_update: int | None = None,
+    items_name: str = "items",
+    progress: bool = True,
+) -> Fit:
+    """Updates until state.step is num_updates, one batch each, and reports as it goes.
+
+    With checkpoints, a run that is killed at any point and resumed ends in the same bytes as one
+    that was not: parameters, optimizer state, key, carry, best evaluation, counters and the means
+    that were being taken, all are kept, and batches go on where they were. SIGTERM and SIGINT let
+    the update end, save, and raise `Interrupted`; a second signal acts as it would without `fit`.
+    In several processes SIGTERM to any of them stops all after the same update; process 0 alone
+    calls callbacks and shows the bar.
+
+    Args:
+      train_step: from `make_train_step`.
+      state: where to start; its buffers are donated by the train step.
+      batches: as many as there are updates, or more; or a function that gives them from the n-th
+        on, n counted from 0, which checkpoints need.
+      num_updates: the total, those that state.step counts among them; at least 1.
+      evaluate: evaluate(state) -> dict, called every evaluate_every updates and after the last.
+      evaluate_every: updates between evaluations, with a record each; None for the end alone.
+      monitor: keep the best state by an evaluation, and stop early where it has a patience.
+      checkpoints: save the state; after every best evaluation too.
+      callbacks: each is called with (state, record) whenever a record is made, e.g. a `JsonLines`.
+        Copy what is kept: the state's buffers are donated to the next update.
+      log_every: updates between records; the loop waits for the device only then.
+      items_per_update: items of a batch, for records of their rate.
+      items_name: what the items are, e.g. "characters".
+      progress: a bar by tqdm, which the extra `experiments` installs.
+
+    Returns:
+      Fit(state, records, best). A record is a dict of "update", "seconds" (of training, evaluations
+      left out), the means of the step's metrics since the last record ("skipped" is a total; values
+      that are not finite are left out of a mean), f"{items_name}_per_second", and what evaluate
+      returned.
+
+    Raises:
+      ValueError: batches ended early, a count is below 1, evaluate does not return the monitor's
+        metric, or the checkpoint is of another model or run.
+      TypeError: a count is no integer, or batches is no function and checkpoints are kept.
+      OSError: the folder of checkpoints is in use, holds another run, or cannot be written at the
+        start or the end; in between, that is warned of and training goes on.
+      NonFiniteError: the last ten updates or more were skipped as not finite. Checked when a record
+        is made; `state` of the error, which is saved, holds the parameters from before them.
+      Interrupted: a signal asked to stop.
+      ImportError: progress is asked for and tqdm is missing, or Orbax.
+    """
+    _require_arguments(locals())
+    callbacks = list(callbacks) if jax.process_index() == 0 else []
+    with contextlib.ExitStack() as stack:
+        loop, best, seconds = _Loop(int(state.skipped)), None, 0.0
+        if checkpoints is not None:
+            stack.enter_context(_opened(checkpoints))
+            if checkpoints.resume:
+                state, loop, best = _restore(checkpoints, state, loop)
+                seconds = _resume_callbacks(callbacks, int(state.step))
+        start = int(state.step)
+        if callable(batches):
+            batches = batches(start)
+        batches, records = iter(batches), []
+        meter = _Meter(loop, seconds, items_per_update, items_name)
+        asked_to_stop = stack.enter_context(_stop_signals(checkpoints is not None))
+        shown = progress and jax.process_index() == 0
+        bar = stack.enter_context(_progress_bar(start, num_updates, shown))
+        for update in range(start + 1, num_updates + 1):
+            if loop.is_exhausted(monitor):
+                break
+            batch = next(batches, _END)
+            if batch is _END:
+                raise ValueError(f"fit: batches must hold {num_updates}, got {update - 1}.")
+            state, metrics = train_step(state, batch)
+            loop.pending.append(metrics)
+            last = update == num_updates
+            due = last or (evaluate_every is not None and update % evaluate_every == 0)
+            improved, stop = False, asked_to_stop(update)
+            if due or update % log_every == 0:
+                record = meter.read(update)
+                if loop.in_row >= _MAX_SKIPPED_IN_ROW:
+                    _save(checkpoints, update, state, loop, required=False)
+                    saved = "" if checkpoints is None else f", and are in {checkpoints.folder}"
+                    raise NonFiniteError(
+                        "fit: loss, gradient or parameters were not finite in the last "
+                        f"{loop.in_row} updates, up to update {update}; the parameters are as "
+                        f"before them{saved}. Lower the learning rate.",
+                        state,
+                    )
+                if due and evaluate is not None:
+                    record.update(evaluate(state))
+                    improved = monitor is not None and loop.judge(monitor, record)
+                    if improved:
+                        best = jax.tree.map(jnp.copy, state)
+                records.append(record)
+                for callback in callbacks:
+                    callback(state, record)
+                bar(record)
+                meter.start()
+            ends = last or stop is not None or loop.is_exhausted(monitor)
+            if checkpoints is not None and (ends or improved or update % checkpoints.every == 0):
+                _save(checkpoints, update, state, loop, required=ends)
+            if stop is not None and checkpoints is not None:
+                raise Interrupted(stop, update, pathlib.Path(checkpoints.folder))
+    return Fit(state, records, best)
+
+
+_END = object()
+_MAX_SKIPPED_IN_ROW = 10
+
+
+class _Loop:
+    """What the loop knows beside the state: the best evaluation, skips, and means being taken."""
+
+    def __init__(self, skipped=0, in_row=0, pending=(), best=None, best_step=None, since_best=0):
+        self.skipped, self.in_row = skipped, in_row
+        self.pending: list[dict[str, Any]] = list(pending)
+        self.best, self.best_step, self.since_best = best, best_step, since_best
+
+    def facts(self):
+        """The same as JSON values; waits for the device."""
+        self.pending = [
+            {name: float(value) for name, value in metrics.items()}
+            for metrics in jax.device_get(self.pending)
+        ]
+        return vars(self)
+
+    def judge(self, monitor, record):
+        """Counts an evaluation; True where it is the best."""
+        if monitor.metric not in record:
+            raise ValueError(
+                f"fit: monitor.metric must be what evaluate returns, got {monitor.metric!r} and "
+                f"{sorted(record)}."
+            )
+        value = float(record[monitor.metric])
+        gain = -value if monitor.mode == "min" else value
+        before = self.best if monitor.mode == "max" or self.best is None else -self.best
+        first = before is None or (math.isnan(before) and not math.isnan(gain))
+        improved = first or gain > before + monitor.min_delta
+        if improved:
+            self.best, self.best_step, self.since_best = value, record["update"], 0
+        else:
+            self.since_best += 1
+        return improved
+
+    def is_exhausted(self, monitor):
+        return monitor is not None and self.since_best >= (monitor.patience or float("inf"))
+
+
+class _Meter:
+    """Loss, rate and skipped updates between two records."""
+
+    def __init__(self, loop, seconds, items_per_update, items_name):
+        self.loop, self.seconds, self.items_per_update = loop, seconds, items_per_update
+        self.rate, self.before = f"{items_name}_per_second", len(loop.pending)
+        self.began = time.perf_counter()
+
+    def start(self):
+        self.loop.pending, self.before, self.began = [], 0, time.perf_counter()
+
+    def read(self, update):
+        """The record up to this update; waits for the device."""
+        host = jax.device_get(self.loop.pending)
+        elapsed = time.perf_counter() - self.began
+        self.seconds += elapsed
+        record = {"update": update, "seconds": self.seconds}
+        for name in host[-1]:
+            values = np.asarray([metrics[name] for metrics in host], np.float64)
+            finite = values[np.isfinite(values)]
+            record[name] = float(finite.mean()) if finite.size else float("nan")
+        record["skipped"] = int(host[-1]["skipped"])
+        if self.items_per_update is not None:
+            count = len(host) - self.before  # of this call's updates
+            record[self.rate] = self.items_per_update * count / elapsed
+        for metrics in host:
+            self.loop.in_row = self.loop.in_row + 1 if metrics["skipped"] > self.loop.skipped else 0
+            self.loop.skipped = int(metrics["skipped"])
+        return record
+
+
+def _require_arguments(given):
+    """ValueError or TypeError where an argument of `fit` is unusable."""
+    checkpoints, monitor = given["checkpoints"], given["monitor"]
+    counts = {name: given[name] for name in ("num_updates", "log_every", "evaluate_every")}
+    if checkpoints is not None:
+        counts |= {"checkpoints.every": checkpoints.every, "checkpoints.keep": checkpoints.keep}
+        if not callable(given["batches"]):
+            raise TypeError(
+                "fit: batches must be a function that gives the batches from the n-th on where "
+                f"checkpoints are kept, got {type(given['batches']).__name__}."
+            )
+    if monitor is not None:
+        counts["monitor.patience"] = monitor.patience
+        require_choice("fit", "monitor.mode", monitor.mode, ("min", "max"))
+        if given["evaluate"] is None:
+            raise ValueError("fit: monitor must go with evaluate, which makes its metric.")
+    for name, value in counts.items():
+        if value is not None or name in ("num_updates", "log_every"):
+            require_count("fit", name, value)
+
+
+@contextlib.contextmanager
+def _opened(checkpoints) -> Iterator[None]:
+    """Holds the folder of checkpoints; OSError where it is in use or holds another run."""
+    if jax.process_index() != 0:
+        yield
+        return
+    with locked(checkpoints.folder):
+        if not checkpoints.resume and any(pathlib.Path(checkpoints.folder).glob("step-*")):
+            raise FileExistsError(
+                f"fit: {checkpoints.folder} holds the checkpoints of another run; resume it or "
+                "give another folder. Nothing was overwritten."
+            )
+        yield
+
+
+def _restore(checkpoints, state, loop):
+    """(state, loop, best state) of the newest checkpoint; as they were where there is none."""
+    found = find_checkpoint(checkpoints.folder)
+    if found is None:
+        return state, loop, None
+
+    def load(checkpoint: Checkpoint):
+        return load_checkpoint(checkpoint.path, state, run=checkpoints.run or {})
+
+    newest, loop = load(found), _Loop(**found.loop)
+    if loop.best_step is None:
+        return newest, loop, None
+    best = find_checkpoint(checkpoints.folder, "best")
+    if best is None:
+        warnings.warn(
+            f"fit: the best checkpoint, of update {loop.best_step}, is lost; the next evaluation "
+            "is taken for the best",
+            stacklevel=3,
+        )
+        loop.best, loop.best_step = None, None
+        return newest, loop, None
+    return newest, loop, load(best)
+
+
+def _resume_callbacks(callbacks, update):
+    """Seconds of training up to that update, by the logs."""
+    left = [callback.resume(update) for callback in callbacks if isinstance(callback, Resumable)]
+    return max((record.get("seconds", 0.0) for record in left if record), default=0.0)
+
+
+def _save(checkpoints, update, state, loop, *, required):
+    """Saves; a failure is an OSError where required, else a warning."""
+    if checkpoints is None:
+        return
+    try:
+        save_checkpoint(
+            checkpoints.folder, update, state, run=checkpoints.run, loop=loop.facts(),
+            best_step=loop.best_step, keep=checkpoints.keep, format=checkpoints.format,
+        )  # fmt: skip
+    except OSError as error:
+        message = f"fit: update {update} could not be saved in {checkpoints.folder}: {error}"
+        if required:
+            raise OSError(message) from error
+        warnings.warn(f"{message}; training goes on", stacklevel=3)
+
+
+@contextlib.contextmanager
+def _stop_signals(active) -> Iterator[Callable[[int], int | None]]:
+    """A function of the update that gives the number of the signal that asked to stop, or None."""
+    if not active:
+        yield lambda update: None
+        return
+    if jax.process_count() > 1:  # JAX tells every process of a SIGTERM to any, for the same update
+        sync = multihost_utils.reached_preemption_sync_point
+        yield lambda update: signal.SIGTERM if sync(update) else None
+        return
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda update: None  # Python handles signals in the main thread alone
+        return
+    received, before = [], {}
+
+    def restore():
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def receive(number, frame):
+        received.append(number)
+        restore()
+        name = signal.Signals(number).name
+        print(f"{name}: the update is finished and saved, then training stops", file=sys.stderr)
+
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before[number] = signal.signal(number, receive)
+        yield lambda update: received[0] if received else None
+    finally:
+        restore()
+
+
+@contextlib.contextmanager
+def _progress_bar(start, num_updates, shown):
+    """A function of a record that moves the bar, or one that does nothing."""
+    if not shown:
+        yield lambda record: None
+        return
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise ImportError(
+            "fit: progress=True needs tqdm; install jaxgru[experiments] or pass progress=False."
+        ) from error
+    values = {}
+
+    with tqdm(total=num_updates, initial=start, unit="update", dynamic_ncols=True) as bar:
+
+        def show(record):
+            hidden = {"update", "seconds", "gradient_norm"}
+            hidden |= set() if record["skipped"] else {"skipped"}
+            values.update({k: f"{v:.4g}" for k, v in record.items() if k not in hidden})
+            bar.update(record["update"] - bar.n)
+            bar.set_postfix(values)
+
+        yield show

@@ -1,0 +1,343 @@
+"""Runs that are stopped at any point and go on in the same bytes; early stopping; logs."""
+
+import json
+import os
+import pathlib
+import random
+import resource
+import signal
+import struct
+import subprocess
+import sys
+import time
+import warnings
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import survivor
+
+import jaxgru
+from jaxgru import Checkpoints, Interrupted, JsonLines, Monitor, TensorBoard
+
+
+class Crash(Exception):
+    """Stands for a death between two updates."""
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What a run leaves that nothing stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    with warnings.catch_warnings():
+        fitted = survivor.run(folder, resume=False)
+    return survivor.left_by(folder), fitted
+
+
+def params_of(state):
+    return [np.asarray(leaf).tobytes() for leaf in (state.params["w"], state.average["w"])]
+
+
+def test_run_has_skips_a_best_and_all_that_could_be_lost(whole):
+    (files, records), fitted = whole
+    assert len(files) in (3, 4) and "step-00000060.npz" in files
+    assert int(fitted.state.skipped) == 5 and 0 < int(fitted.best.step) < 60
+    assert [record["update"] for record in records][:5] == [4, 7, 8, 12, 14]
+    assert all(np.isfinite(record["loss"]) for record in records)
+
+
+@pytest.mark.parametrize("stop", range(1, survivor.NUM_UPDATES + 1))
+def test_run_stopped_after_any_update_goes_on_in_the_same_bytes(tmp_path, whole, stop, capsys):
+    def end(step):
+        if step == stop:
+            os.kill(os.getpid(), (signal.SIGTERM, signal.SIGINT)[stop % 2])
+
+    def crash(step):
+        if step == stop:
+            raise Crash
+
+    with pytest.raises(Interrupted) as stopped:
+        survivor.run(tmp_path / "signal", resume=False, on_update=end)
+    assert stopped.value.code == (143, 130)[stop % 2]
+    assert (tmp_path / "signal/checkpoints" / f"step-{stop:08}.npz").exists()
+    assert f"after update {stop}, which is in {tmp_path}" in str(stopped.value)
+    with pytest.raises(Crash):
+        survivor.run(tmp_path / "crash", resume=False, on_update=crash)
+    for name in ("signal", "crash"):
+        fitted = survivor.run(tmp_path / name)
+        files, records = survivor.left_by(tmp_path / name)
+        assert records == whole[0][1]
+        # Where the stop was saved, one checkpoint more than the others may be among the last.
+        assert files["step-00000060.npz"] == whole[0][0]["step-00000060.npz"]
+        best = f"step-{int(fitted.best.step):08}.npz"
+        assert files[best] == whole[0][0][best]
+        for kept in ("state", "best"):
+            assert params_of(getattr(fitted, kept)) == params_of(getattr(whole[1], kept))
+
+
+def test_run_that_has_ended_is_not_trained_on(tmp_path, whole):
+    survivor.run(tmp_path, resume=False)
+    before = survivor.left_by(tmp_path)
+
+    def crash(step):
+        raise Crash
+
+    fitted = survivor.run(tmp_path, on_update=crash)
+    assert fitted.records == [] and params_of(fitted.state) == params_of(whole[1].state)
+    assert params_of(fitted.best) == params_of(whole[1].best)
+    assert survivor.left_by(tmp_path) == before
+
+
+def test_killed_runs_end_in_the_bytes_of_a_run_that_was_not(tmp_path, whole):
+    """At least 20 rounds of kill -9, at random moments, also while a checkpoint is written."""
+    server = subprocess.Popen(
+        [sys.executable, survivor.__file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONWARNINGS": "ignore", "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    choose, kills, runs = random.Random(0), 0, 0
+    while kills < 20:
+        folder, ended = tmp_path / str(runs), False
+        folder.mkdir()
+        runs += 1
+        while not ended:
+            server.stdin.write(f"{folder}\n".encode())
+            server.stdin.flush()
+            updates, patience = 0, choose.randint(1, 25)
+            while True:
+                shown = server.stdout.read(1)
+                updates += shown == b"."
+                if shown == b"e":
+                    assert server.stdout.read(3) == b"nd\n"
+                    ended = True
+                    break
+                if updates >= patience:
+                    time.sleep(choose.uniform(0, 0.004))
+                    child = children(server.pid)
+                    os.kill(child[0], signal.SIGKILL) if child else None
+                    tail = server.stdout.readline()
+                    ended = tail.endswith(b"end\n")
+                    kills += not ended
+                    break
+        files, records = survivor.left_by(folder)
+        assert records == whole[0][1]
+        assert files["step-00000060.npz"] == whole[0][0]["step-00000060.npz"]
+        assert not list((folder / "checkpoints").glob("*.tmp"))
+    server.communicate(timeout=60)
+    assert server.returncode == 0
+    assert kills >= 20
+
+
+def children(pid):
+    return [int(n) for n in pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_second_signal_acts_as_it_always_did(tmp_path):
+    def twice(step):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        survivor.run(tmp_path, resume=False, on_update=twice)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_signals_are_left_alone_without_checkpoints_and_given_back_after(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    seen = []
+    options = {"on_update": lambda step: seen.append(signal.getsignal(signal.SIGTERM))}
+    survivor.run(tmp_path, checkpoints=None, num_updates=1, **options)
+    survivor.run(tmp_path, resume=False, num_updates=2, **options)
+    assert seen[0] is before and seen[1] is not before
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_second_run_in_a_folder_is_refused(tmp_path):
+    def run_again(step):
+        if step == 2:
+            survivor.run(tmp_path)
+
+    with pytest.raises(OSError, match=f"is in use by the run of process {os.getpid()}; wait"):
+        survivor.run(tmp_path, resume=False, on_update=run_again)
+
+
+def test_folder_of_another_run_is_never_written_to(tmp_path):
+    survivor.run(tmp_path, resume=False, num_updates=5)
+    before = survivor.left_by(tmp_path)
+    with pytest.raises(FileExistsError, match="holds the checkpoints of another run; resume it or"):
+        survivor.run(tmp_path, resume=False)
+    other = Checkpoints(tmp_path / "checkpoints", 5, {"a": 2}, resume=True)
+    with pytest.raises(ValueError, match="of another run: a must be 2, got 1"):
+        survivor.run(tmp_path, checkpoints=other)
+    assert survivor.left_by(tmp_path) == before
+
+
+def test_damaged_last_checkpoint_is_passed_over(tmp_path, whole):
+    survivor.run(tmp_path, resume=False, num_updates=40)
+    newest = max((tmp_path / "checkpoints").glob("step-*"))
+    newest.write_bytes(newest.read_bytes()[:-1])
+    with pytest.warns(UserWarning, match="checkpoint skipped: .*step-00000040.npz must be a whole"):
+        survivor.run(tmp_path)
+    assert survivor.left_by(tmp_path)[0].keys() == whole[0][0].keys()
+    last = "step-00000060.npz"
+    assert survivor.left_by(tmp_path)[0][last] == whole[0][0][last]
+
+
+def test_best_checkpoint_that_is_lost_is_told(tmp_path):
+    best = survivor.run(tmp_path, resume=False, num_updates=50).best
+    (tmp_path / "checkpoints" / f"step-{int(best.step):08}.npz").unlink()
+    with pytest.warns(UserWarning, match=f"best checkpoint, of update {int(best.step)}, is lost"):
+        fitted = survivor.run(tmp_path)
+    assert int(fitted.best.step) > 50
+
+
+def test_checkpoint_that_cannot_be_written_stops_no_training_but_the_end_does(tmp_path, whole):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(step):
+        room = 100 if 18 <= step < 32 else limit[0]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limit[1]))
+
+    try:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            survivor.run(tmp_path, resume=False, on_update=fill)
+        messages = [str(w.message) for w in told]
+        saves = [m for m in messages if m.startswith("fit: update ")]
+        logs = [m for m in messages if m.startswith("JsonLines: a record waits")]
+        assert len(saves) + len(logs) == len(messages) and len(saves) >= 3 and len(logs) >= 3
+        assert "fit: update 20 could not be saved in" in saves[0]
+        assert saves[0].endswith("File too large; training goes on")
+        assert survivor.left_by(tmp_path) == whole[0]
+        (tmp_path / "b").mkdir()
+        with (
+            pytest.raises(OSError, match=r"fit: update 20 could not be saved in .*too large"),
+            pytest.warns(UserWarning, match="JsonLines"),
+        ):
+            survivor.run(tmp_path / "b", resume=False, num_updates=20, on_update=fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    files, records = survivor.left_by(tmp_path / "b")
+    assert "step-00000015.npz" in files
+    assert [r["update"] for r in records] == [4, 7, 8, 12, 14, 16]
+
+
+@pytest.mark.parametrize(
+    ("monitor", "values", "stopped", "best"),
+    [
+        (Monitor("v", patience=2), [3, 2, 2, 2, 1, 0], 4, 2),
+        (Monitor("v", patience=2), [3, 2, 2, 1, 1, 1], 6, 4),
+        (Monitor("v", "max", patience=3), [1, 2, 0, 0, 1, 3], 5, 2),
+        (Monitor("v", patience=1, min_delta=0.5), [3, 2.6, 0, 0, 0, 0], 2, 1),
+        (Monitor("v", patience=4), [np.nan, np.nan, 5, np.nan, 6, 7], 6, 3),
+        (Monitor("v"), [1, 2, 3, 4, 5, 6], 6, 1),
+        (Monitor("v", "max"), [-1, -2, np.inf, 4, 5, 6], 6, 3),
+    ],
+)
+def test_training_stops_early_and_keeps_the_best(tmp_path, monitor, values, stopped, best):
+    for folder, pause in (("a", None), ("b", 2)):
+        left = dict(enumerate(values, 1))
+
+        def evaluate(state, left=left):
+            return {"v": left[int(state.step)]}
+
+        def stop(step, pause=pause):
+            if step == pause:
+                raise Crash
+
+        options = {"evaluate": evaluate, "evaluate_every": 1, "num_updates": 6, "every": 1}
+        options["monitor"] = monitor
+        if pause:
+            with pytest.raises(Crash):
+                survivor.run(tmp_path / folder, resume=False, on_update=stop, **options)
+        fitted = survivor.run(tmp_path / folder, **options)
+        assert (int(fitted.state.step), int(fitted.best.step)) == (stopped, best)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"monitor": Monitor("loss_")}, ValueError, r"must be what evaluate returns, got 'loss_'"),
+        ({"evaluate": None}, ValueError, "monitor must go with evaluate"),
+        ({"monitor": Monitor("far", "least")}, ValueError, "mode must be one of 'min', 'max'"),
+        ({"monitor": Monitor("far", patience=0)}, ValueError, "monitor.patience must be at least"),
+        ({"every": 0}, ValueError, "checkpoints.every must be at least 1, got 0"),
+    ],
+)
+def test_bad_argument_is_refused(tmp_path, options, error, match):
+    with pytest.raises(error, match=match):
+        survivor.run(tmp_path, resume=False, **options)
+
+
+def test_checkpoints_need_batches_that_can_be_found_again(tmp_path):
+    step, state = survivor.make_train_step()[0], survivor.make_state()
+    with pytest.raises(TypeError, match=r"batches must be a function .* from the n-th on .* list"):
+        jaxgru.fit(step, state, [1], num_updates=1, checkpoints=Checkpoints(tmp_path, 1))
+
+
+def test_log_drops_its_own_later_records_and_a_torn_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    logs = [JsonLines(path, model=name) for name in ("a", "b")]
+    for update in (1, 2, 3):
+        for log in logs:
+            log(None, {"update": update, "loss": np.inf if update == 2 else 1.5})
+    path.write_text(path.read_text() + '{"model": "b", "upd')
+    assert logs[0].resume(1) == {"model": "a", "update": 1, "loss": 1.5}
+    kept = [(record["model"], record["update"]) for record in jaxgru.read_json_lines(path)]
+    assert kept == [("a", 1), ("b", 1), ("b", 2), ("b", 3)]
+    assert json.loads(path.read_text().splitlines()[2]) == {"model": "b", "update": 2, "loss": None}
+    assert logs[0].resume(0) is None
+    assert JsonLines(tmp_path / "none.jsonl").resume(5) is None
+    assert not (tmp_path / "none.jsonl").exists()
+    path.write_text('{"update": 1}\nnot JSON\n{"update": 2}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl must hold one JSON object a line"):
+        jaxgru.read_json_lines(path)
+
+
+def events(folder):
+    """(step, tag, value) of each scalar in TensorBoard's files, and the steps where runs began."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found, starts = [], []
+    for path in sorted(folder.iterdir()):
+        content, position = path.read_bytes(), 0
+        while position < len(content):
+            (size,) = struct.unpack_from("<Q", content, position)
+            event = Event.FromString(content[position + 12 : position + 12 + size])
+            position += size + 16
+            found += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
+            if event.HasField("session_log"):
+                starts.append(event.step)
+    return found, starts
+
+
+def test_tensorboard_shows_the_records(tmp_path):
+    log = TensorBoard(tmp_path / "tb")
+    log(None, {"update": 4, "loss": 0.5, "note": "text"})
+    again = TensorBoard(tmp_path / "tb")
+    again.resume(4)
+    again(None, {"update": 8, "loss": 0.25})
+    log.writer.close()
+    again.writer.close()
+    scalars, starts = events(tmp_path / "tb")
+    assert sorted(scalars) == [(4, "loss", 0.5), (8, "loss", 0.25)]
+    assert starts == [5]
+
+
+def test_missing_tensorboard_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(ImportError, match=r"needs tensorboardX; install jaxgru\[tensorboard\]"):
+        TensorBoard(tmp_path)
+
+
+def test_update_counts_go_on_from_the_state():
+    step, state = survivor.make_train_step()[0], survivor.make_state()
+    given = list(survivor.batches(0))
+    options = {"progress": False, "log_every": 2}
+    first = jaxgru.fit(step, state, given[:4], num_updates=4, **options)
+    second = jaxgru.fit(step, first.state, given[4:], num_updates=8, **options)
+    assert [record["update"] for record in second.records] == [6, 8]
+    assert second.best is None and int(second.state.step) == 8
+    assert jnp.isfinite(second.state.params["w"]).all()

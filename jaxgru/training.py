@@ -24,6 +24,7 @@ import numpy as np
 import optax
 
 from jaxgru.arguments import require_count
+from jaxgru.layout import Layout
 from jaxgru.whole_files import write_whole
 
 Array = jax.Array
@@ -79,7 +80,11 @@ def init_train_state(
 
 
 def make_train_step(
-    loss_fn: LossFn, optimizer: optax.GradientTransformation, *, donate: bool = True
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    *,
+    donate: bool = True,
+    layout: Layout | None = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]:
     """One jitted optimizer update: train_step(state, batch) -> (state, metrics).
 
@@ -92,6 +97,8 @@ def make_train_step(
       loss_fn: loss_fn(params, carry, batch, key) -> (loss, (carry, metrics)).
       optimizer: from optax, with its clipping and schedule.
       donate: reuse the state's buffers for the new state; the old one is then gone.
+      layout: trains on its devices; give it states and batches that its `place_state` and
+        `place_batch` have laid there. None trains on one.
 
     Returns:
       The function. Its metrics are those of the loss, and "loss", "gradient_norm" (before any
@@ -111,9 +118,11 @@ def make_train_step(
     ([1.0, 1.0], 2.0)
     """
 
+    gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    gradient_fn = gradient_fn if layout is None else layout.wrap_gradient(gradient_fn)
+
     def train_step(state, batch):
         key, key_loss = jax.random.split(state.key)
-        gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, (carry, metrics)), grads = gradient_fn(state.params, state.carry, batch, key_loss)
         norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -130,6 +139,7 @@ def make_train_step(
         state = TrainState(params, opt_state, carry, key, state.step + 1, skipped)
         return state, {**metrics, "loss": loss, "gradient_norm": norm, "skipped": skipped}
 
+    train_step = train_step if layout is None else layout.wrap_step(train_step)
     return jax.jit(train_step, donate_argnums=(0,) if donate else ())
 
 

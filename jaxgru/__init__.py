@@ -24,7 +24,8 @@ The tour, from the equation outwards:
   `jaxgru.onnx_models`: `write_onnx`. `jaxgru.weight_files`: `save_weights`, `load_weights` and
   `read_safetensors`, with spec, sizes and sha256.
 * `jaxgru.training`: `make_train_step` and `fit` train any loss with optax; `save_arrays` and
-  `load_arrays` keep weights in files that run no code.
+  `load_arrays` keep weights in files that run no code. `jaxgru.layout`: a `Layout` trains on a mesh
+  of devices, in one process or several.
 
 >>> import jax, jax.numpy as jnp, jaxgru
 >>> params = jaxgru.init_gru(jax.random.key(0), 2, 3)
@@ -79,6 +80,7 @@ from jaxgru.layers import (
     init_state,
     init_taps,
 )
+from jaxgru.layout import Layout
 from jaxgru.losses import bernoulli_loss, categorical_loss, squared_loss
 from jaxgru.masks import length_mask, resets_from_dones
 from jaxgru.models import (
@@ -123,6 +125,7 @@ __all__ = [
     "GradientReport",
     "GradientRow",
     "Imported",
+    "Layout",
     "LoadedWeights",
     "NonFiniteError",
     "OnnxGRU",

@@ -50,9 +50,8 @@ class Layout:
       ValueError: an axis is not one of the mesh, or a process has no device in it.
 
     Cost: for an update on n devices each sends about 2(n-1)/n times the bytes of the gradient, with
-    `hidden` half as much again. The sum over devices happens once, after the loop over time, where
-    `gru` treats all of time at once: pass it chunk_size=T (it does so unasked up to T B H = 2^18),
-    for each chunk has a sum of its own. `gradient="autodiff"` has one a time step.
+    `hidden` half as much again. With `gru` that is one sum, after the loop over time; every chunk
+    has its own where chunk_size is set, every time step where gradient="autodiff".
 
     >>> layout = Layout(jax.make_mesh((1,), ("data",)), batch_axes=(1, None))
     >>> layout.process_rows(32)
@@ -190,6 +189,9 @@ class Layout:
         @functools.wraps(gradient_fn)
         def wrapped(params, *arguments):
             result, grads = gradient_fn(self.gather(params), *arguments)
+            # First the sum over devices, then each one's share: the compiler makes one of the two
+            # where it can, and where it cannot would send every device the states of all rows.
+            grads = self.gather(grads)
             return result, jax.tree.map(_move, grads, self._shares(grads))
 
         return wrapped

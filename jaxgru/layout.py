@@ -18,6 +18,7 @@ An ensemble wants no layout: its members go side by side under `jax.vmap`, and n
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -115,7 +116,7 @@ class Layout:
             )
         places = self._rows_at(0).addressable_devices_indices_map((batch_size,)).values()
         shards = sorted({index[0].indices(batch_size)[:2] for index in places if index})
-        if any(stop != start for (_, stop), (start, _) in zip(shards, shards[1:])):
+        if any(stop != start for (_, stop), (start, _) in itertools.pairwise(shards)):
             raise ValueError(
                 f"Layout.process_rows: mesh must give a process rows without gaps, got {shards}; "
                 "make it of jax.devices(), in their order."
@@ -283,7 +284,7 @@ class Layout:
 
 def _place(leaf, sharding):
     """A copy of the leaf on the mesh, each device reading its part."""
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         bits = _place(jax.random.key_data(leaf), sharding)
         return jax.random.wrap_key_data(bits, impl=jax.random.key_impl(leaf))
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:

@@ -43,15 +43,14 @@ def make_state(dtype=jnp.float32):
     """(state, optimizer) before the first update."""
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.5, momentum=0.9))
 
-    @jax.jit
-    def init(key):
-        params = jaxgru.init_token_model(
-            key, VOCAB_SIZE, HIDDEN_SIZE, embedding_size=4, scheme="pytorch", dtype=dtype
-        )
-        h0 = jaxgru.init_state(params.layers, (BATCH_SIZE,))
-        return jaxgru.init_train_state(params, optimizer, key=jax.random.key(1), carry=h0)
+    def init(key):  # its form alone: drawing from it would take longer to compile than the updates
+        return jaxgru.init_token_model(key, VOCAB_SIZE, HIDDEN_SIZE, embedding_size=4, dtype=dtype)
 
-    return init(jax.random.key(0)), optimizer
+    draw = np.random.default_rng(1).normal
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    params = jax.tree.map(lambda v: jnp.asarray(draw(0, 0.5, v.shape), v.dtype), shapes)
+    h0 = (jnp.zeros((BATCH_SIZE, HIDDEN_SIZE), dtype),)
+    return jaxgru.init_train_state(params, optimizer, key=jax.random.key(1), carry=h0), optimizer
 
 
 def read(rows=slice(None)):
@@ -72,7 +71,9 @@ def run(layout=None, dtype=jnp.float32):
         state, metrics = train_step(state, batch)
         losses.append(metrics["loss"])
         norms.append(metrics["gradient_norm"])
-    params, first = (state.params, first) if layout is None else layout.gather((state.params, first))
+    params, first = (
+        (state.params, first) if layout is None else layout.gather((state.params, first))
+    )
     return Run(
         *(np.asarray(jax.device_get(values)) for values in (losses, norms)),
         [np.asarray(leaf) for leaf in jax.tree.leaves(params)],
@@ -82,25 +83,22 @@ def run(layout=None, dtype=jnp.float32):
 
 
 def layouts():
-    """The layouts that several processes run, by name, over all of their devices."""
+    """Layouts over all devices of all processes, each with the dtype of its run."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
     return {
-        "repeated": jaxgru.Layout(mesh, batch_axes=BATCH_AXES),
-        "divided": jaxgru.Layout(mesh, hidden="data", batch_axes=BATCH_AXES),
+        "float32": jaxgru.Layout(mesh, batch_axes=BATCH_AXES),
+        "float64": jaxgru.Layout(mesh, hidden="data", batch_axes=BATCH_AXES),
     }
 
 
 def main(folder, address, num_processes, process_id):
     jax.distributed.initialize(address, int(num_processes), int(process_id))
     results = {}
-    for dtype in ("float32", "float64"):
+    for dtype, layout in layouts().items():
         with jax.enable_x64(dtype == "float64"):
-            for name, layout in layouts().items():
-                found = run(layout, jnp.dtype(dtype))
-                for field, value in found._asdict().items():
-                    parts = value if isinstance(value, list) else [value]
-                    for number, part in enumerate(parts):
-                        results[f"{name}/{dtype}/{field}/{number}"] = part
+            for field, value in run(layout, jnp.dtype(dtype))._asdict().items():
+                parts = value if isinstance(value, list) else [value]
+                results |= {f"{dtype} {field} {i}": part for i, part in enumerate(parts)}
     np.savez(f"{folder}/{process_id}.npz", **results)
 
 

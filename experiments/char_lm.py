@@ -6,14 +6,16 @@
     python -m experiments.char_lm --preset classic                 # one-hot, H=64, SGD, one passage
     python -m experiments.char_lm --sample RUN --prompt "The "
     python -m experiments.char_lm --resume RUN                     # after a crash, Ctrl-C, SIGTERM
+    python -m experiments.char_lm --coordinator HOST:PORT --num-processes 2 --process-id 0  # and 1
 
 It first proves its gradient against `jax.grad` on its own model and first batch, then trains on
-contiguous streams with the state carried from batch to batch and cut (truncated BPTT). A run
-folder holds config.json, metrics.jsonl, checkpoints, loss.png, samples.txt, cross_check.txt and
-weights.npz.
+contiguous streams with the state carried from batch to batch and cut (truncated BPTT). The batch is
+divided over all devices, of all processes. A run folder holds config.json, metrics.jsonl,
+checkpoints, loss.png, samples.txt, cross_check.txt and weights.npz.
 """
 
 import argparse
+import dataclasses
 import functools
 import hashlib
 import json
@@ -28,7 +30,7 @@ import numpy as np
 import optax
 
 import jaxgru
-from experiments import data, runs
+from experiments import data, distributed, runs
 
 HEADING = "--- update"  # of a sample
 SPECS = {"cho": jaxgru.CHO_2014, "chung": jaxgru.CHUNG_2014, "pytorch": jaxgru.PYTORCH}
@@ -81,6 +83,7 @@ def parse_args(argv):
     add("--evaluate-every", type=int, default=0, help="in updates; 0 for once an epoch")
     add("--seed", type=int, default=0)
     runs.add_run_options(parser)
+    distributed.add_options(add)
     preset = parser.parse_known_args(argv)[0]
     parser.set_defaults(**PRESETS[preset.preset], **(PRESETS["smoke"] if preset.smoke else {}))
     args = runs.take_options(parser, argv)
@@ -105,45 +108,59 @@ def main(argv=None):
 
 
 def train(args):
-    text = load_text(args)
+    distributed.start(args)
+    text = distributed.main_first(lambda: load_text(args))
+    distributed.require_same("the text", text)
     vocabulary = "".join(sorted(set(text)))
     tokens = data.encode(text, vocabulary)
     prompt = choose_prompt(args, text, vocabulary)
     classic = args.preset == "classic"
+    cut = len(tokens) if classic else int(0.9 * len(tokens))
     if classic:  # one passage is one sequence, and all of it trains
         args.batch_size, args.num_steps = 1, len(tokens) - 1
-        train_tokens, validation = tokens, None
-    else:
-        cut = int(0.9 * len(tokens))
-        train_tokens = tokens[:cut]
-        size = (args.batch_size, args.num_steps)
-        validation = data.streams(
-            tokens[cut:], *size, "the last tenth of the text, for validation,"
-        )
-    inputs, targets = data.streams(train_tokens, args.batch_size, args.num_steps)
+    layout = distributed.make_layout(args.batch_size, batch_axes=(1, 1, None))
+    rows, size = layout.process_rows(args.batch_size), (args.batch_size, args.num_steps)
+    validation = None
+    if not classic:
+        subject = "the last tenth of the text, for validation,"
+        validation = data.streams(tokens[cut:], *size, subject, rows=rows)
+        validation = dataclasses.replace(layout, batch_axes=2).place_batch(validation)
+    inputs, targets = data.streams(tokens[:cut], *size, rows=rows)
     num_updates = args.epochs * len(inputs)
-    run = runs.open_run("char_lm", args, vocabulary=vocabulary, num_updates=num_updates)
-    print(
-        f"{len(text):,} characters, {len(vocabulary)} of them different; {runs.describe_device()}"
-    )
+    main, facts = distributed.is_main(), {"vocabulary": vocabulary, "num_updates": num_updates}
+    run = distributed.share_path(lambda: runs.open_run("char_lm", args, **facts))
+    if main:
+        print(
+            f"{len(text):,} characters, {len(vocabulary)} of them different; "
+            f"{runs.describe_device()}{distributed.describe(layout)}"
+        )
 
     key_params, key_state = jax.random.split(jax.random.key(args.seed))
     params = init_params(args, key_params, len(vocabulary))
     h0 = jaxgru.init_state(params.layers, (args.batch_size,))
     checked = (run / runs.CHECKPOINTS).exists()  # before the run was stopped
-    if not checked and not cross_check(args, run, params, h0, inputs[0], targets[0]):
+    mine = jax.tree.map(lambda h: h[rows], h0)
+    passed = checked or not main or cross_check(args, run, params, mine, inputs[0], targets[0])
+    if not distributed.agree(passed):
         return 1
     optimizer = make_optimizer(args, num_updates)
     state = jaxgru.init_train_state(params, optimizer, key=key_state, carry=h0)
+    state = layout.place_state(state)
     evaluate = functools.partial(evaluate_streams, args, streams=validation)
-    train_step = jaxgru.make_train_step(make_loss(args), optimizer)
+    train_step = jaxgru.make_train_step(make_loss(args), optimizer, layout=layout)
     metadata = {"config": runs.config_of(args), "vocabulary_sha256": digest(vocabulary)}
     every = args.evaluate_every or len(inputs)
+
+    def draw_batches(start):
+        restart = not classic
+        batches = data.epochs(inputs, targets, args.epochs, start, restart=restart)
+        return map(layout.place_batch, batches)
+
     try:
         state, *_ = jaxgru.fit(
             train_step,
             state,
-            functools.partial(data.epochs, inputs, targets, args.epochs, restart=not classic),
+            draw_batches,
             num_updates=num_updates,
             evaluate=evaluate if validation else None,
             evaluate_every=every,
@@ -155,9 +172,13 @@ def train(args):
             items_name="characters",
         )
     except jaxgru.NonFiniteError as error:
+        if not main:
+            return 1
         jaxgru.save_arrays(run / "weights.npz", error.state.params, metadata)
         print(f"char_lm: {error} They are in {run}.", file=sys.stderr)
         return 1
+    if not main:
+        return 0
     jaxgru.save_arrays(run / "weights.npz", state.params, metadata)
     records = runs.read_records(run)
     plot(run / "loss.png", records)
@@ -309,6 +330,7 @@ def choose_prompt(args, text, vocabulary):
 
 def draw(args, params, vocabulary, prompt, count, seed):
     """The prompt and count characters drawn after it."""
+    params = jax.tree.map(jnp.asarray, jax.device_get(params))  # of many devices, onto one
     tokens = jaxgru.generate(
         params, jax.random.key(seed), jnp.asarray(data.encode(prompt, vocabulary)), count,
         temperature=args.temperature, spec=SPECS[args.spec],

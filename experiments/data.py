@@ -102,13 +102,18 @@ def decode(tokens: np.ndarray, vocabulary: str) -> str:
 
 
 def streams(
-    tokens: np.ndarray, batch_size: int, num_steps: int, subject: str = "the text"
+    tokens: np.ndarray,
+    batch_size: int,
+    num_steps: int,
+    subject: str = "the text",
+    *,
+    rows: slice = slice(None),
 ) -> tuple[np.ndarray, np.ndarray]:
     """Contiguous streams: (inputs, targets) [number of batches, T, B], targets one step ahead.
 
     The tokens are cut into B streams of equal length; batch k holds steps kT to (k + 1)T of each,
     so the state after one batch is the state before the next. The tail that fills no batch is left
-    out.
+    out. Only the streams of `rows` are cut: those that this process reads.
     """
     batch = batch_size * num_steps
     num_batches = (len(tokens) - 1) // batch if batch else 0
@@ -121,7 +126,7 @@ def streams(
 
     def cut(tokens):
         split = tokens.reshape(batch_size, num_batches, num_steps)
-        return np.ascontiguousarray(split.transpose(1, 2, 0))
+        return np.ascontiguousarray(split[rows].transpose(1, 2, 0))
 
     return cut(tokens[:used]), cut(tokens[1 : used + 1])
 

@@ -70,18 +70,19 @@ def take_options(parser: argparse.ArgumentParser, argv: Any) -> argparse.Namespa
         parser.error(f"--checkpoint-every must be at least 0, got {args.checkpoint_every}")
     if args.resume is None:
         return args
-    given = [n for n, v in vars(args).items() if v != parser.get_default(n) and n != "resume"]
+    changed = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+    given = [name for name in changed if name == "out" or name not in ASIDE]
     if given:
         named = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         parser.error(f"--resume takes the options of the run; leave out {named}")
     try:
         config = json.loads((pathlib.Path(args.resume) / "config.json").read_text("utf-8"))
-        saved = {name: config[name] for name in vars(args)}
+        saved = {name: config[name] for name in vars(args) if name not in ASIDE}
     except (OSError, ValueError, KeyError, TypeError) as error:
         parser.error(
             f"--resume must be a run folder of this experiment, got {args.resume}: {error}"
         )
-    return argparse.Namespace(**{**saved, "resume": args.resume, "out": args.resume})
+    return argparse.Namespace(**{**vars(args), **saved, "out": args.resume})
 
 
 def open_run(name: str, args: argparse.Namespace, **facts: Any) -> pathlib.Path:
@@ -115,9 +116,8 @@ def checkpoints_of(
 
 
 def config_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The options that say what a run computes: not where it lies or how it is watched."""
-    aside = ("out", "resume", "checkpoint_every", "tensorboard")
-    return {name: value for name, value in vars(args).items() if name not in aside}
+    """The options that say what a run computes."""
+    return {name: value for name, value in vars(args).items() if name not in ASIDE}
 
 
 def loggers(run: pathlib.Path, args: argparse.Namespace, **fields: Any) -> list[jaxgru.Callback]:
@@ -152,4 +152,9 @@ def describe_device() -> str:
     return f"{device.platform} ({device.device_kind}), jax {jax.__version__}"
 
 
+# Options that do not say what is computed: where a run lies, how it is watched, and on what.
+ASIDE = (
+    *("out", "resume", "checkpoint_every", "tensorboard"),
+    *("coordinator", "num_processes", "process_id", "distributed"),
+)
 CHECKPOINTS, METRICS = "checkpoints", "metrics.jsonl"

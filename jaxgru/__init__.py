@@ -27,6 +27,7 @@ The tour, from the equation outwards:
   the loop around it, which goes on from where it was stopped. `jaxgru.checkpoints`:
   `save_checkpoint`, `find_checkpoint`, `load_checkpoint`. `jaxgru.logs`: `JsonLines`,
   `TensorBoard`. `jaxgru.array_files`: `save_arrays`, `load_arrays`, files that run no code.
+* `jaxgru.layout`: a `Layout` trains on a mesh of devices, in one process or several.
 
 >>> import jax, jax.numpy as jnp, jaxgru
 >>> params = jaxgru.init_gru(jax.random.key(0), 2, 3)
@@ -84,6 +85,7 @@ from jaxgru.layers import (
     init_state,
     init_taps,
 )
+from jaxgru.layout import Layout
 from jaxgru.logs import Callback, JsonLines, TensorBoard, json_values, read_json_lines
 from jaxgru.losses import bernoulli_loss, categorical_loss, squared_loss
 from jaxgru.masks import length_mask, resets_from_dones
@@ -126,6 +128,7 @@ __all__ = [
     "Imported",
     "Interrupted",
     "JsonLines",
+    "Layout",
     "LoadedWeights",
     "Monitor",
     "NonFiniteError",

@@ -70,8 +70,7 @@ def load_arrays(path: str | os.PathLike, like: Any) -> Any:
     Args:
       path: of the file.
       like: a pytree of arrays, or of `jax.ShapeDtypeStruct`, of the structure, shapes and dtypes
-        that the file must hold. A leaf that lies on several devices says how the loaded one is to
-        lie on them.
+        that the file must hold. A leaf that was put on devices says where the loaded one is to lie.
 
     Returns:
       The pytree, its leaves jax arrays.
@@ -128,21 +127,18 @@ def from_plain(array: np.ndarray, dtype: str, like: Any) -> jax.Array:
         data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(like.shape, like.dtype))
         if (array.shape, array.dtype) != (data.shape, data.dtype):
             raise ValueError(f"must be {like.dtype}{list(like.shape)}, got {dtype}")
-        key = jax.random.wrap_key_data(jnp.asarray(array), impl=dtype.removeprefix(_KEY))
+        place = jax.random.key_data(like) if _is_placed(like) else None
+        key = jax.random.wrap_key_data(_place(array, place), impl=dtype.removeprefix(_KEY))
         if key.dtype != like.dtype:
             raise ValueError(f"must be {like.dtype}{list(like.shape)}, got {dtype}")
-        return jax.device_put(key, like.sharding) if _is_spread(like) else key
+        return key
     true_dtype = jnp.dtype(dtype)
     array = array if array.dtype == true_dtype else array.view(true_dtype)
     if array.shape != like.shape or true_dtype != like.dtype:
         raise ValueError(
             f"must be {like.dtype}{list(like.shape)}, got {true_dtype}{list(array.shape)}"
         )
-    if _is_spread(like):
-        return jax.make_array_from_callback(
-            like.shape, like.sharding, lambda index: np.asarray(array[index])
-        )
-    return jnp.asarray(array)
+    return _place(array, like)
 
 
 def is_key(leaf: Any) -> bool:
@@ -150,8 +146,17 @@ def is_key(leaf: Any) -> bool:
     return jnp.issubdtype(getattr(leaf, "dtype", np.dtype(float)), jax.dtypes.prng_key)
 
 
-def _is_spread(like):
-    return isinstance(like, jax.Array) and len(like.sharding.device_set) > 1
+def _is_placed(like):
+    return isinstance(like, jax.Array) and like.committed
+
+
+def _place(array, like):
+    """The array on the devices of `like`; wherever JAX wants it, if that is on none of its own."""
+    if not _is_placed(like):
+        return jnp.asarray(array)
+    return jax.make_array_from_callback(
+        array.shape, like.sharding, lambda index: np.asarray(array[index])
+    )
 
 
 def _sha256(array):

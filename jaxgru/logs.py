@@ -136,7 +136,20 @@ def read_json_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def json_values(value: Any) -> Any:
-    """The value with None for NaN and infinity, and text for what JSON has no form of."""
+    """The value as JSON has it: None for NaN and infinity, text for what JSON has no form of.
+
+    Args:
+      value: dicts, lists, tuples, numbers, strings, None, and whatever else, nested.
+
+    Returns:
+      The same of dicts and lists with what `json.dumps(..., allow_nan=False)` writes.
+
+    Raises:
+      RecursionError: value holds itself.
+
+    >>> json_values({1: (float("nan"), pathlib.PurePosixPath("a"))})
+    {'1': [None, 'a']}
+    """
     if isinstance(value, dict):
         return {str(name): json_values(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple):

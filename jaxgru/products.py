@@ -29,6 +29,12 @@ def state_dtype(dtype: Any) -> Any:
     return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else jnp.dtype(dtype)
 
 
+def on_auto_mesh() -> bool:
+    """True where JAX divides arrays over devices itself: inside a mesh with Auto axes."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return any(mesh.shape[name] > 1 for name in mesh.auto_axes)
+
+
 def blocks(w: Array) -> list[Array]:
     """The three blocks r | z | n of the last axis."""
     return jnp.split(w, 3, axis=-1)
@@ -95,8 +101,14 @@ def _project_out(d, norm):
 
 
 def _flatten(x):
-    """[..., F] as one matrix, the fastest form on CPU, unless a leading axis is sharded."""
+    """[..., F] as one matrix, the fastest form on CPU, unless a leading axis may be sharded.
+
+    Rows that lie on several devices would first be sent to all of them. Explicit axes of a mesh
+    tell in the type of x; Auto ones do not, so any of them in the context counts.
+    """
     sharding = getattr(jax.typeof(x), "sharding", None)
     if sharding is not None and any(axis is not None for axis in sharding.spec[:-1]):
+        return x
+    if on_auto_mesh():
         return x
     return lax.collapse(x, 0, x.ndim - 1) if x.ndim > 1 else x[None]

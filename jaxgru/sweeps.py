@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxgru.products import on_auto_mesh
+
 # Measured on two cores at the sizes of `python -m experiments.benchmarks.peers`, the first two with
 # its --chunks, the others by "jaxgru gates" and "jaxgru states" there.
 _WHOLE_SEQUENCE = 1 << 18  # T * B * H up to which all of time is one chunk
@@ -59,13 +61,14 @@ def default_chunk_size(num_steps, h0, residuals):
     """The chunk whose temporaries stay in the caches; sqrt(T) where only its ends are kept.
 
     A divisor of T where one is near, so that no shorter last chunk is compiled. None, the whole
-    sequence, where a size is symbolic (`jax.export`) and cannot be compared.
+    sequence, where a size is symbolic (`jax.export`) and cannot be compared, and on a mesh of
+    devices, which would add up the weight gradients between them once a chunk.
     """
     if not all(isinstance(size, int) for size in (num_steps, *h0.shape)):
         return None
     if residuals == "boundaries":
         target = max(1, math.isqrt(num_steps))
-    elif num_steps * h0.size <= _WHOLE_SEQUENCE:
+    elif on_auto_mesh() or num_steps * h0.size <= _WHOLE_SEQUENCE:
         return max(1, num_steps)
     else:
         target = max(_CHUNK // max(1, h0.size), 8)

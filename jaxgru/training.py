@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxgru.arguments import require_count
+from jaxgru.layout import Layout
 
 Array = jax.Array
 LossFn = Callable[[Any, Any, Any, chex.PRNGKey], tuple[Array, tuple[Any, dict[str, Array]]]]
@@ -79,6 +80,7 @@ def make_train_step(
     loss_scale: float = 1.0,
     average_decay: float | None = None,
     donate: bool = True,
+    layout: Layout | None = None,
 ) -> TrainStep:
     """One jitted optimizer update: train_step(state, batch) -> (state, metrics).
 
@@ -105,6 +107,8 @@ def make_train_step(
       average_decay: d of average <- d average + (1 - d) params after each update that is not
         skipped; for a state made with average=True.
       donate: reuse the state's buffers for the new state; the old one is then gone.
+      layout: trains on its devices; give it states and batches that its `place_state` and
+        `place_batch` have laid there. None trains on one.
 
     Returns:
       The function. Its metrics are those of the loss, and "loss", "gradient_norm" (before any
@@ -153,13 +157,13 @@ def make_train_step(
         return loss * loss_scale, (loss, new_carry, metrics)
 
     def differentiate(params, carry, batch, key):
-        """(gradient, loss, carry, metrics) of one part."""
+        """((loss, carry, metrics), gradient) of one part."""
         grads, (loss, carry, metrics) = jax.grad(scaled_loss, has_aux=True)(
             params, carry, batch, key
         )
         if loss_scale != 1:
             grads = jax.tree.map(lambda g: g / loss_scale, grads)
-        return grads, loss, carry, metrics
+        return (loss, carry, metrics), grads
 
     def differentiate_parts(params, carry, batch, key):
         """The same of a whole batch: means over its parts, the carry running through."""
@@ -167,22 +171,24 @@ def make_train_step(
 
         def body(sums, part):
             carry, *sums = sums
-            grads, loss, carry, metrics = differentiate(params, carry, *part)
+            (loss, carry, metrics), grads = differentiate(params, carry, *part)
             return (carry, *jax.tree.map(jnp.add, tuple(sums), (grads, loss, metrics))), None
 
         keys = jax.random.split(key, accumulate)
         first = jax.tree.map(lambda x: x[0], (batch, keys))
-        grads, loss, _, metrics = jax.eval_shape(differentiate, params, carry, *first)
+        (loss, _, metrics), grads = jax.eval_shape(differentiate, params, carry, *first)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, loss, metrics))
         (carry, *sums), _ = jax.lax.scan(body, (carry, *zeros), (batch, keys))
         grads, loss, metrics = jax.tree.map(lambda x: x / accumulate, tuple(sums))
-        return grads, loss, carry, metrics
+        return (loss, carry, metrics), grads
+
+    gradient_fn = differentiate if accumulate == 1 else differentiate_parts
+    gradient_fn = gradient_fn if layout is None else layout.wrap_gradient(gradient_fn)
 
     def train_step(state, batch):
         _require_average(state, average_decay)
         key, key_loss = jax.random.split(state.key)
-        take = differentiate if accumulate == 1 else differentiate_parts
-        grads, loss, carry, metrics = take(state.params, state.carry, batch, key_loss)
+        (loss, carry, metrics), grads = gradient_fn(state.params, state.carry, batch, key_loss)
         leaves = [loss, *jax.tree.leaves(grads)]
         norm = _safe_norm(grads)
         grads = _clip(grads, clip_value, clip_norm)
@@ -203,6 +209,7 @@ def make_train_step(
         state = TrainState(params, opt_state, carry, key, state.step + 1, skipped, average)
         return state, {**metrics, "loss": loss, "gradient_norm": norm, "skipped": skipped}
 
+    train_step = train_step if layout is None else layout.wrap_step(train_step)
     return jax.jit(train_step, donate_argnums=(0,) if donate else ())
 
 

@@ -21,7 +21,7 @@ IMPORTS = {
     "masks": {"arguments"},
     "parameters": {"arguments", "products"},
     "cell": {"arguments", "parameters", "products"},
-    "sweeps": set(),
+    "sweeps": {"products"},
     "recurrence": {"arguments", "cell", "masks", "parameters", "products", "sweeps"},
     "layers": {"arguments", "masks", "parameters", "recurrence"},
     "losses": {"arguments", "masks", "products"},
@@ -44,8 +44,14 @@ IMPORTS = {
     "influence": {"arguments", "cell", "jacobians", "layers", "parameters", "products", "traces"},
     "comparison": set(),
     "check": {"comparison", "parameters", "recurrence"},
-    "training": {"arguments", "whole_files"},
+    "layout": {"arguments"},
+    "training": {"arguments", "layout"},
     "whole_files": set(),
+    "array_files": {"whole_files"},
+    "sharded_files": {"arguments", "array_files", "whole_files"},
+    "checkpoints": {"arguments", "array_files", "sharded_files", "whole_files"},
+    "logs": {"arguments", "whole_files"},
+    "fitting": {"arguments", "checkpoints", "logs", "training"},
     "conversion": {"layers", "parameters"},
     "interop": {"conversion", "layers", "parameters"},
     "interop_jax": {"conversion", "parameters"},
@@ -60,7 +66,7 @@ IMPORTS = {
     "weight_files": {"arguments", "conversion", "layers", "models", "parameters", "whole_files"},
 }
 CORE = {"jax", "jaxlib", "optax", "chex", "numpy"}
-OPTIONAL = {("training", "tqdm")}  # the progress bar, imported where it is asked for
+OPTIONAL = {("fitting", "tqdm")}  # the progress bar, imported where it is asked for
 
 
 def imported(path):
@@ -168,7 +174,7 @@ def test_import_loads_no_optional_dependency_and_leaves_the_settings_alone():
         "import sys, jax; before = jax.config.values.copy(); import jaxgru;"
         "assert jax.config.values == before;"
         "bad = {'tqdm', 'matplotlib', 'torch', 'flax', 'haiku', 'equinox', 'keras', 'onnx',"
-        "'safetensors'};"
+        "'safetensors', 'orbax', 'tensorboardX'};"
         "assert not bad & set(sys.modules), bad & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

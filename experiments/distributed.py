@@ -1,0 +1,120 @@
+"""One script on one device, on many, and in several processes, each with its rows of the batch.
+
+In several processes every one runs the whole script. What they do with the devices they do
+together; process 0 alone writes and prints.
+"""
+
+import hashlib
+import math
+import pathlib
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+import jaxgru
+from experiments.data import DataError
+
+Result = TypeVar("Result")
+
+
+def add_options(add: Callable[..., Any]) -> None:
+    """The options of a script that may be one of several processes."""
+    add("--coordinator", metavar="HOST:PORT", help="address of process 0, where there are several")
+    add("--num-processes", type=int, help="how many there are; with --coordinator")
+    add("--process-id", type=int, help="which of them this is, from 0; with --coordinator")
+    add("--distributed", action="store_true", help="several, as the cluster itself tells JAX")
+
+
+def start(args: Any) -> None:
+    """Joins the other processes, if any: before anything that asks JAX for its devices."""
+    told = (args.coordinator, args.num_processes, args.process_id)
+    if told != (None, None, None) and None in told and not args.distributed:
+        raise DataError("--coordinator, --num-processes and --process-id belong together")
+    if told == (None, None, None) and not args.distributed:
+        return
+    try:
+        jax.distributed.initialize(*told)
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"the other processes were not found: {reason}") from None
+
+
+def is_main() -> bool:
+    """True in the process that writes and prints."""
+    return jax.process_index() == 0
+
+
+def make_layout(batch_size: int, **choices: Any) -> jaxgru.Layout:
+    """A layout over all devices; a lone process leaves some idle where the batch does not divide.
+
+    `choices` are those of `jaxgru.Layout`. The devices stand in their own order, so that every
+    process reads rows without gaps.
+    """
+    devices = jax.devices()
+    if jax.process_count() == 1:
+        devices = devices[: math.gcd(len(devices), batch_size)]
+    elif batch_size % len(devices):
+        raise DataError(f"--batch-size must divide by {len(devices)} devices, got {batch_size}")
+    return jaxgru.Layout(jax.sharding.Mesh(np.array(devices), ("data",)), **choices)
+
+
+def together(run: Callable[[], Result], *, main_only: bool = False) -> Any:
+    """What run() returns here; where it fails in one process, all of them stop.
+
+    With main_only it runs in process 0 alone and the others wait for it, with None.
+    """
+    result = error = None
+    if is_main() or not main_only:
+        try:
+            result = run()
+        except (DataError, OSError) as caught:
+            error = caught
+    if not agree(error is None) and error is None:
+        error = DataError("another process stopped; its own message tells why")
+    if error is not None:
+        raise error
+    return result
+
+
+def share_path(run: Callable[[], pathlib.Path]) -> pathlib.Path:
+    """The path that run() returns in process 0, in all of them: a folder that they share."""
+    path = together(run, main_only=True)
+    if jax.process_count() == 1:
+        return path
+    buffer = np.zeros(4096, np.uint8)
+    if is_main():
+        name = str(path.absolute()).encode()
+        buffer[: len(name)] = np.frombuffer(name, np.uint8)
+    found = multihost_utils.broadcast_one_to_all(buffer)
+    return pathlib.Path(np.asarray(found).tobytes().rstrip(b"\0").decode())
+
+
+def main_first(run: Callable[[], Result]) -> Result:
+    """What run() returns, which runs in process 0 before it does in the others."""
+    first = together(run, main_only=True)
+    return together(lambda: first if is_main() else run())
+
+
+def agree(value: bool) -> bool:
+    """True where it is true in all processes."""
+    if jax.process_count() == 1:
+        return value
+    return bool(multihost_utils.process_allgather(np.array(value)).all())
+
+
+def require_same(subject: str, content: str) -> None:
+    """DataError in every process unless all of them hold the same content."""
+    if jax.process_count() > 1:
+        digest = np.frombuffer(hashlib.sha256(content.encode()).digest(), np.uint8)
+        if (multihost_utils.process_allgather(digest) != digest).any():
+            raise DataError(f"{subject} differs between processes")
+
+
+def describe(layout: jaxgru.Layout) -> str:
+    """How many devices and processes a layout has, where that is not one."""
+    devices, processes = layout.mesh.devices.size, jax.process_count()
+    parts = [f"{devices} devices"] if devices > 1 else []
+    return "".join(f", {part}" for part in parts + [f"{processes} processes"] * (processes > 1))

@@ -1,0 +1,106 @@
+"""A small training run under any layout, and what it leaves; as a script, one of its processes.
+
+    python tests/data_parallel.py FOLDER HOST:PORT NUM_PROCESSES PROCESS_ID
+
+writes FOLDER/PROCESS_ID.npz: of every run its losses, parameters and the rows it read.
+"""
+
+import sys
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jaxgru
+from experiments import data
+
+BATCH_SIZE, NUM_STEPS, VOCAB_SIZE, HIDDEN_SIZE = 8, 6, 7, 8
+BATCH_AXES = (1, 1, None)
+TOKENS = np.random.default_rng(0).integers(0, VOCAB_SIZE, 200).astype(np.int32)
+
+
+class Run(NamedTuple):
+    """What a run leaves, whole and on the host."""
+
+    losses: np.ndarray
+    norms: np.ndarray
+    params: list[np.ndarray]
+    rows: np.ndarray  # [batches, T, rows]: the inputs that this process read
+    batch: np.ndarray  # [T, B]: the first batch as the devices have it, together
+
+
+def loss_fn(params, carry, batch, key):
+    """With dropout, so that a draw that depends on the layout would be seen."""
+    tokens, targets, start = batch
+    h0 = jax.tree.map(lambda h: jnp.where(start, jnp.zeros_like(h), h), carry)
+    loss, h_last = jaxgru.token_loss(params, tokens, targets, h0, recurrent_dropout=0.2, key=key)
+    return loss, (h_last, {"nats": loss})
+
+
+def make_state(dtype=jnp.float32):
+    """(state, optimizer) before the first update."""
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.5, momentum=0.9))
+
+    def init(key):  # its form alone: drawing from it would take longer to compile than the updates
+        return jaxgru.init_token_model(key, VOCAB_SIZE, HIDDEN_SIZE, embedding_size=4, dtype=dtype)
+
+    draw = np.random.default_rng(1).normal
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    params = jax.tree.map(lambda v: jnp.asarray(draw(0, 0.5, v.shape), v.dtype), shapes)
+    h0 = (jnp.zeros((BATCH_SIZE, HIDDEN_SIZE), dtype),)
+    return jaxgru.init_train_state(params, optimizer, key=jax.random.key(1), carry=h0), optimizer
+
+
+def read(rows=slice(None)):
+    """(inputs, targets) of these streams."""
+    return data.streams(TOKENS, BATCH_SIZE, NUM_STEPS, rows=rows)
+
+
+def run(layout=None, dtype=jnp.float32):
+    """Four updates, on one device where there is no layout."""
+    state, optimizer = make_state(dtype)
+    train_step = jaxgru.make_train_step(loss_fn, optimizer, layout=layout)
+    inputs, targets = read(layout.process_rows(BATCH_SIZE) if layout else slice(None))
+    state = layout.place_state(state) if layout else state
+    losses, norms, first = [], [], None
+    for batch in data.epochs(inputs, targets, 1):
+        batch = layout.place_batch(batch) if layout else batch
+        first = batch[0] if first is None else first
+        state, metrics = train_step(state, batch)
+        losses.append(metrics["loss"])
+        norms.append(metrics["gradient_norm"])
+    params, first = (
+        (state.params, first) if layout is None else layout.gather((state.params, first))
+    )
+    return Run(
+        *(np.asarray(jax.device_get(values)) for values in (losses, norms)),
+        [np.asarray(leaf) for leaf in jax.tree.leaves(params)],
+        inputs,
+        np.asarray(first),
+    )
+
+
+def layouts():
+    """Layouts over all devices of all processes, each with the dtype of its run."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
+    return {
+        "float32": jaxgru.Layout(mesh, batch_axes=BATCH_AXES),
+        "float64": jaxgru.Layout(mesh, hidden="data", batch_axes=BATCH_AXES),
+    }
+
+
+def main(folder, address, num_processes, process_id):
+    jax.distributed.initialize(address, int(num_processes), int(process_id))
+    results = {}
+    for dtype, layout in layouts().items():
+        with jax.enable_x64(dtype == "float64"):
+            for field, value in run(layout, jnp.dtype(dtype))._asdict().items():
+                parts = value if isinstance(value, list) else [value]
+                results |= {f"{dtype} {field} {i}": part for i, part in enumerate(parts)}
+    np.savez(f"{folder}/{process_id}.npz", **results)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,190 @@
+"""Several real processes on this machine train as one: gloo between them, each with its rows."""
+
+import functools
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import data_parallel
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import assert_close
+
+from experiments import communication
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SECONDS = 240  # for a whole group; it takes about ten
+# Sums over rows in another order, and then four updates; 2e-7 and 4e-16 are what they come to.
+TOLERANCES = {"float32": 1e-6, "float64": 1e-14}
+DTYPES = pytest.mark.parametrize("dtype", TOLERANCES)
+
+
+def run_processes(commands, num_devices=1):
+    """(return code, stdout, stderr) of commands that run at once; none outlives the test."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={num_devices}"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [
+        subprocess.Popen([sys.executable, *command], env=environment, cwd=ROOT, **pipes)
+        for command in commands
+    ]
+    try:
+        texts = [process.communicate(timeout=SECONDS) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return [(process.returncode, *text) for process, text in zip(processes, texts)]
+
+
+def free_address():
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{opened.getsockname()[1]}"
+
+
+def train(folder, num_processes, num_devices):
+    """What each process of a group left, by name."""
+    address, script = free_address(), str(ROOT / "tests" / "data_parallel.py")
+    commands = [[script, folder, address, num_processes, i] for i in range(num_processes)]
+    done = run_processes([[str(word) for word in command] for command in commands], num_devices)
+    assert [code for code, *_ in done] == [0] * num_processes, done
+    found = []
+    for i in range(num_processes):
+        with np.load(pathlib.Path(folder) / f"{i}.npz") as file:
+            found.append(dict(file))
+    return found
+
+
+@pytest.fixture(scope="module", params=[(2, 2), (4, 1)], ids=["two of two devices", "four"])
+def group(request, tmp_path_factory):
+    return train(tmp_path_factory.mktemp("group"), *request.param)
+
+
+@functools.cache
+def on_one_device(dtype):
+    """The same updates in this process, without a layout, in the names of the files."""
+    with jax.enable_x64(dtype == "float64"):
+        losses, norms, params, _, batch = data_parallel.run(dtype=jnp.dtype(dtype))
+    named = {"losses 0": losses, "norms 0": norms, "batch 0": batch}
+    named |= {f"params {i}": leaf for i, leaf in enumerate(params)}
+    return {f"{dtype} {name}": value for name, value in named.items()}
+
+
+@DTYPES
+def test_losses_and_parameters_are_those_of_one_device(group, dtype):
+    for name, wanted in on_one_device(dtype).items():
+        for process in group:
+            limit = TOLERANCES["float32" if "norms" in name else dtype]  # norms are float32
+            assert_close(process[name], wanted, limit, name)
+
+
+def test_processes_read_every_row_once_and_put_them_in_their_place(group):
+    rows = [process["float32 rows 0"] for process in group]
+    assert {part.shape[2] for part in rows} == {data_parallel.BATCH_SIZE // len(group)}
+    inputs = data_parallel.read()[0]
+    np.testing.assert_array_equal(np.concatenate(rows, axis=2), inputs)
+    for process in group:
+        np.testing.assert_array_equal(process["float32 batch 0"], inputs[0])
+
+
+def test_all_processes_hold_the_same_bytes(group):
+    for process in group[1:]:
+        for name in process:
+            if "rows" not in name:
+                assert process[name].tobytes() == group[0][name].tobytes(), name
+
+
+def test_same_seed_and_processes_give_the_same_bytes(tmp_path):
+    for folder in ("first", "second"):
+        (tmp_path / folder).mkdir()
+    first, second = (train(tmp_path / folder, 2, 1) for folder in ("first", "second"))
+    for one, other in zip(first, second):
+        assert {n: v.tobytes() for n, v in one.items()} == {
+            n: v.tobytes() for n, v in other.items()
+        }
+
+
+# The experiment.
+
+
+def char_lm(folder, out, *options):
+    text = folder / "text.txt"
+    if not text.exists():
+        text.write_text("the quick brown fox jumps over the lazy dog. " * 60)
+    arguments = ["-m", "experiments.char_lm", "--smoke", "--text", str(text)]
+    return [*arguments, "--prompt", "the", "--out", str(folder / out), *options]
+
+
+def in_two(folder, out, *options):
+    group = ("--coordinator", free_address(), "--num-processes", "2", "--process-id")
+    return [char_lm(folder, out, *options, *group, str(i)) for i in range(2)]
+
+
+def test_char_lm_is_the_same_in_two_processes_on_eight_devices_and_on_one(tmp_path):
+    two = run_processes(in_two(tmp_path, "two"))
+    (eight,) = run_processes([char_lm(tmp_path, "eight", "--batch-size", "8")], 8)
+    (one,) = run_processes([char_lm(tmp_path, "one")])
+    (other,) = run_processes([char_lm(tmp_path, "other", "--batch-size", "8")])
+    for done in (*two, eight, one, other):
+        assert done[0] == 0, done
+    assert "2 devices, 2 processes" in two[0][1]
+    assert "8 devices" in eight[1]
+    assert two[1][1] == ""  # process 0 alone speaks
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "text.txt",
+        "two",
+        "eight",
+        "one",
+        "other",
+    }
+    for run, wanted in (("two", "one"), ("eight", "other")):
+        for a, b in zip(records(tmp_path / run), records(tmp_path / wanted), strict=True):
+            assert set(a) == set(b)
+            for name in a:
+                if "second" not in name:
+                    assert a[name] == pytest.approx(b[name], rel=1e-5), (run, name)
+
+
+def records(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_all_processes_stop_where_one_cannot_go_on(tmp_path):
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "keep").write_text("mine")
+    main, other = run_processes(in_two(tmp_path, "used"))
+    assert main[0] == other[0] == 2
+    assert "nothing was overwritten" in main[2]
+    assert "another process stopped; its own message tells why" in other[2]
+    for done in run_processes(in_two(tmp_path, "new", "--batch-size", "3")):
+        assert done[0] == 2
+        assert "--batch-size must divide by 2 devices, got 3" in done[2]
+
+
+def test_half_an_address_is_refused(tmp_path):
+    ((code, _, message),) = run_processes([char_lm(tmp_path, "run", "--num-processes", "2")])
+    assert code == 2
+    assert "--coordinator, --num-processes and --process-id belong together" in message
+
+
+# The estimate on paper.
+
+
+def test_tables_of_the_readme_are_those_of_the_script():
+    readme = (ROOT / "experiments" / "README.md").read_text()
+    for line in (*communication.data_parallel_table(), *communication.hidden_table()):
+        assert line in readme, line
+
+
+def test_estimate_counts_bytes_and_operations_as_defined():
+    assert communication.parameter_bytes(2) == 4 * (12 + 12 + 6 + 6)
+    assert communication.sent_bytes(4, 100) == 150
+    rows, hidden, steps = 3, 1024, communication.NUM_STEPS
+    operations = 3 * 6 * steps * rows * hidden * (hidden + hidden)
+    assert communication.product_seconds(rows) == operations / communication.PEAK

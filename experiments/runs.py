@@ -37,7 +37,7 @@ def run_script(name: str, run: Callable[[], int], extras: tuple[str, ...] = ()) 
         warnings.showwarning = lambda message, *place: fail(name, message)
         try:
             return run()
-        except (DataError, OSError) as error:
+        except (DataError, OSError, jaxgru.CheckpointError) as error:
             return fail(name, error)
         except jaxgru.NonFiniteError as error:
             fail(name, error)

@@ -39,7 +39,13 @@ The tour, from the equation outwards:
 from jaxgru.array_files import load_arrays, read_metadata, save_arrays
 from jaxgru.cell import gru_cell
 from jaxgru.check import check_gradients, check_gru
-from jaxgru.checkpoints import Checkpoint, find_checkpoint, load_checkpoint, save_checkpoint
+from jaxgru.checkpoints import (
+    Checkpoint,
+    CheckpointError,
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from jaxgru.comparison import GradientReport, GradientRow
 from jaxgru.conversion import Exported, Imported
 from jaxgru.diagnostics import (
@@ -115,6 +121,7 @@ __all__ = [
     "Bidirectional",
     "Callback",
     "Checkpoint",
+    "CheckpointError",
     "Checkpoints",
     "Exported",
     "Fit",

@@ -35,6 +35,10 @@ Format = Literal["npz", "orbax"]
 FORMATS = ("npz", "orbax")
 
 
+class CheckpointError(ValueError):
+    """A checkpoint is damaged, or of another model or run."""
+
+
 class Checkpoint(NamedTuple):
     """One that is whole."""
 
@@ -147,31 +151,23 @@ def load_checkpoint(
 
     Raises:
       OSError: it cannot be read.
-      ValueError: it is damaged, or of another model or run; every difference is named.
+      CheckpointError: it is damaged, or of another model or run; every difference is named.
       ImportError: it is of Orbax, which is missing.
 
     Cost: one read and its sha256.
     """
     path = pathlib.Path(path)
-    facts = _read_facts(path)
-    if run is not None:
-        require_same_run(path, facts["run"], run)
-    return load_sharded(path, like) if path.suffix == ".orbax" else load_arrays(path, like)
-
-
-def require_same_run(path: pathlib.Path, saved: dict[str, Any], run: dict[str, Any]) -> None:
-    """ValueError that names every fact in which a checkpoint is of another run."""
-    run = json.loads(json.dumps(run))
-    differences = [
-        f"{name} must be {_short(run.get(name))}, got {_short(saved.get(name))}"
-        for name in sorted({*saved, *run})
-        if saved.get(name) != run.get(name)
-    ]
-    if differences:
-        raise ValueError(
-            f"load_checkpoint: {path} is of another run: {'; '.join(differences)}. Resume with "
-            "what it was made with, or give a new folder."
-        )
+    try:
+        saved = _read_facts(path)["run"]
+        differences = [] if run is None else list(_differences(saved, json.loads(json.dumps(run))))
+        if not differences:
+            return load_sharded(path, like) if path.suffix == ".orbax" else load_arrays(path, like)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    raise CheckpointError(
+        f"load_checkpoint: {path} is of another run: {'; '.join(differences)}. Resume with what it "
+        "was made with, or give a new folder."
+    )
 
 
 @contextlib.contextmanager
@@ -197,6 +193,16 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _differences(saved, wanted, prefix=""):
+    """A phrase for each fact that is another, by its path in the facts."""
+    for name in sorted({*saved, *wanted}):
+        pair = saved.get(name), wanted.get(name)
+        if all(isinstance(value, dict) for value in pair):
+            yield from _differences(*pair, f"{prefix}{name}.")
+        elif pair[0] != pair[1]:
+            yield f"{prefix}{name} must be {_short(pair[1])}, got {_short(pair[0])}"
 
 
 def _short(value):

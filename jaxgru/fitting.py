@@ -129,8 +129,9 @@ def fit(
       returned.
 
     Raises:
-      ValueError: batches ended early, a count is below 1, evaluate does not return the monitor's
-        metric, or the checkpoint is of another model or run.
+      ValueError: batches ended early, a count is below 1, or evaluate does not return the monitor's
+        metric.
+      CheckpointError: the checkpoint is of another model or run.
       TypeError: a count is no integer, or batches is no function and checkpoints are kept.
       OSError: the folder of checkpoints is in use, holds another run, or cannot be written at the
         start or the end; in between, that is warned of and training goes on.

@@ -1,6 +1,7 @@
 """Four CPU devices, strict promotion, and the data and comparison that several test files share."""
 
 import os
+import signal
 
 _FLAGS = os.environ.get("XLA_FLAGS", "")
 os.environ["XLA_FLAGS"] = f"{_FLAGS} --xla_force_host_platform_device_count=4".strip()
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxgru
 from jaxgru.parameters import GRUParams, init_gru
 
 
@@ -122,3 +124,27 @@ def assert_close(got, want, tolerance, label=""):
             continue
         error, scale = np.abs(a - b).max(), np.abs(b).max()
         assert error <= tolerance * scale, f"{label}{path}: off by {error:.2e} of {scale:.2e}"
+
+
+def stop_and_resume(main, arguments, out, update, number=signal.SIGTERM):
+    """Runs an experiment that a signal stops during that update, and then goes on with it."""
+    make_train_step, left = jaxgru.make_train_step, [update]
+
+    def make_stopping(*given, **options):
+        train_step = make_train_step(*given, **options)
+
+        def step(state, batch):
+            if left and int(state.step) + 1 == left[0]:
+                left.clear()
+                os.kill(os.getpid(), number)
+            return train_step(state, batch)
+
+        return step
+
+    with jax.numpy_dtype_promotion("standard"):  # for optax.adam
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(jaxgru, "make_train_step", make_stopping)
+            assert main([*arguments, "--out", str(out)]) == 128 + number
+        assert not left
+        assert main(["--resume", str(out)]) == 0
+    return out

@@ -3,10 +3,13 @@
 import hashlib
 import json
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
+from conftest import stop_and_resume
 
+import jaxgru
 from experiments import char_lm, data
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
@@ -38,6 +41,50 @@ def test_run_learns_and_leaves_all_its_files(run):
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert "passed, all" in (run / "cross_check.txt").read_text()
     assert (run / "samples.txt").read_text().count("--- update") == len(scores)
+
+
+def test_run_that_was_stopped_goes_on_to_the_same_bytes(tmp_path, run, capsys):
+    config = json.loads((run / "config.json").read_text())
+    arguments = ["--smoke", "--text", config["text"], "--epochs", "10", "--prompt", "the "]
+    out = stop_and_resume(char_lm.main, arguments, tmp_path / "run", 37)
+    shown = capsys.readouterr().err
+    assert f"go on with: python -m experiments.char_lm --resume {out}" in shown
+    assert "char_lm: stopped by SIGTERM after update 37, which is in" in shown
+    for name in ("weights.npz", "samples.txt", "cross_check.txt"):
+        assert (out / name).read_bytes() == (run / name).read_bytes(), name
+    logs = [jaxgru.read_json_lines(folder / "metrics.jsonl") for folder in (out, run)]
+    for records in logs:
+        for record in records:
+            del record["seconds"], record["characters_per_second"]
+    assert logs[0] == logs[1]
+    last = max((run / "checkpoints").glob("step-*"))
+    assert (out / "checkpoints" / last.name).read_bytes() == last.read_bytes()
+
+
+def test_run_is_resumed_only_as_what_it_is(tmp_path, run, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    out = tmp_path / "run"
+    shutil.copytree(run, out)
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    for arguments, message in (
+        (["--resume", str(out), "--epochs", "3"], "leave out --epochs"),
+        (["--resume", str(out), "--out", "x"], "leave out --out"),
+        (["--resume", str(tmp_path / "none")], "--resume must be a run"),
+        (["--resume", str(out), "--checkpoint-every", "-1"], "must be at least 0, got -1"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            char_lm.main(arguments)
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err
+    config = json.loads((out / "config.json").read_text())
+    text.write_text(TEXT.replace("quick", "quiet"))
+    (out / "config.json").write_text(json.dumps({**config, "text": str(text)}))
+    assert char_lm.main(["--resume", str(out)]) == 2
+    shown = capsys.readouterr().err
+    assert "is of another run: config.text must be" in shown and "text_sha256 must be" in shown
+    for path, content in before.items():
+        assert path.name in ("config.json", "lock") or path.read_bytes() == content, path
 
 
 def test_saved_run_continues_a_prompt_the_same_way_each_time(run, capsys):

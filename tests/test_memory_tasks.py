@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import stop_and_resume
 
 from experiments import memory_tasks
 from experiments.memory_tasks import TASKS
@@ -27,13 +28,14 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def repeated(tmp_path_factory):
-    """Twice the same few updates of the GRU, and once those of another seed."""
+    """Twice the same few updates, the second time stopped and resumed, and another seed's."""
     folder = tmp_path_factory.mktemp("repeated")
     with pytest.MonkeyPatch.context() as patch:
         patch.delitem(memory_tasks.MODELS, "tanh RNN")
-        for name, seed in (("first", "5"), ("second", "5"), ("other", "6")):
-            arguments = ["--smoke", "--adding-updates", "3", "--seed", seed]
-            assert memory_tasks.main([*arguments, "--out", str(folder / name)]) == 0
+        arguments = ["--smoke", "--adding-updates", "3", "--seed"]
+        for name, seed in (("first", "5"), ("other", "6")):
+            assert memory_tasks.main([*arguments, seed, "--out", str(folder / name)]) == 0
+        stop_and_resume(memory_tasks.main, [*arguments, "5"], folder / "second", 2)
     return folder
 
 

@@ -6,6 +6,7 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+from conftest import stop_and_resume
 
 import jaxgru
 from experiments import data, regression
@@ -41,7 +42,10 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def csv_runs(tmp_path_factory):
-    """Runs on two CSV files that hold an exact sine wave, the second with another test part."""
+    """Runs on two CSV files that hold an exact sine wave.
+
+    The second with another test part, and stopped and resumed.
+    """
     folder = tmp_path_factory.mktemp("csv")
     values = 10 + 3 * np.sin(2 * np.pi * np.arange(200) / 12)
     changed = np.where(np.arange(200) < 160, values, 2 * values)
@@ -49,7 +53,7 @@ def csv_runs(tmp_path_factory):
     other = write_csv(folder / "other.csv", changed)
     return [
         run_smoke(folder / "first", *whole),
-        run_smoke(folder / "other", *other),
+        stop_and_resume(regression.main, ["--smoke", *other], folder / "other", 77),
     ]
 
 

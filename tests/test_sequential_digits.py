@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import stop_and_resume
 
 import jaxgru
 from experiments import sequential_digits
@@ -24,9 +25,9 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory):
-    """The smoke once more, and that of another seed in another order of pixels."""
+    """The smoke once more, stopped and resumed, and that of another seed and order of pixels."""
     folder = tmp_path_factory.mktemp("others")
-    assert sequential_digits.main(["--smoke", "--out", str(folder / "same")]) == 0
+    stop_and_resume(sequential_digits.main, ["--smoke"], folder / "same", 111)
     arguments = ["--smoke", "--permute", "--seed", "1", "--out", str(folder / "other")]
     assert sequential_digits.main(arguments) == 0
     return folder
@@ -64,7 +65,7 @@ def test_every_member_learns_and_their_average_is_no_worse_than_the_mean(run):
     assert len(set(result["members"])) > 1  # they are not copies of one another
 
 
-def test_same_seed_gives_the_same_metrics_and_another_seed_others(run, others):
+def test_same_seed_gives_the_same_though_stopped_and_another_seed_gives_others(run, others):
     assert read_metrics(others / "same") == read_metrics(run)
     assert (others / "same" / "result.json").read_text() == (run / "result.json").read_text()
     assert read_metrics(others / "other")[0]["loss"] != read_metrics(run)[0]["loss"]

@@ -1,11 +1,13 @@
 """A small training run under any layout, and what it leaves; as a script, one of its processes.
 
-    python tests/data_parallel.py FOLDER HOST:PORT NUM_PROCESSES PROCESS_ID
+    python tests/data_parallel.py FOLDER HOST:PORT NUM_PROCESSES PROCESS_ID [FORMAT]
 
-writes FOLDER/PROCESS_ID.npz: of every run its losses, parameters and the rows it read.
+writes FOLDER/PROCESS_ID.npz: of every run its losses, parameters and the rows it read. With a
+format of checkpoints it trains on in FOLDER instead, slowly, until it is stopped or has ended.
 """
 
 import sys
+import time
 from typing import NamedTuple
 
 import jax
@@ -82,6 +84,35 @@ def run(layout=None, dtype=jnp.float32):
     )
 
 
+def fit(folder, format, layout=None, seconds=0.0):
+    """Goes on with the run whose checkpoints are in a folder, on one device without a layout."""
+    state, optimizer = make_state()
+    inner = jaxgru.make_train_step(loss_fn, optimizer, layout=layout)
+    inputs, targets = read(layout.process_rows(BATCH_SIZE) if layout else slice(None))
+
+    def train_step(state, batch):
+        time.sleep(seconds)
+        return inner(state, batch)
+
+    def batches(start):
+        drawn = data.epochs(inputs, targets, 8, start)
+        return map(layout.place_batch, drawn) if layout else drawn
+
+    return jaxgru.fit(
+        train_step,
+        layout.place_state(state) if layout else state,
+        batches,
+        num_updates=32,
+        evaluate=lambda state: {"norm": float(optax.tree.norm(state.params))},
+        evaluate_every=6,
+        monitor=jaxgru.Monitor("norm"),
+        checkpoints=jaxgru.Checkpoints(f"{folder}/{format}", 5, resume=True, format=format),
+        callbacks=[jaxgru.JsonLines(f"{folder}/{format}.jsonl")],
+        log_every=1,
+        progress=False,
+    )
+
+
 def layouts():
     """Layouts over all devices of all processes, each with the dtype of its run."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
@@ -91,8 +122,11 @@ def layouts():
     }
 
 
-def main(folder, address, num_processes, process_id):
+def main(folder, address, num_processes, process_id, format=None):
     jax.distributed.initialize(address, int(num_processes), int(process_id))
+    if format is not None:
+        fit(folder, format, layouts()["float64"], seconds=0.1)
+        return
     results = {}
     for dtype, layout in layouts().items():
         with jax.enable_x64(dtype == "float64"):

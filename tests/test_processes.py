@@ -4,9 +4,11 @@ import functools
 import json
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import data_parallel
 import jax
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 from conftest import assert_close
 
+import jaxgru
 from experiments import communication
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -24,7 +27,7 @@ TOLERANCES = {"float32": 1e-6, "float64": 1e-14}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCES)
 
 
-def run_processes(commands, num_devices=1):
+def run_processes(commands, num_devices=1, meanwhile=lambda processes: None):
     """(return code, stdout, stderr) of commands that run at once; none outlives the test."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={num_devices}"
@@ -34,6 +37,7 @@ def run_processes(commands, num_devices=1):
         for command in commands
     ]
     try:
+        meanwhile(processes)
         texts = [process.communicate(timeout=SECONDS) for process in processes]
     finally:
         for process in processes:
@@ -108,6 +112,38 @@ def test_same_seed_and_processes_give_the_same_bytes(tmp_path):
         assert {n: v.tobytes() for n, v in one.items()} == {
             n: v.tobytes() for n, v in other.items()
         }
+
+
+# Stopping and going on.
+
+
+@pytest.mark.parametrize("format", ["npz", "orbax"])
+def test_sigterm_to_one_process_saves_all_and_another_layout_goes_on(tmp_path, format):
+    """Parameters lie divided over two processes when they are saved; then one device has all."""
+    address, script = free_address(), str(ROOT / "tests" / "data_parallel.py")
+    commands = [[script, str(tmp_path), address, "2", str(i), format] for i in range(2)]
+    log = tmp_path / f"{format}.jsonl"
+
+    def stop(processes):
+        while not log.exists() or len(log.read_text().splitlines()) < 7:
+            assert processes[1].poll() is None, processes[1].communicate()
+            time.sleep(0.02)
+        processes[1].send_signal(signal.SIGTERM)
+
+    done = run_processes(commands, meanwhile=stop)
+    assert [code for code, *_ in done] == [143, 143], done
+    found = jaxgru.find_checkpoint(tmp_path / format)
+    assert found is not None and 7 <= found.step < 32
+    assert len(log.read_text().splitlines()) == found.step
+    resumed = data_parallel.fit(tmp_path, format)
+    whole = data_parallel.fit(tmp_path / "whole", "npz")
+    assert int(resumed.state.step) == int(whole.state.step) == 32
+    assert_close(resumed.state.params, whole.state.params, 3e-6, "after 32 updates")
+    assert int(resumed.best.step) == int(whole.best.step)
+    records = [jaxgru.read_json_lines(path) for path in (log, tmp_path / "whole" / "npz.jsonl")]
+    assert [record["update"] for record in records[0]] == list(range(1, 33))
+    for one, other in zip(*records, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
 
 
 # The experiment.

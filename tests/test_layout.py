@@ -47,7 +47,7 @@ def test_divided_parameters_are_those_of_one_device():
     layout = layout_of(2, 2, kind=AxisType.Explicit, hidden="model", batch=("data", "model"))
     with jax.set_mesh(mesh_of(2, 2, kind=AxisType.Explicit)):
         placed = layout.place_state(data_parallel.make_state()[0])
-        assert placed.params.layers[0].w_h.addressable_shards[0].data.shape == (8, 12)
+        assert placed.params["gru"].w_h.addressable_shards[0].data.shape == (8, 12)
         assert_is_the_run_on_one_device(layout, "float64")
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from conftest import assert_close
 
+import jaxgru
 from experiments import char_lm, communication, data, distributed
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -130,12 +131,19 @@ def test_char_lm_is_the_same_in_two_processes_on_four_devices_and_on_one(
     assert "2 devices, 2 processes" in two[0][1]
     assert "run folder" not in two[1][1]  # process 0 alone speaks
     monkeypatch.setattr(char_lm, "cross_check", lambda *arguments: True)  # seconds, and done above
-    devices = jax.devices()
+    devices, make, shards = jax.devices(), jaxgru.make_train_step, []
+
+    def make_and_tell(*arguments, layout):
+        shards.append(layout.num_shards)
+        return make(*arguments, layout=layout)
+
+    monkeypatch.setattr(jaxgru, "make_train_step", make_and_tell)
     for run, some in (("four", devices), ("one", devices[:1])):
         monkeypatch.setattr(jax, "devices", lambda some=some: some)
         with jax.numpy_dtype_promotion("standard"):  # optax.adamw needs it
             assert char_lm.main(arguments_of(tmp_path, run)) == 0
         assert ("4 devices" in capsys.readouterr().out) == (run == "four")
+    assert shards == [4, 1]
     assert {path.name for path in tmp_path.iterdir()} == {"text.txt", "two", "four", "one"}
     for run in ("two", "four"):
         for got, wanted in zip(records(tmp_path / run), records(tmp_path / "one"), strict=True):

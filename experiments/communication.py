@@ -66,7 +66,7 @@ def data_parallel_table():
         "sum / products | sum / update |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for num_devices, rows in ((8, 512), (64, 512), (1024, 512), (8, 512), (64, 64), (1024, 4)):
+    for num_devices, rows in ((8, 512), (64, 512), (1024, 512), (64, 64), (1024, 4)):
         total, products = sum_seconds(num_devices, size), product_seconds(rows)
         update = update_seconds(rows)
         lines.append(
@@ -108,7 +108,7 @@ def main(argv=None):
     )
     parser.parse_args(argv)
     print(f"H = I = {HIDDEN_SIZE}, T = {NUM_STEPS}, gradient {parameter_bytes() / 1e6:.1f} MB\n")
-    print("The batch divided (512 rows each; then 4,096 rows in all):\n")
+    print("The batch divided: 512 rows for each accelerator, then 4,096 for all of them:\n")
     print("\n".join(data_parallel_table()) + "\n")
     for name, rows in limits().items():
         print(f"{name}: {rows:.0f} rows")

@@ -126,7 +126,8 @@ def gru(
         for many rows of few numbers (T B H above 2^19 and I + H up to 256), whose gates are redone
         sooner than stored; "gates" where a size is symbolic.
       chunk_size: steps that "bptt" treats at once; None picks by size, and takes all of them where
-        T or B is symbolic ("boundaries" then saves nothing). T need not divide by it.
+        T or B is symbolic ("boundaries" then saves nothing), and on a mesh with Auto axes, where
+        the devices add up their gradients once a chunk. T need not divide by it.
       unroll: as in `lax.scan`.
       truncate: parts time in windows of that many steps, [0, truncate), ..., and cuts the gradient
         of the state between them: truncated backpropagation through time. Values stay, and so does

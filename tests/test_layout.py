@@ -47,7 +47,7 @@ def test_divided_parameters_are_those_of_one_device():
     layout = layout_of(2, 2, kind=AxisType.Explicit, hidden="model", batch=("data", "model"))
     with jax.set_mesh(mesh_of(2, 2, kind=AxisType.Explicit)):
         placed = layout.place_state(data_parallel.make_state()[0])
-        assert placed.params.layers[0].w_h.addressable_shards[0].data.shape == (8, 12)
+        assert placed.params["gru"].w_h.addressable_shards[0].data.shape == (8, 12)
         assert_is_the_run_on_one_device(layout, "float64")
 
 
@@ -156,6 +156,21 @@ def test_state_stays_where_it_was_put_and_one_program_is_made(hidden):
     assert before.params["w"].is_deleted()  # donated
     np.testing.assert_array_equal(state.params["w"], params["w"])  # the caller's own is not
     assert int(placed.step) == 3
+
+
+def test_step_of_ones_own_leaves_the_state_as_it_came():
+    layout = jaxgru.Layout(mesh_of(4), hidden="data")
+    optimizer, ones = optax.sgd(0.1), jnp.ones((8, 8))
+    state = jaxgru.init_train_state(ones, optimizer, key=jax.random.key(0), carry=ones)
+
+    @jax.jit
+    @layout.wrap_step
+    def train_step(state, batch):  # what it makes of nothing would lie whole on every device
+        return state._replace(params=jnp.zeros((8, 8)), carry=jnp.zeros((8, 8))), {}
+
+    state, _ = train_step(layout.place_state(state), None)
+    for leaf in (state.params, state.carry):
+        assert leaf.addressable_shards[0].data.shape == (2, 8)
 
 
 def test_update_that_is_not_finite_on_one_device_is_left_out_on_all():

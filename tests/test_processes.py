@@ -1,6 +1,5 @@
 """Several real processes on this machine train as one: gloo between them, each with its rows."""
 
-import functools
 import json
 import os
 import pathlib
@@ -18,18 +17,18 @@ import pytest
 from conftest import assert_close
 
 import jaxgru
-from experiments import communication
+from experiments import char_lm, communication, data, distributed
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SECONDS = 240  # for a whole group; it takes about ten
 # Sums over rows in another order, and then four updates; 2e-7 and 4e-16 are what they come to.
 TOLERANCES = {"float32": 1e-6, "float64": 1e-14}
-DTYPES = pytest.mark.parametrize("dtype", TOLERANCES)
 
 
 def run_processes(commands, num_devices=1, meanwhile=lambda processes: None):
     """(return code, stdout, stderr) of commands that run at once; none outlives the test."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # compilation is nearly all of the time
     environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={num_devices}"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     processes = [
@@ -65,58 +64,55 @@ def train(folder, num_processes, num_devices):
     return found
 
 
-@pytest.fixture(scope="module", params=[(2, 2), (4, 1)], ids=["two of two devices", "four"])
-def group(request, tmp_path_factory):
-    return train(tmp_path_factory.mktemp("group"), *request.param)
-
-
-@functools.cache
-def on_one_device(dtype):
+def on_one_device():
     """The same updates in this process, without a layout, in the names of the files."""
-    with jax.enable_x64(dtype == "float64"):
-        losses, norms, params, _, batch = data_parallel.run(dtype=jnp.dtype(dtype))
-    named = {"losses 0": losses, "norms 0": norms, "batch 0": batch}
-    named |= {f"params {i}": leaf for i, leaf in enumerate(params)}
-    return {f"{dtype} {name}": value for name, value in named.items()}
+    named = {}
+    for dtype in TOLERANCES:
+        with jax.enable_x64(dtype == "float64"):
+            losses, norms, params, _, batch = data_parallel.run(dtype=jnp.dtype(dtype))
+        parts = {"losses 0": losses, "norms 0": norms, "batch 0": batch}
+        parts |= {f"params {i}": leaf for i, leaf in enumerate(params)}
+        named |= {f"{dtype} {name}": part for name, part in parts.items()}
+    return named
 
 
-@DTYPES
-def test_losses_and_parameters_are_those_of_one_device(group, dtype):
-    for name, wanted in on_one_device(dtype).items():
+def require_same_bytes(one, other):
+    for name in one:
+        assert one[name].tobytes() == other[name].tobytes(), name
+
+
+def assert_trained_as_one_device(group):
+    for name, wanted in on_one_device().items():
+        limit = TOLERANCES["float32" if "norms" in name else name.split()[0]]  # norms are float32
         for process in group:
-            limit = TOLERANCES["float32" if "norms" in name else dtype]  # norms are float32
             assert_close(process[name], wanted, limit, name)
-
-
-def test_processes_read_every_row_once_and_put_them_in_their_place(group):
-    rows = [process["float32 rows 0"] for process in group]
+    rows = [process.pop("float32 rows 0") for process in group]
     assert {part.shape[2] for part in rows} == {data_parallel.BATCH_SIZE // len(group)}
     inputs = data_parallel.read()[0]
-    np.testing.assert_array_equal(np.concatenate(rows, axis=2), inputs)
+    np.testing.assert_array_equal(np.concatenate(rows, axis=2), inputs)  # each row, once
     for process in group:
+        del process["float64 rows 0"]
         np.testing.assert_array_equal(process["float32 batch 0"], inputs[0])
+        require_same_bytes(process, group[0])
 
 
-def test_all_processes_hold_the_same_bytes(group):
-    for process in group[1:]:
-        for name in process:
-            if "rows" not in name:
-                assert process[name].tobytes() == group[0][name].tobytes(), name
-
-
-def test_same_seed_and_processes_give_the_same_bytes(tmp_path):
-    for folder in ("first", "second"):
-        (tmp_path / folder).mkdir()
-    first, second = (train(tmp_path / folder, 2, 1) for folder in ("first", "second"))
+@pytest.mark.usefixtures("quick_compilation")
+def test_two_processes_train_as_one_device_does_and_the_same_each_time(tmp_path):
+    first, second = (train(tmp_path, 2, num_devices=2) for _ in range(2))
     for one, other in zip(first, second):
-        assert {n: v.tobytes() for n, v in one.items()} == {
-            n: v.tobytes() for n, v in other.items()
-        }
+        require_same_bytes(one, other)
+    assert_trained_as_one_device(first)
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_four_processes_train_as_one_device_does(tmp_path):
+    assert_trained_as_one_device(train(tmp_path, 4, num_devices=1))
 
 
 # Stopping and going on.
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("format", ["npz", "orbax"])
 def test_sigterm_to_one_process_saves_all_and_another_layout_goes_on(tmp_path, format):
     """Parameters lie divided over two processes when they are saved; then one device has all."""
@@ -149,42 +145,48 @@ def test_sigterm_to_one_process_saves_all_and_another_layout_goes_on(tmp_path, f
 # The experiment.
 
 
-def char_lm(folder, out, *options):
+def arguments_of(folder, out):
     text = folder / "text.txt"
     if not text.exists():
         text.write_text("the quick brown fox jumps over the lazy dog. " * 60)
-    arguments = ["-m", "experiments.char_lm", "--smoke", "--text", str(text)]
-    return [*arguments, "--prompt", "the", "--out", str(folder / out), *options]
+    return ["--smoke", "--text", str(text), "--prompt", "the", "--out", str(folder / out)]
 
 
-def in_two(folder, out, *options):
+def in_two(folder, out):
     group = ("--coordinator", free_address(), "--num-processes", "2", "--process-id")
-    return [char_lm(folder, out, *options, *group, str(i)) for i in range(2)]
+    command = ["-m", "experiments.char_lm", *arguments_of(folder, out), *group]
+    return [[*command, str(i)] for i in range(2)]
 
 
-def test_char_lm_is_the_same_in_two_processes_on_eight_devices_and_on_one(tmp_path):
+@pytest.mark.usefixtures("quick_compilation")
+def test_char_lm_is_the_same_in_two_processes_on_four_devices_and_on_one(
+    tmp_path, monkeypatch, capsys
+):
     two = run_processes(in_two(tmp_path, "two"))
-    (eight,) = run_processes([char_lm(tmp_path, "eight", "--batch-size", "8")], 8)
-    (one,) = run_processes([char_lm(tmp_path, "one")])
-    (other,) = run_processes([char_lm(tmp_path, "other", "--batch-size", "8")])
-    for done in (*two, eight, one, other):
-        assert done[0] == 0, done
+    assert [code for code, *_ in two] == [0, 0], two
     assert "2 devices, 2 processes" in two[0][1]
-    assert "8 devices" in eight[1]
-    assert two[1][1] == ""  # process 0 alone speaks
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "text.txt",
-        "two",
-        "eight",
-        "one",
-        "other",
-    }
-    for run, wanted in (("two", "one"), ("eight", "other")):
-        for a, b in zip(records(tmp_path / run), records(tmp_path / wanted), strict=True):
-            assert set(a) == set(b)
-            for name in a:
+    assert "run folder" not in two[1][1]  # process 0 alone speaks
+    monkeypatch.setattr(char_lm, "cross_check", lambda *arguments: True)  # seconds, and done above
+    devices, make, shards = jax.devices(), jaxgru.make_train_step, []
+
+    def make_and_tell(*arguments, layout):
+        shards.append(layout.num_shards)
+        return make(*arguments, layout=layout)
+
+    monkeypatch.setattr(jaxgru, "make_train_step", make_and_tell)
+    for run, some in (("four", devices), ("one", devices[:1])):
+        monkeypatch.setattr(jax, "devices", lambda some=some: some)
+        with jax.numpy_dtype_promotion("standard"):  # optax.adamw needs it
+            assert char_lm.main(arguments_of(tmp_path, run)) == 0
+        assert ("4 devices" in capsys.readouterr().out) == (run == "four")
+    assert shards == [4, 1]
+    assert {path.name for path in tmp_path.iterdir()} == {"text.txt", "two", "four", "one"}
+    for run in ("two", "four"):
+        for got, wanted in zip(records(tmp_path / run), records(tmp_path / "one"), strict=True):
+            assert set(got) == set(wanted)
+            for name in got:
                 if "second" not in name:
-                    assert a[name] == pytest.approx(b[name], rel=1e-5), (run, name)
+                    assert got[name] == pytest.approx(wanted[name], rel=1e-5), (run, name)
 
 
 def records(run):
@@ -198,15 +200,19 @@ def test_all_processes_stop_where_one_cannot_go_on(tmp_path):
     assert main[0] == other[0] == 2
     assert "nothing was overwritten" in main[2]
     assert "another process stopped; its own message tells why" in other[2]
-    for done in run_processes(in_two(tmp_path, "new", "--batch-size", "3")):
-        assert done[0] == 2
-        assert "--batch-size must divide by 2 devices, got 3" in done[2]
 
 
-def test_half_an_address_is_refused(tmp_path):
-    ((code, _, message),) = run_processes([char_lm(tmp_path, "run", "--num-processes", "2")])
-    assert code == 2
-    assert "--coordinator, --num-processes and --process-id belong together" in message
+def test_batch_that_does_not_divide_is_refused_by_several_processes_and_fits_one(monkeypatch):
+    assert distributed.make_layout(6).num_shards == 2  # of four devices
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(data.DataError, match="--batch-size must divide by 4 devices, got 6"):
+        distributed.make_layout(6)
+
+
+def test_half_an_address_is_refused(tmp_path, capsys):
+    assert char_lm.main([*arguments_of(tmp_path, "run"), "--num-processes", "2"]) == 2
+    message = "--coordinator, --num-processes and --process-id belong together"
+    assert message in capsys.readouterr().err
 
 
 # The estimate on paper.

@@ -23,11 +23,11 @@ from jax.experimental import multihost_utils
 from jaxgru.arguments import require_choice, require_count
 from jaxgru.array_files import is_key, load_arrays, read_metadata, save_arrays
 from jaxgru.sharded_files import (
+    by_first,
     load_sharded,
     read_sharded_metadata,
     remove_sharded,
     save_sharded,
-    wait_for_all,
 )
 from jaxgru.whole_files import remove_leftovers
 
@@ -93,17 +93,13 @@ def save_checkpoint(
     facts = {"step": step, "run": run or {}, "loop": loop or {}, "best_step": best_step}
     folder = pathlib.Path(folder)
     path = folder / f"step-{step:08}.{format}"
-    if jax.process_index() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
+    by_first(lambda: folder.mkdir(parents=True, exist_ok=True))
     if format == "orbax":
         save_sharded(path, state, facts)
     else:
         whole = _gathered(state)
-        if jax.process_index() == 0:
-            save_arrays(path, whole, facts)
-    if jax.process_index() == 0:
-        _prune(folder, keep, {step, best_step})
-    wait_for_all(f"checkpoint {step}")
+        by_first(lambda: save_arrays(path, whole, facts))
+    by_first(lambda: _prune(folder, keep, {step, best_step}))
     return path
 
 
@@ -171,15 +167,18 @@ def load_checkpoint(
 
 
 @contextlib.contextmanager
-def locked(folder: str | os.PathLike) -> Iterator[None]:
-    """Holds a folder for this process alone; OSError where a living process holds it.
+def locked(folder: str | os.PathLike, *, new: bool = False) -> Iterator[None]:
+    """Holds a folder for this run alone; OSError where a living process holds it.
 
-    The lock is the kernel's: it goes with the process, however that ends.
+    The lock is the kernel's, and process 0's: it goes with that process, however it ends. With
+    `new` a folder that holds checkpoints is refused.
     """
-    folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
-    try:
+    folder, descriptors = pathlib.Path(folder), []
+
+    def lock():
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+        descriptors.append(descriptor)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -188,11 +187,20 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
                 f"{folder} is in use by the run of process {holder}; wait for its end or give "
                 "another folder"
             ) from None
+        if new and _numbered(folder):
+            raise FileExistsError(
+                f"{folder} holds the checkpoints of another run; resume it or give another folder. "
+                "Nothing was overwritten"
+            )
         os.truncate(descriptor, 0)
         os.write(descriptor, f"{os.getpid()}\n".encode())
+
+    try:
+        by_first(lock)
         yield
     finally:
-        os.close(descriptor)
+        for descriptor in descriptors:
+            os.close(descriptor)
 
 
 def _differences(saved, wanted, prefix=""):

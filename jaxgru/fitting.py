@@ -145,7 +145,7 @@ def fit(
     with contextlib.ExitStack() as stack:
         loop, best, seconds = _Loop(int(state.skipped)), None, 0.0
         if checkpoints is not None:
-            stack.enter_context(_opened(checkpoints))
+            stack.enter_context(locked(checkpoints.folder, new=not checkpoints.resume))
             if checkpoints.resume:
                 state, loop, best = _restore(checkpoints, state, loop)
                 seconds = _resume_callbacks(callbacks, int(state.step))
@@ -289,21 +289,6 @@ def _require_arguments(given):
     for name, value in counts.items():
         if value is not None or name in ("num_updates", "log_every"):
             require_count("fit", name, value)
-
-
-@contextlib.contextmanager
-def _opened(checkpoints) -> Iterator[None]:
-    """Holds the folder of checkpoints; OSError where it is in use or holds another run."""
-    if jax.process_index() != 0:
-        yield
-        return
-    with locked(checkpoints.folder):
-        if not checkpoints.resume and any(pathlib.Path(checkpoints.folder).glob("step-*")):
-            raise FileExistsError(
-                f"fit: {checkpoints.folder} holds the checkpoints of another run; resume it or "
-                "give another folder. Nothing was overwritten."
-            )
-        yield
 
 
 def _restore(checkpoints, state, loop):

@@ -10,10 +10,12 @@ import json
 import os
 import pathlib
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxgru.arguments import require_extra
@@ -33,17 +35,17 @@ def save_sharded(path: pathlib.Path, tree: Any, metadata: dict[str, Any]) -> Non
         "shapes": [list(leaf.shape) for leaf in leaves.values()],
         "metadata": json.loads(json.dumps(metadata)),  # before anything is written
     }
-    if jax.process_index() == 0 and path.exists():
-        remove_sharded(path)
-    wait_for_all(f"{path.name} may be written")
+    by_first(lambda: remove_sharded(path) if path.exists() else None)
     arrays = {str(n): _data(leaf) for n, leaf in enumerate(leaves.values())}
     with checkpoints.StandardCheckpointer() as checkpointer:
         checkpointer.save(path, arrays)
-    wait_for_all(f"{path.name} is written")
-    if jax.process_index() == 0:
+
+    def seal():
         text = json.dumps({**record, "files": _sha256_of_files(path)})
         sealed = json.dumps({"sha256": _sha256(text), "manifest": text})
         write_whole(_manifest(path), lambda file: file.write(sealed.encode()))
+
+    by_first(seal)
 
 
 def read_sharded_metadata(path: pathlib.Path) -> dict[str, Any]:
@@ -86,10 +88,20 @@ def remove_sharded(path: pathlib.Path) -> None:
     shutil.rmtree(path)
 
 
-def wait_for_all(name: str) -> None:
-    """Returns when every process has come here."""
+def by_first(run: Callable[[], None]) -> None:
+    """run() in process 0, which the others wait for; its OSError becomes one in every process."""
+    error = None
+    if jax.process_index() == 0:
+        try:
+            run()
+        except OSError as caught:
+            error = caught
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+        done = multihost_utils.process_allgather(np.array(error is None))
+        if not done.all() and error is None:
+            error = OSError("process 0 could not write; its own message tells why")
+    if error is not None:
+        raise error
 
 
 _FORMAT = "jaxgru orbax 1"

@@ -75,7 +75,8 @@ def run(folder, *, resume=True, every=5, on_update=lambda step: None, **options)
         "log_every": 4,
         "progress": False,
     }
-    return jaxgru.fit(train_step, make_state(), batches, **{**given, **options})
+    given |= {"batches": batches} | options
+    return jaxgru.fit(train_step, make_state(), given.pop("batches"), **given)
 
 
 def left_by(folder):

@@ -133,6 +133,25 @@ def children(pid):
     return [int(n) for n in pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+def test_bad_updates_in_a_row_are_counted_across_a_stop(tmp_path):
+    """Of ten bad updates from the 8th on, some come before the stop."""
+
+    def bad_from_eight(start):
+        return (np.full(3, np.nan if n >= 7 else 1, np.float32) for n in range(start, 60))
+
+    def end(step):
+        if step == 12:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    options = {"batches": bad_from_eight, "log_every": 1}
+    with pytest.raises(Interrupted):
+        survivor.run(tmp_path, resume=False, on_update=end, **options)
+    with pytest.raises(jaxgru.NonFiniteError, match="in the last 10 updates, up to update 17;"):
+        survivor.run(tmp_path, **options)
+    found = jaxgru.find_checkpoint(tmp_path / "checkpoints")
+    assert found is not None and found.step == 17 and found.loop["in_row"] == 10
+
+
 def test_second_signal_acts_as_it_always_did(tmp_path):
     def twice(step):
         if step == 3:

@@ -25,7 +25,7 @@ from jaxgru.checkpoints import (
     locked,
     save_checkpoint,
 )
-from jaxgru.logs import Callback, Resumable
+from jaxgru.logs import Callback, JsonLines, Resumable
 from jaxgru.training import TrainState, TrainStep
 
 
@@ -90,7 +90,7 @@ def fit(
     evaluate_every: int | None = None,
     monitor: Monitor | None = None,
     checkpoints: Checkpoints | None = None,
-    callbacks: Iterable[Callback] = (),
+    callbacks: Iterable[Callback] | None = None,
     log_every: int = 10,
     items_per_update: int | None = None,
     items_name: str = "items",
@@ -115,8 +115,9 @@ def fit(
       evaluate_every: updates between evaluations, with a record each; None for the end alone.
       monitor: keep the best state by an evaluation, and stop early where it has a patience.
       checkpoints: save the state; after every best evaluation too.
-      callbacks: each is called with (state, record) whenever a record is made, e.g. a `JsonLines`.
-        Copy what is kept: the state's buffers are donated to the next update.
+      callbacks: each is called with (state, record) whenever a record is made. Copy what is kept:
+        the state's buffers are donated to the next update. None for a `JsonLines` that writes
+        metrics.jsonl into the folder of checkpoints, where there is one.
       log_every: updates between records; the loop waits for the device only then.
       items_per_update: items of a batch, for records of their rate.
       items_name: what the items are, e.g. "characters".
@@ -141,7 +142,9 @@ def fit(
       ImportError: progress is asked for and tqdm is missing, or Orbax.
     """
     _require_arguments(locals())
-    callbacks = list(callbacks) if jax.process_index() == 0 else []
+    if callbacks is None and checkpoints is not None:
+        callbacks = [JsonLines(pathlib.Path(checkpoints.folder) / "metrics.jsonl")]
+    callbacks = list(callbacks or ()) if jax.process_index() == 0 else []
     with contextlib.ExitStack() as stack:
         loop, best, seconds = _Loop(int(state.skipped)), None, 0.0
         if checkpoints is not None:

@@ -290,6 +290,14 @@ def test_bad_argument_is_refused(tmp_path, options, error, match):
         survivor.run(tmp_path, resume=False, **options)
 
 
+def test_records_are_lines_of_json_beside_the_checkpoints_unless_told(tmp_path):
+    fitted = survivor.run(tmp_path, resume=False, num_updates=9, callbacks=None)
+    logged = jaxgru.read_json_lines(tmp_path / "checkpoints" / "metrics.jsonl")
+    assert logged == jaxgru.json_values(fitted.records) and len(logged) == 4
+    survivor.run(tmp_path / "b", resume=False, num_updates=2, callbacks=[])
+    assert not list((tmp_path / "b").rglob("*.jsonl"))
+
+
 def test_checkpoints_need_batches_that_can_be_found_again(tmp_path):
     step, state = survivor.make_train_step()[0], survivor.make_state()
     with pytest.raises(TypeError, match=r"batches must be a function .* from the n-th on .* list"):

@@ -23,6 +23,7 @@ import math
 import pathlib
 import re
 import sys
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -111,6 +112,7 @@ def train(args):
     distributed.start(args)
     text = distributed.main_first(lambda: load_text(args))
     distributed.require_same("the text", text)
+    distributed.require_same("what the options say", json.dumps(runs.config_of(args)))
     vocabulary = "".join(sorted(set(text)))
     tokens = data.encode(text, vocabulary)
     prompt = choose_prompt(args, text, vocabulary)
@@ -354,8 +356,13 @@ class Samples:
             return
         seed = args.seed + update
         text = draw(args, state.params, self.vocabulary, self.prompt, args.sample_size, seed)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(f"{HEADING} {update}\n{text}\n")
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(f"{HEADING} {update}\n{text}\n")
+        except OSError as error:
+            warnings.warn(
+                f"the sample of update {update} is not in {self.path}: {error}", stacklevel=2
+            )
         shown = {k: v for k, v in record.items() if "bits" in k}
         words = ", ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in shown.items())
         tqdm.write(f"update {update}: {words}\n  {text[:100]!r}")
@@ -365,7 +372,7 @@ class Samples:
         text = self.path.read_text("utf-8") if self.path.exists() else ""
         for start in re.finditer(rf"^{HEADING} (\d+)$", text, re.M):
             if int(start[1]) > update:
-                self.path.write_text(text[: start.start()], encoding="utf-8")
+                runs.replace_text(self.path, text[: start.start()])
                 return
 
 

@@ -35,6 +35,12 @@ def start(args: Any) -> None:
         raise DataError("--coordinator, --num-processes and --process-id belong together")
     if told == (None, None, None) and not args.distributed:
         return
+    if args.coordinator and ":" not in args.coordinator:
+        raise DataError(f"--coordinator must be HOST:PORT, got {args.coordinator}")
+    if args.num_processes is not None and not 0 <= args.process_id < args.num_processes:
+        raise DataError(
+            f"--process-id must be at least 0 and below {args.num_processes}, got {args.process_id}"
+        )
     try:
         jax.distributed.initialize(*told)
     except (RuntimeError, ValueError) as error:
@@ -48,7 +54,7 @@ def is_main() -> bool:
 
 
 def make_layout(batch_size: int, **choices: Any) -> jaxgru.Layout:
-    """A layout over all devices; a lone process leaves some idle where the batch does not divide.
+    """A layout over all devices; some stay idle where a lone process's batch does not divide.
 
     `choices` are those of `jaxgru.Layout`. The devices stand in their own order, so that every
     process reads rows without gaps.
@@ -57,7 +63,10 @@ def make_layout(batch_size: int, **choices: Any) -> jaxgru.Layout:
     if jax.process_count() == 1:
         devices = devices[: math.gcd(len(devices), batch_size)]
     elif batch_size % len(devices):
-        raise DataError(f"--batch-size must divide by {len(devices)} devices, got {batch_size}")
+        raise DataError(
+            f"--batch-size must be a multiple of the {len(devices)} devices, got {batch_size}; "
+            "take fewer processes or devices"
+        )
     return jaxgru.Layout(jax.sharding.Mesh(np.array(devices), ("data",)), **choices)
 
 

@@ -39,6 +39,8 @@ def run_script(name: str, run: Callable[[], int], extras: tuple[str, ...] = ()) 
             return run()
         except (DataError, OSError, jaxgru.CheckpointError) as error:
             return fail(name, error)
+        except ImportError as error:
+            return fail(name, error)
         except jaxgru.NonFiniteError as error:
             fail(name, error)
             return 1
@@ -66,18 +68,24 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 def take_options(parser: argparse.ArgumentParser, argv: Any) -> argparse.Namespace:
     """The options of the command line, or with --resume those of the run's config.json."""
     args = parser.parse_args(argv)
+    unset = dict.fromkeys(vars(args), UNSET)
+    told = vars(parser.parse_args(argv, argparse.Namespace(**unset)))
+    given = {name for name, value in told.items() if value is not UNSET}
     if args.checkpoint_every < 0:
         parser.error(f"--checkpoint-every must be at least 0, got {args.checkpoint_every}")
     if args.resume is None:
         return args
-    changed = [name for name, value in vars(args).items() if value != parser.get_default(name)]
-    given = [name for name in changed if name == "out" or name not in ASIDE]
-    if given:
-        named = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+    wrong = sorted(name for name in given if name == "out" or name not in ASIDE)
+    if wrong:
+        named = ", ".join(f"--{name.replace('_', '-')}" for name in wrong)
         parser.error(f"--resume takes the options of the run; leave out {named}")
     try:
         config = json.loads((pathlib.Path(args.resume) / "config.json").read_text("utf-8"))
-        saved = {name: config[name] for name in vars(args) if name not in ASIDE}
+        lacking = sorted(set(vars(args)) - set(config))
+        if lacking:
+            raise ValueError(f"its config.json is of another experiment, without {lacking}")
+        watched = set(WATCHED) - given
+        saved = {n: v for n, v in config.items() if n in watched or n in vars(args).keys() - ASIDE}
     except (OSError, ValueError, KeyError, TypeError) as error:
         parser.error(
             f"--resume must be a run folder of this experiment, got {args.resume}: {error}"
@@ -87,6 +95,8 @@ def take_options(parser: argparse.ArgumentParser, argv: Any) -> argparse.Namespa
 
 def open_run(name: str, args: argparse.Namespace, **facts: Any) -> pathlib.Path:
     """The run folder of --resume, or a new one with the options and facts in its config.json."""
+    if args.tensorboard:
+        jaxgru.TensorBoard("")  # an ImportError before anything is done
     if args.resume is not None:
         return pathlib.Path(args.resume)
     return make_run_folder(name, args.out, {**vars(args), **facts})
@@ -141,8 +151,13 @@ def read_records(run: pathlib.Path, **fields: Any) -> list[dict[str, Any]]:
 def write_json(path: pathlib.Path, record: Any) -> None:
     """A file of strict JSON; a number that is not finite becomes null."""
     text = json.dumps(jaxgru.json_values(record), indent=1, allow_nan=False, ensure_ascii=False)
+    replace_text(path, text + "\n")
+
+
+def replace_text(path: pathlib.Path, text: str) -> None:
+    """Writes a file that appears whole or not at all."""
     temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 
@@ -153,8 +168,10 @@ def describe_device() -> str:
 
 
 # Options that do not say what is computed: where a run lies, how it is watched, and on what.
-ASIDE = (
-    *("out", "resume", "checkpoint_every", "tensorboard"),
+WATCHED = ("checkpoint_every", "tensorboard")
+ASIDE = {
+    *("out", "resume", *WATCHED),
     *("coordinator", "num_processes", "process_id", "distributed"),
-)
+}
+UNSET = object()
 CHECKPOINTS, METRICS = "checkpoints", "metrics.jsonl"

@@ -61,7 +61,7 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
       OSError: the file cannot be read.
       ValueError: it is no such file, or damaged.
     """
-    return _read(path)[0]["metadata"]
+    return read_arrays(path)[0]["metadata"]
 
 
 def load_arrays(path: str | os.PathLike, like: Any) -> Any:
@@ -79,15 +79,21 @@ def load_arrays(path: str | os.PathLike, like: Any) -> Any:
       OSError: the file cannot be read.
       ValueError: it is no such file, is damaged, or holds other names, shapes or dtypes.
     """
-    header, arrays = _read(path)
+    return assemble(path, *read_arrays(path), like)
+
+
+def assemble(path: str | os.PathLike, header: Any, arrays: Any, like: Any) -> Any:
+    """The pytree of what `read_arrays` returned; ValueError where it is of another form."""
     leaves, treedef = named_leaves(like)
     require_names("load_arrays", path, arrays, leaves)
-    loaded = []
+    loaded, wrong = [], []
     for name, leaf in leaves.items():
         try:
             loaded.append(from_plain(arrays[name], header["dtypes"][name], leaf))
         except ValueError as error:
-            raise ValueError(f"load_arrays: {name} of {path} {error}.") from None
+            wrong.append(f"{name} {error}")
+    if wrong:
+        raise ValueError(f"load_arrays: {path} is of another model: {'; '.join(wrong)}.")
     return jax.tree_util.tree_unflatten(treedef, loaded)
 
 
@@ -115,7 +121,7 @@ def to_plain(leaf: Any) -> tuple[np.ndarray, str]:
     if is_key(leaf):
         return np.asarray(jax.random.key_data(leaf)), f"{_KEY}{jax.random.key_impl(leaf)}"
     array = np.asarray(leaf)
-    plain = array if array.dtype.kind in "biufc" else array.view(np.uint16)
+    plain = array if array.dtype.kind in "biufc" else array.view(f"u{array.dtype.itemsize}")
     return plain, str(array.dtype)
 
 
@@ -124,12 +130,9 @@ def from_plain(array: np.ndarray, dtype: str, like: Any) -> jax.Array:
     if dtype.startswith(_KEY) != is_key(like):
         raise ValueError(f"must be {like.dtype}{list(like.shape)}, got {dtype}")
     if dtype.startswith(_KEY):
-        data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(like.shape, like.dtype))
-        if (array.shape, array.dtype) != (data.shape, data.dtype):
-            raise ValueError(f"must be {like.dtype}{list(like.shape)}, got {dtype}")
         place = jax.random.key_data(like) if _is_placed(like) else None
         key = jax.random.wrap_key_data(_place(array, place), impl=dtype.removeprefix(_KEY))
-        if key.dtype != like.dtype:
+        if (key.shape, key.dtype) != (like.shape, like.dtype):
             raise ValueError(f"must be {like.dtype}{list(like.shape)}, got {dtype}")
         return key
     true_dtype = jnp.dtype(dtype)
@@ -172,7 +175,7 @@ _DAMAGE = (
 )
 
 
-def _read(path):
+def read_arrays(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """(header, arrays) of a file; ValueError where it is damaged or another's."""
     with open(path, "rb") as opened:
         try:

@@ -7,7 +7,7 @@ the caller says of the run, and the step that was best so far.
 """
 
 import contextlib
-import fcntl
+import functools
 import json
 import os
 import pathlib
@@ -21,7 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxgru.arguments import require_choice, require_count
-from jaxgru.array_files import is_key, load_arrays, read_metadata, save_arrays
+from jaxgru.array_files import assemble, is_key, read_arrays, read_metadata, save_arrays
 from jaxgru.sharded_files import (
     by_first,
     load_sharded,
@@ -90,6 +90,7 @@ def save_checkpoint(
     require_count("save_checkpoint", "step", step, least=0)
     require_count("save_checkpoint", "keep", keep)
     require_choice("save_checkpoint", "format", format, FORMATS)
+    json.dumps([run, loop], allow_nan=False)  # a fact that is NaN would differ from itself
     facts = {"step": step, "run": run or {}, "loop": loop or {}, "best_step": best_step}
     folder = pathlib.Path(folder)
     path = folder / f"step-{step:08}.{format}"
@@ -99,7 +100,7 @@ def save_checkpoint(
     else:
         whole = _gathered(state)
         by_first(lambda: save_arrays(path, whole, facts))
-    by_first(lambda: _prune(folder, keep, {step, best_step}))
+    by_first(lambda: _prune(folder, keep, path, {step, best_step}))
     return path
 
 
@@ -109,7 +110,8 @@ def find_checkpoint(
     """The newest checkpoint of a folder that is whole, or the one that the newest calls the best.
 
     Each is read and verified, newest first; one that is damaged or torn is left where it is,
-    skipped, and named in a warning. Other files and folders are not looked at.
+    skipped, and named in a warning. Other files and folders are not looked at. One that cannot be
+    read at all, for want of permission say, is an error.
 
     Args:
       folder: as given to `save_checkpoint`; it may be missing.
@@ -126,9 +128,19 @@ def find_checkpoint(
     """
     require_choice("find_checkpoint", "which", which, ("latest", "best"))
     latest = _first_whole(_numbered(folder))
-    if which == "latest" or latest is None:
+    if which == "latest" or latest is None or latest.step == latest.best_step:
         return latest
-    return _first_whole([(n, p) for n, p in _numbered(folder) if n == latest.best_step])
+    return find_step(folder, latest.best_step)
+
+
+def find_step(folder: str | os.PathLike, step: int | None) -> Checkpoint | None:
+    """The checkpoint of that number, if it is there and whole."""
+    return _first_whole([(n, path) for n, path in _numbered(folder) if n == step])
+
+
+def has_checkpoints(folder: str | os.PathLike) -> bool:
+    """True where a folder holds any, whole or not."""
+    return bool(_numbered(folder))
 
 
 def load_checkpoint(
@@ -154,12 +166,17 @@ def load_checkpoint(
     """
     path = pathlib.Path(path)
     try:
-        saved = _read_facts(path)["run"]
+        if path.suffix == ".orbax":
+            facts, load = read_sharded_metadata(path), functools.partial(load_sharded, path)
+        else:
+            header, arrays = read_arrays(path)
+            facts, load = header["metadata"], functools.partial(assemble, path, header, arrays)
+        saved = facts["run"]
         differences = [] if run is None else list(_differences(saved, json.loads(json.dumps(run))))
         if not differences:
-            return load_sharded(path, like) if path.suffix == ".orbax" else load_arrays(path, like)
+            return load(like)
     except ValueError as error:
-        raise CheckpointError(str(error)) from error
+        raise CheckpointError(str(error)) from None
     raise CheckpointError(
         f"load_checkpoint: {path} is of another run: {'; '.join(differences)}. Resume with what it "
         "was made with, or give a new folder."
@@ -170,9 +187,11 @@ def load_checkpoint(
 def locked(folder: str | os.PathLike, *, new: bool = False) -> Iterator[None]:
     """Holds a folder for this run alone; OSError where a living process holds it.
 
-    The lock is the kernel's, and process 0's: it goes with that process, however it ends. With
-    `new` a folder that holds checkpoints is refused.
+    The lock is the kernel's, and process 0's: it goes with that process and those it forked,
+    however they end. With `new` a folder that holds checkpoints is refused.
     """
+    import fcntl  # which Windows has not
+
     folder, descriptors = pathlib.Path(folder), []
 
     def lock():
@@ -235,7 +254,7 @@ def _first_whole(numbered):
             if facts["step"] != step:
                 raise ValueError(f"{path} holds step {facts['step']}")
             return Checkpoint(path, step, facts["run"], facts["loop"], facts["best_step"])
-        except (ValueError, KeyError, OSError) as error:
+        except (ValueError, KeyError, IsADirectoryError, NotADirectoryError) as error:
             warnings.warn(f"checkpoint skipped: {error}", stacklevel=3)
     return None
 
@@ -244,10 +263,11 @@ def _read_facts(path):
     return read_sharded_metadata(path) if path.suffix == ".orbax" else read_metadata(path)
 
 
-def _prune(folder, keep, kept):
+def _prune(folder, keep, newest, kept):
     """Removes all but the last `keep`, those in `kept`, and what a killed writer left."""
     for number, (step, path) in enumerate(_numbered(folder)):
-        if number >= keep and step not in kept:
+        replaced = path != newest and path.stem == newest.stem  # in another format
+        if replaced or (number >= keep and step not in kept):
             with contextlib.suppress(OSError):  # a foreign folder of that name, say
                 _remove(path)
     remove_leftovers(folder)

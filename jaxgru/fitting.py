@@ -4,7 +4,6 @@ import contextlib
 import math
 import pathlib
 import signal
-import sys
 import threading
 import time
 import warnings
@@ -19,13 +18,17 @@ from jax.experimental import multihost_utils
 from jaxgru.arguments import require_choice, require_count
 from jaxgru.checkpoints import (
     Checkpoint,
+    CheckpointError,
     Format,
     find_checkpoint,
+    find_step,
+    has_checkpoints,
     load_checkpoint,
     locked,
     save_checkpoint,
 )
 from jaxgru.logs import Callback, JsonLines, Resumable
+from jaxgru.sharded_files import by_first
 from jaxgru.training import TrainState, TrainStep
 
 
@@ -101,7 +104,8 @@ def fit(
     With checkpoints, a run that is killed at any point and resumed ends in the same bytes as one
     that was not: parameters, optimizer state, key, carry, best evaluation, counters and the means
     that were being taken, all are kept, and batches go on where they were. SIGTERM and SIGINT let
-    the update end, save, and raise `Interrupted`; a second signal acts as it would without `fit`.
+    the update end, save, and raise `Interrupted`; another one a second later, or more, acts as it
+    would without `fit`.
     In several processes SIGTERM to any of them stops all after the same update; process 0 alone
     calls callbacks and shows the bar.
 
@@ -130,9 +134,10 @@ def fit(
       returned.
 
     Raises:
-      ValueError: batches ended early, a count is below 1, or evaluate does not return the monitor's
-        metric.
-      CheckpointError: the checkpoint is of another model or run.
+      ValueError: batches ended early, a count is below 1, num_updates is below state.step,
+        evaluate does not return the monitor's metric, or returns what the record has already.
+      CheckpointError: the checkpoint is of another model, run or monitor, or none of those there
+        is whole.
       TypeError: a count is no integer, or batches is no function and checkpoints are kept.
       OSError: the folder of checkpoints is in use, holds another run, or cannot be written at the
         start or the end; in between, that is warned of and training goes on.
@@ -146,13 +151,19 @@ def fit(
         callbacks = [JsonLines(pathlib.Path(checkpoints.folder) / "metrics.jsonl")]
     callbacks = list(callbacks or ()) if jax.process_index() == 0 else []
     with contextlib.ExitStack() as stack:
-        loop, best, seconds = _Loop(int(state.skipped)), None, 0.0
+        loop, best, seconds = _Loop(skipped=int(state.skipped)), None, 0.0
         if checkpoints is not None:
             stack.enter_context(locked(checkpoints.folder, new=not checkpoints.resume))
-            if checkpoints.resume:
-                state, loop, best = _restore(checkpoints, state, loop)
+            if has_checkpoints(checkpoints.folder):
+                state, loop, best = _restore(checkpoints, state, loop, monitor)
                 seconds = _resume_callbacks(callbacks, int(state.step))
+            else:  # what stands in the way of saving shows before training
+                _save(checkpoints, int(state.step), state, loop, None, required=True)
         start = int(state.step)
+        if num_updates < start:
+            raise ValueError(
+                f"fit: num_updates must be at least state.step, {start}, got {num_updates}."
+            )
         if callable(batches):
             batches = batches(start)
         batches, records = iter(batches), []
@@ -160,6 +171,7 @@ def fit(
         asked_to_stop = stack.enter_context(_stop_signals(checkpoints is not None))
         shown = progress and jax.process_index() == 0
         bar = stack.enter_context(_progress_bar(start, num_updates, shown))
+        kept = None
         for update in range(start + 1, num_updates + 1):
             if loop.is_exhausted(monitor):
                 break
@@ -170,33 +182,41 @@ def fit(
             loop.pending.append(metrics)
             last = update == num_updates
             due = last or (evaluate_every is not None and update % evaluate_every == 0)
-            improved, stop = False, asked_to_stop(update)
+            improved = failed = False
             if due or update % log_every == 0:
                 record = meter.read(update)
-                if loop.in_row >= _MAX_SKIPPED_IN_ROW:
-                    _save(checkpoints, update, state, loop, required=False)
-                    saved = "" if checkpoints is None else f", and are in {checkpoints.folder}"
-                    raise NonFiniteError(
-                        "fit: loss, gradient or parameters were not finite in the last "
-                        f"{loop.in_row} updates, up to update {update}; the parameters are as "
-                        f"before them{saved}. Lower the learning rate.",
-                        state,
-                    )
-                if due and evaluate is not None:
-                    record.update(evaluate(state))
+                failed = loop.in_row >= _MAX_SKIPPED_IN_ROW
+                if due and evaluate is not None and not failed:
+                    record |= _evaluated(evaluate(state), record)
                     improved = monitor is not None and loop.judge(monitor, record)
-                    if improved:
-                        best = jax.tree.map(jnp.copy, state)
                 records.append(record)
                 for callback in callbacks:
                     callback(state, record)
                 bar(record)
                 meter.start()
-            ends = last or stop is not None or loop.is_exhausted(monitor)
+            stop = asked_to_stop(update)  # after the evaluation, which may be long
+            ends = last or failed or stop is not None or loop.is_exhausted(monitor)
+            saved = False
+            if improved:
+                best = jax.tree.map(jnp.copy, state)
+                kept = best, dict(loop.facts())
             if checkpoints is not None and (ends or improved or update % checkpoints.every == 0):
-                _save(checkpoints, update, state, loop, required=ends)
-            if stop is not None and checkpoints is not None:
-                raise Interrupted(stop, update, pathlib.Path(checkpoints.folder))
+                with meter.paused():
+                    required = ends and not failed
+                    saved = _save(checkpoints, update, state, loop, kept, required=required)
+            if failed:
+                where = f", and are in {checkpoints.folder}" if checkpoints and saved else ""
+                raise NonFiniteError(
+                    "fit: loss, gradient or parameters were not finite in the last "
+                    f"{loop.in_row} updates, up to update {update}; the parameters are as before "
+                    f"them{where}. Lower the learning rate.",
+                    state,
+                )
+            if stop is not None:
+                break
+        stop = asked_to_stop(None)
+        if stop is not None and checkpoints is not None:  # during the last evaluation or save too
+            raise Interrupted(stop, int(state.step), pathlib.Path(checkpoints.folder))
     return Fit(state, records, best)
 
 
@@ -207,8 +227,10 @@ _MAX_SKIPPED_IN_ROW = 10
 class _Loop:
     """What the loop knows beside the state: the best evaluation, skips, and means being taken."""
 
-    def __init__(self, skipped=0, in_row=0, pending=(), best=None, best_step=None, since_best=0):
-        self.skipped, self.in_row = skipped, in_row
+    def __init__(
+        self, *, skipped=0, in_row=0, pending=(), best=None, best_step=None, since_best=0, by=None
+    ):
+        self.skipped, self.in_row, self.by = skipped, in_row, by
         self.pending: list[dict[str, Any]] = list(pending)
         self.best, self.best_step, self.since_best = best, best_step, since_best
 
@@ -218,7 +240,20 @@ class _Loop:
             {name: float(value) for name, value in metrics.items()}
             for metrics in jax.device_get(self.pending)
         ]
-        return vars(self)
+        # JSON has no NaN, and what is compared later must be what it was.
+        return {
+            **vars(self),
+            "best": repr(self.best),
+            "pending": [
+                {name: repr(value) for name, value in metrics.items()} for metrics in self.pending
+            ],
+        }
+
+    @classmethod
+    def of_facts(cls, facts):
+        pending = [{n: float(text) for n, text in metrics.items()} for metrics in facts["pending"]]
+        best = None if facts["best"] == "None" else float(facts["best"])
+        return cls(**{**facts, "pending": pending, "best": best})
 
     def judge(self, monitor, record):
         """Counts an evaluation; True where it is the best."""
@@ -227,7 +262,7 @@ class _Loop:
                 f"fit: monitor.metric must be what evaluate returns, got {monitor.metric!r} and "
                 f"{sorted(record)}."
             )
-        value = float(record[monitor.metric])
+        value, self.by = _of_first(float(record[monitor.metric])), [monitor.metric, monitor.mode]
         gain = -value if monitor.mode == "min" else value
         before = self.best if monitor.mode == "max" or self.best is None else -self.best
         first = before is None or (math.isnan(before) and not math.isnan(gain))
@@ -252,6 +287,13 @@ class _Meter:
 
     def start(self):
         self.loop.pending, self.before, self.began = [], 0, time.perf_counter()
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Leaves out the time within."""
+        began = time.perf_counter()
+        yield
+        self.began += time.perf_counter() - began
 
     def read(self, update):
         """The record up to this update; waits for the device."""
@@ -294,64 +336,136 @@ def _require_arguments(given):
             require_count("fit", name, value)
 
 
-def _restore(checkpoints, state, loop):
-    """(state, loop, best state) of the newest checkpoint; as they were where there is none."""
+def _restore(checkpoints, state, loop, monitor):
+    """(state, loop, best state) of the newest checkpoint; CheckpointError where none is whole."""
     found = find_checkpoint(checkpoints.folder)
+    if not _same_everywhere(found.step if found else -1):
+        raise CheckpointError(
+            f"fit: {checkpoints.folder} must be a folder that all processes share, got different "
+            "checkpoints in them."
+        )
     if found is None:
-        return state, loop, None
+        raise CheckpointError(
+            f"fit: none of the checkpoints in {checkpoints.folder} is whole; give another folder "
+            "to begin anew. Nothing was overwritten."
+        )
 
     def load(checkpoint: Checkpoint):
         return load_checkpoint(checkpoint.path, state, run=checkpoints.run or {})
 
-    newest, loop = load(found), _Loop(**found.loop)
+    newest = load(found)
+    try:
+        loop = _Loop.of_facts(found.loop)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(
+            f"fit: {found.path} must be one that fit has written: {error}"
+        ) from error
+    if loop.by is not None and monitor is not None and loop.by != [monitor.metric, monitor.mode]:
+        raise CheckpointError(
+            f"fit: monitor must be what the run was made with, {loop.by}, got "
+            f"{[monitor.metric, monitor.mode]}."
+        )
     if loop.best_step is None:
         return newest, loop, None
-    best = find_checkpoint(checkpoints.folder, "best")
+    if loop.best_step == found.step:
+        return newest, loop, jax.tree.map(jnp.copy, newest)
+    best = find_step(checkpoints.folder, loop.best_step)
     if best is None:
         warnings.warn(
-            f"fit: the best checkpoint, of update {loop.best_step}, is lost; the next evaluation "
-            "is taken for the best",
+            f"fit: the best checkpoint, of update {loop.best_step}, is lost; the newest stands in "
+            "for it until the next evaluation",
             stacklevel=3,
         )
         loop.best, loop.best_step = None, None
-        return newest, loop, None
+        return newest, loop, jax.tree.map(jnp.copy, newest)
     return newest, loop, load(best)
 
 
 def _resume_callbacks(callbacks, update):
     """Seconds of training up to that update, by the logs."""
-    left = [callback.resume(update) for callback in callbacks if isinstance(callback, Resumable)]
+    left = []
+
+    def resume():
+        for callback in callbacks:
+            if isinstance(callback, Resumable):
+                left.append(callback.resume(update))
+
+    try:
+        by_first(resume)
+    except ValueError as error:
+        raise CheckpointError(f"fit: {error}") from error
     return max((record.get("seconds", 0.0) for record in left if record), default=0.0)
 
 
-def _save(checkpoints, update, state, loop, *, required):
-    """Saves; a failure is an OSError where required, else a warning."""
-    if checkpoints is None:
-        return
+def _evaluated(found, record):
+    """What evaluate returned; ValueError where the record has some of it already."""
+    clash = sorted(set(found) & set(record))
+    if clash:
+        raise ValueError(
+            f"fit: evaluate must return names that the record has not, got {clash}; call them "
+            "validation_..., say."
+        )
+    return found
+
+
+def _save(checkpoints, update, state, loop, kept, *, required):
+    """True where it saved; a failure is an OSError where required, else a warning.
+
+    kept, the best state and its facts, is saved first where that failed in its own time.
+    """
+    options = {"run": checkpoints.run, "keep": checkpoints.keep, "format": checkpoints.format}
     try:
+        best_step = loop.best_step
+        if kept is not None and best_step != update:
+            path = pathlib.Path(checkpoints.folder) / f"step-{best_step:08}.{checkpoints.format}"
+            if not path.exists():
+                best, facts = kept
+                save_checkpoint(
+                    checkpoints.folder, best_step, best, loop=facts, best_step=best_step, **options
+                )
         save_checkpoint(
-            checkpoints.folder, update, state, run=checkpoints.run, loop=loop.facts(),
-            best_step=loop.best_step, keep=checkpoints.keep, format=checkpoints.format,
-        )  # fmt: skip
+            checkpoints.folder, update, state, loop=loop.facts(), best_step=best_step, **options
+        )
     except OSError as error:
         message = f"fit: update {update} could not be saved in {checkpoints.folder}: {error}"
         if required:
-            raise OSError(message) from error
+            raise type(error)(message) from error
         warnings.warn(f"{message}; training goes on", stacklevel=3)
+        return False
+    return True
+
+
+def _same_everywhere(number):
+    """True where all processes have that number."""
+    if jax.process_count() == 1:
+        return True
+    return len(set(multihost_utils.process_allgather(np.array(number)).tolist())) == 1
+
+
+def _of_first(value):
+    """Process 0's number, bit for bit, in all of them: they must judge alike."""
+    if jax.process_count() == 1:
+        return value
+    bits = np.array([value], np.float64).view(np.uint32)
+    return float(np.asarray(multihost_utils.broadcast_one_to_all(bits)).view(np.float64)[0])
 
 
 @contextlib.contextmanager
-def _stop_signals(active) -> Iterator[Callable[[int], int | None]]:
+def _stop_signals(active) -> Iterator[Callable[[int | None], int | None]]:
     """A function of the update that gives the number of the signal that asked to stop, or None."""
     if not active:
         yield lambda update: None
         return
+    main_thread = threading.current_thread() is threading.main_thread()
     if jax.process_count() > 1:  # JAX tells every process of a SIGTERM to any, for the same update
-        sync = multihost_utils.reached_preemption_sync_point
-        yield lambda update: signal.SIGTERM if sync(update) else None
-        return
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda update: None  # Python handles signals in the main thread alone
+        reached = []
+
+        def ask(update):
+            if update is not None and multihost_utils.reached_preemption_sync_point(update):
+                reached.append(signal.SIGTERM)
+            return reached[0] if reached else None
+
+        yield ask
         return
     received, before = [], {}
 
@@ -360,15 +474,17 @@ def _stop_signals(active) -> Iterator[Callable[[int], int | None]]:
             signal.signal(number, handler)
 
     def receive(number, frame):
-        received.append(number)
-        restore()
-        name = signal.Signals(number).name
-        print(f"{name}: the update is finished and saved, then training stops", file=sys.stderr)
+        # A terminal or `timeout` may send the same signal twice at once: only a later one insists.
+        if received and time.monotonic() - received[0][1] >= 1:
+            restore()
+            signal.raise_signal(number)
+        received.append((number, time.monotonic()))
 
     try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            before[number] = signal.signal(number, receive)
-        yield lambda update: received[0] if received else None
+        for number in (signal.SIGTERM, signal.SIGINT) if main_thread else ():  # Python's rule
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, receive)
+        yield lambda update: received[0][0] if received else None
     finally:
         restore()
 

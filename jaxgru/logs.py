@@ -54,6 +54,7 @@ class JsonLines:
     def __call__(self, state: Any, record: dict[str, Any], /) -> None:
         self.waiting += json.dumps(json_values({**self.fields, **record}), allow_nan=False) + "\n"
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             whole = self.path.stat().st_size if self.path.exists() else 0
             try:
                 with open(self.path, "a", encoding="utf-8") as file:
@@ -67,7 +68,7 @@ class JsonLines:
 
     def resume(self, update: int) -> dict[str, Any] | None:
         """Drops this log's records of later updates; gives the last that is left, or None."""
-        kept, last = [], None
+        kept, last, self.waiting = [], None, ""
         for record in read_json_lines(self.path):
             own = all(record.get(name) == value for name, value in json_values(self.fields).items())
             if own and record.get("update", 0) > update:
@@ -97,6 +98,7 @@ class TensorBoard:
         if self.writer is None:
             self.writer = self._open()
         for name, value in record.items():
+            value = json_values(value)
             if isinstance(value, int | float) and name != "update":
                 self.writer.add_scalar(name, value, record["update"])
 
@@ -154,6 +156,8 @@ def json_values(value: Any) -> Any:
         return {str(name): json_values(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple):
         return [json_values(entry) for entry in value]
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        value = value.item()  # a number of NumPy or JAX
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, str | int) else str(value)

@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 
 from jaxgru.arguments import require_extra
 from jaxgru.array_files import is_key, named_leaves, require_names
-from jaxgru.whole_files import write_whole
+from jaxgru.whole_files import PREFIX, SUFFIX, remove_leftovers, write_whole
 
 
 def save_sharded(path: pathlib.Path, tree: Any, metadata: dict[str, Any]) -> None:
@@ -35,14 +35,21 @@ def save_sharded(path: pathlib.Path, tree: Any, metadata: dict[str, Any]) -> Non
         "shapes": [list(leaf.shape) for leaf in leaves.values()],
         "metadata": json.loads(json.dumps(metadata)),  # before anything is written
     }
-    by_first(lambda: remove_sharded(path) if path.exists() else None)
+    by_first(lambda: remove_leftovers(path.parent))
     arrays = {str(n): _data(leaf) for n, leaf in enumerate(leaves.values())}
-    with checkpoints.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path, arrays)
+    temporary = path.with_name(f"{PREFIX}{path.name}{SUFFIX}")
+    try:
+        with checkpoints.StandardCheckpointer() as checkpointer:
+            checkpointer.save(temporary, arrays)
+    except Exception as error:  # a full disk is Orbax's ValueError
+        raise OSError(f"{path} could not be written: {error}") from error
 
     def seal():
-        text = json.dumps({**record, "files": _sha256_of_files(path)})
+        text = json.dumps({**record, "files": _sha256_of_files(temporary)})
         sealed = json.dumps({"sha256": _sha256(text), "manifest": text})
+        if path.exists():
+            remove_sharded(path)
+        temporary.rename(path)
         write_whole(_manifest(path), lambda file: file.write(sealed.encode()))
 
     by_first(seal)
@@ -60,17 +67,17 @@ def load_sharded(path: pathlib.Path, like: Any) -> Any:
     leaves, treedef = named_leaves(like)
     require_names("load_checkpoint", path, record["names"], leaves)
     numbers = {name: number for number, name in enumerate(record["names"])}
-    target = {}
+    target, wrong = {}, []
     for name, leaf in leaves.items():
         number = numbers[name]
         found = (record["dtypes"][number], record["shapes"][number])
         if found != (_dtype_tag(leaf), list(leaf.shape)):
-            raise ValueError(
-                f"load_checkpoint: {name} of {path} must be {_dtype_tag(leaf)}"
-                f"{list(leaf.shape)}, got {found[0]}{found[1]}."
-            )
+            wanted = f"{_dtype_tag(leaf)}{list(leaf.shape)}"
+            wrong.append(f"{name} must be {wanted}, got {found[0]}{found[1]}")
         data = _data(leaf)
         target[str(number)] = jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=data.sharding)
+    if wrong:
+        raise ValueError(f"load_checkpoint: {path} is of another model: {'; '.join(wrong)}.")
     with checkpoints.StandardCheckpointer() as checkpointer:
         arrays = checkpointer.restore(path.absolute(), target)
     loaded = []
@@ -89,17 +96,17 @@ def remove_sharded(path: pathlib.Path) -> None:
 
 
 def by_first(run: Callable[[], None]) -> None:
-    """run() in process 0, which the others wait for; its OSError becomes one in every process."""
+    """run() in process 0, which the others wait for; its error becomes one in every process."""
     error = None
     if jax.process_index() == 0:
         try:
             run()
-        except OSError as caught:
+        except Exception as caught:
             error = caught
     if jax.process_count() > 1:
         done = multihost_utils.process_allgather(np.array(error is None))
         if not done.all() and error is None:
-            error = OSError("process 0 could not write; its own message tells why")
+            error = OSError("process 0 could not go on; its own message tells why")
     if error is not None:
         raise error
 
@@ -122,6 +129,8 @@ def _manifest(path):
 def _read_manifest(path):
     """The manifest; ValueError where it is no whole one or a file is not what it says."""
     try:
+        if not _manifest(path).exists():
+            raise ValueError("it is missing")
         sealed = json.loads(_manifest(path).read_bytes())
         if sealed["sha256"] != _sha256(sealed["manifest"]):
             raise ValueError("its sha256 is another")
@@ -129,7 +138,7 @@ def _read_manifest(path):
         if record["format"] != _FORMAT:
             raise ValueError(f"format {record['format']!r}")
         sums = record["files"]
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         message = f"{path} must have a whole {_FORMAT!r} manifest beside it: {error}"
         raise ValueError(message) from None
     found = _sha256_of_files(path)

@@ -18,6 +18,7 @@ import optax
 
 from jaxgru.arguments import require_count
 from jaxgru.layout import Layout
+from jaxgru.products import state_dtype
 
 Array = jax.Array
 LossFn = Callable[[Any, Any, Any, chex.PRNGKey], tuple[Array, tuple[Any, dict[str, Array]]]]
@@ -51,8 +52,8 @@ def init_train_state(
       optimizer: from optax.
       key: a `jax.random.key`; each update draws its own from it.
       carry: the first carry of the loss; copied too.
-      average: keep a moving average of the parameters beside them, which starts as they do; for
-        the `average_decay` of `make_train_step`.
+      average: keep a moving average of the parameters beside them, in float32 at least, which
+        starts as they do; for the `average_decay` of `make_train_step`.
 
     Returns:
       TrainState with step 0.
@@ -61,11 +62,13 @@ def init_train_state(
     >>> int(state.step)
     0
     """
-    params, carry, key = jax.tree.map(jnp.copy, (params, carry, key))
+    params, carry = jax.tree.map(_strong, jax.tree.map(jnp.copy, (params, carry)))
+    key = jnp.copy(key)
     step, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
     # Some optimizers keep the parameters' own buffers in their state.
-    opt_state = jax.tree.map(jnp.copy, optimizer.init(params))
-    averaged = jax.tree.map(jnp.copy, params) if average else None
+    opt_state = jax.tree.map(_strong, jax.tree.map(jnp.copy, optimizer.init(params)))
+    averaged = jax.tree.map(lambda p: p.astype(_wide(p)), params) if average else None
+    averaged = jax.tree.map(jnp.copy, averaged)
     return TrainState(params, opt_state, carry, key, step, skipped, averaged)
 
 
@@ -84,12 +87,13 @@ def make_train_step(
 ) -> TrainStep:
     """One jitted optimizer update: train_step(state, batch) -> (state, metrics).
 
-    An update whose loss, gradient, gradient norm or resulting parameters are not finite changes
-    nothing but step, key and the count of skipped updates. The gradient is checked before it is
-    clipped, since a clip turns inf into NaN or into a number; its norm after, since entries of
-    1e30 in float32 have finite values and squares that no optimizer survives. Clipped here, they
-    do no harm: the norm is taken of the entries over the largest one, and so overflows only
-    where it is itself too large a number; `optax.clip_by_global_norm` makes zeros of them.
+    An update whose loss, gradient, gradient norm or resulting parameters, optimizer state or carry
+    are not finite changes nothing but step, key and the count of skipped updates. The gradient is
+    checked before it is clipped, since a clip turns inf into NaN or into a number; its norm after,
+    since entries of 1e30 in float32 have finite values and squares that no optimizer survives.
+    Clipped here, they do no harm: the norm is taken of the entries over the largest one, and so
+    overflows only where it is itself too large a number; `optax.clip_by_global_norm` makes zeros of
+    them.
 
     Args:
       loss_fn: loss_fn(params, carry, batch, key) -> (loss, (carry, metrics)).
@@ -116,9 +120,11 @@ def make_train_step(
 
     Raises:
       ValueError: an argument is out of its range; when traced, where the optimizer's updates
-        change a parameter's shape or dtype, a batch has no axis of parts, or the state has no
-        average to keep or one that nobody keeps.
-      TypeError: accumulate is no integer, or compute_dtype no floating dtype.
+        change a parameter's shape or dtype, the loss the carry's, a metric is no scalar or has a
+        name that records use, a batch has no axis of parts, or the state has no average to keep
+        or one that nobody keeps.
+      TypeError: accumulate is no integer, compute_dtype no floating dtype, or, when traced, the
+        loss returns something else.
 
     Cost: one gradient of the loss; parameters are held once where buffers are donated.
 
@@ -150,7 +156,8 @@ def make_train_step(
     def scaled_loss(params, carry, batch, key):
         """The loss in compute_dtype; all that leaves it has the dtypes that came."""
         inside_params, inside_carry, batch = _cast((params, carry, batch), compute_dtype)
-        loss, (new_carry, metrics) = loss_fn(inside_params, inside_carry, batch, key)
+        returned = loss_fn(inside_params, inside_carry, batch, key)
+        loss, new_carry, metrics = _require_result(returned, inside_carry)
         if compute_dtype is not None:
             new_carry = jax.tree.map(lambda new, old: new.astype(old.dtype), new_carry, carry)
             loss, metrics = _cast((loss, metrics), jnp.float32)
@@ -172,11 +179,13 @@ def make_train_step(
         def body(sums, part):
             carry, *sums = sums
             (loss, carry, metrics), grads = differentiate(params, carry, *part)
-            return (carry, *jax.tree.map(jnp.add, tuple(sums), (grads, loss, metrics))), None
+            taken = grads, loss, jax.tree.map(lambda m: m.astype(_wide(m)), metrics)
+            return (carry, *jax.tree.map(jnp.add, tuple(sums), taken)), None
 
         keys = jax.random.split(key, accumulate)
         first = jax.tree.map(lambda x: x[0], (batch, keys))
         (loss, _, metrics), grads = jax.eval_shape(differentiate, params, carry, *first)
+        metrics = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, _wide(m)), metrics)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, loss, metrics))
         (carry, *sums), _ = jax.lax.scan(body, (carry, *zeros), (batch, keys))
         grads, loss, metrics = jax.tree.map(lambda x: x / accumulate, tuple(sums))
@@ -197,13 +206,16 @@ def make_train_step(
         _require_same_shapes(params, state.params)
         leaves += [_square_sum(grads), *jax.tree.leaves(params)]
         finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
+        old = (state.opt_state, state.carry)
+        finite &= _stays_finite((opt_state, carry), old)
         average = state.average
         if average_decay is not None:
-            average = optax.incremental_update(params, average, 1 - average_decay)
+            wide = jax.tree.map(lambda p, a: p.astype(a.dtype), params, average)
+            average = optax.incremental_update(wide, average, 1 - average_decay)
         params, opt_state, carry, average = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
+            lambda new, old: _strong(jnp.where(finite, new, old)),
             (params, opt_state, carry, average),
-            (state.params, state.opt_state, state.carry, state.average),
+            (state.params, *old, state.average),
         )
         skipped = state.skipped + (1 - finite.astype(jnp.int32))
         state = TrainState(params, opt_state, carry, key, state.step + 1, skipped, average)
@@ -223,16 +235,42 @@ def _cast(tree, dtype):
     )
 
 
+def _wide(x):
+    """The dtype that sums of x are taken in: float32 at least."""
+    return state_dtype(x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else jnp.float32
+
+
+def _widest(leaves):
+    return jnp.float64 if any(leaf.dtype == jnp.float64 for leaf in leaves) else jnp.float32
+
+
+def _strong(x):
+    """x without JAX's weak type, which no file keeps."""
+    return x if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x.astype(x.dtype)
+
+
+def _stays_finite(new, old):
+    """True unless a number became none: some optimizers begin with infinity."""
+    kept = [
+        (jnp.isfinite(a) | ~jnp.isfinite(b)).all()
+        for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(old))
+        if jnp.issubdtype(a.dtype, jnp.floating)
+    ]
+    return jnp.stack([jnp.array(True), *kept]).all()
+
+
 def _square_sum(grads):
-    return sum(jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(grads))
+    leaves = jax.tree.leaves(grads)
+    return sum(jnp.sum(jnp.square(g.astype(_widest(leaves)))) for g in leaves)
 
 
 def _safe_norm(grads):
     """The norm of all entries, of numbers between 0 and 1 where squares would overflow."""
-    leaves = [jnp.max(jnp.abs(g.astype(jnp.float32)), initial=0) for g in jax.tree.leaves(grads)]
-    largest = jnp.max(jnp.stack(leaves), initial=0)
+    leaves = jax.tree.leaves(grads)
+    wide = [g.astype(_widest(leaves)) for g in leaves]
+    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(g), initial=0) for g in wide]), initial=0)
     unit = jnp.where(largest > 0, largest, 1)
-    return unit * jnp.sqrt(_square_sum(jax.tree.map(lambda g: g / unit.astype(g.dtype), grads)))
+    return unit * jnp.sqrt(_square_sum([g / unit for g in wide]))
 
 
 def _clip(grads, clip_value, clip_norm):
@@ -243,9 +281,33 @@ def _clip(grads, clip_value, clip_norm):
         return grads
     norm = _safe_norm(grads)
     # Divided first: clip_norm / norm may be too small a number.
-    return jax.tree.map(
-        lambda g: jnp.where(norm > clip_norm, g / norm * clip_norm, g).astype(g.dtype), grads
-    )
+    return jax.tree.map(lambda g: jnp.where(norm > clip_norm, _over(g, norm) * clip_norm, g), grads)
+
+
+def _over(g, norm):
+    return (g.astype(norm.dtype) / norm).astype(g.dtype)
+
+
+def _require_result(returned, carry):
+    """(loss, carry, metrics); TypeError or ValueError where a loss returns something else."""
+    form = "train_step: loss_fn must return (loss, (carry, metrics))"
+    try:
+        loss, (new, metrics) = returned
+    except (TypeError, ValueError):
+        raise TypeError(f"{form}, got {type(returned).__name__}.") from None
+    if not isinstance(metrics, dict):
+        raise TypeError(f"{form} with metrics a dict of scalars, got {type(metrics).__name__}.")
+    forms = [jax.tree.map(jnp.shape, tree) for tree in (carry, new)]
+    if forms[0] != forms[1] or jax.tree.structure(carry) != jax.tree.structure(new):
+        raise ValueError(f"{form} with a carry of the state's shapes, {forms[0]}, got {forms[1]}.")
+    taken = {"loss", "gradient_norm", "skipped", "update", "seconds"} & set(metrics)
+    if taken:
+        raise ValueError(f"{form} with metrics of names of their own, got {sorted(taken)}.")
+    metrics = {name: jnp.asarray(value) for name, value in metrics.items()}
+    for name, value in metrics.items():
+        if value.ndim:
+            raise ValueError(f"{form} with scalar metrics, got {name} of {list(value.shape)}.")
+    return loss, new, metrics
 
 
 def _require_parts(batch, accumulate):

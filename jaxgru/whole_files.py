@@ -1,6 +1,7 @@
 """Files that appear whole or not at all."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from typing import BinaryIO
@@ -12,7 +13,7 @@ def write_whole(path: str | os.PathLike, write: Callable[[BinaryIO], object]) ->
     An existing file is replaced, in one step; after an error the folder is as it was.
     """
     folder = os.path.dirname(os.path.abspath(path))
-    descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=_PREFIX, suffix=_SUFFIX)
+    descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=PREFIX, suffix=SUFFIX)
     try:
         with os.fdopen(descriptor, "wb") as file:
             write(file)
@@ -33,11 +34,12 @@ def write_whole(path: str | os.PathLike, write: Callable[[BinaryIO], object]) ->
 def remove_leftovers(folder: str | os.PathLike) -> None:
     """Removes what writers that were killed left in a folder; for its only user."""
     for name in os.listdir(folder):
-        if name.startswith(_PREFIX) and name.endswith(_SUFFIX):
-            os.unlink(os.path.join(folder, name))
+        if name.startswith(PREFIX) and SUFFIX in name:  # Orbax appends a suffix of its own
+            path = os.path.join(folder, name)
+            shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
 
 
-_PREFIX, _SUFFIX = ".jaxgru-", ".tmp"
+PREFIX, SUFFIX = ".jaxgru-", ".tmp"
 
 
 def _umask():

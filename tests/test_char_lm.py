@@ -46,7 +46,9 @@ def test_run_learns_and_leaves_all_its_files(run):
 def test_run_that_was_stopped_goes_on_to_the_same_bytes(tmp_path, run, capsys):
     config = json.loads((run / "config.json").read_text())
     arguments = ["--smoke", "--text", config["text"], "--epochs", "10", "--prompt", "the "]
+    arguments += ["--checkpoint-every", "7"]
     out = stop_and_resume(char_lm.main, arguments, tmp_path / "run", 37)
+    assert (out / "checkpoints" / "step-00000175.npz").exists()  # 7 times 25: after the stop, too
     shown = capsys.readouterr().err
     assert f"go on with: python -m experiments.char_lm --resume {out}" in shown
     assert "char_lm: stopped by SIGTERM after update 37, which is in" in shown
@@ -68,7 +70,7 @@ def test_run_is_resumed_only_as_what_it_is(tmp_path, run, capsys):
     shutil.copytree(run, out)
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     for arguments, message in (
-        (["--resume", str(out), "--epochs", "3"], "leave out --epochs"),
+        (["--resume", str(out), "--epochs", "10"], "leave out --epochs"),
         (["--resume", str(out), "--out", "x"], "leave out --out"),
         (["--resume", str(tmp_path / "none")], "--resume must be a run"),
         (["--resume", str(out), "--checkpoint-every", "-1"], "must be at least 0, got -1"),

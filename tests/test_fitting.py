@@ -5,6 +5,7 @@ import os
 import pathlib
 import random
 import resource
+import shutil
 import signal
 import struct
 import subprocess
@@ -18,7 +19,7 @@ import pytest
 import survivor
 
 import jaxgru
-from jaxgru import Checkpoints, Interrupted, JsonLines, Monitor, TensorBoard
+from jaxgru import Checkpoints, Interrupted, JsonLines, Monitor, TensorBoard, fitting
 
 
 class Crash(Exception):
@@ -122,7 +123,8 @@ def test_killed_runs_end_in_the_bytes_of_a_run_that_was_not(tmp_path, whole):
                     break
         files, records = survivor.left_by(folder)
         assert records == whole[0][1]
-        assert files["step-00000060.npz"] == whole[0][0]["step-00000060.npz"]
+        for name in ("step-00000060.npz", f"step-{int(whole[1].best.step):08}.npz"):
+            assert files[name] == whole[0][0][name]
         assert not list((folder / "checkpoints").glob("*.tmp"))
     server.communicate(timeout=60)
     assert server.returncode == 0
@@ -153,14 +155,113 @@ def test_bad_updates_in_a_row_are_counted_across_a_stop(tmp_path):
 
 
 def test_second_signal_acts_as_it_always_did(tmp_path):
-    def twice(step):
-        if step == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
+    def twice(pause):
+        def on_update(step):
+            if step == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(pause)
+                os.kill(os.getpid(), signal.SIGINT)
+
+        return on_update
 
     with pytest.raises(KeyboardInterrupt):
-        survivor.run(tmp_path, resume=False, on_update=twice)
+        survivor.run(tmp_path / "later", resume=False, on_update=twice(1.05))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with pytest.raises(Interrupted):  # as `timeout` sends it, to the child and to its group
+        survivor.run(tmp_path / "at once", resume=False, on_update=twice(0.01))
+
+
+def test_signal_that_is_ignored_stays_ignored(tmp_path):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        end = {"on_update": lambda step: os.kill(os.getpid(), signal.SIGINT)}
+        assert int(survivor.run(tmp_path, resume=False, num_updates=3, **end).state.step) == 3
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_signal_during_the_last_evaluation_stops_the_script_too(tmp_path):
+    def evaluate(state):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return survivor.evaluate(state)
+
+    options = {"num_updates": 7, "resume": False}
+    with pytest.raises(Interrupted) as stopped:
+        survivor.run(tmp_path, evaluate=evaluate, **options)
+    assert stopped.value.step == 7
+    fitted = survivor.run(tmp_path, num_updates=7)
+    assert int(fitted.state.step) == int(fitted.best.step) == 7 and fitted.records == []
+
+
+def test_what_stands_in_the_way_of_saving_shows_before_training(tmp_path):
+    def train(step):
+        raise Crash
+
+    for number, (options, error) in enumerate(
+        [
+            ({"format": "zip"}, ValueError),
+            ({"run": {"x": object()}}, TypeError),
+            ({"run": {"x": np.nan}}, ValueError),
+        ]
+    ):
+        checkpoints = Checkpoints(tmp_path / str(number), 5, **options)
+        with pytest.raises(error):
+            survivor.run(tmp_path, checkpoints=checkpoints, on_update=train)
+
+
+def test_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(tmp_path):
+    survivor.run(tmp_path, resume=False, num_updates=9)
+    for path in (tmp_path / "checkpoints").glob("step-*"):
+        path.write_bytes(path.read_bytes()[:-9])
+    before = survivor.left_by(tmp_path)
+    with (
+        pytest.warns(UserWarning, match="checkpoint skipped"),
+        pytest.raises(jaxgru.CheckpointError, match=r"none of the checkpoints in .* is whole"),
+    ):
+        survivor.run(tmp_path)
+    assert survivor.left_by(tmp_path) == before
+
+
+def test_log_of_an_earlier_run_is_kept_where_there_is_no_checkpoint(tmp_path):
+    survivor.run(tmp_path, resume=False, num_updates=9)
+    logged = survivor.left_by(tmp_path)[1]
+    shutil.rmtree(tmp_path / "checkpoints")
+    survivor.run(tmp_path, num_updates=5)
+    assert survivor.left_by(tmp_path)[1][: len(logged)] == logged
+
+
+def test_best_that_could_not_be_saved_in_its_time_is_saved_later(tmp_path, whole, monkeypatch):
+    best, save = int(whole[1].best.step), fitting.save_checkpoint
+    failures = []
+
+    def fail(folder, step, *arguments, **options):
+        if step == best and not failures:
+            failures.append(step)
+            raise OSError(28, "No space left on device")
+        return save(folder, step, *arguments, **options)
+
+    monkeypatch.setattr(fitting, "save_checkpoint", fail)
+    with pytest.warns(UserWarning, match=f"update {best} could not be saved"):
+        survivor.run(tmp_path, resume=False)
+    name = f"step-{best:08}.npz"
+    assert failures and survivor.left_by(tmp_path)[0][name] == whole[0][0][name]
+
+
+def test_run_goes_on_only_with_its_own_monitor_and_for_as_long(tmp_path):
+    survivor.run(tmp_path, resume=False, num_updates=9)
+    with pytest.raises(
+        jaxgru.CheckpointError, match=r"made with, \['far', 'min'\], got \['far', 'm"
+    ):
+        survivor.run(tmp_path, monitor=Monitor("far", "max"))
+    with pytest.raises(ValueError, match=r"num_updates must be at least state.step, 9, got 8\."):
+        survivor.run(tmp_path, num_updates=8)
+    step, state = survivor.make_train_step()[0], survivor.make_state()
+    jaxgru.save_checkpoint(tmp_path / "own", 3, state, loop={"epoch": 1})
+    with pytest.raises(jaxgru.CheckpointError, match="must be one that fit has written"):
+        jaxgru.fit(
+            step, state, survivor.batches, num_updates=9, progress=False,
+            checkpoints=Checkpoints(tmp_path / "own", 3, resume=True),
+        )  # fmt: skip
 
 
 def test_signals_are_left_alone_without_checkpoints_and_given_back_after(tmp_path):
@@ -283,6 +384,7 @@ def test_training_stops_early_and_keeps_the_best(tmp_path, monitor, values, stop
         ({"monitor": Monitor("far", "least")}, ValueError, "mode must be one of 'min', 'max'"),
         ({"monitor": Monitor("far", patience=0)}, ValueError, "monitor.patience must be at least"),
         ({"every": 0}, ValueError, "checkpoints.every must be at least 1, got 0"),
+        ({"evaluate": lambda s: {"loss": 1.0}}, ValueError, r"that the record has not.*\['loss'\]"),
     ],
 )
 def test_bad_argument_is_refused(tmp_path, options, error, match):
@@ -317,6 +419,13 @@ def test_log_drops_its_own_later_records_and_a_torn_line(tmp_path):
     assert json.loads(path.read_text().splitlines()[2]) == {"model": "b", "update": 2, "loss": None}
     assert logs[0].resume(0) is None
     assert JsonLines(tmp_path / "none.jsonl").resume(5) is None
+    log = JsonLines(tmp_path / "new folder" / "x.jsonl")
+    log(None, {"update": 1, "a": jnp.float32(0.5), "b": np.int64(3), "c": np.bool_(True)})
+    assert jaxgru.read_json_lines(log.path) == [{"update": 1, "a": 0.5, "b": 3, "c": True}]
+    log.waiting = "of before\n"
+    log.resume(0)
+    log(None, {"update": 1})
+    assert jaxgru.read_json_lines(log.path) == [{"update": 1}]
     assert not (tmp_path / "none.jsonl").exists()
     path.write_text('{"update": 1}\nnot JSON\n{"update": 2}\n')
     with pytest.raises(ValueError, match=r"metrics.jsonl must hold one JSON object a line"):

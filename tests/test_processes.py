@@ -205,7 +205,9 @@ def test_all_processes_stop_where_one_cannot_go_on(tmp_path):
 def test_batch_that_does_not_divide_is_refused_by_several_processes_and_fits_one(monkeypatch):
     assert distributed.make_layout(6).num_shards == 2  # of four devices
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(data.DataError, match="--batch-size must divide by 4 devices, got 6"):
+    with pytest.raises(
+        data.DataError, match="--batch-size must be a multiple of the 4 devices, got 6"
+    ):
         distributed.make_layout(6)
 
 

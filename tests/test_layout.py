@@ -98,7 +98,12 @@ def compiled(layout, num_steps=6, **gru_options):
 
 
 def test_repeated_parameters_cost_one_sum_after_the_loop_over_time():
-    assert collectives(compiled(jaxgru.Layout(mesh_of(4)))) == ([], ["all-reduce"])
+    text = compiled(jaxgru.Layout(mesh_of(4)))
+    assert collectives(text) == ([], ["all-reduce"] * 2)
+    forms = re.findall(r" = (\S+|\(.*?\)) all-reduce\(", text)
+    truth, sums = sorted(forms, key=len)
+    assert truth == "pred[]"  # whether the carry, whose rows are divided, is finite
+    assert sums.count("f32[") == 6  # the gradient, and the loss
 
 
 def test_divided_parameters_are_put_together_before_the_loop_over_time():

@@ -22,8 +22,8 @@ from jax.experimental import multihost_utils
 
 from jaxgru.arguments import require_choice, require_count
 from jaxgru.array_files import assemble, is_key, read_arrays, read_metadata, save_arrays
+from jaxgru.processes import by_first
 from jaxgru.sharded_files import (
-    by_first,
     load_sharded,
     read_sharded_metadata,
     remove_sharded,

@@ -1,19 +1,14 @@
 """The loop around a train step: records, evaluation, early stopping, checkpoints, signals."""
 
 import contextlib
-import math
 import pathlib
 import signal
-import threading
-import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental import multihost_utils
 
 from jaxgru.arguments import require_choice, require_count
 from jaxgru.checkpoints import (
@@ -28,7 +23,9 @@ from jaxgru.checkpoints import (
     save_checkpoint,
 )
 from jaxgru.logs import Callback, JsonLines, Resumable
-from jaxgru.sharded_files import by_first
+from jaxgru.loop_state import LoopState, Meter
+from jaxgru.processes import by_first, same_everywhere
+from jaxgru.stop_signals import stop_signals
 from jaxgru.training import TrainState, TrainStep
 
 
@@ -151,7 +148,7 @@ def fit(
         callbacks = [JsonLines(pathlib.Path(checkpoints.folder) / "metrics.jsonl")]
     callbacks = list(callbacks or ()) if jax.process_index() == 0 else []
     with contextlib.ExitStack() as stack:
-        loop, best, seconds = _Loop(skipped=int(state.skipped)), None, 0.0
+        loop, best, seconds = LoopState(skipped=int(state.skipped)), None, 0.0
         if checkpoints is not None:
             stack.enter_context(locked(checkpoints.folder, new=not checkpoints.resume))
             if has_checkpoints(checkpoints.folder):
@@ -167,8 +164,8 @@ def fit(
         if callable(batches):
             batches = batches(start)
         batches, records = iter(batches), []
-        meter = _Meter(loop, seconds, items_per_update, items_name)
-        asked_to_stop = stack.enter_context(_stop_signals(checkpoints is not None))
+        meter = Meter(loop, seconds, items_per_update, items_name)
+        asked_to_stop = stack.enter_context(stop_signals(checkpoints is not None))
         shown = progress and jax.process_index() == 0
         bar = stack.enter_context(_progress_bar(start, num_updates, shown))
         kept = None
@@ -224,97 +221,6 @@ _END = object()
 _MAX_SKIPPED_IN_ROW = 10
 
 
-class _Loop:
-    """What the loop knows beside the state: the best evaluation, skips, and means being taken."""
-
-    def __init__(
-        self, *, skipped=0, in_row=0, pending=(), best=None, best_step=None, since_best=0, by=None
-    ):
-        self.skipped, self.in_row, self.by = skipped, in_row, by
-        self.pending: list[dict[str, Any]] = list(pending)
-        self.best, self.best_step, self.since_best = best, best_step, since_best
-
-    def facts(self):
-        """The same as JSON values; waits for the device."""
-        self.pending = [
-            {name: float(value) for name, value in metrics.items()}
-            for metrics in jax.device_get(self.pending)
-        ]
-        # JSON has no NaN, and what is compared later must be what it was.
-        return {
-            **vars(self),
-            "best": repr(self.best),
-            "pending": [
-                {name: repr(value) for name, value in metrics.items()} for metrics in self.pending
-            ],
-        }
-
-    @classmethod
-    def of_facts(cls, facts):
-        pending = [{n: float(text) for n, text in metrics.items()} for metrics in facts["pending"]]
-        best = None if facts["best"] == "None" else float(facts["best"])
-        return cls(**{**facts, "pending": pending, "best": best})
-
-    def judge(self, monitor, record):
-        """Counts an evaluation; True where it is the best."""
-        if monitor.metric not in record:
-            raise ValueError(
-                f"fit: monitor.metric must be what evaluate returns, got {monitor.metric!r} and "
-                f"{sorted(record)}."
-            )
-        value, self.by = _of_first(float(record[monitor.metric])), [monitor.metric, monitor.mode]
-        gain = -value if monitor.mode == "min" else value
-        before = self.best if monitor.mode == "max" or self.best is None else -self.best
-        first = before is None or (math.isnan(before) and not math.isnan(gain))
-        improved = first or gain > before + monitor.min_delta
-        if improved:
-            self.best, self.best_step, self.since_best = value, record["update"], 0
-        else:
-            self.since_best += 1
-        return improved
-
-    def is_exhausted(self, monitor):
-        return monitor is not None and self.since_best >= (monitor.patience or float("inf"))
-
-
-class _Meter:
-    """Loss, rate and skipped updates between two records."""
-
-    def __init__(self, loop, seconds, items_per_update, items_name):
-        self.loop, self.seconds, self.items_per_update = loop, seconds, items_per_update
-        self.rate, self.before = f"{items_name}_per_second", len(loop.pending)
-        self.began = time.perf_counter()
-
-    def start(self):
-        self.loop.pending, self.before, self.began = [], 0, time.perf_counter()
-
-    @contextlib.contextmanager
-    def paused(self):
-        """Leaves out the time within."""
-        began = time.perf_counter()
-        yield
-        self.began += time.perf_counter() - began
-
-    def read(self, update):
-        """The record up to this update; waits for the device."""
-        host = jax.device_get(self.loop.pending)
-        elapsed = time.perf_counter() - self.began
-        self.seconds += elapsed
-        record = {"update": update, "seconds": self.seconds}
-        for name in host[-1]:
-            values = np.asarray([metrics[name] for metrics in host], np.float64)
-            finite = values[np.isfinite(values)]
-            record[name] = float(finite.mean()) if finite.size else float("nan")
-        record["skipped"] = int(host[-1]["skipped"])
-        if self.items_per_update is not None:
-            count = len(host) - self.before  # of this call's updates
-            record[self.rate] = self.items_per_update * count / elapsed
-        for metrics in host:
-            self.loop.in_row = self.loop.in_row + 1 if metrics["skipped"] > self.loop.skipped else 0
-            self.loop.skipped = int(metrics["skipped"])
-        return record
-
-
 def _require_arguments(given):
     """ValueError or TypeError where an argument of `fit` is unusable."""
     checkpoints, monitor = given["checkpoints"], given["monitor"]
@@ -339,7 +245,7 @@ def _require_arguments(given):
 def _restore(checkpoints, state, loop, monitor):
     """(state, loop, best state) of the newest checkpoint; CheckpointError where none is whole."""
     found = find_checkpoint(checkpoints.folder)
-    if not _same_everywhere(found.step if found else -1):
+    if not same_everywhere(found.step if found else -1):
         raise CheckpointError(
             f"fit: {checkpoints.folder} must be a folder that all processes share, got different "
             "checkpoints in them."
@@ -355,7 +261,7 @@ def _restore(checkpoints, state, loop, monitor):
 
     newest = load(found)
     try:
-        loop = _Loop.of_facts(found.loop)
+        loop = LoopState.of_facts(found.loop)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(
             f"fit: {found.path} must be one that fit has written: {error}"
@@ -433,60 +339,6 @@ def _save(checkpoints, update, state, loop, kept, *, required):
         warnings.warn(f"{message}; training goes on", stacklevel=3)
         return False
     return True
-
-
-def _same_everywhere(number):
-    """True where all processes have that number."""
-    if jax.process_count() == 1:
-        return True
-    return len(set(multihost_utils.process_allgather(np.array(number)).tolist())) == 1
-
-
-def _of_first(value):
-    """Process 0's number, bit for bit, in all of them: they must judge alike."""
-    if jax.process_count() == 1:
-        return value
-    bits = np.array([value], np.float64).view(np.uint32)
-    return float(np.asarray(multihost_utils.broadcast_one_to_all(bits)).view(np.float64)[0])
-
-
-@contextlib.contextmanager
-def _stop_signals(active) -> Iterator[Callable[[int | None], int | None]]:
-    """A function of the update that gives the number of the signal that asked to stop, or None."""
-    if not active:
-        yield lambda update: None
-        return
-    main_thread = threading.current_thread() is threading.main_thread()
-    if jax.process_count() > 1:  # JAX tells every process of a SIGTERM to any, for the same update
-        reached = []
-
-        def ask(update):
-            if update is not None and multihost_utils.reached_preemption_sync_point(update):
-                reached.append(signal.SIGTERM)
-            return reached[0] if reached else None
-
-        yield ask
-        return
-    received, before = [], {}
-
-    def restore():
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def receive(number, frame):
-        # A terminal or `timeout` may send the same signal twice at once: only a later one insists.
-        if received and time.monotonic() - received[0][1] >= 1:
-            restore()
-            signal.raise_signal(number)
-        received.append((number, time.monotonic()))
-
-    try:
-        for number in (signal.SIGTERM, signal.SIGINT) if main_thread else ():  # Python's rule
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                before[number] = signal.signal(number, receive)
-        yield lambda update: received[0][0] if received else None
-    finally:
-        restore()
 
 
 @contextlib.contextmanager

@@ -10,16 +10,14 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental import multihost_utils
 
 from jaxgru.arguments import require_extra
 from jaxgru.array_files import is_key, named_leaves, require_names
+from jaxgru.processes import by_first
 from jaxgru.whole_files import PREFIX, SUFFIX, remove_leftovers, write_whole
 
 
@@ -93,22 +91,6 @@ def remove_sharded(path: pathlib.Path) -> None:
     """Removes the manifest first, without which the rest is no checkpoint."""
     _manifest(path).unlink(missing_ok=True)
     shutil.rmtree(path)
-
-
-def by_first(run: Callable[[], None]) -> None:
-    """run() in process 0, which the others wait for; its error becomes one in every process."""
-    error = None
-    if jax.process_index() == 0:
-        try:
-            run()
-        except Exception as caught:
-            error = caught
-    if jax.process_count() > 1:
-        done = multihost_utils.process_allgather(np.array(error is None))
-        if not done.all() and error is None:
-            error = OSError("process 0 could not go on; its own message tells why")
-    if error is not None:
-        raise error
 
 
 _FORMAT = "jaxgru orbax 1"

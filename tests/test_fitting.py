@@ -95,7 +95,14 @@ def test_killed_runs_end_in_the_bytes_of_a_run_that_was_not(tmp_path, whole):
         [sys.executable, survivor.__file__],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONWARNINGS": "ignore", "PYTHONPATH": os.pathsep.join(sys.path)},
+        env={
+            **os.environ,
+            "PYTHONWARNINGS": "ignore",
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),  # the same program each time
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        },
     )
     choose, kills, runs = random.Random(0), 0, 0
     while kills < 20:

@@ -1,6 +1,6 @@
 """A character language model, trained through the handwritten backward pass.
 
-    python -m experiments.char_lm                                  # the default: two or three minutes
+    python -m experiments.char_lm                                  # the default: 2 or 3 minutes
     python -m experiments.char_lm --text FILE
     python -m experiments.char_lm --corpus tinyshakespeare
     python -m experiments.char_lm --preset classic                 # one-hot, H=64, SGD, one passage

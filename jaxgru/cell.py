@@ -49,7 +49,7 @@ Array = jax.Array
 Norms = tuple[Norm | None, Norm | None, Norm | None]
 Pair = tuple[Array, Array]
 
-_ACTIVATIONS = {
+ACTIVATIONS = {
     "tanh": jnp.tanh,
     "relu": jax.nn.relu,
     "sigmoid": jax.nn.sigmoid,
@@ -180,7 +180,7 @@ def step(
     scale: Array | None = None,
 ) -> tuple[Array, Gates]:
     """h' and the gates from the projected input a and the state h, all [..., H]."""
-    read, activation = _read(h, scale), _ACTIVATIONS[spec.activation]
+    read, activation = _read(h, scale), ACTIVATIONS[spec.activation]
     if spec.reset == "before":
         w_rz, w_n = recurrent.w
         v_r, v_z = jnp.split(matmul(read, w_rz), 2, axis=-1)

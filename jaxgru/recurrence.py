@@ -42,6 +42,8 @@ from jaxgru.cell import (
     step_vjp,
     transpose_recurrent,
 )
+from jaxgru import kernels
+from jaxgru.kernels import Backend
 from jaxgru.masks import draw_kept, draw_kept_per_step, require_flags
 from jaxgru.parameters import CHO_2014, GRUParams, GRUSpec, require_params, require_spec
 from jaxgru.products import state_dtype
@@ -63,6 +65,7 @@ class _Static:
     unroll: int
     zoneout: float  # share of the units that a key holds at each step
     kept: float  # share of every unit that is held at each step: the mean of the above
+    backend: Backend
 
 
 class Tap(NamedTuple):
@@ -89,6 +92,7 @@ def gru(
     residuals: Residuals | None = None,
     chunk_size: int | None = None,
     unroll: int = 1,
+    backend: Backend = "scan",
     truncate: int | None = None,
     recurrent_dropout: float = 0.0,
     zoneout: float = 0.0,
@@ -183,6 +187,7 @@ def gru(
     rates = {"recurrent_dropout": recurrent_dropout, "zoneout": zoneout}
     require_rates("gru", rates, key, deterministic)
     xs, mask, resets, axis = _require_arrays(params, xs, h0, mask, resets, axis)
+    _require_backend(backend, gradient, unroll, params, xs)
     params = jax.tree.map(jnp.asarray, params)  # NumPy arrays come as JAX's own dtypes
     h0 = None if h0 is None else jnp.asarray(h0)
     tap_xs, tap_hs = _require_tap(tap, params, xs, axis)
@@ -202,10 +207,13 @@ def gru(
     kept, zoneout = (zoneout, 0.0) if deterministic else (0.0, zoneout)
     arrays = (params, xs, h0, mask, resets, cuts, tap_hs, scale)
     params, xs, h0, mask, resets, cuts, tap_hs, scale = _vary_alike(arrays, zoneout_key)
-    residuals = residuals or default_residuals(xs, h0)
-    if gradient == "bptt" and chunk_size is None:
+    fused = backend != "scan"  # redoes gates in bulk and takes all of time at once, unless told
+    residuals = residuals or ("states" if fused else default_residuals(xs, h0))
+    if gradient == "bptt" and chunk_size is None and (residuals == "boundaries" or not fused):
         chunk_size = default_chunk_size(xs.shape[0], h0, residuals)
-    static = _Static(spec, reverse, residuals, chunk_size, unroll, float(zoneout), float(kept))
+    static = _Static(
+        spec, reverse, residuals, chunk_size, unroll, float(zoneout), float(kept), backend
+    )
     numbers = None if zoneout_key is None else numbers
     steps = _Steps(xs, mask, resets, cuts, numbers, tap_hs)
     rule = {"bptt": _gru_bptt, "tangent": _gru_tangent, "autodiff": _gru_scan}[gradient]
@@ -266,7 +274,7 @@ def _gru_bptt_bwd(static, residuals, cotangents):
         steps = _with_zoneout(static, steps, key, dh)
         c = coefficients(gates, h_tm1, static.spec, scale)
         dh, (dh_t, dp, dtap) = _backward_chunk(
-            static, transposed, dh, c, gates.norms, dhs, steps, scale
+            static, params, transposed, dh, c, gates.norms, dhs, steps, scale
         )
         da, du = gates_vjp(c, dh_t, dp)
         of_chunk = params_vjp(params, steps.xs, gates, h_tm1, da, du, static.spec, scale)
@@ -354,11 +362,27 @@ def _forward_chunk(static, params, recurrent, h, steps, scale, key, keep_gates) 
 
     steps = _with_zoneout(static, steps, key, h)
     a = project(params, steps.xs, static.spec)
+    if static.backend != "scan":
+        return kernels.forward(
+            params,
+            static.spec,
+            h,
+            a,
+            steps.mask,
+            steps.resets,
+            steps.tap,
+            scale,
+            kept=static.kept,
+            reverse=static.reverse,
+            keep_gates=keep_gates,
+            dtype=steps.xs.dtype,
+            interpreted=static.backend == "interpreted",
+        )
     inputs = (a, steps.mask, steps.resets, steps.cuts, steps.tap)
     return lax.scan(body, h, inputs, reverse=static.reverse, unroll=static.unroll)
 
 
-def _backward_chunk(static, transposed, dh, c, norms, dhs, steps, scale):
+def _backward_chunk(static, params, transposed, dh, c, norms, dhs, steps, scale):
     """dh before the chunk; and, of each step, the cotangents of h_t, of what w_hn reads, of a tap.
 
     Those of h_t are what enters the step: a held step keeps its own from it, but not from a tap.
@@ -373,6 +397,22 @@ def _backward_chunk(static, transposed, dh, c, norms, dhs, steps, scale):
         dh_tm1 = dh_tm1 if held is None else dh_tm1 + held
         return _zero_where(resets, _zero_where(cuts, dh_tm1)), (dh, dp, dtap)
 
+    if static.backend != "scan":
+        dh, (dhs, dp) = kernels.backward(
+            params,
+            static.spec,
+            dh,
+            c,
+            dhs,
+            steps.mask,
+            steps.resets,
+            steps.cuts,
+            scale,
+            kept=static.kept,
+            reverse=static.reverse,
+            interpreted=static.backend == "interpreted",
+        )
+        return dh, (_hold_vjp(static, steps.mask, dhs)[0], dp, None if steps.tap is None else dhs)
     inputs = (c, norms, dhs, steps.mask, steps.resets, steps.cuts)
     return lax.scan(body, dh, inputs, reverse=not static.reverse, unroll=static.unroll)
 
@@ -498,6 +538,39 @@ def _require_choices(spec, reverse, gradient, residuals, chunk_size, unroll, tru
         raise ValueError(
             f"gru: residuals and chunk_size belong to gradient='bptt' and must be left out with "
             f"gradient={gradient!r}, got residuals={residuals!r}, chunk_size={chunk_size}."
+        )
+
+
+def _require_backend(backend, gradient, unroll, params, xs):
+    """TypeError or ValueError where the fused kernels do not compute what is asked for."""
+    require_choice("gru", "backend", backend, get_args(Backend))
+    if backend == "scan":
+        return
+    cure = "use backend='scan'"
+    if gradient != "bptt":
+        raise ValueError(
+            f"gru: gradient must be 'bptt' with backend={backend!r}, whose kernels have that "
+            f"derivative alone, got {gradient!r}; {cure}."
+        )
+    if unroll != 1:
+        raise ValueError(
+            f"gru: unroll must be 1 with backend={backend!r}, which has no loop of XLA's to unroll, "
+            f"got {unroll}; leave it out."
+        )
+    if xs.dtype == jnp.float64:
+        raise TypeError(
+            f"gru: xs must be float32, bfloat16 or float16 with backend={backend!r}: tensor cores "
+            f"add up float32 numbers at most, got float64; {cure}."
+        )
+    if (params.g_x, params.g_h) != (None, None):
+        raise ValueError(
+            f"gru: params must have no gains with backend={backend!r}, whose kernels have no layer "
+            f"normalization, got g_x and g_h; {cure}."
+        )
+    if not all(isinstance(size, int) for size in xs.shape):
+        raise ValueError(
+            f"gru: xs must have sizes that are known with backend={backend!r}, which cuts them into "
+            f"tiles, got {xs.shape}; {cure}."
         )
 
 

@@ -1,0 +1,209 @@
+"""What a fused kernel asks of a Hopper GPU, by Pallas and Mosaic or by their interpreter on a CPU.
+
+The interpreter knows neither stores to another block's shared memory nor, in JAX 0.10, blocks that
+are read transposed or clusters. So the operands of a cluster go round by its memory there, which a
+GPU can do as well, only slower; and blocks lie the other way round in JAX 0.10's.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxgru.tiles import UNITS, Tiles
+
+_SWIZZLE = 128  # bytes: a row of 64 units of two bytes
+_WARPGROUPS, _MEMBERS, _TILES = "warpgroup", "member", "tile"
+
+
+class Chip:
+    """The operations of a kernel with a given cut; all but `kernel` and the types are used inside it.
+
+    wire says how slices read each other's operands: in one block's shared memory, by stores to the
+    shared memory of every block of the cluster, or through the device's memory.
+    """
+
+    wire: Literal["block", "cluster", "memory"]
+
+    def __init__(self, cut: Tiles, interpreted: bool):
+        self.cut, self._gpu, self._interpreter = cut, _mosaic(), None
+        if interpreted:
+            self._interpreter = _interpreter_params(self._gpu)
+        old = not hasattr(self._gpu, "InterpretGPUParams")
+        self._upright = interpreted and old  # nothing is read transposed
+        self.wire = "block" if cut.cluster == 1 else "memory" if interpreted else "cluster"
+        if cut.cluster > 1 and self._upright:
+            raise NotImplementedError(
+                "gru: backend='interpreted' must run in one block of a GPU with JAX "
+                f"{jax.__version__}, whose interpreter knows no clusters, got H={cut.hidden_size}, "
+                f"which takes {cut.cluster} of them; use JAX 0.11, or a smaller layer."
+            )
+
+    def kernel(self, body: Callable[..., None], results: list[Any], scratch: dict[str, Any]):
+        """The kernel that runs the body for every tile and slice."""
+        cluster = {} if self.cut.cluster == 1 else {"cluster": (self.cut.cluster,)}
+        if cluster:
+            cluster["cluster_names"] = (_MEMBERS,)
+        return self._gpu.kernel(
+            body,
+            results,
+            scratch_shapes=scratch,
+            grid=(self.cut.tiles,),
+            grid_names=(_TILES,),
+            num_threads=self.cut.warpgroups,
+            thread_name=_WARPGROUPS,
+            interpret=self._interpreter,
+            **cluster,
+        )
+
+    def weights(self, terms: int) -> Any:
+        """Shared memory for the weights of a block's slices, in blocks [64, 64]."""
+        shape = (self.cut.warpgroups, terms, 3, self.cut.slices, UNITS, UNITS)
+        return self._gpu.SMEM(shape, self.cut.dtype, transforms=self._transforms())
+
+    def barrier(self, num_arrivals: int, count: int) -> Any:
+        """Barriers of one block."""
+        return self._gpu.Barrier(num_arrivals=num_arrivals, num_barriers=count)
+
+    def board(self, groups: int) -> dict[str, Any]:
+        """Shared memory for the operands of all slices, and what says that they came and were read."""
+        cut, gpu = self.cut, self._gpu
+        block = (UNITS, cut.rows) if self._upright else (cut.rows, UNITS)
+        count = cut.terms * groups * cut.slices
+        scratch = {
+            "buffer": gpu.SMEM(
+                (cut.terms, groups, cut.slices, *block), cut.dtype, transforms=self._transforms()
+            )
+        }
+        everyone = gpu.Barrier(num_arrivals=cut.warpgroups)
+        if self.wire != "block":
+            everyone = gpu.ClusterBarrier(collective_axes=(_MEMBERS,))
+        scratch["free"] = scratch["ready"] = everyone
+        if self.wire == "cluster":
+            scratch["ready"] = gpu.Barrier(num_arrivals=count)
+        if self.wire == "memory":
+            scratch["arrived"] = gpu.Barrier(num_arrivals=count)
+        return scratch
+
+    def place(self) -> tuple[Any, Any, Any]:
+        """The tile and the slice that are computed, and the slice's number in its block."""
+        own = lax.axis_index(_WARPGROUPS)
+        member = own if self.cut.cluster == 1 else lax.axis_index(_MEMBERS)
+        return lax.axis_index(_TILES), member, own
+
+    def load(self, ref: Any) -> Any:
+        """A block [64, N] of the device's memory, laid out over the threads as sums are."""
+        return self._load(ref, self._gpu.Layout.WGMMA)
+
+    def load_row(self, ref: Any) -> Any:
+        """A row [N] of the device's memory, laid out as the columns of a block."""
+        return self._load(ref, self._gpu.Layout.WGMMA.reduce(0))
+
+    def spread(self, row: Any) -> Any:
+        """The row [N] as a block [64, N]."""
+        return lax.broadcast_in_dim(row, (UNITS, self.cut.rows), (1,))
+
+    def fetch(self, source: Any, target: Any, barrier: Any) -> None:
+        """Starts to copy from the device's memory to shared memory; the barrier hears when it ends."""
+        self._gpu.copy_gmem_to_smem(source, target, barrier)
+
+    def wait(self, barrier: Any) -> None:
+        """Waits for the barrier's next completion."""
+        self._gpu.barrier_wait(barrier)
+
+    def arrive(self, barrier: Any) -> None:
+        """One of the arrivals that complete a barrier."""
+        self._gpu.barrier_arrive(barrier)
+
+    def round_off(self, v: Any) -> Any:
+        """v rounded to the dtype of a term; the barrier keeps XLA from leaving the rounding out."""
+        return lax.optimization_barrier(v.astype(self.cut.dtype)).astype(v.dtype)
+
+    def send(self, term: Any, buffer: Any, s: Any, ready: Any) -> None:
+        """Puts a term [64, N] of slice s on this block's board, or on those of the whole cluster."""
+        if not self._upright:  # each thread then holds two units of one row: one word
+            term = self._gpu.layout_cast(term, self._gpu.Layout.WGMMA_TRANSPOSED)
+        target = self._columns(buffer.at[s])
+        if self.wire != "cluster":
+            target[...] = term
+            return
+        for member in range(self.cut.cluster):
+            self._gpu.async_store_smem(
+                term, target, ready, cluster_idx=jnp.int32(member), cluster_dim=_MEMBERS
+            )
+
+    def sent(self, ready: Any, buffer: Any, wire: Any, tile: Any, s: Any) -> None:
+        """Says that this slice's operands are sent; through memory, sends them."""
+        if self.wire == "cluster":
+            return  # every store says so itself
+        self._gpu.commit_smem()
+        if self.wire == "memory":
+            for at in self._blocks(buffer):
+                self._gpu.copy_smem_to_gmem(buffer.at[(*at, s)], wire.at[(tile, *at, s)])
+            self._gpu.wait_smem_to_gmem(0)
+        self.arrive(ready)
+
+    def await_operands(self, ready: Any, buffer: Any, wire: Any, arrived: Any, tile: Any) -> None:
+        """Waits until the operands of all slices are on this block's board."""
+        self.wait(ready)
+        if self.wire == "cluster":
+            self._gpu.commit_smem()  # what other blocks stored is then the tensor cores' to read
+        if self.wire == "memory":
+            for at in self._blocks(buffer):
+                for k in range(self.cut.slices):
+                    self.fetch(wire.at[(tile, *at, k)], buffer.at[(*at, k)], arrived)
+            self.wait(arrived)
+
+    def accumulate(self, body: Callable[..., Any], count: int) -> Any:
+        """body(*sums) with so many sums [64, N] of zeros, in float32 registers."""
+        from jax.experimental import pallas
+
+        sums = [self._gpu.ACC((UNITS, self.cut.rows), jnp.float32)] * count
+        return pallas.run_scoped(body, *sums)
+
+    def multiply(self, total: Any, w: Any, operand: Any) -> None:
+        """Adds the product of a block of weights [64, 64] and of an operand [64, N] to a sum."""
+        self._gpu.wgmma(total, w, self._columns(operand))
+
+    def _load(self, ref, layout):
+        if self._upright:
+            return ref[...]
+        return self._gpu.load(ref, (), layout=layout, optimized=False)
+
+    def _columns(self, ref):
+        """The operand with units in front, which lies in shared memory row after row of the batch."""
+        return ref if self._upright else ref.transpose((1, 0))
+
+    def _blocks(self, buffer) -> Sequence[tuple[int, int]]:
+        return [(p, g) for p in range(buffer.shape[0]) for g in range(buffer.shape[1])]
+
+    def _transforms(self):
+        if self._upright:
+            return ()
+        return (self._gpu.TilingTransform((8, UNITS)), self._gpu.SwizzleTransform(_SWIZZLE))
+
+
+def _mosaic() -> Any:
+    """JAX's module of GPU kernels; ImportError that says what to do where it is missing or old."""
+    try:
+        from jax.experimental.pallas import mosaic_gpu
+
+        for name in ("kernel", "load", "async_store_smem", "ClusterBarrier"):
+            getattr(mosaic_gpu, name)
+    except (ImportError, AttributeError) as error:
+        raise ImportError(
+            f"gru: backend='fused' needs jax.experimental.pallas.mosaic_gpu of JAX 0.10.2 or 0.11, "
+            f"got JAX {jax.__version__} ({error}); use backend='scan', or another JAX."
+        ) from error
+    return mosaic_gpu
+
+
+def _interpreter_params(gpu: Any) -> Any:
+    """The interpreter's options: it looks for races. JAX 0.10 has not made them public."""
+    if hasattr(gpu, "InterpretGPUParams"):
+        return gpu.InterpretGPUParams(detect_races=True)
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+    return InterpretGPUParams(detect_races=True)

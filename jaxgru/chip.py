@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxgru.products import varying_axes
 from jaxgru.tiles import UNITS, Tiles
 
 _SWIZZLE = 128  # bytes: a row of 64 units of two bytes
@@ -19,7 +20,7 @@ _WARPGROUPS, _MEMBERS, _TILES = "warpgroup", "member", "tile"
 
 
 class Chip:
-    """The operations of a kernel with a given cut; all but `kernel` and the types are used inside it.
+    """The operations of a kernel with a given cut; most are for use inside it.
 
     wire says how slices read each other's operands: in one block's shared memory, by stores to the
     shared memory of every block of the cluster, or through the device's memory.
@@ -27,57 +28,62 @@ class Chip:
 
     wire: Literal["block", "cluster", "memory"]
 
-    def __init__(self, cut: Tiles, interpreted: bool):
-        self.cut, self._gpu, self._interpreter = cut, _mosaic(), None
+    def __init__(self, tiles: Tiles, interpreted: bool):
+        self.tiles, self._gpu, self._interpreter = tiles, _mosaic(), None
         if interpreted:
             self._interpreter = _interpreter_params(self._gpu)
         old = not hasattr(self._gpu, "InterpretGPUParams")
         self._upright = interpreted and old  # nothing is read transposed
-        self.wire = "block" if cut.cluster == 1 else "memory" if interpreted else "cluster"
-        if cut.cluster > 1 and self._upright:
+        self.wire = "block" if tiles.cluster == 1 else "memory" if interpreted else "cluster"
+        if tiles.cluster > 1 and self._upright:
             raise NotImplementedError(
-                "gru: backend='interpreted' must run in one block of a GPU with JAX "
-                f"{jax.__version__}, whose interpreter knows no clusters, got H={cut.hidden_size}, "
-                f"which takes {cut.cluster} of them; use JAX 0.11, or a smaller layer."
+                f"gru: backend='interpreted' must find all of w_h in one block with JAX "
+                f"{jax.__version__}, whose interpreter knows no clusters, got "
+                f"H={tiles.hidden_size}, which takes {tiles.cluster} blocks; use JAX 0.11."
             )
 
     def kernel(self, body: Callable[..., None], results: list[Any], scratch: dict[str, Any]):
         """The kernel that runs the body for every tile and slice."""
-        cluster = {} if self.cut.cluster == 1 else {"cluster": (self.cut.cluster,)}
-        if cluster:
-            cluster["cluster_names"] = (_MEMBERS,)
+        cluster: dict[str, Any] = {}
+        if self.tiles.cluster > 1:
+            cluster = {"cluster": (self.tiles.cluster,), "cluster_names": (_MEMBERS,)}
         return self._gpu.kernel(
             body,
-            results,
-            scratch_shapes=scratch,
-            grid=(self.cut.tiles,),
+            out_type=results,
+            scratch_types=scratch,
+            compiler_params=self._gpu.CompilerParams(
+                lowering_semantics=self._gpu.LoweringSemantics.Warpgroup
+            ),
+            grid=(self.tiles.count,),
             grid_names=(_TILES,),
-            num_threads=self.cut.warpgroups,
+            num_threads=self.tiles.warpgroups,
             thread_name=_WARPGROUPS,
             interpret=self._interpreter,
             **cluster,
         )
 
-    def weights(self, terms: int) -> Any:
+    def weights(self) -> Any:
         """Shared memory for the weights of a block's slices, in blocks [64, 64]."""
-        shape = (self.cut.warpgroups, terms, 3, self.cut.slices, UNITS, UNITS)
-        return self._gpu.SMEM(shape, self.cut.dtype, transforms=self._transforms())
+        shape = (self.tiles.warpgroups, self.tiles.terms, 3, self.tiles.slices, UNITS, UNITS)
+        return self._gpu.SMEM(shape, self.tiles.dtype, transforms=self._transforms())
 
     def barrier(self, num_arrivals: int, count: int) -> Any:
         """Barriers of one block."""
         return self._gpu.Barrier(num_arrivals=num_arrivals, num_barriers=count)
 
     def board(self, groups: int) -> dict[str, Any]:
-        """Shared memory for the operands of all slices, and what says that they came and were read."""
-        cut, gpu = self.cut, self._gpu
-        block = (UNITS, cut.rows) if self._upright else (cut.rows, UNITS)
-        count = cut.terms * groups * cut.slices
+        """Shared memory for the operands of all slices; barriers: put (ready), read (free)."""
+        tiles, gpu = self.tiles, self._gpu
+        block = (UNITS, tiles.rows) if self._upright else (tiles.rows, UNITS)
+        count = tiles.terms * groups * tiles.slices
         scratch = {
             "buffer": gpu.SMEM(
-                (cut.terms, groups, cut.slices, *block), cut.dtype, transforms=self._transforms()
+                (tiles.terms, groups, tiles.slices, *block),
+                tiles.dtype,
+                transforms=self._transforms(),
             )
         }
-        everyone = gpu.Barrier(num_arrivals=cut.warpgroups)
+        everyone = gpu.Barrier(num_arrivals=tiles.warpgroups)
         if self.wire != "block":
             everyone = gpu.ClusterBarrier(collective_axes=(_MEMBERS,))
         scratch["free"] = scratch["ready"] = everyone
@@ -87,10 +93,21 @@ class Chip:
             scratch["arrived"] = gpu.Barrier(num_arrivals=count)
         return scratch
 
+    def wire_shape(self, groups: int) -> tuple[int, ...]:
+        """Of the device's memory through which a board's operands go round."""
+        return (
+            self.tiles.count,
+            self.tiles.terms,
+            groups,
+            self.tiles.slices,
+            self.tiles.rows,
+            UNITS,
+        )
+
     def place(self) -> tuple[Any, Any, Any]:
         """The tile and the slice that are computed, and the slice's number in its block."""
         own = lax.axis_index(_WARPGROUPS)
-        member = own if self.cut.cluster == 1 else lax.axis_index(_MEMBERS)
+        member = own if self.tiles.cluster == 1 else lax.axis_index(_MEMBERS)
         return lax.axis_index(_TILES), member, own
 
     def load(self, ref: Any) -> Any:
@@ -103,10 +120,10 @@ class Chip:
 
     def spread(self, row: Any) -> Any:
         """The row [N] as a block [64, N]."""
-        return lax.broadcast_in_dim(row, (UNITS, self.cut.rows), (1,))
+        return lax.broadcast_in_dim(row, (UNITS, self.tiles.rows), (1,))
 
     def fetch(self, source: Any, target: Any, barrier: Any) -> None:
-        """Starts to copy from the device's memory to shared memory; the barrier hears when it ends."""
+        """Starts to copy the device's memory to shared memory: an arrival at the barrier."""
         self._gpu.copy_gmem_to_smem(source, target, barrier)
 
     def wait(self, barrier: Any) -> None:
@@ -119,17 +136,17 @@ class Chip:
 
     def round_off(self, v: Any) -> Any:
         """v rounded to the dtype of a term; the barrier keeps XLA from leaving the rounding out."""
-        return lax.optimization_barrier(v.astype(self.cut.dtype)).astype(v.dtype)
+        return lax.optimization_barrier(v.astype(self.tiles.dtype)).astype(v.dtype)
 
     def send(self, term: Any, buffer: Any, s: Any, ready: Any) -> None:
-        """Puts a term [64, N] of slice s on this block's board, or on those of the whole cluster."""
+        """Puts a term [64, N] of slice s on this block's board, or on those of its cluster."""
         if not self._upright:  # each thread then holds two units of one row: one word
             term = self._gpu.layout_cast(term, self._gpu.Layout.WGMMA_TRANSPOSED)
         target = self._columns(buffer.at[s])
         if self.wire != "cluster":
             target[...] = term
             return
-        for member in range(self.cut.cluster):
+        for member in range(self.tiles.cluster):
             self._gpu.async_store_smem(
                 term, target, ready, cluster_idx=jnp.int32(member), cluster_dim=_MEMBERS
             )
@@ -152,7 +169,7 @@ class Chip:
             self._gpu.commit_smem()  # what other blocks stored is then the tensor cores' to read
         if self.wire == "memory":
             for at in self._blocks(buffer):
-                for k in range(self.cut.slices):
+                for k in range(self.tiles.slices):
                     self.fetch(wire.at[(tile, *at, k)], buffer.at[(*at, k)], arrived)
             self.wait(arrived)
 
@@ -160,7 +177,7 @@ class Chip:
         """body(*sums) with so many sums [64, N] of zeros, in float32 registers."""
         from jax.experimental import pallas
 
-        sums = [self._gpu.ACC((UNITS, self.cut.rows), jnp.float32)] * count
+        sums = [self._gpu.ACC((UNITS, self.tiles.rows), jnp.float32)] * count
         return pallas.run_scoped(body, *sums)
 
     def multiply(self, total: Any, w: Any, operand: Any) -> None:
@@ -169,11 +186,15 @@ class Chip:
 
     def _load(self, ref, layout):
         if self._upright:
-            return ref[...]
-        return self._gpu.load(ref, (), layout=layout, optimized=False)
+            v = ref[...]
+        else:
+            v = self._gpu.load(ref, (), layout=layout, optimized=False)
+        # Inside `jax.shard_map` what is read varies over the mesh, but not what is computed from
+        # it: Pallas does not track that. A carry must not change its type.
+        return v * 1 if varying_axes(v) else v
 
     def _columns(self, ref):
-        """The operand with units in front, which lies in shared memory row after row of the batch."""
+        """The operand with units in front: in shared memory it has the batch in front."""
         return ref if self._upright else ref.transpose((1, 0))
 
     def _blocks(self, buffer) -> Sequence[tuple[int, int]]:

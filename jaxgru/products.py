@@ -35,6 +35,28 @@ def on_auto_mesh() -> bool:
     return any(mesh.shape[name] > 1 for name in mesh.auto_axes)
 
 
+def vary_alike(tree: Any, others: Any = None) -> Any:
+    """The tree with every leaf varying over all mesh axes that any leaf of either varies over.
+
+    Inside `jax.shard_map` the scan's carry and the cotangents then have one type, and JAX's own
+    transpose of this cast sums the parameters' gradient over the mesh, once.
+    """
+    axes = frozenset().union(*(varying_axes(v) for v in jax.tree.leaves((tree, others))))
+
+    def cast(v):
+        missing = tuple(sorted(axes - varying_axes(v), key=str))
+        return lax.pcast(v, missing, to="varying") if missing else v
+
+    return jax.tree.map(cast, tree) if axes else tree
+
+
+def varying_axes(v: Any) -> frozenset[Any]:
+    """The mesh axes over which v varies inside `jax.shard_map`; JAX 0.10 renamed where it says."""
+    kind = jax.typeof(v)
+    kind = getattr(kind, "manual_axis_type", kind)
+    return getattr(kind, "varying", None) or getattr(kind, "vma", frozenset())
+
+
 def blocks(w: Array) -> list[Array]:
     """The three blocks r | z | n of the last axis."""
     return jnp.split(w, 3, axis=-1)

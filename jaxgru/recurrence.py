@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
+from jaxgru import kernels
 from jaxgru.arguments import (
     require_axis,
     require_choice,
@@ -42,11 +43,10 @@ from jaxgru.cell import (
     step_vjp,
     transpose_recurrent,
 )
-from jaxgru import kernels
 from jaxgru.kernels import Backend
 from jaxgru.masks import draw_kept, draw_kept_per_step, require_flags
 from jaxgru.parameters import CHO_2014, GRUParams, GRUSpec, require_params, require_spec
-from jaxgru.products import state_dtype
+from jaxgru.products import state_dtype, vary_alike
 from jaxgru.sweeps import default_chunk_size, default_residuals, sweep
 
 Array = jax.Array
@@ -206,7 +206,7 @@ def gru(
         zoneout_key = zoneout_key if zoneout else None
     kept, zoneout = (zoneout, 0.0) if deterministic else (0.0, zoneout)
     arrays = (params, xs, h0, mask, resets, cuts, tap_hs, scale)
-    params, xs, h0, mask, resets, cuts, tap_hs, scale = _vary_alike(arrays, zoneout_key)
+    params, xs, h0, mask, resets, cuts, tap_hs, scale = vary_alike(arrays, zoneout_key)
     fused = backend != "scan"  # redoes gates in bulk and takes all of time at once, unless told
     residuals = residuals or ("states" if fused else default_residuals(xs, h0))
     if gradient == "bptt" and chunk_size is None and (residuals == "boundaries" or not fused):
@@ -363,21 +363,7 @@ def _forward_chunk(static, params, recurrent, h, steps, scale, key, keep_gates) 
     steps = _with_zoneout(static, steps, key, h)
     a = project(params, steps.xs, static.spec)
     if static.backend != "scan":
-        return kernels.forward(
-            params,
-            static.spec,
-            h,
-            a,
-            steps.mask,
-            steps.resets,
-            steps.tap,
-            scale,
-            kept=static.kept,
-            reverse=static.reverse,
-            keep_gates=keep_gates,
-            dtype=steps.xs.dtype,
-            interpreted=static.backend == "interpreted",
-        )
+        return kernels.forward(static, params, h, a, steps, scale, keep_gates)
     inputs = (a, steps.mask, steps.resets, steps.cuts, steps.tap)
     return lax.scan(body, h, inputs, reverse=static.reverse, unroll=static.unroll)
 
@@ -398,20 +384,7 @@ def _backward_chunk(static, params, transposed, dh, c, norms, dhs, steps, scale)
         return _zero_where(resets, _zero_where(cuts, dh_tm1)), (dh, dp, dtap)
 
     if static.backend != "scan":
-        dh, (dhs, dp) = kernels.backward(
-            params,
-            static.spec,
-            dh,
-            c,
-            dhs,
-            steps.mask,
-            steps.resets,
-            steps.cuts,
-            scale,
-            kept=static.kept,
-            reverse=static.reverse,
-            interpreted=static.backend == "interpreted",
-        )
+        dh, (dhs, dp) = kernels.backward(static, params, dh, c, dhs, steps, scale)
         return dh, (_hold_vjp(static, steps.mask, dhs)[0], dp, None if steps.tap is None else dhs)
     inputs = (c, norms, dhs, steps.mask, steps.resets, steps.cuts)
     return lax.scan(body, dh, inputs, reverse=not static.reverse, unroll=static.unroll)
@@ -500,28 +473,6 @@ def _draw_scale(key, rate, h0):
     return kept.astype(state_dtype(h0.dtype)) / (1 - rate)
 
 
-def _vary_alike(tree, key):
-    """The tree with every leaf varying over all mesh axes that any leaf or the key varies over.
-
-    Inside `jax.shard_map` the scan's carry and the cotangents then have one type, and JAX's own
-    transpose of this cast sums the parameters' gradient over the mesh, once.
-    """
-    axes = frozenset().union(*(_varying_axes(v) for v in jax.tree.leaves((tree, key))))
-
-    def cast(v):
-        missing = tuple(sorted(axes - _varying_axes(v), key=str))
-        return lax.pcast(v, missing, to="varying") if missing else v
-
-    return jax.tree.map(cast, tree) if axes else tree
-
-
-def _varying_axes(v):
-    """The mesh axes over which v varies inside `jax.shard_map`; JAX 0.10 renamed where it says."""
-    kind = jax.typeof(v)
-    kind = getattr(kind, "manual_axis_type", kind)
-    return getattr(kind, "varying", None) or getattr(kind, "vma", frozenset())
-
-
 def _require_choices(spec, reverse, gradient, residuals, chunk_size, unroll, truncate):
     """TypeError or ValueError naming the choice that is none."""
     require_spec("gru", spec)
@@ -554,8 +505,8 @@ def _require_backend(backend, gradient, unroll, params, xs):
         )
     if unroll != 1:
         raise ValueError(
-            f"gru: unroll must be 1 with backend={backend!r}, which has no loop of XLA's to unroll, "
-            f"got {unroll}; leave it out."
+            f"gru: unroll must be 1 with backend={backend!r}, which has no loop of XLA's to "
+            f"unroll, got {unroll}; leave it out."
         )
     if xs.dtype == jnp.float64:
         raise TypeError(
@@ -569,8 +520,8 @@ def _require_backend(backend, gradient, unroll, params, xs):
         )
     if not all(isinstance(size, int) for size in xs.shape):
         raise ValueError(
-            f"gru: xs must have sizes that are known with backend={backend!r}, which cuts them into "
-            f"tiles, got {xs.shape}; {cure}."
+            f"gru: xs must have sizes that are known with backend={backend!r}, which cuts them "
+            f"into tiles, got {xs.shape}; {cure}."
         )
 
 

@@ -185,10 +185,8 @@ class Chip:
         self._gpu.wgmma(total, w, self._columns(operand))
 
     def _load(self, ref, layout):
-        if self._upright:
-            v = ref[...]
-        else:
-            v = self._gpu.load(ref, (), layout=layout, optimized=False)
+        gpu = self._gpu
+        v = ref[...] if self._upright else gpu.load(ref, (), layout=layout, optimized=False)
         # Inside `jax.shard_map` what is read varies over the mesh, but not what is computed from
         # it: Pallas does not track that. A carry must not change its type.
         return v * 1 if varying_axes(v) else v

@@ -48,7 +48,7 @@ Backend = Literal["scan", "fused", "interpreted"]
 _F32 = jnp.float32
 
 
-def forward(
+def fused_forward(
     static: Any,
     params: GRUParams,
     h0: Array,
@@ -98,7 +98,7 @@ def forward(
     return found["last"], (found["hs"], gates)
 
 
-def backward(
+def fused_backward(
     static: Any,
     params: GRUParams,
     dh_last: Array,
@@ -109,7 +109,7 @@ def backward(
 ) -> tuple[Array, tuple[Array, Array | None]]:
     """dh before the first step; and of each step the whole cotangent of h_t, and dp where "before".
 
-    static and steps as in `forward`, and the cuts of steps; all in float32.
+    static and steps as in `fused_forward`, and the cuts of steps; all in float32.
     """
     before, batch = c.reset is not None, dh_last.shape[:-1]
     k, k_a, slopes, reset = _fold_flags(c, steps, static.kept)

@@ -296,7 +296,8 @@ def gru_stack(
       deterministic: no dropout, and zoneout's mean: for evaluation.
       tap: a sequence with each layer's tap, from `init_taps`: see `gru`.
       axis: where xs, mask, resets and ys have their time; 1 for batch-major.
-      **gru_options: spec, gradient, residuals, chunk_size, truncate, unroll of `gru`, and reverse
+      **gru_options: spec, gradient, residuals, chunk_size, truncate, unroll, backend of `gru`, and
+        reverse
         where all layers have one direction.
 
     Returns:

@@ -121,7 +121,7 @@ def run_onnx_gru(
       xs: X, [T, B, I], or [B, T, I] in layout 1.
       sequence_lens: [B] integers; None for those of the file, or all T.
       initial_h: [D, B, H], or [B, D, H] in layout 1; None for that of the file, or zeros.
-      **gru_options: gradient, residuals, chunk_size, unroll, truncate, dropout, ... of `gru`; not
+      **gru_options: gradient, residuals, chunk_size, unroll, backend, dropout, ... of `gru`; not
         mask, spec, reverse, merge and axis, which the node itself tells.
 
     Returns:

@@ -21,7 +21,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from jaxgru import kernels
 from jaxgru.arguments import (
     require_axis,
     require_choice,
@@ -43,7 +42,7 @@ from jaxgru.cell import (
     step_vjp,
     transpose_recurrent,
 )
-from jaxgru.kernels import Backend
+from jaxgru.kernels import Backend, fused_backward, fused_forward
 from jaxgru.masks import draw_kept, draw_kept_per_step, require_flags
 from jaxgru.parameters import CHO_2014, GRUParams, GRUSpec, require_params, require_spec
 from jaxgru.products import state_dtype, vary_alike
@@ -133,6 +132,10 @@ def gru(
         T or B is symbolic ("boundaries" then saves nothing), and on a mesh with Auto axes, where
         the devices add up their gradients once a chunk. T need not divide by it.
       unroll: as in `lax.scan`.
+      backend: what runs the sequence. "scan": `lax.scan`, on CPU, GPU and TPU. "fused": one kernel
+        for the whole sequence each way, for NVIDIA's Hopper GPUs (H100, H200); experimental, for it
+        has run in JAX's interpreter alone. "interpreted": those kernels in that interpreter, on a
+        CPU, for tests: slow. See the cost below.
       truncate: parts time in windows of that many steps, [0, truncate), ..., and cuts the gradient
         of the state between them: truncated backpropagation through time. Values stay, and so does
         what is kept for the backward. None cuts nothing.
@@ -154,8 +157,13 @@ def gru(
 
     Raises:
       ValueError: a shape does not fit, a choice is unknown, or residuals or chunk_size are set for
-        a gradient other than "bptt", a rate is outside [0, 1), or one acts without a key.
-      TypeError: a dtype or kind is wrong; float dtypes must be the same throughout.
+        a gradient other than "bptt", a rate is outside [0, 1), or one acts without a key; or
+        backend="fused" is asked for what it lacks: a gradient other than "bptt", gains, an unroll,
+        a symbolic size, or more hidden units than fit (the error says how many do). On another
+        device than such a GPU JAX refuses the kernel when it compiles it.
+      TypeError: a dtype or kind is wrong; float dtypes must be the same throughout, and not float64
+        for "fused".
+      NotImplementedError: a second derivative of "fused".
 
     Dtypes: results have the dtype of xs, each cotangent that of its primal. With bfloat16 and
     float16 every product takes half operands and sums in float32, but for those of the weight
@@ -170,6 +178,12 @@ def gru(
     where only h_last is used. Gains add 3T(BH + B) to "gates", and the product
     x w_x is made again in the backward. "bptt" keeps zoneout's key alone and draws its masks again;
     recurrent dropout keeps BH. A tap costs its own size and that of its gradient, TB(I + H) each.
+
+    With backend="fused" w_h stays in the GPU's shared memory, so H may be 512 for half types, and
+    256 for float32, whose products are three of bfloat16 there (16 bits an operand); 512 and one
+    product under `jax.default_matmul_precision("bfloat16")`, 128 and six (24 bits) under "highest".
+    residuals are "states" unless told, and all of T is one chunk. It has first derivatives alone.
+    Arrays that several devices share need `jax.shard_map` around it.
 
     Sources: Cho et al. 2014 (arXiv:1406.1078), eqs. 5-8, and Chung et al. 2014 (arXiv:1412.3555),
     section 3.2, for the forward equations; Gal and Ghahramani 2016 (arXiv:1512.05287), eq. 7, for
@@ -363,7 +377,7 @@ def _forward_chunk(static, params, recurrent, h, steps, scale, key, keep_gates) 
     steps = _with_zoneout(static, steps, key, h)
     a = project(params, steps.xs, static.spec)
     if static.backend != "scan":
-        return kernels.forward(static, params, h, a, steps, scale, keep_gates)
+        return fused_forward(static, params, h, a, steps, scale, keep_gates)
     inputs = (a, steps.mask, steps.resets, steps.cuts, steps.tap)
     return lax.scan(body, h, inputs, reverse=static.reverse, unroll=static.unroll)
 
@@ -384,7 +398,7 @@ def _backward_chunk(static, params, transposed, dh, c, norms, dhs, steps, scale)
         return _zero_where(resets, _zero_where(cuts, dh_tm1)), (dh, dp, dtap)
 
     if static.backend != "scan":
-        dh, (dhs, dp) = kernels.backward(static, params, dh, c, dhs, steps, scale)
+        dh, (dhs, dp) = fused_backward(static, params, dh, c, dhs, steps, scale)
         return dh, (_hold_vjp(static, steps.mask, dhs)[0], dp, None if steps.tap is None else dhs)
     inputs = (c, norms, dhs, steps.mask, steps.resets, steps.cuts)
     return lax.scan(body, dh, inputs, reverse=not static.reverse, unroll=static.unroll)

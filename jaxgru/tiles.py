@@ -28,7 +28,7 @@ _BLOCKS = 132  # that run at once: one a multiprocessor
 _MAX_CLUSTER = 8  # blocks that every Hopper GPU can join
 _MAX_WARPGROUPS = 3  # of a block, so that each thread keeps 168 registers
 _MAX_ROWS = {1: 32, 2: 32, 3: 16}  # by warpgroups a block: what its registers hold
-# By JAX's precision of products; what is not named here is two, of 16 bits, which three passes take.
+# By JAX's precision of products. What is not named is two terms: 16 bits, in three passes.
 _TERMS = {
     "fastest": 1,
     "bfloat16": 1,
@@ -70,7 +70,8 @@ def count_terms(dtype: Any) -> int:
     """Terms of an operand: one of a half type; of float32 two, unless JAX's precision says else."""
     if jnp.finfo(dtype).bits < 32:
         return 1
-    return _TERMS.get(jax.config.jax_default_matmul_precision, 2)
+    precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    return _TERMS.get(precision, 2)
 
 
 def cut(hidden_size: int, batch_size: int, dtype: Any, groups: int) -> Tiles:

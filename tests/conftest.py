@@ -24,6 +24,14 @@ def strict_promotion():
         yield
 
 
+def pytest_collection_modifyitems(items):
+    """Tests for a GPU are skipped where there is none."""
+    found = [item for item in items if item.get_closest_marker("gpu")]
+    if found and jax.default_backend() != "gpu":
+        for item in found:
+            item.add_marker(pytest.mark.skip(reason="needs a Hopper GPU"))
+
+
 @pytest.fixture
 def x64():
     """float64 for one test; the default of the process stays off."""

@@ -22,7 +22,12 @@ IMPORTS = {
     "parameters": {"arguments", "products"},
     "cell": {"arguments", "parameters", "products"},
     "sweeps": {"products"},
-    "recurrence": {"arguments", "cell", "masks", "parameters", "products", "sweeps"},
+    "tiles": set(),
+    "chip": {"products", "tiles"},
+    "kernels": {"cell", "chip", "parameters", "products", "tiles"},
+    "recurrence": {
+        *("arguments", "cell", "kernels", "masks", "parameters", "products", "sweeps"),
+    },
     "layers": {"arguments", "masks", "parameters", "recurrence"},
     "losses": {"arguments", "masks", "products"},
     "models": {"arguments", "cell", "layers", "losses", "masks", "parameters", "products"},

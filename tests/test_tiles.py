@@ -1,0 +1,124 @@
+"""The cut of a layer for the fused kernels: nothing is lost, and what does not fit is said."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from jaxgru import tiles
+from jaxgru.tiles import UNITS, cut
+
+HALF = jnp.dtype(jnp.bfloat16)
+
+
+def test_tiles_hold_every_number_once_and_zeros_elsewhere():
+    a_cut = cut(70, 19, HALF, 1)
+    v = 1 + jnp.arange(2.0 * 19 * 70).reshape(2, 19, 70)
+    packed = tiles.to_tiles(v, a_cut)
+    assert packed.shape == (2, 3, 2, UNITS, 8)
+    assert packed[1, 2, 1, 5, 1] == v[1, 2 * 8 + 1, UNITS + 5]
+    assert np.count_nonzero(packed) == v.size
+    np.testing.assert_array_equal(tiles.from_tiles(packed, a_cut), v)
+
+
+def test_flags_are_cut_as_the_rows_of_the_batch():
+    a_cut = cut(4, 9, HALF, 1)
+    flags = jnp.arange(18.0).reshape(2, 9) + 1
+    packed = tiles.flags_to_tiles(flags, a_cut)
+    assert packed.shape == (2, 2, 8)
+    assert packed[1, 1, 0] == flags[1, 8]
+    assert np.count_nonzero(packed) == flags.size
+
+
+def test_weights_are_blocks_by_slices_of_out_and_of_in():
+    a_cut = cut(100, 1, HALF, 1)
+    w = jax.random.normal(jax.random.key(0), (3, 100, 100), HALF)
+    packed = tiles.weights_to_tiles(w, a_cut)
+    assert packed.shape == (2, 1, 3, 2, UNITS, UNITS)
+    for out, gate, into in [(0, 0, 0), (1, 2, 0), (0, 1, 1), (1, 1, 1)]:
+        block = w[gate, out * UNITS :, into * UNITS :][:UNITS, :UNITS]
+        rows, columns = block.shape
+        np.testing.assert_array_equal(packed[out, 0, gate, into, :rows, :columns], block)
+    assert np.count_nonzero(packed) == np.count_nonzero(w)
+
+
+@pytest.mark.parametrize("precision, bits", [("bfloat16", 8), (None, 16), ("highest", 24)])
+def test_terms_add_up_to_as_many_bits_as_they_have(precision, bits):
+    """Compiled, too: XLA may leave out a rounding that only conversions ask for."""
+    v = jax.random.normal(jax.random.key(1), (1000,)) * jnp.repeat(10.0 ** jnp.arange(-3.0, 7.0), 100)
+
+    @jax.jit
+    def split(v):
+        round_off = lambda v: lax.reduce_precision(v, 8, 7)  # noqa: E731
+        return tiles.split_terms(v, a_cut, round_off)
+
+    with jax.default_matmul_precision(precision):
+        a_cut = cut(64, 1, jnp.float32, 1)
+        terms = split(v)
+    assert {t.dtype for t in terms} == {HALF}
+    assert len(terms) == bits // 8
+    total = sum(np.asarray(t, np.float64) for t in terms)
+    error = np.abs(total / np.asarray(v, np.float64) - 1).max()
+    assert error <= 2.0**-bits
+    assert bits == 24 or error > 2.0 ** -(bits + 3)  # no more terms than asked for
+
+
+def test_passes_leave_out_only_what_is_below_the_last_term():
+    with jax.default_matmul_precision("highest"):
+        passes = cut(64, 1, jnp.float32, 1).passes
+    assert sorted(passes) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 0)]
+    assert passes[-1] == (0, 0)  # the largest last: less is rounded away
+    assert cut(64, 1, HALF, 1).passes == [(0, 0)]
+
+
+@pytest.mark.parametrize(
+    "hidden, batch, dtype, groups, want",
+    [  # slices, rows, count of tiles, cluster, terms
+        (1, 1, HALF, 1, (1, 8, 1, 1, 1)),
+        (64, 1056, HALF, 3, (1, 8, 132, 1, 1)),
+        (64, 1057, HALF, 3, (1, 16, 67, 1, 1)),
+        (192, 16, HALF, 3, (3, 8, 2, 1, 1)),
+        (193, 16, HALF, 3, (4, 8, 2, 4, 1)),
+        (128, 128, jnp.float32, 3, (2, 8, 16, 1, 2)),
+        (256, 128, jnp.float32, 3, (4, 8, 16, 4, 2)),
+        (512, 128, HALF, 1, (8, 8, 16, 8, 1)),
+        (512, 256, HALF, 1, (8, 16, 16, 8, 1)),
+        (512, 256, HALF, 3, (8, 8, 32, 8, 1)),  # no room for operands of more rows
+    ],
+)
+def test_cut_is_the_smallest_cluster_and_one_wave_of_blocks(hidden, batch, dtype, groups, want):
+    found = cut(hidden, batch, dtype, groups)
+    got = (found.slices, found.rows, found.count, found.cluster, found.terms)
+    assert got == want
+    assert found.slices == found.cluster * found.warpgroups
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_operands_of_half_types_keep_their_dtype(dtype):
+    assert cut(8, 8, dtype, 1).dtype == jnp.dtype(dtype)
+
+
+@pytest.mark.parametrize(
+    "hidden, dtype, precision, words",
+    [
+        (
+            513,
+            HALF,
+            None,
+            ["at most 512 rows", "bfloat16 as 1 term of", "got 513; use backend='scan'.$"],
+        ),
+        (257, jnp.float32, None, ["at most 256 rows", "as 2 terms", "got 257", r"'bfloat16'\)"]),
+        (600, jnp.float32, None, ["at most 256 rows", "got 600; use backend='scan'.$"]),
+        (129, jnp.float32, "highest", ["at most 128 rows", "as 3 terms", r"'bfloat16'\)"]),
+    ],
+)
+def test_layer_that_does_not_fit_is_refused_with_its_limit_and_cure(
+    hidden, dtype, precision, words
+):
+    with jax.default_matmul_precision(precision):
+        for word in words:
+            with pytest.raises(ValueError, match=word):
+                cut(hidden, 8, dtype, 3)
+        limit = int(words[0].split()[2])
+        assert cut(limit, 8, dtype, 3).hidden_size == limit

@@ -13,7 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.benchmarks import layers, libraries, peers, problems, scaling, targets
+from experiments.benchmarks import (
+    layers,
+    libraries,
+    peers,
+    problems,
+    scaling,
+    targets,
+    torch_library,
+)
 from experiments.benchmarks.problems import Size
 from experiments.benchmarks.timing import interleave, summarize
 from jaxgru import GRUSpec, gru
@@ -489,6 +497,18 @@ def test_library_has_our_values_and_gradients(name, task, monkeypatch):
             assert max(found.values()) < 1e-5, (reset, found)
             missing = set(expected) - set(found)
             assert missing <= {"b_hn"} and (not missing or name in ("Flax nnx", "Haiku", "Keras"))
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch
+def test_every_way_of_torch_to_train_gives_the_same():
+    """The quickest of them is timed, whichever that is."""
+    torch = pytest.importorskip("torch", reason="torch is in the extra `peers`")
+    problem = problems.draw_problem(Size(5, 2, 3, 4), "after", 1)
+    calls, read = torch_library._training(torch, lambda v: torch.tensor(np.array(v)), problem)
+    assert list(calls) == ["nn.GRU", "nn.GRU, cotangents given"]
+    expected = our_results("training", "after")
+    for call in calls.values():
+        assert max(problems.differences(expected, read(call()), {}).values()) < 1e-5
 
 
 def test_reference_is_jaxgru_itself():

@@ -35,7 +35,7 @@ class Library(NamedTuple):
     packages: tuple[str, ...] = ()  # distributions whose versions are recorded
 
 
-def _ours(tasks: tuple[Task, ...], **options: Any) -> Library:
+def ours(tasks: tuple[Task, ...], **options: Any) -> Library:
     """jaxgru with these options; a chunk_size of None is the whole sequence."""
 
     def make(reset, size, dtype):
@@ -82,12 +82,12 @@ PEERS: dict[str, Library] = {
     TORCH: Library(torch_gru, AFTER, TASKS, "torch", ("torch",)),
 }
 LIBRARIES: dict[str, Library] = {
-    OURS: _ours(TASKS),
-    GATES: _ours(TRAINING, residuals="gates"),  # forward, what is kept makes no difference
-    STATES: _ours(TRAINING, residuals="states"),
-    "jaxgru boundaries": _ours(TRAINING, residuals="boundaries"),
-    "jaxgru tangent": _ours(SEQUENCES, gradient="tangent"),  # forward, the whole sequence at once
-    "jaxgru autodiff": _ours(TRAINING, gradient="autodiff"),
+    OURS: ours(TASKS),
+    GATES: ours(TRAINING, residuals="gates"),  # forward, what is kept makes no difference
+    STATES: ours(TRAINING, residuals="states"),
+    "jaxgru boundaries": ours(TRAINING, residuals="boundaries"),
+    "jaxgru tangent": ours(SEQUENCES, gradient="tangent"),  # forward, the whole sequence at once
+    "jaxgru autodiff": ours(TRAINING, gradient="autodiff"),
     **PEERS,
 }
 
@@ -101,7 +101,7 @@ def choose(names: Sequence[str], chunks: Sequence[int | None] = ()) -> dict[str,
     chosen = {name: LIBRARIES[name] for name in dict.fromkeys((OURS, *names))}
     for chunk in chunks:
         name = "jaxgru whole sequence" if chunk is None else f"jaxgru chunk_size={chunk}"
-        chosen[name] = _ours(SEQUENCES, chunk_size=chunk)
+        chosen[name] = ours(SEQUENCES, chunk_size=chunk)
     for name, library in chosen.items():
         if library.module is not None:
             _import(library.module, name)

@@ -44,12 +44,13 @@ class Target(NamedTuple):
     figure: float | None
     wanted: str
     reached: bool | None
+    place: str = ""  # where the figure comes from, of a worst case
 
     def __str__(self):
         """One line."""
         state = {True: "reached", False: "MISSED", None: "not measured"}[self.reached]
         figure = "" if self.figure is None else f": {self.figure:.2f} (wanted {self.wanted})"
-        return f"{state:13}{self.claim}{figure}"
+        return f"{state:13}{self.claim}{figure}{self.place and f'; {self.place}'}"
 
 
 class NotMeasured(Exception):

@@ -8,6 +8,8 @@ import gc
 import importlib.metadata
 import os
 import platform
+import shutil
+import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -113,6 +115,27 @@ def describe_machine(packages: Iterable[str] = ()) -> dict[str, Any]:
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def describe_gpu() -> dict[str, Any]:
+    """What the driver says of each GPU, and the distributions that bring CUDA, cuDNN, or a plugin.
+
+    The line of a GPU is its name, driver, power limit, highest clock and memory; None without one.
+    """
+    tool, said = shutil.which("nvidia-smi"), None
+    if tool is not None:
+        fields = "name,driver_version,power.limit,clocks.max.sm,memory.total"
+        command = [tool, f"--query-gpu={fields}", "--format=csv,noheader"]
+        try:
+            answer = subprocess.run(
+                command, capture_output=True, text=True, timeout=30, check=False
+            )
+            said = (answer.stdout or answer.stderr).strip()
+        except (OSError, subprocess.TimeoutExpired) as error:
+            said = f"no answer: {error}"
+    packages = ((d.metadata["Name"] or "", d.version) for d in importlib.metadata.distributions())
+    cuda = sorted(item for item in packages if item[0].startswith(("nvidia-", "jax-cuda")))
+    return {"nvidia_smi": said, "cuda_packages": dict(cuda)}
 
 
 def _cpu_model() -> str:

@@ -116,28 +116,38 @@ def _sequence(torch, array, problem: Problem):
 
 
 def _training(torch, array, problem: Problem) -> tuple[Calls, Callable[[Any], Result]]:
-    """Forward, the functional, and autograd of everything."""
+    """Forward, the functional, and autograd of everything.
+
+    Given the cotangents, autograd starts at the GRU: the functional's own backward, some small
+    kernels that a compiler would have fused, is left out.
+    """
     module, xs, h0, dh_last, dhs = _sequence(torch, array, problem)
     xs, h0 = xs.requires_grad_(), h0.requires_grad_()
     names = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
     wanted = [*(getattr(module, name) for name in names), xs, h0]
 
-    def call():
+    def from_value():
         hs, h_last = module(xs, h0)
         value = (h_last * dh_last).sum() + (hs * dhs).sum()
         return value.detach(), torch.autograd.grad(value, wanted)
+
+    def from_cotangents():
+        hs, h_last = module(xs, h0)
+        value = (h_last.detach() * dh_last).sum() + (hs.detach() * dhs).sum()
+        return value, torch.autograd.grad((hs, h_last), wanted, (dhs, dh_last))
 
     def read(result) -> Result:
         value, (w_x, w_h, b_x, b_h, dxs, dh0) = result
         leaves = {"w_x": w_x.T, "w_h": w_h.T, "b_x": b_x, "b_hn": b_h[2 * module.hidden_size :]}
         return _read(value=value, **leaves, xs=dxs, h0=dh0[0])
 
-    return {"nn.GRU": call}, read
+    return {"nn.GRU": from_value, "nn.GRU, cotangents given": from_cotangents}, read
 
 
 def _forward(torch, array, problem: Problem) -> tuple[Calls, Callable[[Any], Result]]:
     """nn.GRU in inference mode."""
     module, xs, h0, *_ = _sequence(torch, array, problem)
+    module.eval()  # cuDNN then keeps nothing for a backward pass
     call = torch.inference_mode()(lambda: module(xs, h0))
     return {"nn.GRU": call}, lambda result: _read(h_last=result[1][0], hs=result[0])
 

@@ -297,8 +297,7 @@ def gru_stack(
       tap: a sequence with each layer's tap, from `init_taps`: see `gru`.
       axis: where xs, mask, resets and ys have their time; 1 for batch-major.
       **gru_options: spec, gradient, residuals, chunk_size, truncate, unroll, backend of `gru`, and
-        reverse
-        where all layers have one direction.
+        reverse where all layers have one direction.
 
     Returns:
       h_last, a tuple with each layer's last state in the form of h0; and ys [T, ..., H], the top

@@ -45,7 +45,7 @@ from jaxgru.cell import (
 from jaxgru.kernels import Backend, fused_backward, fused_forward
 from jaxgru.masks import draw_kept, draw_kept_per_step, require_flags
 from jaxgru.parameters import CHO_2014, GRUParams, GRUSpec, require_params, require_spec
-from jaxgru.products import state_dtype, vary_alike
+from jaxgru.products import on_auto_mesh, state_dtype, vary_alike
 from jaxgru.sweeps import default_chunk_size, default_residuals, sweep
 
 Array = jax.Array
@@ -527,7 +527,13 @@ def _require_backend(backend, gradient, unroll, params, xs):
             f"gru: xs must be float32, bfloat16 or float16 with backend={backend!r}: tensor cores "
             f"add up float32 numbers at most, got float64; {cure}."
         )
-    if (params.g_x, params.g_h) != (None, None):
+    if on_auto_mesh():
+        raise ValueError(
+            f"gru: backend={backend!r} must be called inside jax.shard_map where a mesh divides "
+            f"arrays, got the mesh {jax.sharding.get_abstract_mesh().shape} with Auto axes, where "
+            f"XLA would give every device the whole batch; {cure}."
+        )
+    if params.g_x is not None or params.g_h is not None:
         raise ValueError(
             f"gru: params must have no gains with backend={backend!r}, whose kernels have no layer "
             f"normalization, got g_x and g_h; {cure}."

@@ -1,16 +1,18 @@
 """Four CPU devices, strict promotion, and the data and comparison that several test files share."""
 
+import dataclasses
 import os
 import signal
 
 _FLAGS = os.environ.get("XLA_FLAGS", "")
 os.environ["XLA_FLAGS"] = f"{_FLAGS} --xla_force_host_platform_device_count=4".strip()
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 
 import jaxgru
@@ -113,6 +115,31 @@ def make_problem(
             jax.random.normal(keys[6], (steps, *batch, hidden), dtype),
         ),
     )
+
+
+def oracle_pullback(
+    problem: Any, spec, mask=None, resets=None, reverse=False, truncate=None, key=None,
+    recurrent_dropout=0.0, zoneout=0.0, deterministic=False,
+) -> Any:  # fmt: skip
+    """(h_last, hs), (dparams, dxs, dh0) of the oracle, in float64; it is given what the key draws.
+
+    The arguments beside the problem are those of `gru`.
+    """
+    params, xs, h0 = problem.params, problem.xs, problem.h0
+    equation = oracle.Equation(*dataclasses.astuple(spec))
+    scale, held = None, zoneout
+    if key is not None and not deterministic:
+        scale_key, zoneout_key = jax.random.split(key)
+        kept = jax.random.bernoulli(scale_key, 1 - recurrent_dropout, h0.shape)
+        scale = np.asarray(kept) / (1 - recurrent_dropout)
+        steps = len(xs)
+        step_keys = [jax.random.fold_in(zoneout_key, t) for t in range(steps)]
+        written = [jax.random.bernoulli(k, 1 - zoneout, h0.shape) for k in step_keys]
+        held = 1.0 - np.asarray(jnp.stack(written))
+    h_last, hs, tape = oracle.forward(params, equation, xs, h0, mask, resets, reverse, scale, held)
+    packed, dxs, dh0 = oracle.backward(params, equation, xs, tape, *problem.cotangents, truncate)
+    dparams = (None if p is None else d for p, d in zip(params, packed))
+    return (h_last, hs), (type(params)(*dparams), dxs, dh0)
 
 
 def assert_close(got, want, tolerance, label=""):

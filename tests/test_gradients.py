@@ -3,13 +3,13 @@
 import dataclasses
 import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
-from conftest import assert_close, make_problem
+from conftest import assert_close, make_problem, oracle_pullback
 from jax.extend import core as jex
 from jax.flatten_util import ravel_pytree
 
@@ -52,28 +52,6 @@ def pullbacks(problem, variants, **case):
     return every_variant(problem.params, problem.xs, problem.h0, problem.cotangents)
 
 
-def oracle_pullback(
-    problem, spec, mask=None, resets=None, reverse=False, truncate=None, key=None,
-    recurrent_dropout=0.0, zoneout=0.0, deterministic=False,
-):  # fmt: skip
-    """The same of the oracle, with None where a bias is; it is given what the key draws."""
-    params, xs, h0 = problem.params, problem.xs, problem.h0
-    equation = oracle.Equation(*dataclasses.astuple(spec))
-    scale, held = None, zoneout
-    if key is not None and not deterministic:
-        scale_key, zoneout_key = jax.random.split(key)
-        kept = jax.random.bernoulli(scale_key, 1 - recurrent_dropout, h0.shape)
-        scale = np.asarray(kept) / (1 - recurrent_dropout)
-        steps = len(xs)
-        step_keys = [jax.random.fold_in(zoneout_key, t) for t in range(steps)]
-        written = [jax.random.bernoulli(k, 1 - zoneout, h0.shape) for k in step_keys]
-        held = 1.0 - np.asarray(jnp.stack(written))
-    h_last, hs, tape = oracle.forward(params, equation, xs, h0, mask, resets, reverse, scale, held)
-    packed, dxs, dh0 = oracle.backward(params, equation, xs, tape, *problem.cotangents, truncate)
-    dparams = (None if p is None else d for p, d in zip(params, packed))
-    return (h_last, hs), (type(params)(*dparams), dxs, dh0)
-
-
 def share(variants, parts, *numbers):
     """One of the parts of variants, that of the sum of numbers.
 
@@ -83,7 +61,7 @@ def share(variants, parts, *numbers):
     return variants[sum(numbers) % parts :: parts]
 
 
-def assert_oracles(problem, spec, variants, unroll=1, **case):
+def assert_oracles(problem, spec, variants, unroll=1, **case: Any):
     """Each variant's values and gradient are the oracle's."""
     wanted = oracle_pullback(problem, spec, **case)
     results = pullbacks(problem, variants, spec=spec, unroll=unroll, **case)
@@ -105,7 +83,7 @@ def test_every_rule_and_chunk_gives_one_gradient(spec, reverse):
     variants += share(
         [AUTODIFF, TANGENT], 2, spec.reset == "after", spec.update == "write", reverse
     )
-    flags = {"mask": problem.mask, "resets": problem.resets}
+    flags: Any = {"mask": problem.mask, "resets": problem.resets}
     assert_oracles(problem, spec, variants, reverse=reverse, **flags)
 
 

@@ -1,4 +1,4 @@
-"""The fused kernels: the values and gradients of JAX's own derivative of the plain scan.
+"""The fused kernels: the values and gradients of the oracle, and of JAX's own derivative.
 
 Here JAX's interpreter of GPU kernels runs them, and looks for races; on a machine with a Hopper GPU
 `pytest -m gpu` runs the same tests compiled.
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import assert_close, make_problem
+from conftest import assert_close, make_problem, oracle_pullback
 
 from jaxgru import kernels
 from jaxgru.chip import Chip
@@ -49,6 +49,11 @@ def small_problem(seed=0, **sizes):
     return make_problem(seed, **{"steps": 3, "hidden": 5, "dtype": jnp.float32, **sizes})
 
 
+def flags_of(problem) -> dict[str, Any]:
+    """Both flags."""
+    return {"mask": problem.mask, "resets": problem.resets}
+
+
 def pull_back(problem, **choices):
     """(h_last, hs) and (dparams, dxs, dh0), compiled."""
 
@@ -60,12 +65,10 @@ def pull_back(problem, **choices):
     return run(problem.params, problem.xs, problem.h0, problem.cotangents)
 
 
-def assert_autodiffs(problem, backend, *, tolerance=FLOAT32, variants=({},), **case: Any):
-    """Each variant's values and gradient are those of the plain scan under JAX's derivative."""
-    want = pull_back(problem, gradient="autodiff", **case)
-    for variant in variants:
-        got = pull_back(problem, backend=backend, **case, **variant)
-        assert_close(got, want, tolerance, str(variant))
+def assert_oracles(problem, spec, backend, *, tolerance=FLOAT32, policy=None, **case: Any):
+    """Values and gradient are those of the oracle, in float64."""
+    got = pull_back(problem, spec=spec, backend=backend, **case, **(policy or {}))
+    assert_close(got, oracle_pullback(problem, spec, **case), tolerance)
 
 
 # Compiling is most of what these tests cost, and XLA's optimisations are not what they are about.
@@ -82,19 +85,19 @@ POLICIES = [
 @quick
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 @pytest.mark.parametrize("number, spec", list(enumerate(SPECS)))
-def test_every_equation_has_the_gradient_of_autodiff(number, spec, reverse, backend):
+def test_every_equation_has_the_oracles_gradient(number, spec, reverse, backend):
     problem = small_problem(number)
-    flags = {"mask": problem.mask, "resets": problem.resets}
-    variants = [POLICIES[number], POLICIES[(number + 1 + 2 * reverse) % 4]]
-    assert_autodiffs(problem, backend, variants=variants, spec=spec, reverse=reverse, **flags)
+    flags = flags_of(problem)
+    policy = POLICIES[(number + 2 * reverse) % 4]  # each of them with either reset
+    assert_oracles(problem, spec, backend, policy=policy, reverse=reverse, **flags)
 
 
 @quick
 @pytest.mark.parametrize("activation", ["relu", "sigmoid", "softplus", "identity"])
 @both_resets
-def test_every_activation_has_the_gradient_of_autodiff(spec, activation, backend):
+def test_every_activation_has_the_oracles_gradient(spec, activation, backend):
     spec = GRUSpec(spec.reset, spec.update, activation)
-    assert_autodiffs(small_problem(1), backend, spec=spec)
+    assert_oracles(small_problem(1), spec, backend)
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 50.0])
@@ -108,15 +111,15 @@ def test_softplus_is_accurate_at_every_size(scale):
 @pytest.mark.parametrize("bias", ["none", "b_x", "b_h"])
 @both_resets
 def test_absent_biases_have_no_gradient(spec, bias, backend):
-    assert_autodiffs(small_problem(2, bias=bias), backend, spec=spec)
+    assert_oracles(small_problem(2, bias=bias), spec, backend)
 
 
 @quick
 @pytest.mark.parametrize("flag", ["mask", "resets"])
 @both_resets
-def test_either_flag_alone_has_the_gradient_of_autodiff(spec, flag, backend):
+def test_either_flag_alone_has_the_oracles_gradient(spec, flag, backend):
     problem = small_problem(3)
-    assert_autodiffs(problem, backend, spec=spec, **{flag: getattr(problem, flag)})
+    assert_oracles(problem, spec, backend, **{flag: getattr(problem, flag)})
 
 
 INSIDE = {
@@ -128,20 +131,20 @@ INSIDE = {
 
 
 @quick
-@pytest.mark.parametrize("choice", INSIDE)
+@pytest.mark.parametrize("number, choice", list(enumerate(INSIDE)))
 @both_resets
-def test_what_acts_inside_the_recurrence_has_the_gradient_of_autodiff(spec, choice, backend):
+def test_what_acts_inside_the_recurrence_has_the_oracles_gradient(spec, number, choice, backend):
     problem, case = small_problem(4), dict(INSIDE[choice])
     if "key" in case:
         case["key"] = jax.random.key(case["key"])
-    variants = [{"residuals": "gates"}, {"residuals": "states"}]
-    flags = {"mask": problem.mask, "resets": problem.resets}
-    assert_autodiffs(problem, backend, variants=variants, spec=spec, **case, **flags)
+    policy = POLICIES[(number + (spec == PYTORCH)) % 2]
+    flags = flags_of(problem)
+    assert_oracles(problem, spec, backend, policy=policy, **case, **flags)
 
 
 @quick
 @both_resets
-def test_tap_has_the_gradient_of_autodiff(spec, backend):
+def test_tap_has_the_oracles_gradient(spec, backend):
     problem = small_problem(5)
     taps = init_taps(problem.params, problem.xs.shape[:-1])
     taps = jax.tree.map(lambda v: v + 0.3, taps)  # what it holds is added
@@ -170,12 +173,12 @@ SIZES = {
 
 @quick
 @pytest.mark.parametrize("number, size", list(enumerate(SIZES)))
-def test_every_size_has_the_gradient_of_autodiff(number, size, backend, monkeypatch):
+def test_every_size_has_the_oracles_gradient(number, size, backend, monkeypatch):
     monkeypatch.setattr("jaxgru.tiles._BLOCKS", 2)  # so that a batch of 9 fills two tiles
     problem = small_problem(6, **SIZES[size])
-    flags = {"mask": problem.mask, "resets": problem.resets}
+    flags = flags_of(problem)
     spec = (CHO_2014, PYTORCH)[number % 2]
-    assert_autodiffs(problem, backend, spec=spec, **flags)
+    assert_oracles(problem, spec, backend, **flags)
 
 
 @in_newer_jax
@@ -184,11 +187,11 @@ def test_every_size_has_the_gradient_of_autodiff(number, size, backend, monkeypa
     [(CHO_2014, jnp.float32, FLOAT32), (PYTORCH, jnp.bfloat16, HALF)],
     ids=["before-float32", "after-bfloat16"],
 )
-def test_cluster_of_blocks_has_the_gradient_of_autodiff(spec, dtype, tolerance, backend):
+def test_cluster_of_blocks_has_the_oracles_gradient(spec, dtype, tolerance, backend):
     """Three slices of float32, or four of bfloat16, are more than one block holds."""
     problem = small_problem(7, hidden=130 if dtype == jnp.float32 else 200, dtype=dtype)
-    flags = {"mask": problem.mask, "resets": problem.resets}
-    assert_autodiffs(problem, backend, tolerance=tolerance, spec=spec, **flags)
+    flags = flags_of(problem)
+    assert_oracles(problem, spec, backend, tolerance=tolerance, **flags)
 
 
 @pytest.mark.parametrize("sizes", [{"steps": 0}, {"batch": (0,)}], ids=["no steps", "no rows"])
@@ -277,7 +280,7 @@ def test_reset_cuts_the_gradient_and_forgets_nan_exactly(backend):
 @quick
 @pytest.mark.parametrize("pick", [0, 1], ids=["h_last", "hs"])
 @both_resets
-def test_loss_that_uses_one_result_has_the_gradient_of_autodiff(spec, pick, backend):
+def test_loss_that_uses_one_result_has_the_oracles_gradient(spec, pick, backend):
     problem = small_problem(14)
 
     def loss(params, **choices):
@@ -404,10 +407,88 @@ def test_second_derivatives_are_refused_with_the_cure(transform):
         transform(loss)(problem.xs)
 
 
+def call_fused(dtype=jnp.float32, layer_norm=False, **choices):
+    """A small call of the compiled kernels."""
+    problem = small_problem(25, dtype=dtype, layer_norm=layer_norm)
+    return gru(problem.params, problem.xs, **{"backend": "fused", **choices})
+
+
+@pytest.mark.parametrize(
+    "choices, kind, message",
+    [
+        (
+            {"backend": "cuda"},
+            ValueError,
+            "gru: backend must be one of 'scan', 'fused', 'interpreted', got 'cuda'.",
+        ),
+        (
+            {"gradient": "tangent"},
+            ValueError,
+            "gru: gradient must be 'bptt' with backend='fused', whose kernels have that derivative "
+            "alone, got 'tangent'; use backend='scan'.",
+        ),
+        (
+            {"unroll": 2},
+            ValueError,
+            "gru: unroll must be 1 with backend='fused', which has no loop of XLA's to unroll, "
+            "got 2; leave it out.",
+        ),
+        (
+            {"layer_norm": True},
+            ValueError,
+            "gru: params must have no gains with backend='fused', whose kernels have no layer "
+            "normalization, got g_x and g_h; use backend='scan'.",
+        ),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
+)
+def test_what_the_kernels_lack_is_refused_with_its_cure(choices, kind, message):
+    with pytest.raises(kind) as caught:
+        call_fused(**choices)
+    assert str(caught.value) == message
+
+
+@pytest.mark.usefixtures("x64")
+def test_float64_is_refused_with_its_cure():
+    with pytest.raises(TypeError, match=r"must be float32.*got float64; use backend='scan'"):
+        call_fused(jnp.float64)
+
+
+def test_mesh_with_auto_axes_is_refused_with_its_cure():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    with (
+        jax.set_mesh(mesh),
+        pytest.raises(ValueError, match=r"must be called inside jax\.shard_map"),
+    ):
+        call_fused()
+
+
+def test_symbolic_sizes_are_refused_with_their_cure():
+    problem = small_problem(26)
+    (steps,) = jax.export.symbolic_shape("T")
+    xs = jax.ShapeDtypeStruct((steps, *problem.xs.shape[1:]), jnp.float32)
+    run = functools.partial(gru, problem.params, backend="fused")
+    with pytest.raises(ValueError, match=r"sizes that are known.*use backend='scan'"):
+        jax.eval_shape(run, xs)
+
+
+@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="JAX 0.11 interprets clusters")
+def test_old_interpreter_refuses_a_cluster_with_its_cure():
+    problem = small_problem(27, hidden=193, dtype=jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match=r"H=193, which takes 4 blocks; use JAX 0\.11"):
+        gru(problem.params, problem.xs, backend="interpreted")
+
+
+def test_jax_without_such_kernels_is_named_with_the_cure(monkeypatch):
+    monkeypatch.delattr("jax.experimental.pallas.mosaic_gpu.async_store_smem")
+    with pytest.raises(ImportError, match=r"needs .*mosaic_gpu of JAX .*use backend='scan'"):
+        call_fused()
+
+
 @pytest.mark.parametrize("count", [3, pytest.param(100, marks=pytest.mark.gpu)])
 def test_reruns_give_the_same_bits(count):
     backend = "interpreted" if count == 3 else "fused"
-    problem = small_problem(23, hidden=100, batch=(9,))
+    problem = small_problem(23, hidden=65, steps=2, dtype=jnp.bfloat16)
 
     @jax.jit
     def run(params, xs):

@@ -46,7 +46,9 @@ def test_weights_are_blocks_by_slices_of_out_and_of_in():
 @pytest.mark.parametrize("precision, bits", [("bfloat16", 8), (None, 16), ("highest", 24)])
 def test_terms_add_up_to_as_many_bits_as_they_have(precision, bits):
     """Compiled, too: XLA may leave out a rounding that only conversions ask for."""
-    v = jax.random.normal(jax.random.key(1), (1000,)) * jnp.repeat(10.0 ** jnp.arange(-3.0, 7.0), 100)
+    v = jax.random.normal(jax.random.key(1), (1000,)) * jnp.repeat(
+        10.0 ** jnp.arange(-3.0, 7.0), 100
+    )
 
     @jax.jit
     def split(v):

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas
 
 from jaxgru.products import varying_axes
 from jaxgru.tiles import UNITS, Tiles
@@ -175,8 +176,6 @@ class Chip:
 
     def accumulate(self, body: Callable[..., Any], count: int) -> Any:
         """body(*sums) with so many sums [64, N] of zeros, in float32 registers."""
-        from jax.experimental import pallas
-
         sums = [self._gpu.ACC((UNITS, self.tiles.rows), jnp.float32)] * count
         return pallas.run_scoped(body, *sums)
 

@@ -80,6 +80,7 @@ def fused_forward(
     if keep_gates:
         outputs["gates"] = (_F32, (3 if before else 4,))
     found = _launch(
+        "gru_forward",
         functools.partial(_forward_body, static.spec, static.kept),
         Chip(tiles, static.backend == "interpreted"),
         [1, 1] if before else [1],
@@ -126,6 +127,7 @@ def fused_backward(
     if before:
         outputs["dp"] = (_F32, ())
     found = _launch(
+        "gru_backward",
         functools.partial(_backward_body, before, dhs is not None),
         Chip(tiles, static.backend == "interpreted"),
         [1, 2] if before else [3],
@@ -267,7 +269,7 @@ _ACTIVATIONS = ACTIVATIONS | {
 }
 
 
-def _launch(body, chip, groups, w, constants, per_step, resets, outputs, *, reverse):
+def _launch(name, body, chip, groups, w, constants, per_step, resets, outputs, *, reverse):
     """Runs a body over all steps, tiles and slices; the outputs, and the last carry, by name.
 
     groups: of each board, how many operands lie on it. w [3, out, in]. constants [..., H], of which
@@ -281,8 +283,8 @@ def _launch(body, chip, groups, w, constants, per_step, resets, outputs, *, reve
         inputs["live"] = _pack_resets(resets, tiles)
     place, num_steps = (tiles.count, tiles.slices), len(per_step[0])
     results = {
-        name: jax.ShapeDtypeStruct((num_steps, *count, *place, *block), dtype)
-        for name, (dtype, count) in outputs.items()
+        output: jax.ShapeDtypeStruct((num_steps, *count, *place, *block), dtype)
+        for output, (dtype, count) in outputs.items()
     }
     results["last"] = jax.ShapeDtypeStruct((*place, *block), _F32)
     if chip.wire == "memory":
@@ -303,6 +305,7 @@ def _launch(body, chip, groups, w, constants, per_step, resets, outputs, *, reve
         "loaded": chip.barrier(math.prod(inputs["w"].shape[1:4]), tiles.warpgroups),
         **{f"board{i}": chip.board(count) for i, count in enumerate(groups)},
     }
+    kernel.__name__ = name  # in profiles
     run = jax.custom_jvp(chip.kernel(kernel, list(results.values()), scratch))
     run.defjvp(_refuse_derivative)
     found = dict(zip(results, run(*inputs.values())))

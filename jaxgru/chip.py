@@ -5,7 +5,8 @@ are read transposed or clusters. So the operands of a cluster go round by its me
 GPU can do as well, only slower; and blocks lie the other way round in JAX 0.10's.
 """
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -33,8 +34,8 @@ class Chip:
         self.tiles, self._gpu, self._interpreter = tiles, _mosaic(), None
         if interpreted:
             self._interpreter = _interpreter_params(self._gpu)
-        old = not hasattr(self._gpu, "InterpretGPUParams")
-        self._upright = interpreted and old  # nothing is read transposed
+        self._old = not hasattr(self._gpu, "InterpretGPUParams")  # JAX 0.10
+        self._upright = interpreted and self._old  # nothing is read transposed
         self.wire = "block" if tiles.cluster == 1 else "memory" if interpreted else "cluster"
         if tiles.cluster > 1 and self._upright:
             raise NotImplementedError(
@@ -158,7 +159,7 @@ class Chip:
             return  # every store says so itself
         self._gpu.commit_smem()
         if self.wire == "memory":
-            for at in self._blocks(buffer):
+            for at in itertools.product(*map(range, buffer.shape[:2])):
                 self._gpu.copy_smem_to_gmem(buffer.at[(*at, s)], wire.at[(tile, *at, s)])
             self._gpu.wait_smem_to_gmem(0)
         self.arrive(ready)
@@ -169,10 +170,19 @@ class Chip:
         if self.wire == "cluster":
             self._gpu.commit_smem()  # what other blocks stored is then the tensor cores' to read
         if self.wire == "memory":
-            for at in self._blocks(buffer):
-                for k in range(self.tiles.slices):
-                    self.fetch(wire.at[(tile, *at, k)], buffer.at[(*at, k)], arrived)
+            for at in itertools.product(*map(range, buffer.shape[:3])):
+                self.fetch(wire.at[(tile, *at)], buffer.at[at], arrived)
             self.wait(arrived)
+        if self._interpreter is not None:  # its search for races leaves out what tensor cores read
+            for at in itertools.product(*map(range, buffer.shape[:3])):
+                buffer.at[at][...]
+
+    def release(self, free: Any) -> None:
+        """Says that this slice has read all operands."""
+        if self.wire != "block":
+            # Of a warpgroup a single thread tells each other block, so all four warps must be done.
+            self._gpu.commit_smem()
+        self.arrive(free)
 
     def accumulate(self, body: Callable[..., Any], count: int) -> Any:
         """body(*sums) with so many sums [64, N] of zeros, in float32 registers."""
@@ -184,8 +194,11 @@ class Chip:
         self._gpu.wgmma(total, w, self._columns(operand))
 
     def _load(self, ref, layout):
-        gpu = self._gpu
-        v = ref[...] if self._upright else gpu.load(ref, (), layout=layout, optimized=False)
+        if self._upright:
+            v = ref[...]
+        else:
+            index = ((),) if self._old else ()  # JAX 0.11 wants it in the reference alone
+            v = self._gpu.load(ref, *index, layout=layout, optimized=False)
         # Inside `jax.shard_map` what is read varies over the mesh, but not what is computed from
         # it: Pallas does not track that. A carry must not change its type.
         return v * 1 if varying_axes(v) else v
@@ -193,9 +206,6 @@ class Chip:
     def _columns(self, ref):
         """The operand with units in front: in shared memory it has the batch in front."""
         return ref if self._upright else ref.transpose((1, 0))
-
-    def _blocks(self, buffer) -> Sequence[tuple[int, int]]:
-        return [(p, g) for p in range(buffer.shape[0]) for g in range(buffer.shape[1])]
 
     def _transforms(self):
         if self._upright:

@@ -414,5 +414,5 @@ class _Board:
             return [total[...] for total in sums], fetched
 
         found, fetched = chip.accumulate(multiply, len(gates))
-        chip.arrive(self.free)
+        chip.release(self.free)
         return found, fetched

@@ -5,6 +5,7 @@ are read transposed or clusters. So the operands of a cluster go round by its me
 GPU can do as well, only slower; and blocks lie the other way round in JAX 0.10's.
 """
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any, Literal
@@ -77,7 +78,6 @@ class Chip:
         """Shared memory for the operands of all slices; barriers: put (ready), read (free)."""
         tiles, gpu = self.tiles, self._gpu
         block = (UNITS, tiles.rows) if self._upright else (tiles.rows, UNITS)
-        count = tiles.terms * groups * tiles.slices
         scratch = {
             "buffer": gpu.SMEM(
                 (tiles.terms, groups, tiles.slices, *block),
@@ -89,10 +89,8 @@ class Chip:
         if self.wire != "block":
             everyone = gpu.ClusterBarrier(collective_axes=(_MEMBERS,))
         scratch["free"] = scratch["ready"] = everyone
-        if self.wire == "cluster":
-            scratch["ready"] = gpu.Barrier(num_arrivals=count)
         if self.wire == "memory":
-            scratch["arrived"] = gpu.Barrier(num_arrivals=count)
+            scratch["arrived"] = gpu.Barrier(num_arrivals=tiles.terms * groups * tiles.slices)
         return scratch
 
     def wire_shape(self, groups: int) -> tuple[int, ...]:
@@ -140,23 +138,22 @@ class Chip:
         """v rounded to the dtype of a term; the barrier keeps XLA from leaving the rounding out."""
         return lax.optimization_barrier(v.astype(self.tiles.dtype)).astype(v.dtype)
 
-    def send(self, term: Any, buffer: Any, s: Any, ready: Any) -> None:
+    def send(self, term: Any, buffer: Any, s: Any) -> None:
         """Puts a term [64, N] of slice s on this block's board, or on those of its cluster."""
         if not self._upright:  # each thread then holds two units of one row: one word
             term = self._gpu.layout_cast(term, self._gpu.Layout.WGMMA_TRANSPOSED)
-        target = self._columns(buffer.at[s])
         if self.wire != "cluster":
-            target[...] = term
+            self._columns(buffer.at[s])[...] = term
             return
-        for member in range(self.tiles.cluster):
-            self._gpu.async_store_smem(
-                term, target, ready, cluster_idx=jnp.int32(member), cluster_dim=_MEMBERS
-            )
+        gpu = self._gpu
+        types = (gpu.Layout.WGMMA_TRANSPOSED, gpu.RefType(self._transforms()))
+        store = functools.partial(_store_in_cluster, self.tiles.cluster)
+        gpu.inline_mgpu(arg_types=types)(store)(term, buffer.at[s])
 
     def sent(self, ready: Any, buffer: Any, wire: Any, tile: Any, s: Any) -> None:
         """Says that this slice's operands are sent; through memory, sends them."""
         if self.wire == "cluster":
-            return  # every store says so itself
+            self._gpu.inline_mgpu()(_fence_cluster)()
         self._gpu.commit_smem()
         if self.wire == "memory":
             for at in itertools.product(*map(range, buffer.shape[:2])):
@@ -211,6 +208,28 @@ class Chip:
         if self._upright:
             return ()
         return (self._gpu.TilingTransform((8, UNITS)), self._gpu.SwizzleTransform(_SWIZZLE))
+
+
+def _store_in_cluster(cluster, _, term, board):
+    """Stores a term [64, N] on the board [N, 64] of every block of the cluster."""
+    from jax.experimental.mosaic import gpu
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects.gpu import Dimension
+
+    for member in range(cluster):
+        index = gpu.c(member, ir.IndexType.get())
+        remote = gpu.get_cluster_ref(board, Dimension.x, index)
+        columns = gpu.memref_transpose(remote, (1, 0, 3, 2))  # of tiles, and in them
+        term.store_tiled(columns, swizzle=_SWIZZLE, optimized=False)
+
+
+def _fence_cluster(_):
+    """What this thread stored is there for all of the cluster before anything it does next."""
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import llvm
+
+    nothing = ir.Type.parse("!llvm.void")
+    llvm.inline_asm(nothing, [], "fence.acq_rel.cluster;", "", has_side_effects=True)
 
 
 def _mosaic() -> Any:

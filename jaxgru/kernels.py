@@ -67,7 +67,7 @@ def fused_forward(
     if steps.mask is not None:  # z = 1 (or 0, where z is the candidate's share) keeps the state
         held = jnp.full_like(a[1], jnp.inf if keep else -jnp.inf)
         a = (a[0], jnp.where(steps.mask, a[1], held), a[2])
-    tiles = _cut(h0, params.w_h.dtype, 2 if before else 1)
+    tiles = _cut(h0, params.w_h.dtype)
     if not h0.size or not num_steps:
         gates = Gates(a[0], a[1], a[2], None if before else a[2]) if keep_gates else None
         return h0, (a[0].astype(steps.xs.dtype), gates)
@@ -117,7 +117,7 @@ def fused_backward(
     per_step = [k, *slopes, k_a, reset] if before else [k, *slopes]
     if dhs is not None:
         per_step.append(dhs)
-    tiles = _cut(dh_last, params.w_h.dtype, 3)
+    tiles = _cut(dh_last, params.w_h.dtype)
     if not dh_last.size or not len(k):
         return dh_last, (k, k if before else None)
     constants = {"h0": dh_last}
@@ -142,9 +142,9 @@ def fused_backward(
     return found["last"], (found["dhs"], found.get("dp"))
 
 
-def _cut(h, dtype, groups):
+def _cut(h, dtype):
     """The cut for a state [..., H]."""
-    return cut(h.shape[-1], math.prod(h.shape[:-1]), dtype, groups)
+    return cut(h.shape[-1], math.prod(h.shape[:-1]), dtype)
 
 
 def _pack(v, tiles):
@@ -220,6 +220,8 @@ def _forward_body(spec, kept, boards, at, h, inputs, live, fetch):
     n = _ACTIVATIONS[spec.activation](a_n)
     new = z * h + (1 - z) * n if spec.update == "keep" else (1 - z) * h + z * n
     new = h + (1 - kept) * (new - h) if kept else new
+    held = a_z == (jnp.inf if spec.update == "keep" else -jnp.inf)
+    new = jnp.where(held, h, new)  # z h + (1 - z) n is not h where n or h is not finite
     new = new + tap[0] if tap else new
     at.write("hs", new)
     at.write("gates", r, z, n, *q)
@@ -390,7 +392,7 @@ class _Board:
         chip.wait(self.free)
         for g, v in enumerate(values):
             for p, term in enumerate(split_terms(v, chip.tiles, chip.round_off)):
-                chip.send(term, self.buffer.at[p, g], s, self.ready)
+                chip.send(term, self.buffer.at[p, g], s)
         chip.sent(self.ready, self.buffer, self.wire, tile, s)
 
     def product(self, gates, fetch=None):
@@ -404,13 +406,13 @@ class _Board:
         chip.await_operands(self.ready, self.buffer, self.wire, self.arrived, tile)
 
         def multiply(*sums):
+            fetched = fetch() if fetch is not None else ()
             for p_w, p_v in tiles.passes:
                 for k in range(tiles.slices):
                     for total, of_groups in zip(sums, gates):
                         for g, gate in enumerate(of_groups):
                             w = self.weights.at[own, p_w, gate, k]
                             chip.multiply(total, w, self.buffer.at[p_v, g, k])
-            fetched = fetch() if fetch is not None else ()
             return [total[...] for total in sums], fetched
 
         found, fetched = chip.accumulate(multiply, len(gates))

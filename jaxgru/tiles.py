@@ -25,8 +25,9 @@ Array = jax.Array
 UNITS = 64  # hidden units of a slice: the rows of a tensor core's product
 _SHARED_BYTES = 232448 - 2048  # of a block on Hopper, less what barriers and alignment take
 _BLOCKS = 132  # that run at once: one a multiprocessor
+_PARTS, _PART = 8, 16  # the chip's parts, and blocks of each: a cluster lies in one part
 _MAX_CLUSTER = 8  # blocks that every Hopper GPU can join
-_MAX_WARPGROUPS = 3  # of a block, so that each thread keeps 168 registers
+_OPERANDS = 3  # [B, H] that lie in shared memory at once, in the backward
 _MAX_ROWS = {1: 32, 2: 32, 3: 16}  # by warpgroups a block: what its registers hold
 # By JAX's precision of products. What is not named is two terms: 16 bits, in three passes.
 _TERMS = {
@@ -74,39 +75,39 @@ def count_terms(dtype: Any) -> int:
     return _TERMS.get(precision, 2)
 
 
-def cut(hidden_size: int, batch_size: int, dtype: Any, groups: int) -> Tiles:
-    """The cut whose weights and operands fit, where `groups` operands [B, H] lie at once.
+def cut(hidden_size: int, batch_size: int, dtype: Any) -> Tiles:
+    """The cut whose weights and operands fit, of the forward and of the backward.
 
     ValueError where none does, naming the largest hidden size that would.
     """
     terms = count_terms(dtype)
     slices = max(1, math.ceil(hidden_size / UNITS))
-    cluster = next((c for c in (1, slices) if _fits(slices, c, 8, terms, groups)), None)
+    cluster = next((c for c in (1, slices) if _fits(slices, c, 8, terms)), None)
     if cluster is None:
-        raise ValueError(_too_large(hidden_size, dtype, terms, groups))
-    at_once = max(1, _BLOCKS // cluster)
+        raise ValueError(_too_large(hidden_size, dtype, terms))
+    at_once = _BLOCKS if cluster == 1 else _PARTS * (_PART // cluster)
     wanted = 8 * max(1, math.ceil(batch_size / at_once / 8))
-    choices = [n for n in range(8, wanted + 1, 8) if _fits(slices, cluster, n, terms, groups)]
+    choices = [n for n in range(8, wanted + 1, 8) if _fits(slices, cluster, n, terms)]
     rows, count = choices[-1], math.ceil(batch_size / choices[-1])
     operand = jnp.dtype(dtype if jnp.finfo(dtype).bits < 32 else jnp.bfloat16)
     return Tiles(hidden_size, batch_size, slices, rows, count, cluster, terms, operand)
 
 
-def _fits(slices, cluster, rows, terms, groups):
+def _fits(slices, cluster, rows, terms):
     """Whether a block holds its slices' weights and all operands, in 2 bytes a number."""
     warpgroups = slices // cluster
     if cluster > _MAX_CLUSTER or rows > _MAX_ROWS.get(warpgroups, 0):
         return False
     weights = 3 * warpgroups * UNITS * slices * UNITS
-    return 2 * terms * (weights + groups * slices * UNITS * rows) <= _SHARED_BYTES
+    return 2 * terms * (weights + _OPERANDS * slices * UNITS * rows) <= _SHARED_BYTES
 
 
-def _too_large(hidden_size, dtype, terms, groups):
+def _too_large(hidden_size, dtype, terms):
     """What to say where a hidden size does not fit."""
-    largest = UNITS * max(s for s in range(1, _MAX_CLUSTER + 1) if _fits(s, s, 8, terms, groups))
+    largest = UNITS * max(s for s in range(1, _MAX_CLUSTER + 1) if _fits(s, s, 8, terms))
     slices = math.ceil(hidden_size / UNITS)
     cure = "use backend='scan'"
-    if terms > 1 and slices <= _MAX_CLUSTER and _fits(slices, slices, 8, 1, groups):
+    if terms > 1 and slices <= _MAX_CLUSTER and _fits(slices, slices, 8, 1):
         cure += ", or jax.default_matmul_precision('bfloat16'), or bfloat16 parameters"
     return (
         f"gru: params.w_h must have at most {largest} rows where backend='fused' takes "

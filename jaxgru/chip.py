@@ -13,7 +13,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas
 
 from jaxgru.products import varying_axes
 from jaxgru.tiles import UNITS, Tiles
@@ -177,12 +176,14 @@ class Chip:
     def release(self, free: Any) -> None:
         """Says that this slice has read all operands."""
         if self.wire != "block":
-            # Of a warpgroup a single thread tells each other block, so all four warps must be done.
+            # A single thread of the four warps tells each block, and all of them must be done.
             self._gpu.commit_smem()
         self.arrive(free)
 
     def accumulate(self, body: Callable[..., Any], count: int) -> Any:
         """body(*sums) with so many sums [64, N] of zeros, in float32 registers."""
+        from jax.experimental import pallas
+
         sums = [self._gpu.ACC((UNITS, self.tiles.rows), jnp.float32)] * count
         return pallas.run_scoped(body, *sums)
 
@@ -237,7 +238,7 @@ def _mosaic() -> Any:
     try:
         from jax.experimental.pallas import mosaic_gpu
 
-        for name in ("kernel", "load", "async_store_smem", "ClusterBarrier"):
+        for name in ("kernel", "load", "inline_mgpu", "RefType", "ClusterBarrier"):
             getattr(mosaic_gpu, name)
     except (ImportError, AttributeError) as error:
         raise ImportError(

@@ -501,7 +501,7 @@ def test_old_interpreter_refuses_a_cluster_with_its_cure():
 
 
 def test_jax_without_such_kernels_is_named_with_the_cure(monkeypatch):
-    monkeypatch.delattr("jax.experimental.pallas.mosaic_gpu.async_store_smem")
+    monkeypatch.delattr("jax.experimental.pallas.mosaic_gpu.inline_mgpu")
     with pytest.raises(ImportError, match=r"needs .*mosaic_gpu of JAX .*use backend='scan'"):
         call_fused()
 

@@ -38,6 +38,7 @@ import contextlib
 import faulthandler
 import functools
 import hashlib
+import importlib.resources
 import importlib.util
 import json
 import os
@@ -222,7 +223,10 @@ def describe_torch() -> dict[str, Any]:
 def source_digest() -> str:
     """Of the package's files: kernels that have changed are another contender."""
     digest = hashlib.sha256()
-    for path in sorted(Path(jaxgru.__file__).parent.glob("*.py")):
+    package = importlib.resources.files("jaxgru")
+    for path in sorted(package.iterdir(), key=lambda path: path.name):
+        if not path.name.endswith(".py"):
+            continue
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -53,7 +53,6 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-import jaxgru
 from experiments import runs
 from experiments.benchmarks import fused_flags, fused_points, fused_report, limits
 from experiments.benchmarks.fused_points import Grid, Point, Rows, attempt, contenders, point_of

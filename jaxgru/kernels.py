@@ -59,7 +59,7 @@ def fused_forward(
 ) -> tuple[Array, tuple[Array, Gates | None]]:
     """h_last and (hs, gates or None) as the scan of `step` over the projected inputs gives them.
 
-    static holds spec, kept, reverse and backend of `gru`, and steps its xs, mask, resets and tap.
+    static holds spec, kept, reverse, backend and terms, and steps the xs, mask, resets and tap.
     The z of the gates is that of a step that holds wherever the mask does.
     """
     before, keep = static.spec.reset == "before", static.spec.update == "keep"
@@ -67,7 +67,7 @@ def fused_forward(
     if steps.mask is not None:  # z = 1 (or 0, where z is the candidate's share) keeps the state
         held = jnp.full_like(a[1], jnp.inf if keep else -jnp.inf)
         a = (a[0], jnp.where(steps.mask, a[1], held), a[2])
-    tiles = _cut(h0, params.w_h.dtype)
+    tiles = _cut(h0, params.w_h.dtype, static.terms)
     if not h0.size or not num_steps:
         gates = Gates(a[0], a[1], a[2], None if before else a[2]) if keep_gates else None
         return h0, (a[0].astype(steps.xs.dtype), gates)
@@ -117,7 +117,7 @@ def fused_backward(
     per_step = [k, *slopes, k_a, reset] if before else [k, *slopes]
     if dhs is not None:
         per_step.append(dhs)
-    tiles = _cut(dh_last, params.w_h.dtype)
+    tiles = _cut(dh_last, params.w_h.dtype, static.terms)
     if not dh_last.size or not len(k):
         return dh_last, (k, k if before else None)
     constants = {"h0": dh_last}
@@ -142,9 +142,9 @@ def fused_backward(
     return found["last"], (found["dhs"], found.get("dp"))
 
 
-def _cut(h, dtype):
+def _cut(h, dtype, terms):
     """The cut for a state [..., H]."""
-    return cut(h.shape[-1], math.prod(h.shape[:-1]), dtype)
+    return cut(h.shape[-1], math.prod(h.shape[:-1]), dtype, terms)
 
 
 def _pack(v, tiles):

@@ -45,8 +45,9 @@ from jaxgru.cell import (
 from jaxgru.kernels import Backend, fused_backward, fused_forward
 from jaxgru.masks import draw_kept, draw_kept_per_step, require_flags
 from jaxgru.parameters import CHO_2014, GRUParams, GRUSpec, require_params, require_spec
-from jaxgru.products import on_auto_mesh, state_dtype, vary_alike
+from jaxgru.products import on_auto_mesh, state_dtype, vary_alike, varying_axes
 from jaxgru.sweeps import default_chunk_size, default_residuals, sweep
+from jaxgru.tiles import count_terms
 
 Array = jax.Array
 Gradient = Literal["bptt", "tangent", "autodiff"]
@@ -65,6 +66,7 @@ class _Static:
     zoneout: float  # share of the units that a key holds at each step
     kept: float  # share of every unit that is held at each step: the mean of the above
     backend: Backend
+    terms: int  # of an operand of the fused kernels: the precision of the call, not of its backward
 
 
 class Tap(NamedTuple):
@@ -134,8 +136,8 @@ def gru(
       unroll: as in `lax.scan`.
       backend: what runs the sequence. "scan": `lax.scan`, on CPU, GPU and TPU. "fused": one kernel
         for the whole sequence each way, for NVIDIA's Hopper GPUs (H100, H200); experimental, for it
-        has run in JAX's interpreter alone. "interpreted": those kernels in that interpreter, on a
-        CPU, for tests: slow. See the cost below.
+        has run in JAX's interpreter alone. "interpreted": those kernels in that interpreter, on one
+        CPU device and not inside `jax.checkpoint`, for tests: slow. See the cost below.
       truncate: parts time in windows of that many steps, [0, truncate), ..., and cuts the gradient
         of the state between them: truncated backpropagation through time. Values stay, and so does
         what is kept for the backward. None cuts nothing.
@@ -163,7 +165,7 @@ def gru(
         device than such a GPU JAX refuses the kernel when it compiles it.
       TypeError: a dtype or kind is wrong; float dtypes must be the same throughout, and not float64
         for "fused".
-      NotImplementedError: a second derivative of "fused".
+      NotImplementedError: a second derivative of "fused"; what JAX's interpreter cannot do.
 
     Dtypes: results have the dtype of xs, each cotangent that of its primal. With bfloat16 and
     float16 every product takes half operands and sums in float32, but for those of the weight
@@ -226,7 +228,15 @@ def gru(
     if gradient == "bptt" and chunk_size is None and (residuals == "boundaries" or not fused):
         chunk_size = default_chunk_size(xs.shape[0], h0, residuals)
     static = _Static(
-        spec, reverse, residuals, chunk_size, unroll, float(zoneout), float(kept), backend
+        spec,
+        reverse,
+        residuals,
+        chunk_size,
+        unroll,
+        float(zoneout),
+        float(kept),
+        backend,
+        count_terms(xs.dtype),
     )
     numbers = None if zoneout_key is None else numbers
     steps = _Steps(xs, mask, resets, cuts, numbers, tap_hs)
@@ -527,11 +537,17 @@ def _require_backend(backend, gradient, unroll, params, xs):
             f"gru: xs must be float32, bfloat16 or float16 with backend={backend!r}: tensor cores "
             f"add up float32 numbers at most, got float64; {cure}."
         )
-    if on_auto_mesh():
+    mesh = jax.sharding.get_abstract_mesh()
+    sharding = getattr(jax.typeof(xs), "sharding", None)
+    if on_auto_mesh() or (sharding is not None and any(sharding.spec)):
         raise ValueError(
             f"gru: backend={backend!r} must be called inside jax.shard_map where a mesh divides "
-            f"arrays, got the mesh {jax.sharding.get_abstract_mesh().shape} with Auto axes, where "
-            f"XLA would give every device the whole batch; {cure}."
+            f"arrays, got the mesh {mesh.shape}, over which a kernel cannot be divided; {cure}."
+        )
+    if backend == "interpreted" and any(mesh.shape[name] > 1 for name in varying_axes(xs)):
+        raise NotImplementedError(
+            f"gru: backend='interpreted' must run on one device, got the mesh {mesh.shape}: JAX's "
+            f"interpreter runs one kernel at a time; {cure}."
         )
     if params.g_x is not None or params.g_h is not None:
         raise ValueError(

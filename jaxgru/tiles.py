@@ -75,12 +75,11 @@ def count_terms(dtype: Any) -> int:
     return _TERMS.get(precision, 2)
 
 
-def cut(hidden_size: int, batch_size: int, dtype: Any) -> Tiles:
+def cut(hidden_size: int, batch_size: int, dtype: Any, terms: int) -> Tiles:
     """The cut whose weights and operands fit, of the forward and of the backward.
 
     ValueError where none does, naming the largest hidden size that would.
     """
-    terms = count_terms(dtype)
     slices = max(1, math.ceil(hidden_size / UNITS))
     cluster = next((c for c in (1, slices) if _fits(slices, c, 8, terms)), None)
     if cluster is None:
@@ -107,8 +106,10 @@ def _too_large(hidden_size, dtype, terms):
     largest = UNITS * max(s for s in range(1, _MAX_CLUSTER + 1) if _fits(s, s, 8, terms))
     slices = math.ceil(hidden_size / UNITS)
     cure = "use backend='scan'"
-    if terms > 1 and slices <= _MAX_CLUSTER and _fits(slices, slices, 8, 1):
-        cure += ", or jax.default_matmul_precision('bfloat16'), or bfloat16 parameters"
+    for fewer, precision in ((2, "high"), (1, "bfloat16")):
+        if fewer < terms and slices <= _MAX_CLUSTER and _fits(slices, slices, 8, fewer):
+            cure += f", or jax.default_matmul_precision({precision!r})"
+            break
     return (
         f"gru: params.w_h must have at most {largest} rows where backend='fused' takes "
         f"{jnp.dtype(dtype)} as {terms} term{'s' * (terms > 1)} of 16 bits, since it keeps w_h in "

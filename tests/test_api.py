@@ -27,6 +27,7 @@ IMPORTS = {
     "kernels": {"cell", "chip", "parameters", "products", "tiles"},
     "recurrence": {
         *("arguments", "cell", "kernels", "masks", "parameters", "products", "sweeps"),
+        "tiles",
     },
     "layers": {"arguments", "masks", "parameters", "recurrence"},
     "losses": {"arguments", "masks", "products"},

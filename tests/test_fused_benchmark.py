@@ -628,3 +628,11 @@ def test_smoke_run_measures_everything_and_leaves_all_its_files(tmp_path, capsys
     assert [target["reached"] for target in found["targets"]] == [None] * 6
     printed = capsys.readouterr().out
     assert "Not reached: nothing" in printed and "not measured bfloat16: scan / fused" in printed
+
+
+def test_machine_without_a_gpu_is_named_with_the_cure(capsys, tmp_path):
+    if jax.default_backend() == "gpu":
+        pytest.skip("there is a GPU")
+    assert fused.main(["--out", str(tmp_path / "new")]) == 2
+    assert "first device must be a GPU" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()

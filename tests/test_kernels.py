@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import assert_close, make_problem, oracle_pullback
 
-from jaxgru import kernels, tiles
+from jaxgru import kernels, recurrence
 from jaxgru.chip import Chip
 from jaxgru.layers import init_taps
 from jaxgru.parameters import CHO_2014, CHUNG_2014, PYTORCH, GRUParams, GRUSpec
@@ -36,7 +36,7 @@ def backend(request, capfd, monkeypatch):
     """A backend that runs here, on its device; the interpreter must have seen no race."""
     if request.param == "fused":
         # Products outside the kernels would else be in TensorFloat-32; the kernels' stay.
-        monkeypatch.setattr(tiles, "count_terms", lambda d: 2 if d == jnp.float32 else 1)
+        monkeypatch.setattr(recurrence, "count_terms", lambda d: 2 if d == jnp.float32 else 1)
         with jax.default_matmul_precision("highest"):
             yield request.param
         return
@@ -228,7 +228,7 @@ def test_half_types_are_near_autodiff_and_keep_their_dtype(spec, dtype, backend)
 def test_float32_is_as_exact_as_its_terms(terms, least, most, backend, monkeypatch):
     problem = small_problem(10, hidden=64)
     want = pull_back(problem, spec=PYTORCH, gradient="autodiff")[0][1]
-    monkeypatch.setattr(tiles, "count_terms", lambda dtype: terms)
+    monkeypatch.setattr(recurrence, "count_terms", lambda dtype: terms)
     got = pull_back(problem, spec=PYTORCH, backend=backend)[0][1]
     error = np.abs(np.asarray(got) - np.asarray(want)).max() / np.abs(want).max()
     assert least <= error <= most
@@ -473,6 +473,37 @@ def test_what_the_kernels_lack_is_refused_with_its_cure(choices, kind, message):
 def test_float64_is_refused_with_its_cure():
     with pytest.raises(TypeError, match=r"must be float32.*got float64; use backend='scan'"):
         call_fused(jnp.float64)
+
+
+@both_resets
+def test_backward_has_the_precision_of_the_call(spec):
+    """Which JAX's setting is not any more, when the backward is traced."""
+    problem = small_problem(29, hidden=20)
+
+    def gradient(backend, inside, outside):
+        def loss(params):
+            with jax.default_matmul_precision(inside):
+                return (gru(params, problem.xs, spec=spec, backend=backend)[1] ** 2).sum()
+
+        with jax.default_matmul_precision(outside):
+            return jax.jit(jax.grad(loss))(problem.params)
+
+    got = gradient("interpreted", "highest", "bfloat16")
+    assert_close(got, gradient("scan", "highest", "highest"), 1e-6)
+
+
+def test_arrays_divided_over_an_explicit_mesh_are_refused_with_their_cure():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    problem = small_problem(30, batch=(4,))
+    xs = jax.device_put(problem.xs, jax.NamedSharding(mesh, jax.P(None, "data")))
+    with pytest.raises(ValueError, match=r"inside jax\.shard_map where"):
+        gru(problem.params, xs, backend="fused")
+
+
+def test_interpreter_refuses_several_devices_with_its_cure():
+    problem = small_problem(31, batch=(4,))
+    with pytest.raises(NotImplementedError, match=r"must run on one device.*use backend='scan'"):
+        sharded_gradient("interpreted", 2)(problem.params, problem.xs)
 
 
 def test_mesh_with_auto_axes_is_refused_with_its_cure():

@@ -13,7 +13,7 @@ HALF = jnp.dtype(jnp.bfloat16)
 
 
 def test_tiles_hold_every_number_once_and_zeros_elsewhere():
-    a_cut = cut(70, 19, HALF)
+    a_cut = cut(70, 19, HALF, 1)
     v = 1 + jnp.arange(2.0 * 19 * 70).reshape(2, 19, 70)
     packed = tiles.to_tiles(v, a_cut)
     assert packed.shape == (2, 3, 2, UNITS, 8)
@@ -23,7 +23,7 @@ def test_tiles_hold_every_number_once_and_zeros_elsewhere():
 
 
 def test_flags_are_cut_as_the_rows_of_the_batch():
-    a_cut = cut(4, 9, HALF)
+    a_cut = cut(4, 9, HALF, 1)
     flags = jnp.arange(18.0).reshape(2, 9) + 1
     packed = tiles.flags_to_tiles(flags, a_cut)
     assert packed.shape == (2, 2, 8)
@@ -32,7 +32,7 @@ def test_flags_are_cut_as_the_rows_of_the_batch():
 
 
 def test_weights_are_blocks_by_slices_of_out_and_of_in():
-    a_cut = cut(100, 1, HALF)
+    a_cut = cut(100, 1, HALF, 1)
     w = jax.random.normal(jax.random.key(0), (3, 100, 100), HALF)
     packed = tiles.weights_to_tiles(w, a_cut)
     assert packed.shape == (2, 1, 3, 2, UNITS, UNITS)
@@ -43,8 +43,18 @@ def test_weights_are_blocks_by_slices_of_out_and_of_in():
     assert np.count_nonzero(packed) == np.count_nonzero(w)
 
 
-@pytest.mark.parametrize("precision, bits", [("bfloat16", 8), (None, 16), ("highest", 24)])
-def test_terms_add_up_to_as_many_bits_as_they_have(precision, bits):
+@pytest.mark.parametrize(
+    "precision, terms",
+    [(None, 2), ("default", 2), ("tensorfloat32", 2), ("bfloat16", 1), ("highest", 3)],
+)
+def test_terms_are_what_the_precision_of_the_call_asks_for(precision, terms):
+    with jax.default_matmul_precision(precision):
+        assert tiles.count_terms(jnp.float32) == terms
+        assert tiles.count_terms(HALF) == 1
+
+
+@pytest.mark.parametrize("bits", [8, 16, 24])
+def test_terms_add_up_to_as_many_bits_as_they_have(bits):
     """Compiled, too: XLA may leave out a rounding that only conversions ask for."""
     v = jax.random.normal(jax.random.key(1), (1000,)) * jnp.repeat(
         10.0 ** jnp.arange(-3.0, 7.0), 100
@@ -55,9 +65,8 @@ def test_terms_add_up_to_as_many_bits_as_they_have(precision, bits):
         round_off = lambda v: lax.reduce_precision(v, 8, 7)  # noqa: E731
         return tiles.split_terms(v, a_cut, round_off)
 
-    with jax.default_matmul_precision(precision):
-        a_cut = cut(64, 1, jnp.float32)
-        terms = split(v)
+    a_cut = cut(64, 1, jnp.float32, bits // 8)
+    terms = split(v)
     assert {t.dtype for t in terms} == {HALF}
     assert len(terms) == bits // 8
     total = sum(np.asarray(t, np.float64) for t in terms)
@@ -67,11 +76,10 @@ def test_terms_add_up_to_as_many_bits_as_they_have(precision, bits):
 
 
 def test_passes_leave_out_only_what_is_below_the_last_term():
-    with jax.default_matmul_precision("highest"):
-        passes = cut(64, 1, jnp.float32).passes
+    passes = cut(64, 1, jnp.float32, 3).passes
     assert sorted(passes) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 0)]
     assert passes[-1] == (0, 0)  # the largest last: less is rounded away
-    assert cut(64, 1, HALF).passes == [(0, 0)]
+    assert cut(64, 1, HALF, 1).passes == [(0, 0)]
 
 
 @pytest.mark.parametrize(
@@ -91,7 +99,7 @@ def test_passes_leave_out_only_what_is_below_the_last_term():
     ],
 )
 def test_cut_is_the_smallest_cluster_and_one_wave_of_blocks(hidden, batch, dtype, want):
-    found = cut(hidden, batch, dtype)
+    found = cut(hidden, batch, dtype, want[-1])
     got = (found.slices, found.rows, found.count, found.cluster, found.terms)
     assert got == want
     assert found.slices == found.cluster * found.warpgroups
@@ -99,29 +107,22 @@ def test_cut_is_the_smallest_cluster_and_one_wave_of_blocks(hidden, batch, dtype
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_operands_of_half_types_keep_their_dtype(dtype):
-    assert cut(8, 8, dtype).dtype == jnp.dtype(dtype)
+    assert cut(8, 8, dtype, 1).dtype == jnp.dtype(dtype)
 
 
 @pytest.mark.parametrize(
-    "hidden, dtype, precision, words",
+    "hidden, dtype, terms, words",
     [
-        (
-            513,
-            HALF,
-            None,
-            ["at most 512 rows", "bfloat16 as 1 term of", "got 513; use backend='scan'.$"],
-        ),
-        (257, jnp.float32, None, ["at most 256 rows", "as 2 terms", "got 257", r"'bfloat16'\)"]),
-        (600, jnp.float32, None, ["at most 256 rows", "got 600; use backend='scan'.$"]),
-        (129, jnp.float32, "highest", ["at most 128 rows", "as 3 terms", r"'bfloat16'\)"]),
+        (513, HALF, 1, ["at most 512 rows", "bfloat16 as 1 term of", "513; use backend='scan'.$"]),
+        (257, jnp.float32, 2, ["at most 256 rows", "as 2 terms", "got 257", r"'bfloat16'\).$"]),
+        (600, jnp.float32, 2, ["at most 256 rows", "got 600; use backend='scan'.$"]),
+        (129, jnp.float32, 3, ["at most 128 rows", "as 3 terms", r"precision\('high'\).$"]),
+        (257, jnp.float32, 3, ["at most 128 rows", r"precision\('bfloat16'\).$"]),
     ],
 )
-def test_layer_that_does_not_fit_is_refused_with_its_limit_and_cure(
-    hidden, dtype, precision, words
-):
-    with jax.default_matmul_precision(precision):
-        for word in words:
-            with pytest.raises(ValueError, match=word):
-                cut(hidden, 8, dtype)
-        limit = int(words[0].split()[2])
-        assert cut(limit, 8, dtype).hidden_size == limit
+def test_layer_that_does_not_fit_is_refused_with_its_limit_and_cure(hidden, dtype, terms, words):
+    for word in words:
+        with pytest.raises(ValueError, match=word):
+            cut(hidden, 8, dtype, terms)
+    limit = int(words[0].split()[2])
+    assert cut(limit, 8, dtype, terms).hidden_size == limit

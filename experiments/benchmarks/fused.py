@@ -396,6 +396,13 @@ def main(argv: list[str] | None = None) -> int:
     # JAX reads it when it first looks for devices, which is below. It would else take most of the
     # GPU's memory at once, and leave too little for torch and for the child processes.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if not (args.smoke or args.report) and jax.default_backend() != "gpu":
+        print(
+            f"fused: JAX's first device must be a GPU, got {jax.devices()[0].device_kind}; "
+            "pip install 'jax[cuda13]' where there is one, --smoke runs anywhere.",
+            file=sys.stderr,
+        )
+        return 2
     return runs.run_script("fused", functools.partial(run, args, argv))
 
 

@@ -297,9 +297,12 @@ def _gru_bptt_bwd(static, residuals, cotangents):
             gates = step(recurrent, a, h_tm1, static.spec, scale)[1]
         steps = _with_zoneout(static, steps, key, dh)
         c = coefficients(gates, h_tm1, static.spec, scale)
-        dh, (dh_t, dp, dtap) = _backward_chunk(
-            static, params, transposed, dh, c, gates.norms, dhs, steps, scale
-        )
+        if static.backend == "scan":
+            dh, (dh_t, dp, dtap) = _backward_chunk(
+                static, transposed, dh, c, gates.norms, dhs, steps, scale
+            )
+        else:
+            dh, (dh_t, dp, dtap) = _backward_fused(static, params, dh, c, dhs, steps, scale)
         da, du = gates_vjp(c, dh_t, dp)
         of_chunk = params_vjp(params, steps.xs, gates, h_tm1, da, du, static.spec, scale)
         dparams = jax.tree.map(jnp.add, dparams, of_chunk)
@@ -392,7 +395,7 @@ def _forward_chunk(static, params, recurrent, h, steps, scale, key, keep_gates) 
     return lax.scan(body, h, inputs, reverse=static.reverse, unroll=static.unroll)
 
 
-def _backward_chunk(static, params, transposed, dh, c, norms, dhs, steps, scale):
+def _backward_chunk(static, transposed, dh, c, norms, dhs, steps, scale):
     """dh before the chunk; and, of each step, the cotangents of h_t, of what w_hn reads, of a tap.
 
     Those of h_t are what enters the step: a held step keeps its own from it, but not from a tap.
@@ -407,11 +410,14 @@ def _backward_chunk(static, params, transposed, dh, c, norms, dhs, steps, scale)
         dh_tm1 = dh_tm1 if held is None else dh_tm1 + held
         return _zero_where(resets, _zero_where(cuts, dh_tm1)), (dh, dp, dtap)
 
-    if static.backend != "scan":
-        dh, (dhs, dp) = fused_backward(static, params, dh, c, dhs, steps, scale)
-        return dh, (_hold_vjp(static, steps.mask, dhs)[0], dp, None if steps.tap is None else dhs)
     inputs = (c, norms, dhs, steps.mask, steps.resets, steps.cuts)
     return lax.scan(body, dh, inputs, reverse=not static.reverse, unroll=static.unroll)
+
+
+def _backward_fused(static, params, dh, c, dhs, steps, scale):
+    """The same by the fused kernel, which gives the whole cotangent of every h_t, a tap's."""
+    dh, (dtap, dp) = fused_backward(static, params, dh, c, dhs, steps, scale)
+    return dh, (_hold_vjp(static, steps.mask, dtap)[0], dp, None if steps.tap is None else dtap)
 
 
 def _with_zoneout(static, steps, key, h):

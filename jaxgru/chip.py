@@ -1,14 +1,13 @@
 """What a fused kernel asks of a Hopper GPU, by Pallas and Mosaic or by their interpreter on a CPU.
 
-The interpreter knows neither stores to another block's shared memory nor, in JAX 0.10, blocks that
-are read transposed or clusters. So the operands of a cluster go round by its memory there, which a
-GPU can do as well, only slower; and blocks lie the other way round in JAX 0.10's.
+The interpreter of JAX 0.10 knows neither clusters nor blocks that are read transposed: blocks lie
+the other way round there.
 """
 
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,21 +21,12 @@ _WARPGROUPS, _MEMBERS, _TILES = "warpgroup", "member", "tile"
 
 
 class Chip:
-    """The operations of a kernel with a given cut; most are for use inside it.
-
-    wire says how slices read each other's operands: in one block's shared memory, by stores to the
-    shared memory of every block of the cluster, or through the device's memory.
-    """
-
-    wire: Literal["block", "cluster", "memory"]
+    """The operations of a kernel with a given cut; most are for use inside it."""
 
     def __init__(self, tiles: Tiles, interpreted: bool):
-        self.tiles, self._gpu, self._interpreter = tiles, _mosaic(), None
-        if interpreted:
-            self._interpreter = _interpreter_params(self._gpu)
+        self.tiles, self.interpreted, self._gpu = tiles, interpreted, _mosaic()
         self._old = not hasattr(self._gpu, "InterpretGPUParams")  # JAX 0.10
         self._upright = interpreted and self._old  # nothing is read transposed
-        self.wire = "block" if tiles.cluster == 1 else "memory" if interpreted else "cluster"
         if tiles.cluster > 1 and self._upright:
             raise NotImplementedError(
                 f"gru: backend='interpreted' must find all of w_h in one block with JAX "
@@ -60,7 +50,7 @@ class Chip:
             grid_names=(_TILES,),
             num_threads=self.tiles.warpgroups,
             thread_name=_WARPGROUPS,
-            interpret=self._interpreter,
+            interpret=_interpreter_params(self._gpu) if self.interpreted else None,
             **cluster,
         )
 
@@ -69,39 +59,23 @@ class Chip:
         shape = (self.tiles.warpgroups, self.tiles.terms, 3, self.tiles.slices, UNITS, UNITS)
         return self._gpu.SMEM(shape, self.tiles.dtype, transforms=self._transforms())
 
-    def barrier(self, num_arrivals: int, count: int) -> Any:
-        """Barriers of one block."""
+    def operands(self, shape: tuple[int, ...]) -> Any:
+        """Shared memory for so many operands [64, N]."""
+        block = (UNITS, self.tiles.rows) if self._upright else (self.tiles.rows, UNITS)
+        shape = (*shape, *block)
+        return self._gpu.SMEM(shape, self.tiles.dtype, transforms=self._transforms())
+
+    def barrier(self, num_arrivals: int) -> Any:
+        """A barrier of one block."""
+        return self._gpu.Barrier(num_arrivals=num_arrivals)
+
+    def barriers(self, num_arrivals: int, count: int) -> Any:
+        """Several of them."""
         return self._gpu.Barrier(num_arrivals=num_arrivals, num_barriers=count)
 
-    def board(self, groups: int) -> dict[str, Any]:
-        """Shared memory for the operands of all slices; barriers: put (ready), read (free)."""
-        tiles, gpu = self.tiles, self._gpu
-        block = (UNITS, tiles.rows) if self._upright else (tiles.rows, UNITS)
-        scratch = {
-            "buffer": gpu.SMEM(
-                (tiles.terms, groups, tiles.slices, *block),
-                tiles.dtype,
-                transforms=self._transforms(),
-            )
-        }
-        everyone = gpu.Barrier(num_arrivals=tiles.warpgroups)
-        if self.wire != "block":
-            everyone = gpu.ClusterBarrier(collective_axes=(_MEMBERS,))
-        scratch["free"] = scratch["ready"] = everyone
-        if self.wire == "memory":
-            scratch["arrived"] = gpu.Barrier(num_arrivals=tiles.terms * groups * tiles.slices)
-        return scratch
-
-    def wire_shape(self, groups: int) -> tuple[int, ...]:
-        """Of the device's memory through which a board's operands go round."""
-        return (
-            self.tiles.count,
-            self.tiles.terms,
-            groups,
-            self.tiles.slices,
-            self.tiles.rows,
-            UNITS,
-        )
+    def cluster_barrier(self) -> Any:
+        """A barrier at which each block of a cluster arrives once."""
+        return self._gpu.ClusterBarrier(collective_axes=(_MEMBERS,))
 
     def place(self) -> tuple[Any, Any, Any]:
         """The tile and the slice that are computed, and the slice's number in its block."""
@@ -137,48 +111,43 @@ class Chip:
         """v rounded to the dtype of a term; the barrier keeps XLA from leaving the rounding out."""
         return lax.optimization_barrier(v.astype(self.tiles.dtype)).astype(v.dtype)
 
-    def send(self, term: Any, buffer: Any, s: Any) -> None:
-        """Puts a term [64, N] of slice s on this block's board, or on those of its cluster."""
-        if not self._upright:  # each thread then holds two units of one row: one word
-            term = self._gpu.layout_cast(term, self._gpu.Layout.WGMMA_TRANSPOSED)
-        if self.wire != "cluster":
-            self._columns(buffer.at[s])[...] = term
-            return
-        gpu = self._gpu
-        types = (gpu.Layout.WGMMA_TRANSPOSED, gpu.RefType(self._transforms()))
+    def by_rows(self, term: Any) -> Any:
+        """The block with two units of one row in each thread, one word, as operands lie."""
+        if self._upright:
+            return term
+        return self._gpu.layout_cast(term, self._gpu.Layout.WGMMA_TRANSPOSED)
+
+    def store(self, term: Any, slot: Any) -> None:
+        """Writes an operand to this block's shared memory."""
+        self._columns(slot)[...] = term
+
+    def store_in_cluster(self, term: Any, slot: Any) -> None:
+        """Writes an operand to the same place of every block of the cluster."""
+        types = (self._gpu.Layout.WGMMA_TRANSPOSED, self._gpu.RefType(self._transforms()))
         store = functools.partial(_store_in_cluster, self.tiles.cluster)
-        gpu.inline_mgpu(arg_types=types)(store)(term, buffer.at[s])
+        self._gpu.inline_mgpu(arg_types=types)(store)(term, slot)
 
-    def sent(self, ready: Any, buffer: Any, wire: Any, tile: Any, s: Any) -> None:
-        """Says that this slice's operands are sent; through memory, sends them."""
-        if self.wire == "cluster":
-            self._gpu.inline_mgpu()(_fence_cluster)()
+    def fence_cluster(self) -> None:
+        """What this thread stored is there for the cluster before anything it does next."""
+        self._gpu.inline_mgpu()(_fence_cluster)()
+
+    def commit(self) -> None:
+        """The warpgroup's stores, and those it knows of, are there for tensor cores and copies."""
         self._gpu.commit_smem()
-        if self.wire == "memory":
-            for at in itertools.product(*map(range, buffer.shape[:2])):
-                self._gpu.copy_smem_to_gmem(buffer.at[(*at, s)], wire.at[(tile, *at, s)])
-            self._gpu.wait_smem_to_gmem(0)
-        self.arrive(ready)
 
-    def await_operands(self, ready: Any, buffer: Any, wire: Any, arrived: Any, tile: Any) -> None:
-        """Waits until the operands of all slices are on this block's board."""
-        self.wait(ready)
-        if self.wire == "cluster":
-            self._gpu.commit_smem()  # what other blocks stored is then the tensor cores' to read
-        if self.wire == "memory":
-            for at in itertools.product(*map(range, buffer.shape[:3])):
-                self.fetch(wire.at[(tile, *at)], buffer.at[at], arrived)
-            self.wait(arrived)
-        if self._interpreter is not None:  # its search for races leaves out what tensor cores read
-            for at in itertools.product(*map(range, buffer.shape[:3])):
+    def send_out(self, source: Any, target: Any) -> None:
+        """Starts to copy shared memory to the device's memory."""
+        self._gpu.copy_smem_to_gmem(source, target)
+
+    def await_sent(self) -> None:
+        """Waits until all that was sent out is there."""
+        self._gpu.wait_smem_to_gmem(0)
+
+    def show_reads(self, buffer: Any) -> None:
+        """The interpreter's search for races leaves out what tensor cores read: reads it, there."""
+        if self.interpreted:
+            for at in itertools.product(*map(range, buffer.shape[:-2])):
                 buffer.at[at][...]
-
-    def release(self, free: Any) -> None:
-        """Says that this slice has read all operands."""
-        if self.wire != "block":
-            # A single thread of the four warps tells each block, and all of them must be done.
-            self._gpu.commit_smem()
-        self.arrive(free)
 
     def accumulate(self, body: Callable[..., Any], count: int) -> Any:
         """body(*sums) with so many sums [64, N] of zeros, in float32 registers."""
@@ -225,7 +194,7 @@ def _store_in_cluster(cluster, _, term, board):
 
 
 def _fence_cluster(_):
-    """What this thread stored is there for all of the cluster before anything it does next."""
+    """The fence, which Pallas has not."""
     from jaxlib.mlir import ir
     from jaxlib.mlir.dialects import llvm
 

@@ -29,16 +29,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxgru.boards import board_kind
 from jaxgru.cell import ACTIVATIONS, Coefficients, Gates
 from jaxgru.chip import Chip
 from jaxgru.parameters import GRUParams
-from jaxgru.products import blocks, vary_alike
+from jaxgru.products import blocks, on_auto_mesh, vary_alike, varying_axes
 from jaxgru.tiles import (
     UNITS,
     cut,
     flags_to_tiles,
     from_tiles,
-    split_terms,
     to_tiles,
     weights_to_tiles,
 )
@@ -46,6 +46,50 @@ from jaxgru.tiles import (
 Array = jax.Array
 Backend = Literal["scan", "fused", "interpreted"]
 _F32 = jnp.float32
+
+
+def require_fused(
+    backend: Backend, gradient: str, unroll: int, params: GRUParams, xs: Array
+) -> None:
+    """An error that names the cure where the kernels do not compute what is asked of `gru`."""
+    cure = "use backend='scan'"
+    if gradient != "bptt":
+        raise ValueError(
+            f"gru: gradient must be 'bptt' with backend={backend!r}, whose kernels have that "
+            f"derivative alone, got {gradient!r}; {cure}."
+        )
+    if unroll != 1:
+        raise ValueError(
+            f"gru: unroll must be 1 with backend={backend!r}, which has no loop of XLA's to "
+            f"unroll, got {unroll}; leave it out."
+        )
+    if xs.dtype == jnp.float64:
+        raise TypeError(
+            f"gru: xs must be float32, bfloat16 or float16 with backend={backend!r}: tensor cores "
+            f"add up float32 numbers at most, got float64; {cure}."
+        )
+    mesh = jax.sharding.get_abstract_mesh()
+    sharding = getattr(jax.typeof(xs), "sharding", None)
+    if on_auto_mesh() or (sharding is not None and any(sharding.spec)):
+        raise ValueError(
+            f"gru: backend={backend!r} must be called inside jax.shard_map where a mesh divides "
+            f"arrays, got the mesh {mesh.shape}, over which a kernel cannot be divided; {cure}."
+        )
+    if backend == "interpreted" and any(mesh.shape[name] > 1 for name in varying_axes(xs)):
+        raise NotImplementedError(
+            f"gru: backend='interpreted' must run on one device, got the mesh {mesh.shape}: JAX's "
+            f"interpreter runs one kernel at a time; {cure}."
+        )
+    if params.g_x is not None or params.g_h is not None:
+        raise ValueError(
+            f"gru: params must have no gains with backend={backend!r}, whose kernels have no layer "
+            f"normalization, got g_x and g_h; {cure}."
+        )
+    if not all(isinstance(size, int) for size in xs.shape):
+        raise ValueError(
+            f"gru: xs must have sizes that are known with backend={backend!r}, which cuts them "
+            f"into tiles, got {xs.shape}; {cure}."
+        )
 
 
 def fused_forward(
@@ -289,23 +333,23 @@ def _launch(name, body, chip, groups, w, constants, per_step, resets, outputs, *
         for output, (dtype, count) in outputs.items()
     }
     results["last"] = jax.ShapeDtypeStruct((*place, *block), _F32)
-    if chip.wire == "memory":
-        for i, count in enumerate(groups):
-            results[f"wire{i}"] = jax.ShapeDtypeStruct(chip.wire_shape(count), tiles.dtype)
+    kind = board_kind(chip)
+    wires = [kind.wire(chip, count) for count in groups]
+    results |= {f"wire{i}": wire for i, wire in enumerate(wires) if wire is not None}
     names = [*inputs, *results]
 
-    def kernel(*refs, weights, loaded, **boards):
+    def kernel(*refs, weights, loaded, **scratch):
         refs = dict(zip(names, refs))
-        boards = [
-            _Board(chip, weights, refs.get(f"wire{i}"), **boards[f"board{i}"])
-            for i in range(len(groups))
-        ]
+        boards = []
+        for i, wire in enumerate(wires):
+            extra = {} if wire is None else {"wire": refs[f"wire{i}"]}
+            boards.append(kind(chip, weights, **scratch[f"board{i}"], **extra))
         _run(chip, body, refs, weights, loaded, boards, reverse)
 
     scratch = {
         "weights": chip.weights(),
-        "loaded": chip.barrier(math.prod(inputs["w"].shape[1:4]), tiles.warpgroups),
-        **{f"board{i}": chip.board(count) for i, count in enumerate(groups)},
+        "loaded": chip.barriers(math.prod(inputs["w"].shape[1:4]), tiles.warpgroups),
+        **{f"board{i}": kind.scratch(chip, count) for i, count in enumerate(groups)},
     }
     kernel.__name__ = name  # in profiles
     run = jax.custom_jvp(chip.kernel(kernel, list(results.values()), scratch))
@@ -365,56 +409,3 @@ class _Step(NamedTuple):
 
     write: Callable[..., None]  # a name and blocks [64, N], where there is such an output
     constants: dict[str, Any]  # name -> block [64, N]
-
-
-class _Board:
-    """Where all slices lay their operands for all to read: blocks [64, N] in shared memory.
-
-    Filled once a step and read once: `put` waits until everyone has read what was there, `product`
-    until everyone has put.
-    """
-
-    def __init__(self, chip, weights, wire, buffer, ready, free, arrived=None):
-        self.chip, self.weights, self.wire = chip, weights, wire
-        self.buffer, self.ready, self.free, self.arrived = buffer, ready, free, arrived
-
-    def open(self):
-        """Nothing is there that anyone would have to read."""
-        self.chip.arrive(self.free)
-
-    def close(self):
-        """No block ends while others read its operands, or write theirs into it."""
-        self.chip.wait(self.free)
-
-    def put(self, values):
-        """Lays down this slice's operands, one of each group."""
-        chip, (tile, s, _) = self.chip, self.chip.place()
-        chip.wait(self.free)
-        for g, v in enumerate(values):
-            for p, term in enumerate(split_terms(v, chip.tiles, chip.round_off)):
-                chip.send(term, self.buffer.at[p, g], s)
-        chip.sent(self.ready, self.buffer, self.wire, tile, s)
-
-    def product(self, gates, fetch=None):
-        """For each list of gates the sum of weights times operands, [64, N]; and fetch().
-
-        gates[i][g] is the gate whose weights multiply group g in sum i. What fetch() loads is under
-        way while the tensor cores work.
-        """
-        chip, tiles = self.chip, self.chip.tiles
-        tile, _, own = chip.place()
-        chip.await_operands(self.ready, self.buffer, self.wire, self.arrived, tile)
-
-        def multiply(*sums):
-            fetched = fetch() if fetch is not None else ()
-            for p_w, p_v in tiles.passes:
-                for k in range(tiles.slices):
-                    for total, of_groups in zip(sums, gates):
-                        for g, gate in enumerate(of_groups):
-                            w = self.weights.at[own, p_w, gate, k]
-                            chip.multiply(total, w, self.buffer.at[p_v, g, k])
-            return [total[...] for total in sums], fetched
-
-        found, fetched = chip.accumulate(multiply, len(gates))
-        chip.release(self.free)
-        return found, fetched

@@ -42,10 +42,10 @@ from jaxgru.cell import (
     step_vjp,
     transpose_recurrent,
 )
-from jaxgru.kernels import Backend, fused_backward, fused_forward
+from jaxgru.kernels import Backend, fused_backward, fused_forward, require_fused
 from jaxgru.masks import draw_kept, draw_kept_per_step, require_flags
 from jaxgru.parameters import CHO_2014, GRUParams, GRUSpec, require_params, require_spec
-from jaxgru.products import on_auto_mesh, state_dtype, vary_alike, varying_axes
+from jaxgru.products import state_dtype, vary_alike
 from jaxgru.sweeps import default_chunk_size, default_residuals, sweep
 from jaxgru.tiles import count_terms
 
@@ -203,7 +203,9 @@ def gru(
     rates = {"recurrent_dropout": recurrent_dropout, "zoneout": zoneout}
     require_rates("gru", rates, key, deterministic)
     xs, mask, resets, axis = _require_arrays(params, xs, h0, mask, resets, axis)
-    _require_backend(backend, gradient, unroll, params, xs)
+    require_choice("gru", "backend", backend, get_args(Backend))
+    if backend != "scan":
+        require_fused(backend, gradient, unroll, params, xs)
     params = jax.tree.map(jnp.asarray, params)  # NumPy arrays come as JAX's own dtypes
     h0 = None if h0 is None else jnp.asarray(h0)
     tap_xs, tap_hs = _require_tap(tap, params, xs, axis)
@@ -519,51 +521,6 @@ def _require_choices(spec, reverse, gradient, residuals, chunk_size, unroll, tru
         raise ValueError(
             f"gru: residuals and chunk_size belong to gradient='bptt' and must be left out with "
             f"gradient={gradient!r}, got residuals={residuals!r}, chunk_size={chunk_size}."
-        )
-
-
-def _require_backend(backend, gradient, unroll, params, xs):
-    """TypeError or ValueError where the fused kernels do not compute what is asked for."""
-    require_choice("gru", "backend", backend, get_args(Backend))
-    if backend == "scan":
-        return
-    cure = "use backend='scan'"
-    if gradient != "bptt":
-        raise ValueError(
-            f"gru: gradient must be 'bptt' with backend={backend!r}, whose kernels have that "
-            f"derivative alone, got {gradient!r}; {cure}."
-        )
-    if unroll != 1:
-        raise ValueError(
-            f"gru: unroll must be 1 with backend={backend!r}, which has no loop of XLA's to "
-            f"unroll, got {unroll}; leave it out."
-        )
-    if xs.dtype == jnp.float64:
-        raise TypeError(
-            f"gru: xs must be float32, bfloat16 or float16 with backend={backend!r}: tensor cores "
-            f"add up float32 numbers at most, got float64; {cure}."
-        )
-    mesh = jax.sharding.get_abstract_mesh()
-    sharding = getattr(jax.typeof(xs), "sharding", None)
-    if on_auto_mesh() or (sharding is not None and any(sharding.spec)):
-        raise ValueError(
-            f"gru: backend={backend!r} must be called inside jax.shard_map where a mesh divides "
-            f"arrays, got the mesh {mesh.shape}, over which a kernel cannot be divided; {cure}."
-        )
-    if backend == "interpreted" and any(mesh.shape[name] > 1 for name in varying_axes(xs)):
-        raise NotImplementedError(
-            f"gru: backend='interpreted' must run on one device, got the mesh {mesh.shape}: JAX's "
-            f"interpreter runs one kernel at a time; {cure}."
-        )
-    if params.g_x is not None or params.g_h is not None:
-        raise ValueError(
-            f"gru: params must have no gains with backend={backend!r}, whose kernels have no layer "
-            f"normalization, got g_x and g_h; {cure}."
-        )
-    if not all(isinstance(size, int) for size in xs.shape):
-        raise ValueError(
-            f"gru: xs must have sizes that are known with backend={backend!r}, which cuts them "
-            f"into tiles, got {xs.shape}; {cure}."
         )
 
 

@@ -24,7 +24,8 @@ IMPORTS = {
     "sweeps": {"products"},
     "tiles": set(),
     "chip": {"products", "tiles"},
-    "kernels": {"cell", "chip", "parameters", "products", "tiles"},
+    "boards": {"chip", "tiles"},
+    "kernels": {"boards", "cell", "chip", "parameters", "products", "tiles"},
     "recurrence": {
         *("arguments", "cell", "kernels", "masks", "parameters", "products", "sweeps"),
         "tiles",

@@ -15,6 +15,7 @@ import pytest
 from conftest import assert_close, make_problem, oracle_pullback
 
 from jaxgru import kernels, recurrence
+from jaxgru.boards import Board
 from jaxgru.chip import Chip
 from jaxgru.layers import init_taps
 from jaxgru.parameters import CHO_2014, CHUNG_2014, PYTORCH, GRUParams, GRUSpec
@@ -555,7 +556,7 @@ def test_reruns_give_the_same_bits(count):
 @pytest.mark.parametrize("barrier", ["ready", "free"])
 def test_interpreter_sees_the_race_where_a_barrier_is_left_out(barrier, monkeypatch, capfd):
     """So that its silence in all other tests says something."""
-    left_out, init = set(), kernels._Board.__init__
+    left_out, init = set(), Board.__init__
 
     def remember(self, *arguments, **barriers):
         init(self, *arguments, **barriers)
@@ -564,7 +565,7 @@ def test_interpreter_sees_the_race_where_a_barrier_is_left_out(barrier, monkeypa
     def unless_left_out(operation):
         return lambda self, at: None if id(at) in left_out else operation(self, at)
 
-    monkeypatch.setattr(kernels._Board, "__init__", remember)
+    monkeypatch.setattr(Board, "__init__", remember)
     for name in ("wait", "arrive"):
         monkeypatch.setattr(Chip, name, unless_left_out(getattr(Chip, name)))
     problem = small_problem(24, hidden=65)

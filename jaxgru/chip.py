@@ -91,6 +91,17 @@ class Chip:
         """A row [N] of the device's memory, laid out as the columns of a block."""
         return self._load(ref, self._gpu.Layout.WGMMA.reduce(0))
 
+    def save(self, v: Any, ref: Any) -> None:
+        """Writes a block [64, N] to the device's memory, in the dtype that is there.
+
+        From JAX 0.12 on a write that is less than a sector wide has to be asked for.
+        """
+        v = v.astype(ref.dtype)
+        if hasattr(self._gpu, "store"):
+            self._gpu.store(ref, v, optimized=False)
+        else:
+            ref[...] = v
+
     def spread(self, row: Any) -> Any:
         """The row [N] as a block [64, N]."""
         return lax.broadcast_in_dim(row, (UNITS, self.tiles.rows), (1,))

@@ -390,7 +390,7 @@ def _run(chip, body, refs, weights, loaded, boards, reverse):
         def write(name, *values):
             for n, v in enumerate(values if name in refs else ()):
                 at = (tile, s) if refs[name].ndim == 5 else (n, tile, s)
-                refs[name].at[(time(i), *at)][...] = v.astype(refs[name].dtype)
+                chip.save(v, refs[name].at[(time(i), *at)])
 
         live = None if live is None else chip.spread(live) > 0.5
         at = _Step(write, constants)

@@ -99,12 +99,13 @@ def read_onnx(
             f"{', '.join(unknown)}."
         )
     try:
-        found = list(_nodes(onnx, model, model.graph, given))
+        places = _nodes(onnx, model, model.graph, given)
+        found = tuple(_read_node(onnx, *place) for place in places)
     except RecursionError as error:
         raise ValueError(f"read_onnx: {file} must not nest nodes so deeply.") from error
     if not found:
         raise ValueError(f"read_onnx: {file} must hold a GRU node of ONNX, got none.")
-    return tuple(_read_node(onnx, *place) for place in found)
+    return found
 
 
 def run_onnx_gru(

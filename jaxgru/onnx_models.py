@@ -132,7 +132,7 @@ class _Graph:
         self.outputs.append(self.onnx.helper.make_tensor_value_info(name, self.float, shape))
 
     def constant(self, name, value):
-        array = np.ascontiguousarray(value)
+        array = np.asarray(value, order="C")  # a scalar keeps its shape
         self.initializers.append(self.onnx.numpy_helper.from_array(array, name))
         return name
 

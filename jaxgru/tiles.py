@@ -31,7 +31,6 @@ _OPERANDS = 3  # [B, H] that lie in shared memory at once, in the backward
 _MAX_ROWS = {1: 32, 2: 32, 3: 16}  # by warpgroups a block: what its registers hold
 # By JAX's precision of products. What is not named is two terms: 16 bits, in three passes.
 _TERMS = {
-    "fastest": 1,
     "bfloat16": 1,
     "BF16_BF16_F32": 1,
     "highest": 3,

@@ -1,4 +1,15 @@
-"""Four CPU devices, strict promotion, and the data and comparison that several test files share."""
+"""The tests of jaxgru, and the fixtures, data and comparison that several of their files share.
+
+Layout: test_NAME.py proves jaxgru/NAME.py or experiments/NAME.py, test_api.py what README says;
+oracle.py is the GRU in NumPy, golden/ holds results of other libraries, and random_faults.py
+breaks random lines of jaxgru to see that the fast tier notices.
+
+Two tiers. `pytest` runs the fast one: a covering choice of options, compiled without most of XLA's
+optimisations or not at all. `pytest -m slow` runs the rest: all products of options, killed and
+parallel processes, long runs, interpreted GPU kernels. `pytest -m ""` runs both.
+One file: `pytest tests/test_layers.py`; one test: `-k PART_OF_ITS_NAME`; one process: `-n 0`.
+With JAX_DISABLE_MOST_OPTIMIZATIONS=0 everything compiles as it does for users.
+"""
 
 import dataclasses
 import os
@@ -7,6 +18,7 @@ import signal
 _FLAGS = os.environ.get("XLA_FLAGS", "")
 os.environ["XLA_FLAGS"] = f"{_FLAGS} --xla_force_host_platform_device_count=4".strip()
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes share a GPU
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # of XLA, for processes as well
 
 from typing import Any, NamedTuple
 
@@ -15,9 +27,10 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 import jaxgru
-from jaxgru.parameters import GRUParams, init_gru
+from jaxgru.parameters import GRUParams
 
 
 @pytest.fixture(autouse=True)
@@ -46,28 +59,48 @@ def x64():
         yield
 
 
-def _without_optimisations():
+@pytest.fixture
+def optimized():
+    """XLA optimises, as it does for users: for what rounding, memory or the program depend on."""
     before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture
-def quick_compilation():
-    """Without XLA's optimisations, which the mathematics checked here does not depend on.
+def uncompiled():
+    """Every operation runs by itself, and loops over time are Python's.
 
-    Compiling is nearly the whole cost of the tests that ask for this: in float64, and where a
-    seeded fault must be seen. The others, among them those of jit, sharding, and of what float32
-    and half precision must reach, compile as users do.
+    An operation is compiled once for each shape of its arguments, so tests that share shapes share
+    nearly all of their compilation. For values and derivatives that do not depend on compilation.
     """
-    yield from _without_optimisations()
+    with jax.disable_jit():
+        yield
+
+
+@pytest.fixture(params=["uncompiled", pytest.param("compiled", marks=pytest.mark.slow)])
+def execution(request):
+    """The test runs uncompiled in the fast tier and compiled in the slow one."""
+    with jax.disable_jit(request.param == "uncompiled"):
+        yield
 
 
 @pytest.fixture(scope="module")
-def quick_runs():
-    """The same for all of a file of short runs of an experiment, whose every line they execute."""
-    yield from _without_optimisations()
+def saved_programs(tmp_path_factory):
+    """JAX keeps what a file compiles on disk, so that a second run of a command compiles little."""
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for values in (options, before):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if values is options:
+            yield
 
 
 class Problem(NamedTuple):
@@ -92,32 +125,43 @@ def make_problem(
     dtype=jnp.float64,
     layer_norm=False,
 ):
-    """Random arguments, float64 unless told.
+    """Random arguments, float64 by default.
 
-    The mask has gaps and its first row, where there is a batch, is held throughout; resets fall on
-    real and on held steps. `bias` is "both", "none", "b_x" or "b_h": which of them exist. The gains
-    of layer_norm are random too.
+    They are drawn by NumPy, whose operations need no compilation. The mask has gaps, and masks its
+    first row, where there is a batch, at every step; resets fall on valid and on masked steps.
+    `bias` is "both", "none", "b_x" or "b_h": which of them exist. The scales of layer_norm are
+    random too.
     """
-    keys = jax.random.split(jax.random.key(seed), 7)
-    params = init_gru(keys[0], inputs, hidden, scheme="pytorch", dtype=dtype)
+    draw = np.random.default_rng(seed)
+    bound = hidden**-0.5
+
+    def cast(values):
+        return jnp.asarray(np.asarray(values).astype(dtype))
+
+    def weights(*shape):
+        return cast(draw.uniform(-bound, bound, shape))
+
+    params = GRUParams(
+        w_x=weights(inputs, 3 * hidden),
+        w_h=weights(hidden, 3 * hidden),
+        b_x=weights(3 * hidden) if bias in ("both", "b_x") else None,
+        b_h=weights(3 * hidden) if bias in ("both", "b_h") else None,
+    )
     if layer_norm:
-        gains = 1 + 0.5 * jax.random.normal(jax.random.fold_in(keys[0], 1), (2, 3 * hidden), dtype)
-        params = params._replace(g_x=gains[0], g_h=gains[1])
-    mask = jax.random.bernoulli(keys[3], 0.7, (steps, *batch))
+        g_x, g_h = 1 + 0.5 * draw.standard_normal((2, 3 * hidden))
+        params = params._replace(g_x=cast(g_x), g_h=cast(g_h))
+    mask = draw.random((steps, *batch)) < 0.7
     if batch and np.prod(batch):
-        mask = mask.at[(slice(None), *([0] * len(batch)))].set(False)
+        mask[(slice(None), *([0] * len(batch)))] = False
     return Problem(
-        params._replace(
-            b_x=params.b_x if bias in ("both", "b_x") else None,
-            b_h=params.b_h if bias in ("both", "b_h") else None,
-        ),
-        jax.random.normal(keys[1], (steps, *batch, inputs), dtype),
-        jax.random.normal(keys[2], (*batch, hidden), dtype),
-        mask,
-        jax.random.bernoulli(keys[4], 0.3, (steps, *batch)),
-        (
-            jax.random.normal(keys[5], (*batch, hidden), dtype),
-            jax.random.normal(keys[6], (steps, *batch, hidden), dtype),
+        params,
+        xs=cast(draw.standard_normal((steps, *batch, inputs))),
+        h0=cast(draw.standard_normal((*batch, hidden))),
+        mask=jnp.asarray(mask),
+        resets=jnp.asarray(draw.random((steps, *batch)) < 0.3),
+        cotangents=(
+            cast(draw.standard_normal((*batch, hidden))),
+            cast(draw.standard_normal((steps, *batch, hidden))),
         ),
     )
 

@@ -6,6 +6,7 @@ writes FOLDER/PROCESS_ID.npz: of every run its losses, parameters and the rows i
 format of checkpoints it trains on in FOLDER instead, slowly, until it is stopped or has ended.
 """
 
+import functools
 import resource
 import sys
 import time
@@ -44,9 +45,17 @@ def loss_fn(params, carry, batch, key):
     return loss, (h_last, {"squared_error": loss})
 
 
+OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.5, momentum=0.9))
+
+
+@functools.cache
+def make_train_step(layout=None):
+    """Made once, so that runs of the same layout and dtypes are compiled once."""
+    return jaxgru.make_train_step(loss_fn, OPTIMIZER, layout=layout)
+
+
 def make_state(dtype=jnp.float32):
-    """(state, optimizer) before the first update."""
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.5, momentum=0.9))
+    """The state before the first update."""
     shapes = (
         (VOCAB_SIZE, 3 * HIDDEN_SIZE),
         (HIDDEN_SIZE, 3 * HIDDEN_SIZE),
@@ -58,7 +67,7 @@ def make_state(dtype=jnp.float32):
     bias = jnp.zeros(3 * HIDDEN_SIZE, dtype)
     params = {"gru": jaxgru.GRUParams(w_x, w_h, bias, bias), "w": w}
     h0 = jnp.zeros((BATCH_SIZE, HIDDEN_SIZE), dtype)
-    return jaxgru.init_train_state(params, optimizer, key=jax.random.key(1), carry=h0), optimizer
+    return jaxgru.init_train_state(params, OPTIMIZER, key=jax.random.key(1), carry=h0)
 
 
 def read(rows=slice(None)):
@@ -68,8 +77,7 @@ def read(rows=slice(None)):
 
 def run(layout=None, dtype=jnp.float32):
     """Four updates, on one device where there is no layout."""
-    state, optimizer = make_state(dtype)
-    train_step = jaxgru.make_train_step(loss_fn, optimizer, layout=layout)
+    state, train_step = make_state(dtype), make_train_step(layout)
     inputs, targets = read(layout.process_rows(BATCH_SIZE) if layout else slice(None))
     state = layout.place_state(state) if layout else state
     losses, norms, first = [], [], None
@@ -96,8 +104,7 @@ def fit(folder, format, layout=None, seconds=0.0, full=()):
     For process 0 alone the disk is full during the updates of `full`.
     """
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    state, optimizer = make_state()
-    inner = jaxgru.make_train_step(loss_fn, optimizer, layout=layout)
+    state, inner = make_state(), make_train_step(layout)
     inputs, targets = read(layout.process_rows(BATCH_SIZE) if layout else slice(None))
 
     def train_step(state, batch):

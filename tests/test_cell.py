@@ -24,7 +24,7 @@ SPECS = [
 ]
 each_spec = pytest.mark.parametrize("spec", SPECS, ids=lambda s: "-".join(dataclasses.astuple(s)))
 jitted_cell = jax.jit(gru_cell, static_argnames="spec")
-in_float64 = pytest.mark.usefixtures("x64", "quick_compilation")
+in_float64 = pytest.mark.usefixtures("x64", "uncompiled")
 
 
 def biases_for(spec):

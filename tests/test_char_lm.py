@@ -12,7 +12,7 @@ from conftest import stop_and_resume
 import jaxgru
 from experiments import char_lm, data
 
-pytestmark = pytest.mark.usefixtures("quick_runs")
+pytestmark = pytest.mark.usefixtures("saved_programs")
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 60
 
@@ -100,6 +100,7 @@ def test_saved_run_continues_a_prompt_the_same_way_each_time(run, capsys):
     assert len(texts[0].rstrip("\n")) == len("the quick") + 30
 
 
+@pytest.mark.slow
 def test_classic_preset_is_the_documented_setting(tmp_path, capsys):
     (tmp_path / "text.txt").write_text(TEXT * 3)
     out = tmp_path / "run"
@@ -189,6 +190,7 @@ def test_bad_option_exits_with_code_2(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_run_that_diverges_keeps_its_last_good_weights(tmp_path, capsys):
     (tmp_path / "text.txt").write_text(TEXT)
     out = tmp_path / "run"

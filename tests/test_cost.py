@@ -17,6 +17,7 @@ from jaxgru import CHO_2014, PYTORCH, gru, init_gru
 T, B, I_SIZE, H = 64, 4, 8, 16
 STATES = T * B * H  # numbers in hs
 FLOAT = 4
+pytestmark = pytest.mark.usefixtures("optimized")
 EQUATIONS = pytest.mark.parametrize("spec", [CHO_2014, PYTORCH], ids=["before", "after"])
 
 

@@ -5,10 +5,14 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from experiments import cross_check, mutation
 from experiments.mutation import Point
+
+# A mutant that is compiled clears the caches of the process, for the next test to fill again.
+pytestmark = pytest.mark.usefixtures("uncompiled")
 
 HERE = "test_cross_check"
 
@@ -84,7 +88,8 @@ def other_structure(x, dead=False):
 class Inputs:
     @staticmethod
     def random(key):
-        return (jax.random.normal(key, (4,)),)
+        draw = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+        return (jnp.asarray(draw.normal(size=4).astype(np.float32)),)
 
     @staticmethod
     def zeros():
@@ -130,7 +135,8 @@ def run(folder, fn, *options, inputs="Inputs.random", reference="cube"):
 
 @pytest.mark.parametrize("fn", ["right", "tangent", "jitted"])
 def test_right_rule_agrees(fn, tmp_path, capsys):
-    code, found = run(tmp_path, fn)
+    with jax.disable_jit(fn != "jitted"):
+        code, found = run(tmp_path, fn)
     assert code == 0
     assert {path.name for path in (tmp_path / fn).iterdir()} == {
         "config.json", "cross_check.json", "cross_check.txt"
@@ -347,22 +353,24 @@ def test_rule_gets_its_own_code_back_after_an_exception():
     assert right_bwd.__code__ is original and mutation._PROBE not in globals()
 
 
+@pytest.mark.slow
 def test_jitted_function_runs_every_mutant_and_then_the_rule_again(tmp_path):
     x = jnp.linspace(0.1, 1.0, 4)
     gradient = jax.grad(lambda x: jitted(x, False)["y"].sum())
-    before = gradient(x)
-    code, found = run(tmp_path, "jitted", "--mutate", "--rule", f"{HERE}:right_bwd")
-    assert code == 0 and len(verdicts(found)["caught"]) == 7
-    assert (gradient(x) == before).all()
+    with jax.disable_jit(False):
+        before = gradient(x)
+        code, found = run(tmp_path, "jitted", "--mutate", "--rule", f"{HERE}:right_bwd")
+        assert code == 0 and len(verdicts(found)["caught"]) == 7
+        assert (gradient(x) == before).all()
 
 
 # The package's own grid
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_grid_in_short_agrees(tmp_path, capsys):
     options = ["--dtypes", "float64", "--no-finite-differences", "--num-cotangents", "1"]
-    assert cross_check.main(["--smoke", *options, "--out", str(tmp_path)]) == 0
+    with jax.disable_jit(False):
+        assert cross_check.main(["--smoke", *options, "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "cross_check.json").read_text())
     assert [case["case"] for case in found["cases"]] == [
         "before keep tanh forward residuals=gates mask resets",
@@ -373,9 +381,11 @@ def test_grid_in_short_agrees(tmp_path, capsys):
 
 
 def test_grid_holds_every_choice():
-    short, full = (
-        [*cross_check.grid_points(cross_check.parse_args(options))] for options in ([], ["--full"])
-    )
+    with jax.disable_jit(False):
+        short, full = (
+            [*cross_check.grid_points(cross_check.parse_args(options))]
+            for options in ([], ["--full"])
+        )
     names = {point.name for point in full}
     assert len(names) == len(full) == 2 * 2 * 5 * 2 * 7 * 2 + 6
     assert {point.name for point in short} < names and len(short) == 102

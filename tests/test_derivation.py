@@ -11,8 +11,6 @@ from experiments.derivation import __main__ as derivation
 from experiments.derivation import sixteen_steps, verdicts
 from experiments.derivation.verdicts import Row
 
-pytestmark = pytest.mark.usefixtures("quick_runs")
-
 LABELS = ("sixteen steps", "Tian 2016", "many-to-many 9.5", "GRU networks", "NumPy article")
 
 
@@ -116,6 +114,8 @@ def test_verdict_asks_for_its_errors(verdict, printed, corrected, holds):
 
 
 def test_broken_backward_rule_is_noticed(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(derivation.figures, "plot_graph", lambda *args: None)
+    monkeypatch.setattr(derivation.figures, "plot_errata", lambda *args: None)
     hadamard = sixteen_steps.OPERATIONS["hadamard"]
     broken = hadamard._replace(backward=lambda du, a, b: (du * a, du * b))
     monkeypatch.setitem(sixteen_steps.OPERATIONS, "hadamard", broken)
@@ -126,6 +126,7 @@ def test_broken_backward_rule_is_noticed(monkeypatch, tmp_path, capsys):
     assert "sixteen steps (18) gives dz" in error
 
 
+@pytest.mark.slow
 def test_run_leaves_its_files_and_the_whole_table(groups, monkeypatch, tmp_path, capsys):
     problem = sixteen_steps.draw_problem(np.random.default_rng(0), 1)
     got = sixteen_steps.run_tape(sixteen_steps.operations_of("tanh"), problem)

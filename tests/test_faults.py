@@ -5,31 +5,30 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from jaxgru import cell, recurrence
 from jaxgru.check import check_gradients
 from jaxgru.parameters import CHO_2014, CHUNG_2014, PYTORCH, GRUParams, init_gru
 
-# For faults alone: the rule that must pass is compiled as users compile it.
-quickly = pytest.mark.usefixtures("quick_compilation")
+# For faults alone: the rule that must pass is compiled, too.
+uncompiled = pytest.mark.usefixtures("uncompiled")
+
+# One of each kind of place; the fast tier leaves the others to the slow one.
+FAST = {
+    *("candidate_path_not_gated", "half_slope_of_update_gate", "last_step_lost"),
+    *("neighbour_state", "resets_ignored", "sums_swapped", "no_recurrent_weights_in_drive"),
+    *("cut_ignored", "norm_without_its_mean", "not_a_number"),
+}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """JAX's cache in a new folder: a fault changes the gradient, not its reference and values."""
-    options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-    for values in (options, before):
-        for name, value in values.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        if values is options:
-            yield
+def cases(values, name=str):
+    """Cases of a test by the name of their fault."""
+    found = [(name(value), value) for value in values]
+    return [
+        pytest.param(*(value if isinstance(value, tuple) else (value,)), id=label,
+                     marks=() if label.split("-")[-1] in FAST else pytest.mark.slow)
+        for label, value in found
+    ]  # fmt: skip
 
 
 def of_step(change):
@@ -398,13 +397,13 @@ def plain(params, xs, h0, **choices):
     return recurrence.gru(params, xs, h0, mask=mask, resets=resets, **choices)
 
 
-@pytest.mark.parametrize("chunk_size", [None, 2])
+@pytest.mark.parametrize("chunk_size", [None, pytest.param(2, marks=pytest.mark.slow)])
 def test_unbroken_rule_passes(chunk_size):
     assert run_check(functools.partial(plain, chunk_size=chunk_size)).passed
 
 
-@quickly
-@pytest.mark.parametrize("fault", FAULTS)
+@uncompiled
+@pytest.mark.parametrize("fault", cases(FAULTS))
 def test_fault_is_caught_in_both_precisions(fault, monkeypatch):
     name, mutate = FAULTS[fault]
     monkeypatch.setattr(recurrence, name, mutate(getattr(recurrence, name)))
@@ -412,15 +411,21 @@ def test_fault_is_caught_in_both_precisions(fault, monkeypatch):
     assert {row.dtype for row in report.failures if row.reason == "value"} == {"float32", "float64"}
 
 
-@quickly
+@uncompiled
 @pytest.mark.parametrize(
     ("spec", "gradient", "fault"),
-    [
-        *((PYTORCH, "bptt", fault) for fault in AFTER.items()),
-        *((CHUNG_2014, "bptt", fault) for fault in WRITE.items()),
-        *((spec, "tangent", fault) for spec in (CHO_2014, PYTORCH) for fault in TANGENT.items()),
-    ],
-    ids=lambda value: value[0] if isinstance(value, tuple) else str(value),
+    cases(
+        [
+            *((PYTORCH, "bptt", fault) for fault in AFTER.items()),
+            *((CHUNG_2014, "bptt", fault) for fault in WRITE.items()),
+            *(
+                (spec, "tangent", fault)
+                for spec in (CHO_2014, PYTORCH)
+                for fault in TANGENT.items()
+            ),
+        ],
+        lambda case: f"{case[0].reset}-{case[0].update}-{case[1]}-{case[2][0]}",
+    ),
 )
 def test_fault_of_another_equation_or_rule_is_caught(spec, gradient, fault, monkeypatch):
     name, mutate = fault[1]
@@ -433,8 +438,8 @@ def test_unbroken_rule_with_all_that_acts_inside_passes():
     assert run_check(plain, inside=EVERYTHING, layer_norm=True).passed
 
 
-@quickly
-@pytest.mark.parametrize("fault", INSIDE)
+@uncompiled
+@pytest.mark.parametrize("fault", cases(INSIDE))
 def test_fault_of_what_acts_inside_the_recurrence_is_caught(fault, monkeypatch):
     place, mutate, inside = INSIDE[fault]
     module, name = place.split(".")
@@ -474,15 +479,18 @@ def not_a_number(dparams, dxs, dh0):
     return dparams._replace(w_x=dparams.w_x.at[0, 0].set(jnp.nan)), dxs, dh0
 
 
-@quickly
+@uncompiled
 @pytest.mark.parametrize(
     ("change", "reason"),
-    [
-        (rounded, "dtype"),
-        (initial_state_forgotten, "value"),
-        (swapped_biases_scaled, "value"),
-        (not_a_number, "non-finite"),
-    ],
+    cases(
+        [
+            (rounded, "dtype"),
+            (initial_state_forgotten, "value"),
+            (swapped_biases_scaled, "value"),
+            (not_a_number, "non-finite"),
+        ],
+        lambda case: case[0].__name__,
+    ),
 )
 def test_wrong_result_of_the_rule_is_caught_in_both_precisions(change, reason, monkeypatch):
     monkeypatch.setattr(recurrence, "_gru_bptt", broken_rule(change))
@@ -502,7 +510,7 @@ def test_float32_gradient_of_a_bfloat16_parameter_is_caught(monkeypatch):
     assert "dtype" in {row.reason for row in report.failures}
 
 
-@quickly
+@uncompiled
 def test_lost_carry_between_chunks_is_caught(monkeypatch):
     original = recurrence._backward_chunk
 
@@ -514,7 +522,7 @@ def test_lost_carry_between_chunks_is_caught(monkeypatch):
     assert {row.dtype for row in report.failures if row.reason == "value"} == {"float32", "float64"}
 
 
-@quickly
+@uncompiled
 def test_grid_names_the_case_that_fails(monkeypatch):
     """check_gru says which of its points failed: here only the one that redoes its gates."""
     from jaxgru.check import check_gru

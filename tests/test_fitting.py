@@ -10,7 +10,9 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
+import types
 import warnings
 
 import jax.numpy as jnp
@@ -19,7 +21,16 @@ import pytest
 import survivor
 
 import jaxgru
-from jaxgru import Checkpoints, Interrupted, JsonLines, Monitor, TensorBoard, fitting
+from jaxgru import (
+    Checkpoints,
+    Interrupted,
+    JsonLines,
+    Monitor,
+    TensorBoard,
+    fitting,
+    loop_state,
+    stop_signals,
+)
 
 
 class Crash(Exception):
@@ -41,13 +52,24 @@ def params_of(state):
 
 def test_run_has_skips_a_best_and_all_that_could_be_lost(whole):
     (files, records), fitted = whole
-    assert len(files) in (3, 4) and "step-00000060.npz" in files
+    best = int(fitted.best.step)
+    assert sorted(files) == [f"step-{step:08}.npz" for step in sorted({best, 50, 55, 60})]
     assert int(fitted.state.skipped) == 5 and 0 < int(fitted.best.step) < 60
     assert [record["update"] for record in records][:5] == [4, 7, 8, 12, 14]
     assert all(np.isfinite(record["loss"]) for record in records)
 
 
-@pytest.mark.parametrize("stop", range(1, survivor.NUM_UPDATES + 1))
+# Before any checkpoint, at an evaluation and an update that is not finite, at a record, at the end.
+STOPS = (1, 7, 12, 60)
+
+
+@pytest.mark.parametrize(
+    "stop",
+    [
+        stop if stop in STOPS else pytest.param(stop, marks=pytest.mark.slow)
+        for stop in range(1, survivor.NUM_UPDATES + 1)
+    ],
+)
 def test_run_stopped_after_any_update_goes_on_in_the_same_bytes(tmp_path, whole, stop, capsys):
     def end(step):
         if step == stop:
@@ -61,7 +83,8 @@ def test_run_stopped_after_any_update_goes_on_in_the_same_bytes(tmp_path, whole,
         survivor.run(tmp_path / "signal", resume=False, on_update=end)
     assert stopped.value.code == (143, 130)[stop % 2]
     assert (tmp_path / "signal/checkpoints" / f"step-{stop:08}.npz").exists()
-    assert f"after update {stop}, which is in {tmp_path}" in str(stopped.value)
+    name, folder = ("SIGTERM", "SIGINT")[stop % 2], tmp_path / "signal" / "checkpoints"
+    assert str(stopped.value) == f"stopped by {name} after update {stop}, which is in {folder}"
     with pytest.raises(Crash):
         survivor.run(tmp_path / "crash", resume=False, on_update=crash)
     for name in ("signal", "crash"):
@@ -89,6 +112,7 @@ def test_run_that_has_ended_is_not_trained_on(tmp_path, whole):
     assert survivor.left_by(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_killed_runs_end_in_the_bytes_of_a_run_that_was_not(tmp_path, whole):
     """At least 20 rounds of kill -9, at random moments, also while a checkpoint is written."""
     server = subprocess.Popen(
@@ -155,27 +179,69 @@ def test_bad_updates_in_a_row_are_counted_across_a_stop(tmp_path):
     options = {"batches": bad_from_eight, "log_every": 1}
     with pytest.raises(Interrupted):
         survivor.run(tmp_path, resume=False, on_update=end, **options)
-    with pytest.raises(jaxgru.NonFiniteError, match="in the last 10 updates, up to update 17;"):
+    with pytest.raises(jaxgru.NonFiniteError) as stopped:
         survivor.run(tmp_path, **options)
+    assert str(stopped.value) == (
+        "fit: loss, gradient or parameters were not finite in the last 10 updates, up to update "
+        f"17; the parameters are as before them, and are in {tmp_path / 'checkpoints'}. Lower the "
+        "learning rate."
+    )
     found = jaxgru.find_checkpoint(tmp_path / "checkpoints")
     assert found is not None and found.step == 17 and found.loop["in_row"] == 10
 
 
-def test_second_signal_acts_as_it_always_did(tmp_path):
-    def twice(pause):
-        def on_update(step):
-            if step == 3:
-                os.kill(os.getpid(), signal.SIGINT)
-                time.sleep(pause)
-                os.kill(os.getpid(), signal.SIGINT)
+def test_bad_updates_whose_end_cannot_be_saved_stop_the_run_all_the_same(tmp_path, monkeypatch):
+    save = fitting.save_checkpoint
 
-        return on_update
+    def fail(folder, step, *arguments, **options):
+        if step > 0:
+            raise OSError(28, "No space left on device")
+        return save(folder, step, *arguments, **options)
 
-    with pytest.raises(KeyboardInterrupt):
-        survivor.run(tmp_path / "later", resume=False, on_update=twice(1.05))
+    monkeypatch.setattr(fitting, "save_checkpoint", fail)
+    bad = {"batches": lambda start: [np.full(3, np.nan, np.float32)] * 60, "log_every": 1}
+    with (
+        pytest.warns(UserWarning, match="update 10 could not be saved .*; training goes on"),
+        pytest.raises(jaxgru.NonFiniteError) as stopped,
+    ):
+        survivor.run(tmp_path, resume=False, every=50, evaluate=None, monitor=None, **bad)
+    assert str(stopped.value) == (
+        "fit: loss, gradient or parameters were not finite in the last 10 updates, up to update "
+        "10; the parameters are as before them. Lower the learning rate."
+    )
+
+
+def test_loop_in_a_thread_trains_without_catching_signals(tmp_path):
+    """Python lets the main thread alone set handlers."""
+    fitted, before = [], signal.getsignal(signal.SIGTERM)
+
+    def on_update(step):
+        assert signal.getsignal(signal.SIGTERM) is before
+
+    def run():
+        fitted.append(survivor.run(tmp_path, resume=False, num_updates=2, on_update=on_update))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert int(fitted[0].state.step) == 2
+
+
+@pytest.mark.parametrize("pause", [0.99, 1.0])
+def test_signal_that_comes_again_a_second_later_acts_as_without_fit(tmp_path, monkeypatch, pause):
+    """`timeout` sends the same signal twice at once, to its child and to the group of that."""
+    clock = [0.0]
+    monkeypatch.setattr(stop_signals, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def twice(step):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            clock[0] += pause
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt if pause == 1 else Interrupted):
+        survivor.run(tmp_path, resume=False, on_update=twice)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    with pytest.raises(Interrupted):  # as `timeout` sends it, to the child and to its group
-        survivor.run(tmp_path / "at once", resume=False, on_update=twice(0.01))
 
 
 def test_signal_that_is_ignored_stays_ignored(tmp_path):
@@ -195,7 +261,8 @@ def test_signal_during_the_last_evaluation_stops_the_script_too(tmp_path):
     options = {"num_updates": 7, "resume": False}
     with pytest.raises(Interrupted) as stopped:
         survivor.run(tmp_path, evaluate=evaluate, **options)
-    assert stopped.value.step == 7
+    assert (stopped.value.step, stopped.value.signal) == (7, signal.SIGTERM)
+    assert stopped.value.folder == tmp_path / "checkpoints"
     fitted = survivor.run(tmp_path, num_updates=7)
     assert int(fitted.state.step) == int(fitted.best.step) == 7 and fitted.records == []
 
@@ -223,9 +290,13 @@ def test_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(tmp_path):
     before = survivor.left_by(tmp_path)
     with (
         pytest.warns(UserWarning, match="checkpoint skipped"),
-        pytest.raises(jaxgru.CheckpointError, match=r"none of the checkpoints in .* is whole"),
+        pytest.raises(jaxgru.CheckpointError) as refused,
     ):
         survivor.run(tmp_path)
+    assert str(refused.value) == (
+        f"fit: none of the checkpoints in {tmp_path / 'checkpoints'} is whole; give another folder "
+        "to begin anew. Nothing was overwritten."
+    )
     assert survivor.left_by(tmp_path) == before
 
 
@@ -248,27 +319,54 @@ def test_best_that_could_not_be_saved_in_its_time_is_saved_later(tmp_path, whole
         return save(folder, step, *arguments, **options)
 
     monkeypatch.setattr(fitting, "save_checkpoint", fail)
-    with pytest.warns(UserWarning, match=f"update {best} could not be saved"):
+    with pytest.warns(UserWarning) as told:
         survivor.run(tmp_path, resume=False)
+    assert [str(warning.message) for warning in told] == [
+        f"fit: update {best} could not be saved in {tmp_path / 'checkpoints'}: [Errno 28] No space "
+        "left on device; training goes on"
+    ]
+    assert told[0].filename == survivor.__file__
     name = f"step-{best:08}.npz"
     assert failures and survivor.left_by(tmp_path)[0][name] == whole[0][0][name]
 
 
 def test_run_goes_on_only_with_its_own_monitor_and_for_as_long(tmp_path):
     survivor.run(tmp_path, resume=False, num_updates=9)
-    with pytest.raises(
-        jaxgru.CheckpointError, match=r"made with, \['far', 'min'\], got \['far', 'm"
-    ):
-        survivor.run(tmp_path, monitor=Monitor("far", "max"))
-    with pytest.raises(ValueError, match=r"num_updates must be at least state.step, 9, got 8\."):
-        survivor.run(tmp_path, num_updates=8)
     step, state = survivor.make_train_step()[0], survivor.make_state()
-    jaxgru.save_checkpoint(tmp_path / "own", 3, state, loop={"epoch": 1})
-    with pytest.raises(jaxgru.CheckpointError, match="must be one that fit has written"):
-        jaxgru.fit(
-            step, state, survivor.batches, num_updates=9, progress=False,
-            checkpoints=Checkpoints(tmp_path / "own", 3, resume=True),
-        )  # fmt: skip
+    own = jaxgru.save_checkpoint(tmp_path / "own", 3, state, loop={"epoch": 1})
+
+    def go_on():
+        checkpoints = Checkpoints(tmp_path / "own", 3, resume=True)
+        options = {"num_updates": 9, "progress": False, "checkpoints": checkpoints}
+        return jaxgru.fit(step, state, survivor.batches, **options)
+
+    for call, error, message in (
+        (
+            lambda: survivor.run(tmp_path, monitor=Monitor("far", "max")),
+            jaxgru.CheckpointError,
+            "monitor must be what the run was made with, ['far', 'min'], got ['far', 'max'].",
+        ),
+        (
+            lambda: survivor.run(tmp_path, num_updates=8),
+            ValueError,
+            "num_updates must be at least state.step, 9, got 8.",
+        ),
+        (go_on, jaxgru.CheckpointError, f"{own} must be one that fit has written: 'pending'"),
+    ):
+        with pytest.raises(error) as refused:
+            call()
+        assert str(refused.value) == f"fit: {message}"
+
+
+def test_run_whose_log_is_damaged_is_refused(tmp_path):
+    survivor.run(tmp_path, resume=False, num_updates=9)
+    log = tmp_path / "metrics.jsonl"
+    log.write_text("no JSON\n" + log.read_text())
+    with pytest.raises(jaxgru.CheckpointError) as refused:
+        survivor.run(tmp_path)
+    assert str(refused.value) == (
+        f"fit: {log} must hold one JSON object a line: Expecting value: line 1 column 1 (char 0)"
+    )
 
 
 def test_signals_are_left_alone_without_checkpoints_and_given_back_after(tmp_path):
@@ -286,18 +384,31 @@ def test_second_run_in_a_folder_is_refused(tmp_path):
         if step == 2:
             survivor.run(tmp_path)
 
-    with pytest.raises(OSError, match=f"is in use by the run of process {os.getpid()}; wait"):
+    with pytest.raises(OSError) as refused:
         survivor.run(tmp_path, resume=False, on_update=run_again)
+    assert str(refused.value) == (
+        f"{tmp_path / 'checkpoints'} is in use by the run of process {os.getpid()}; wait for its "
+        "end or give another folder"
+    )
 
 
 def test_folder_of_another_run_is_never_written_to(tmp_path):
     survivor.run(tmp_path, resume=False, num_updates=5)
     before = survivor.left_by(tmp_path)
-    with pytest.raises(FileExistsError, match="holds the checkpoints of another run; resume it or"):
-        survivor.run(tmp_path, resume=False)
-    other = Checkpoints(tmp_path / "checkpoints", 5, {"a": 2}, resume=True)
-    with pytest.raises(ValueError, match="of another run: a must be 2, got 1"):
-        survivor.run(tmp_path, checkpoints=other)
+    folder = tmp_path / "checkpoints"
+    with pytest.raises(FileExistsError) as refused:
+        survivor.run(tmp_path, checkpoints=Checkpoints(folder, 5, {"a": 1}))
+    assert str(refused.value) == (
+        f"{folder} holds the checkpoints of another run; resume it or give another folder. Nothing "
+        "was overwritten"
+    )
+    for run, difference in (({"a": 2}, "a must be 2, got 1"), (None, "a must be null, got 1")):
+        with pytest.raises(jaxgru.CheckpointError) as refused:
+            survivor.run(tmp_path, checkpoints=Checkpoints(folder, 5, run, resume=True))
+        assert str(refused.value) == (
+            f"load_checkpoint: {folder / 'step-00000005.npz'} is of another run: {difference}. "
+            "Resume with what it was made with, or give a new folder."
+        )
     assert survivor.left_by(tmp_path) == before
 
 
@@ -312,11 +423,16 @@ def test_damaged_last_checkpoint_is_passed_over(tmp_path, whole):
     assert survivor.left_by(tmp_path)[0][last] == whole[0][0][last]
 
 
-def test_best_checkpoint_that_is_lost_is_told(tmp_path):
+def test_loss_of_the_best_checkpoint_is_warned_of(tmp_path):
     best = survivor.run(tmp_path, resume=False, num_updates=50).best
     (tmp_path / "checkpoints" / f"step-{int(best.step):08}.npz").unlink()
-    with pytest.warns(UserWarning, match=f"best checkpoint, of update {int(best.step)}, is lost"):
+    with pytest.warns(UserWarning) as told:
         fitted = survivor.run(tmp_path)
+    assert [str(warning.message) for warning in told] == [
+        f"fit: the best checkpoint, of update {int(best.step)}, is lost; the newest stands in for "
+        "it until the next evaluation"
+    ]
+    assert told[0].filename == survivor.__file__
     assert int(fitted.best.step) > 50
 
 
@@ -333,10 +449,12 @@ def test_checkpoint_that_cannot_be_written_stops_no_training_but_the_end_does(tm
             survivor.run(tmp_path, resume=False, on_update=fill)
         messages = [str(w.message) for w in told]
         saves = [m for m in messages if m.startswith("fit: update ")]
-        logs = [m for m in messages if m.startswith("JsonLines: a record waits")]
+        logs = [m for m in messages if m.startswith("JsonLines: a record waits to be written: ")]
         assert len(saves) + len(logs) == len(messages) and len(saves) >= 3 and len(logs) >= 3
-        assert "fit: update 20 could not be saved in" in saves[0]
-        assert saves[0].endswith("File too large; training goes on")
+        assert saves[0] == (
+            f"fit: update 20 could not be saved in {tmp_path / 'checkpoints'}: [Errno 27] File too "
+            "large; training goes on"
+        )
         assert survivor.left_by(tmp_path) == whole[0]
         (tmp_path / "b").mkdir()
         with (
@@ -357,7 +475,8 @@ def test_checkpoint_that_cannot_be_written_stops_no_training_but_the_end_does(tm
         (Monitor("v", patience=2), [3, 2, 2, 2, 1, 0], 4, 2),
         (Monitor("v", patience=2), [3, 2, 2, 1, 1, 1], 6, 4),
         (Monitor("v", "max", patience=3), [1, 2, 0, 0, 1, 3], 5, 2),
-        (Monitor("v", patience=1, min_delta=0.5), [3, 2.6, 0, 0, 0, 0], 2, 1),
+        (Monitor("v", patience=1, min_delta=0.5), [3, 2.5, 0, 0, 0, 0], 2, 1),
+        (Monitor("v", patience=1, min_delta=0.5), [3, 2.25, 0, 0, 0, 0], 4, 3),
         (Monitor("v", patience=4), [np.nan, np.nan, 5, np.nan, 6, 7], 6, 3),
         (Monitor("v"), [1, 2, 3, 4, 5, 6], 6, 1),
         (Monitor("v", "max"), [-1, -2, np.inf, 4, 5, 6], 6, 3),
@@ -384,19 +503,35 @@ def test_training_stops_early_and_keeps_the_best(tmp_path, monitor, values, stop
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "match"),
+    ("options", "message"),
     [
-        ({"monitor": Monitor("loss_")}, ValueError, r"must be what evaluate returns, got 'loss_'"),
-        ({"evaluate": None}, ValueError, "monitor must go with evaluate"),
-        ({"monitor": Monitor("far", "least")}, ValueError, "mode must be one of 'min', 'max'"),
-        ({"monitor": Monitor("far", patience=0)}, ValueError, "monitor.patience must be at least"),
-        ({"every": 0}, ValueError, "checkpoints.every must be at least 1, got 0"),
-        ({"evaluate": lambda s: {"loss": 1.0}}, ValueError, r"that the record has not.*\['loss'\]"),
+        (
+            {"monitor": Monitor("loss_")},
+            "monitor.metric must be what evaluate returns, got 'loss_' and ['far', 'first', "
+            "'gradient_norm', 'loss', 'seconds', 'skipped', 'update'].",
+        ),
+        ({"evaluate": None}, "monitor must go with evaluate, which makes its metric."),
+        (
+            {"monitor": Monitor("far", "least")},
+            "monitor.mode must be one of 'min', 'max', got 'least'.",
+        ),
+        ({"monitor": Monitor("far", patience=0)}, "monitor.patience must be at least 1, got 0."),
+        ({"checkpoints": (0, 1)}, "checkpoints.every must be at least 1, got 0."),
+        ({"checkpoints": (1, 0)}, "checkpoints.keep must be at least 1, got 0."),
+        (
+            {"evaluate": lambda state: {"loss": 1.0, "far": 1.0, "first": 0.0}},
+            "evaluate must return names that the record has not, got ['first', 'loss']; call them "
+            "validation_..., say.",
+        ),
     ],
 )
-def test_bad_argument_is_refused(tmp_path, options, error, match):
-    with pytest.raises(error, match=match):
+def test_bad_argument_is_refused(tmp_path, options, message):
+    if "checkpoints" in options:
+        every, keep = options["checkpoints"]
+        options = {"checkpoints": Checkpoints(tmp_path, every, keep=keep)}
+    with pytest.raises(ValueError) as refused:
         survivor.run(tmp_path, resume=False, **options)
+    assert str(refused.value) == f"fit: {message}"
 
 
 def test_records_are_lines_of_json_beside_the_checkpoints_unless_told(tmp_path):
@@ -409,8 +544,72 @@ def test_records_are_lines_of_json_beside_the_checkpoints_unless_told(tmp_path):
 
 def test_checkpoints_need_batches_that_can_be_found_again(tmp_path):
     step, state = survivor.make_train_step()[0], survivor.make_state()
-    with pytest.raises(TypeError, match=r"batches must be a function .* from the n-th on .* list"):
+    with pytest.raises(TypeError) as refused:
         jaxgru.fit(step, state, [1], num_updates=1, checkpoints=Checkpoints(tmp_path, 1))
+    assert str(refused.value) == (
+        "fit: batches must be a function that gives the batches from the n-th on where checkpoints "
+        "are kept, got list."
+    )
+
+
+def test_records_count_the_seconds_of_training_alone(tmp_path, monkeypatch):
+    """An update takes a second, an evaluation ten, and a checkpoint a hundred."""
+    clock, save, step = [0.0], fitting.save_checkpoint, survivor.make_train_step()[0]
+    monkeypatch.setattr(loop_state, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    def taking(seconds, function):
+        def timed(*arguments, **options):
+            clock[0] += seconds
+            return function(*arguments, **options)
+
+        return timed
+
+    monkeypatch.setattr(fitting, "save_checkpoint", taking(100, save))
+
+    def run(num_updates, resume):
+        return jaxgru.fit(
+            taking(1, step), survivor.make_state(), survivor.batches, num_updates=num_updates,
+            evaluate=taking(10, survivor.evaluate), evaluate_every=4, log_every=6,
+            checkpoints=Checkpoints(tmp_path, 3, resume=resume), items_per_update=5,
+            items_name="rows", progress=False,
+        ).records  # fmt: skip
+
+    first, second = run(5, resume=False), run(10, resume=True)
+    assert [(record["update"], record["seconds"]) for record in (*first, *second)] == [
+        (4, 4.0), (5, 5.0), (6, 6.0), (8, 8.0), (10, 10.0),
+    ]  # fmt: skip
+    assert {record["rows_per_second"] for record in (*first, *second)} == {5.0}
+
+
+def test_rate_of_a_resumed_run_counts_its_own_updates(tmp_path, monkeypatch):
+    """The mean of the record goes over the updates before the stop too."""
+    clock, step = [0.0], survivor.make_train_step()[0]
+    monkeypatch.setattr(loop_state, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    def timed(state, batch):
+        if int(state.step) == 5 and not clock[0] >= 100:
+            clock[0] = 100.0
+            raise Crash
+        clock[0] += 0.5
+        return step(state, batch)
+
+    def run(resume):
+        checkpoints = Checkpoints(tmp_path, 3, resume=resume)
+        options = {"num_updates": 8, "log_every": 8, "items_per_update": 3, "progress": False}
+        return jaxgru.fit(
+            timed, survivor.make_state(), survivor.batches, checkpoints=checkpoints, **options
+        )
+
+    with pytest.raises(Crash):
+        run(False)
+    [record] = run(True).records
+    assert record["seconds"] == 2.5 and record["items_per_second"] == 6.0
+    losses = []
+    state = survivor.make_state()
+    for batch, _ in zip(survivor.batches(0), range(8)):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    assert record["loss"] == np.nanmean(losses)
 
 
 def test_log_drops_its_own_later_records_and_a_torn_line(tmp_path):
@@ -421,12 +620,13 @@ def test_log_drops_its_own_later_records_and_a_torn_line(tmp_path):
             log(None, {"update": update, "loss": np.inf if update == 2 else 1.5})
     path.write_text(path.read_text() + '{"model": "b", "upd')
     assert logs[0].resume(1) == {"model": "a", "update": 1, "loss": 1.5}
+    assert logs[0].resume(1) == {"model": "a", "update": 1, "loss": 1.5}
     kept = [(record["model"], record["update"]) for record in jaxgru.read_json_lines(path)]
     assert kept == [("a", 1), ("b", 1), ("b", 2), ("b", 3)]
     assert json.loads(path.read_text().splitlines()[2]) == {"model": "b", "update": 2, "loss": None}
     assert logs[0].resume(0) is None
     assert JsonLines(tmp_path / "none.jsonl").resume(5) is None
-    log = JsonLines(tmp_path / "new folder" / "x.jsonl")
+    log = JsonLines(tmp_path / "new" / "folder" / "x.jsonl")
     log(None, {"update": 1, "a": jnp.float32(0.5), "b": np.int64(3), "c": np.bool_(True)})
     assert jaxgru.read_json_lines(log.path) == [{"update": 1, "a": 0.5, "b": 3, "c": True}]
     log.waiting = "of before\n"
@@ -435,8 +635,39 @@ def test_log_drops_its_own_later_records_and_a_torn_line(tmp_path):
     assert jaxgru.read_json_lines(log.path) == [{"update": 1}]
     assert not (tmp_path / "none.jsonl").exists()
     path.write_text('{"update": 1}\nnot JSON\n{"update": 2}\n')
-    with pytest.raises(ValueError, match=r"metrics.jsonl must hold one JSON object a line"):
+    with pytest.raises(ValueError) as refused:
         jaxgru.read_json_lines(path)
+    assert str(refused.value) == (
+        f"{path} must hold one JSON object a line: Expecting value: line 1 column 1 (char 0)"
+    )
+
+
+def test_records_that_could_not_be_written_come_with_the_next(tmp_path):
+    log = JsonLines(tmp_path / "file" / "x.jsonl")
+    (tmp_path / "file").write_text("")
+    with pytest.warns(UserWarning) as told:
+        log(None, {"update": 1})
+    assert str(told[0].message) == (
+        f"JsonLines: a record waits to be written: [Errno 17] File exists: '{tmp_path / 'file'}'"
+    )
+    assert told[0].filename == __file__
+    (tmp_path / "file").unlink()
+    log(None, {"update": 2})
+    assert jaxgru.read_json_lines(log.path) == [{"update": 1}, {"update": 2}]
+
+
+def test_line_that_was_half_written_is_taken_back(tmp_path):
+    log, limit = JsonLines(tmp_path / "x.jsonl"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    for update, before in ((1, ""), (3, '{"update": 1}\n{"update": 2}\n')):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 3, limit[1]))
+        try:
+            with pytest.warns(UserWarning, match="File too large"):
+                log(None, {"update": update})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        assert log.path.read_text() == before
+        log(None, {"update": update + 1})
+    assert [record["update"] for record in jaxgru.read_json_lines(log.path)] == [1, 2, 3, 4]
 
 
 def events(folder):
@@ -469,10 +700,30 @@ def test_tensorboard_shows_the_records(tmp_path):
     assert starts == [5]
 
 
+def test_tensorboard_has_the_records_within_ten_seconds_and_one_file_a_writer(tmp_path):
+    log, opened = TensorBoard(tmp_path), []
+
+    def write(folder, **options):
+        opened.append((folder, options.pop("filename_suffix"), options))
+        return types.SimpleNamespace(add_scalar=lambda *arguments: None)
+
+    log.package = types.SimpleNamespace(SummaryWriter=write)
+    log(None, {"update": 1, "loss": 0.5})
+    log(None, {"update": 2, "loss": 0.5})
+    log.resume(7)
+    assert [(folder, options) for folder, _, options in opened] == [
+        (str(tmp_path), {"flush_secs": 10}),
+        (str(tmp_path), {"flush_secs": 10, "purge_step": 8}),
+    ]
+    suffixes = {suffix for _, suffix, _ in opened}
+    assert len(suffixes) == 2 and all(suffix[0] == "." for suffix in suffixes)
+
+
 def test_missing_tensorboard_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    with pytest.raises(ImportError, match=r"needs tensorboardX; install jaxgru\[tensorboard\]"):
+    with pytest.raises(ImportError) as missing:
         TensorBoard(tmp_path)
+    assert str(missing.value) == "TensorBoard: needs tensorboardX; install jaxgru[tensorboard]."
 
 
 def test_update_counts_go_on_from_the_state():

@@ -18,8 +18,6 @@ from experiments.benchmarks.fused_points import FULL, FUSED, FUSED_GATES, SCAN, 
 from experiments.benchmarks.libraries import TORCH, Library
 from experiments.benchmarks.problems import Size, draw_problem
 
-pytestmark = pytest.mark.usefixtures("quick_runs")
-
 SIZE = Size(3, 2, 4, 4)
 POINT = Point("training", "after", "float32", SIZE)
 
@@ -39,6 +37,7 @@ def test_operations_and_bytes_by_hand():
     assert limits.count_bytes(size, "training", "float32") == 4 * training
 
 
+@pytest.mark.slow
 def test_bytes_are_those_of_the_arrays():
     size = Size(2, 3, 5, 7)
     problem = draw_problem(size, "before", 0)
@@ -240,6 +239,7 @@ def test_gpu_memory_is_left_to_the_others(quick_measure, monkeypatch, tmp_path):
     assert os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
 
 
+@pytest.mark.slow
 def test_import_looks_for_no_device():
     """It would read its settings before they are made. Unknown flags end it when it looks."""
     unknown = {**os.environ, "XLA_FLAGS": "--xla_no_such_flag=1"}
@@ -306,6 +306,7 @@ def timed_names(monkeypatch):
     return names
 
 
+@pytest.mark.slow
 def test_contender_that_refuses_a_size_is_a_row_with_its_reason(timed_names):
     found = measure({"scan": PLAIN, "fused": raising(TOO_LARGE)})
     assert timed_names == ["scan"]
@@ -316,6 +317,7 @@ def test_contender_that_refuses_a_size_is_a_row_with_its_reason(timed_names):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("out of memory\nat ..."), ValueError("no tiles")])
+@pytest.mark.slow
 def test_contender_that_fails_is_a_row_and_a_fault(timed_names, error):
     found = measure({"scan": PLAIN, "fused": raising(error)})
     assert timed_names == ["scan"]
@@ -335,6 +337,7 @@ def test_wrong_values_are_refused_before_anything_is_timed(timed_names):
     assert found["scan"]["difference"] < 1e-6
 
 
+@pytest.mark.slow
 def test_another_library_may_round_in_more_places(timed_names):
     wrong = measure({"scan": PLAIN, TORCH: scaled(1.01)})
     assert timed_names == ["scan", TORCH] and wrong[TORCH]["reason"] is None
@@ -353,6 +356,7 @@ def test_not_a_number_is_wrong_whatever_else_is_right():
     assert fused_points.check({"a": 1e-3}, 1e-3, "that") == (1e-3, None)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_held_against_float32_on_the_same_rounded_arrays(timed_names):
     """Forward, and with a tolerance that float32 does not have."""
     point = Point("forward", "before", "bfloat16", SIZE)
@@ -374,6 +378,7 @@ def test_contender_takes_part_where_it_has_task_and_equation():
         assert [n for n in found if fused.can_run(found[n], task, reset)] == names
 
 
+@pytest.mark.slow
 def test_torch_that_is_not_here_is_a_row(timed_names, monkeypatch):
     monkeypatch.setattr(fused_points.importlib.util, "find_spec", lambda name: None)
     reason = fused_points.why_no_torch()
@@ -407,6 +412,7 @@ def test_every_choice_is_a_case_and_survives_json():
     assert [fused_flags.case_of(entry) for entry in fields] == CASES
 
 
+@pytest.mark.slow
 def test_flag_that_xla_does_not_know_is_rows_with_the_reason(monkeypatch):
     monkeypatch.setattr(fused_flags, "FLAGS", {"unknown": "--xla_no_such_flag=1"})
     asked = []
@@ -495,6 +501,7 @@ def test_flags_that_change_values_have_no_time():
     assert fused_flags.compare_flags([plain, quick, broken])[2]["reason"] == broken["reason"]
 
 
+@pytest.mark.slow
 def test_case_that_fails_in_a_child_is_a_row():
     case = CASES[0]._replace(residuals="nothing")
     row = fused_flags.measure_case(case, SETTINGS)
@@ -603,6 +610,7 @@ def test_table_and_markdown_show_ratios_shares_and_reasons(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch
+@pytest.mark.slow
 def test_smoke_run_measures_everything_and_leaves_all_its_files(tmp_path, capsys, monkeypatch):
     out, names = tmp_path / "run", [SCAN, TORCH, FUSED]
     monkeypatch.setattr(fused_flags, "FLAGS", {"buffer": fused_flags.FLAGS["command buffer"]})

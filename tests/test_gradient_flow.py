@@ -12,7 +12,7 @@ from experiments import char_lm, memory_tasks
 from experiments.gradient_flow import __main__ as gradient_flow
 from experiments.gradient_flow import observe, report
 
-pytestmark = pytest.mark.usefixtures("quick_runs")
+pytestmark = pytest.mark.usefixtures("saved_programs")
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 40
 
@@ -31,6 +31,7 @@ def smoke_run(tmp_path_factory, text_file):
     return run
 
 
+@pytest.mark.slow
 def test_smoke_run_leaves_picture_numbers_and_metrics(smoke_run):
     found = json.loads((smoke_run / "gradient_flow.json").read_text())
     assert (smoke_run / "gradient_flow.png").stat().st_size > 50_000
@@ -47,20 +48,22 @@ def test_smoke_run_leaves_picture_numbers_and_metrics(smoke_run):
         assert all(abs(sum(gate) - 1) < 1e-6 for gate in after["gates"].values())
 
 
-def test_cases_tend_to_their_limits_and_the_printed_jacobian_is_wrong_in_between(smoke_run):
-    cases = json.loads((smoke_run / "gradient_flow.json").read_text())["cases"]
-    last = cases["shift"].index(12.0)
+def test_cases_tend_to_their_limits_and_the_printed_jacobian_is_wrong_in_between(monkeypatch):
+    monkeypatch.setattr(observe, "SHIFTS", (0.0, 12.0))
+    cases = observe.saturation_cases(0, hidden_size=8)
     for name in ("1: z to 1", "2A: z to 0, r to 0", "2B: z to 0, r to 1"):
-        case = cases[name]
-        assert case["printed_error"][0] > 0.05 and case["printed_error"][last] < 1e-3
-        assert case["distance_to_limit"][0] > 0.3 and case["distance_to_limit"][last] < 1e-3
-    assert abs(cases["1: z to 1"]["largest_singular_value"][last] - 1) < 1e-3
-    assert cases["2A: z to 0, r to 0"]["largest_singular_value"][last] < 1e-3
+        for error, least in (("printed_error", 0.05), ("distance_to_limit", 0.3)):
+            between, saturated = cases[name][error]
+            assert between > least and saturated < 1e-3
+    assert abs(cases["1: z to 1"]["largest_singular_value"][1] - 1) < 1e-3
+    assert cases["2A: z to 0, r to 0"]["largest_singular_value"][1] < 1e-3
 
 
 def test_printed_jacobian_is_autodiffs_with_gates_held_fixed(x64):
-    params = jaxgru.init_gru(jax.random.key(0), 2, 3, scheme="pytorch", dtype=jnp.float64)
-    x, h = jax.random.normal(jax.random.key(1), (2,), jnp.float64), jnp.array([0.3, -0.5, 0.8])
+    draw = np.random.default_rng(0)
+    shapes = ((2, 9), (3, 9), (9,), (9,))
+    params = jaxgru.GRUParams(*(jnp.asarray(draw.uniform(-0.6, 0.6, shape)) for shape in shapes))
+    x, h = jnp.asarray(draw.normal(size=2)), jnp.array([0.3, -0.5, 0.8])
     gates = jax.tree.map(lambda v: v[0], jaxgru.gate_values(params, x[None], h))
     w_n, b_n = params.w_h[:, 6:], (params.b_x + params.b_h)[6:]
 
@@ -68,10 +71,11 @@ def test_printed_jacobian_is_autodiffs_with_gates_held_fixed(x64):
         n = jnp.tanh(x @ params.w_x[:, 6:] + (gates.reset * h) @ w_n + b_n)
         return gates.kept * h + (1 - gates.kept) * n
 
-    wanted = jax.jacrev(frozen)(h)
+    wanted = jax.jit(jax.jacrev(frozen))(h)
     np.testing.assert_allclose(observe.printed_jacobian(params, gates), wanted, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_vanilla_network_is_seen_as_autodiff_sees_it():
     key = jax.random.key(0)
     args = gradient_flow.parse_args(["--smoke"])
@@ -97,10 +101,13 @@ def test_vanilla_network_is_seen_as_autodiff_sees_it():
 def model_run(tmp_path_factory, text_file):
     run = tmp_path_factory.mktemp("model") / "run"
     options = ["--smoke", "--text", str(text_file), "--spec", "pytorch", "--batch-size", "2"]
-    assert char_lm.main([*options, "--num-steps", "16", "--out", str(run)]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(char_lm, "cross_check", lambda *args: True)  # tests/test_char_lm.py has it
+        assert char_lm.main([*options, "--num-steps", "16", "--out", str(run)]) == 0
     return run
 
 
+@pytest.mark.slow
 def test_saved_character_model_is_looked_at_before_and_after(tmp_path, model_run, capsys):
     out = tmp_path / "flow"
     command = ["--run", str(model_run), "--num-steps", "10", "--out", str(out)]

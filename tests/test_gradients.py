@@ -18,7 +18,9 @@ from jaxgru.recurrence import gru
 
 # float64, relative to the largest entry of a leaf. Rounding reaches about 1e-14 here.
 EXACT = 1e-11
-in_float64 = pytest.mark.usefixtures("x64", "quick_compilation")
+in_float64 = pytest.mark.usefixtures("x64", "execution")
+in_float64_compiled = pytest.mark.usefixtures("x64")  # where that is the quicker of the two
+slow = pytest.mark.slow
 both_resets = pytest.mark.parametrize("spec", [CHO_2014, PYTORCH], ids=["before", "after"])
 
 AUTODIFF = {"gradient": "autodiff"}
@@ -134,15 +136,17 @@ INSIDE = {
 @both_resets
 def test_what_acts_inside_the_recurrence_has_one_gradient(spec, number, choice, layer_norm):
     """Layer norm, recurrent dropout, zoneout, truncation: every rule and policy, with flags."""
-    problem = make_problem(33, steps=5, layer_norm=layer_norm)
-    variants = [AUTODIFF, TANGENT, {}, *({**policy, "chunk_size": 2} for policy in POLICIES)]
+    problem = make_problem(33, layer_norm=layer_norm)
+    variants = [AUTODIFF, TANGENT, {}, *({**policy, "chunk_size": 3} for policy in POLICIES)]
     variants = share(variants, 3, number, spec == PYTORCH, 2 * layer_norm)
     flags = {"mask": problem.mask, "resets": problem.resets}
     assert_oracles(problem, spec, variants, **flags, **INSIDE[choice])
 
 
-@in_float64
-@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@in_float64_compiled
+@pytest.mark.parametrize(
+    "reverse", [pytest.param(False, id="forward"), pytest.param(True, id="reverse", marks=slow)]
+)
 @both_resets
 def test_second_order_of_what_acts_inside_is_autodiffs(spec, reverse):
     """Reverse over reverse for "bptt", forward over reverse for "tangent", by turns."""
@@ -175,7 +179,7 @@ def test_second_order_of_what_acts_inside_is_autodiffs(spec, reverse):
     assert_close(got, wanted, EXACT)
 
 
-@in_float64
+@in_float64_compiled
 @pytest.mark.parametrize("batch", [(), (2, 3)], ids=["no_batch", "two_batch_axes"])
 @both_resets
 def test_any_number_of_batch_axes_has_one_gradient(spec, batch):
@@ -239,7 +243,7 @@ def test_loss_that_uses_one_result_has_one_gradient(spec, pick):
         assert_close(result, wanted, EXACT)
 
 
-@in_float64
+@in_float64_compiled
 @pytest.mark.parametrize("spec", [*SPECS, OTHERS[2]], ids=spec_name)
 def test_gradients_are_the_slopes_of_finite_differences(spec):
     """Central differences at 1e-5: about 1e-10 of curvature and 1e-11 of rounding; 1e-6 asked."""
@@ -284,8 +288,13 @@ def test_reset_cuts_the_gradient_exactly():
         assert np.abs(np.asarray(dxs[4:])).min() > 0
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize(
-    "spec, reverse", [(CHO_2014, False), (PYTORCH, True)], ids=["before-forward", "after-reverse"]
+    "spec, reverse",
+    [
+        pytest.param(CHO_2014, False, id="before-forward", marks=slow),
+        pytest.param(PYTORCH, True, id="after-reverse"),
+    ],
 )
 def test_float32_gradients_agree_with_float32_autodiff(spec, reverse):
     """2e-5: float32 keeps 6e-8, T = 40 steps and sums over 120 rows lose two digits."""
@@ -299,10 +308,14 @@ def test_float32_gradients_agree_with_float32_autodiff(spec, reverse):
         assert {v.dtype for v in jax.tree.leaves(result)} == {jnp.dtype(jnp.float32)}
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize(
     "spec, dtype",
-    [(CHO_2014, jnp.bfloat16), (PYTORCH, jnp.bfloat16), (PYTORCH, jnp.float16)],
-    ids=["before-bfloat16", "after-bfloat16", "after-float16"],
+    [
+        pytest.param(CHO_2014, jnp.bfloat16, id="before-bfloat16"),
+        pytest.param(PYTORCH, jnp.bfloat16, id="after-bfloat16", marks=slow),
+        pytest.param(PYTORCH, jnp.float16, id="after-float16"),
+    ],
 )
 def test_half_precision_gradients_are_near_and_in_their_parameters_dtype(spec, dtype):
     """2e-2 of the oracle's gradient at the same parameters: operands have 8 or 11 bits."""
@@ -340,8 +353,10 @@ def small_problem(seed):
     return problem._replace(mask=mask, resets=resets)
 
 
-@in_float64
-@both_resets
+@in_float64_compiled
+@pytest.mark.parametrize(
+    "spec", [pytest.param(CHO_2014, id="before"), pytest.param(PYTORCH, id="after", marks=slow)]
+)
 def test_hessian_of_every_rule_is_autodiffs(spec):
     problem = small_problem(20)
     variants = [AUTODIFF, TANGENT, *POLICIES]
@@ -358,8 +373,10 @@ def test_hessian_of_every_rule_is_autodiffs(spec):
         assert_close(result, reference, EXACT, str(variant))
 
 
-@in_float64
-@both_resets
+@in_float64_compiled
+@pytest.mark.parametrize(
+    "spec", [pytest.param(CHO_2014, id="before", marks=slow), pytest.param(PYTORCH, id="after")]
+)
 def test_gradient_of_gradient_of_bptt_is_autodiffs(spec):
     problem = small_problem(21)
     variants = [AUTODIFF, {}, {"residuals": "states", "chunk_size": 3}]
@@ -444,7 +461,7 @@ def test_third_derivatives_of_tangent_are_autodiffs(spec):
     assert_close(cubic, np.vdot(wanted, v), EXACT)
 
 
-@in_float64
+@in_float64_compiled
 @both_resets
 def test_forward_and_reverse_jacobians_of_tangent_are_autodiffs(spec):
     problem = small_problem(27)

@@ -52,6 +52,7 @@ def test_missing_compiler_is_named_with_the_cure(monkeypatch):
 @pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs JAX's CUDA plugin"
 )
+@pytest.mark.slow
 def test_training_step_compiles_for_hopper_without_spills():
     sizes = ["--hidden", "64", "320", "600", "--batch", "16", "--steps", "8"]
     found = subprocess.run(

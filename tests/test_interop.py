@@ -60,7 +60,7 @@ def without_merged(grads, notes):
     return jax.tree.map(visit, grads, is_leaf=lambda v: isinstance(v, GRUParams))
 
 
-@pytest.mark.usefixtures("x64", "quick_compilation")
+@pytest.mark.usefixtures("x64", "uncompiled")
 @pytest.mark.parametrize(("name", "variant"), VARIANTS)
 def test_golden_values_and_gradients_are_the_peers(name, variant):
     parts, arrays = load_golden(name, variant)
@@ -96,7 +96,7 @@ def test_round_trip_is_exact_to_the_bit(name, variant):
         assert got[key].dtype == value.dtype
 
 
-@pytest.mark.usefixtures("x64")
+@pytest.mark.usefixtures("x64", "uncompiled")
 @pytest.mark.parametrize("reset", ["before", "after"])
 def test_negated_update_gate_is_the_other_convention(reset):
     problem = make_problem(0)
@@ -111,7 +111,20 @@ def test_negated_update_gate_is_the_other_convention(reset):
     assert_close(keeps[2], writes[2], EXACT)
 
 
-@pytest.mark.usefixtures("x64")
+NEGATED = "the update gate's weights and biases are negated: "
+NOTES = {  # the peer, what its z does, and which biases it has once
+    "torch": ("torch.nn.GRU", "z keeps", ""),
+    "keras": ("keras.layers.GRU", "z keeps", "Keras has one bias where reset_after is False"),
+    "linen": ("flax.linen.GRUCell", "z keeps", "r and z have one bias in linen"),
+    "nnx": ("flax.nnx.GRUCell", "z keeps", "r and z have one bias in nnx"),
+    "equinox": ("equinox.nn.GRUCell", "z keeps", "r and z have one bias in Equinox"),
+    "haiku": ("haiku.GRU", "z writes", "Haiku has one bias"),
+    "haste": ("haste.GRU", "z keeps", ""),
+    "onnx": ("ONNX's GRU", "z keeps", ""),
+}
+
+
+@pytest.mark.usefixtures("x64", "uncompiled")
 @pytest.mark.parametrize("update", ["keep", "write"])
 @pytest.mark.parametrize("name", PEERS)
 def test_export_of_every_equation_it_can_hold_comes_back_as_the_same_function(name, update):
@@ -138,13 +151,12 @@ def test_export_of_every_equation_it_can_hold_comes_back_as_the_same_function(na
             as_stack(imported.params), imported.spec, problem.xs, problem.cotangents[1]
         )[0]
         assert_close(got, hs, EXACT)
-        negates = (update == "write") != (name == "haiku")
-        assert any("negated" in note for note in exported.notes) == negates
-        merges = name in ("linen", "nnx", "equinox", "haiku") or (name, reset) == (
-            "keras",
-            "before",
+        peer, sense, one_bias = NOTES[name]
+        merges = one_bias and (name != "keras" or reset == "before")
+        assert exported.notes == (
+            *([NEGATED + f"{sense} in {peer}"] * ((update == "keep") != (sense == "z keeps"))),
+            *([f"b_x and b_h are summed: {one_bias}"] * bool(merges)),
         )
-        assert any("summed" in note for note in exported.notes) == merges
 
 
 def test_arrays_are_copies():
@@ -199,6 +211,13 @@ def torch_cell(**changes):
     return {k: v for k, v in cell.items() if v is not None}
 
 
+class Unreadable:
+    """What a tensor that is not on the CPU does."""
+
+    def __array__(self, *args, **kwargs):
+        raise RuntimeError("on a device")
+
+
 def keras_cell(*bias):
     return [np.ones((2, 9)), np.ones((3, 9)), *bias]
 
@@ -237,6 +256,31 @@ BAD_CALLS = {
         ValueError,
         "from_torch: prefix must begin a name of state_dict, got 'rnn.'; the names are "
         "weight_ih, weight_hh.",
+    ),
+    "wrong_prefix_of_many_names": (
+        lambda: jaxgru.from_torch({f"w{i}": np.ones(2) for i in range(21)}, prefix="x"),
+        ValueError,
+        "from_torch: prefix must begin a name of state_dict, got 'x'; the names are "
+        f"{', '.join(f'w{i}' for i in range(20))}, ... and 1 more.",
+    ),
+    "no_names": (
+        lambda: jaxgru.from_torch({}),
+        ValueError,
+        "from_torch: prefix must begin a name of state_dict, got ''; the names are none.",
+    ),
+    "no_array": (
+        lambda: jaxgru.from_haste({"kernel": Unreadable()}),
+        TypeError,
+        "from_haste: cell['kernel'] must be an array that NumPy can hold, got Unreadable (on a "
+        "device); move it to the CPU, detach it, and cast PyTorch's bfloat16 with .float().",
+    ),
+    "keras_misshaped": (
+        lambda: jaxgru.from_keras(
+            {"recurrent_kernel": np.ones((3, 9)), "kernel": np.ones((2, 8))}, reset_after=True
+        ),
+        ValueError,
+        "from_keras: weights must hold recurrent_kernel, kernel, got misshaped: kernel (2, 8) for "
+        "[I 3H] (with H=3, I=2).",
     ),
     "optimizer_state": (
         lambda: jaxgru.from_torch({"state": {}, "param_groups": []}),
@@ -377,36 +421,11 @@ BAD_CALLS = {
         ValueError,
         "from_onnx: R must have one or two directions in front, got 3.",
     ),
-    "torch_resets_after_alone": (
-        lambda: jaxgru.to_torch(cell_of(), spec=CHO_2014),
-        ValueError,
-        "to_torch: spec.reset must be 'after', which is all that torch.nn.GRU computes, got "
-        "'before': no weights make the one of the other, so the model has to be trained anew with "
-        "it.",
-    ),
-    "haiku_resets_before_alone": (
-        lambda: jaxgru.to_haiku(cell_of(), spec=PYTORCH),
-        ValueError,
-        "to_haiku: spec.reset must be 'before', which is all that haiku.GRU computes, got 'after': "
-        "no weights make the one of the other, so the model has to be trained anew with it.",
-    ),
-    "equinox_has_tanh_alone": (
-        lambda: jaxgru.to_equinox(cell_of(), spec=GRUSpec("after", activation="relu")),
-        ValueError,
-        "to_equinox: spec.activation must be one of 'tanh', which is all that equinox.nn.GRUCell "
-        "computes, got 'relu'.",
-    ),
     "nnx_has_no_bias_inside": (
         lambda: jaxgru.to_nnx((cell_of(),), spec=PYTORCH),
         ValueError,
         "to_nnx: the n block of params[0].b_h must be zero, as flax.nnx.GRUCell has no bias that "
         "the reset gate multiplies, got up to 1; flax.linen.GRUCell has one (to_linen).",
-    ),
-    "gains": (
-        lambda: jaxgru.to_keras(cell_of(g_x=np.ones(9)), spec=PYTORCH),
-        ValueError,
-        "to_keras: params must have no gains, as keras.layers.GRU has no layer normalization of "
-        "the gates' products, got g_x or g_h.",
     ),
     "params_kind": (
         lambda: jaxgru.to_haste({"w_x": 1}, spec=PYTORCH),
@@ -440,6 +459,99 @@ def test_bad_call_is_refused_with_its_reason(case):
     call, kind, message = BAD_CALLS[case]
     with pytest.raises(kind, match="^" + re.escape(message) + "$"):
         call()
+
+
+def mapping_of(name):
+    """The weights of a cell by the peer's names."""
+    spec = CHUNG_2014 if name == "haiku" else PYTORCH
+    cell = cell_of(b_h=np.r_[np.ones(6), np.zeros(3)])
+    weights = flatten(name, WRITERS[name](cell, spec=spec).weights)
+    if name == "keras":
+        weights = dict(zip(("kernel", "recurrent_kernel", "bias"), weights.values()))
+    return weights
+
+
+AXES = {  # of each peer: how its error names the source, its arrays in order, and their axes
+    "torch": ("state_dict", "weight_hh [3H H], weight_ih [3H I], bias_ih [3H], bias_hh [3H]"),
+    "keras": ("weights", "recurrent_kernel [H 3H], kernel [I 3H], bias [2 3H]"),
+    "linen": (
+        "cell",
+        "hr/kernel [H H], hz/kernel [H H], hn/kernel [H H], ir/kernel [I H], iz/kernel [I H], "
+        "in/kernel [I H], ir/bias [H], iz/bias [H], in/bias [H], hn/bias [H]",
+    ),
+    "nnx": ("cell", "dense_h/kernel [H 3H], dense_i/kernel [I 3H], dense_i/bias [3H]"),
+    "equinox": ("cell", "weight_hh [3H H], weight_ih [3H I], bias [3H], bias_n [H]"),
+    "haiku": ("cell", "w_h [H 3H], w_i [I 3H], b [3H]"),
+    "haste": ("cell", "recurrent_kernel [H 3H], kernel [I 3H], bias [3H], recurrent_bias [3H]"),
+}
+
+
+@pytest.mark.parametrize("name", AXES)
+def test_every_array_of_a_peer_has_its_axes_and_a_floating_dtype(name):
+    read, (source, listed) = getattr(jaxgru, f"from_{name}"), AXES[name]
+    weights = mapping_of(name)
+    axes = dict(re.findall(r"(\S+) \[([^]]+)\]", listed))
+    assert set(axes) == set(weights)
+    for key, wanted in axes.items():
+        odd = np.ones((7, 5, 3))
+        with pytest.raises(ValueError) as caught:
+            read(weights | {key: odd})
+        found = str(caught.value)
+        start = f"from_{name}: {source} must hold {', '.join(axes)}, got misshaped: "
+        if name != "keras" or key != "bias":
+            assert found.startswith(start) and f"{key} (7, 5, 3) for [{wanted}]" in found
+        with pytest.raises(TypeError) as caught:
+            read(weights | {key: np.ones(odd.shape, int)})
+        assert str(caught.value) == (
+            f"from_{name}: {source}[{key!r}] must be an array of float64, float32, bfloat16, "
+            "float16, got dtype int64."
+        )
+    with pytest.raises(ValueError) as caught:
+        read(weights | {"more": np.ones(3)})
+    assert str(caught.value) == (
+        f"from_{name}: {source} must hold {', '.join(axes)}, got surplus: more."
+    )
+
+
+@pytest.mark.parametrize("name", ["torch", "linen", "nnx", "haiku", "haste"])
+def test_prefix_that_is_missing_is_named(name):
+    read, (source, _) = getattr(jaxgru, f"from_{name}"), AXES[name]
+    separator = "." if name == "torch" else "/"
+    weights = {f"rnn{separator}{key}": v for key, v in mapping_of(name).items()}
+    with pytest.raises(ValueError) as caught:
+        read(weights)
+    assert str(caught.value) == (
+        f"from_{name}: prefix must be one of 'rnn{separator}', where {source} holds a GRU, got ''."
+    )
+    found = read(weights, prefix=f"rnn{separator}").params
+    jax.tree.map(np.testing.assert_array_equal, found, read(mapping_of(name)).params)
+
+
+@pytest.mark.parametrize("name", NOTES)
+def test_what_a_peer_does_not_compute_is_refused_in_its_name(name):
+    peer, spec = NOTES[name][0], CHUNG_2014 if name == "haiku" else PYTORCH
+    with pytest.raises(ValueError) as caught:
+        WRITERS[name](cell_of(g_x=np.ones(9)), spec=spec)
+    assert str(caught.value) == (
+        f"to_{name}: params must have no gains, as {peer} has no layer normalization of the gates' "
+        "products, got g_x or g_h."
+    )
+    if name in ("torch", "equinox", "haiku", "haste"):
+        with pytest.raises(ValueError) as caught:
+            WRITERS[name](cell_of(), spec=GRUSpec(spec.reset, activation="relu"))
+        assert str(caught.value) == (
+            f"to_{name}: spec.activation must be one of 'tanh', which is all that {peer} computes, "
+            "got 'relu'."
+        )
+    if name not in ("keras", "onnx"):
+        other = "after" if name == "haiku" else "before"
+        with pytest.raises(ValueError) as caught:
+            WRITERS[name](cell_of(), spec=GRUSpec(other))
+        assert str(caught.value) == (
+            f"to_{name}: spec.reset must be {spec.reset!r}, which is all that {peer} computes, got "
+            f"{other!r}: no weights make the one of the other, so the model has to be trained anew "
+            "with it."
+        )
 
 
 ABSENT = {"b_x": cell_of(b_x=None), "b_h": cell_of(b_h=None), "both": cell_of(b_x=None, b_h=None)}
@@ -479,6 +591,54 @@ def test_layer_without_bias_beside_one_with_it_is_told():
         assert WRITERS[name]((bare, upper), spec=PYTORCH).notes == ()
 
 
+OPTIONS = {
+    "torch": {"input_size": 2, "hidden_size": 3, "bias": True},
+    "keras": {"units": 3, "activation": "tanh", "reset_after": True, "use_bias": True},
+    "linen": {"features": 3, "activation_fn": "tanh"},
+    "nnx": {"in_features": 2, "hidden_features": 3, "activation_fn": "tanh"},
+    "equinox": {"input_size": 2, "hidden_size": 3, "use_bias": True},
+    "haiku": {"hidden_size": 3},
+    "haste": {"input_size": 2, "hidden_size": 3},
+    "onnx": {
+        "hidden_size": 3,
+        "direction": "forward",
+        "linear_before_reset": 1,
+        "activations": ["Sigmoid", "Tanh"],
+    },
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_of_a_cell_build_the_target(name):
+    spec = CHUNG_2014 if name == "haiku" else PYTORCH
+    cell = cell_of(b_h=np.r_[np.ones(6), np.zeros(3)])
+    assert WRITERS[name](cell, spec=spec).options == OPTIONS[name]
+
+
+def test_equation_is_cho_2014s_by_default():
+    for name, write in WRITERS.items():
+        if name in ("keras", "onnx", "haiku"):
+            assert write(cell_of()).notes == write(cell_of(), spec=CHO_2014).notes
+        else:
+            with pytest.raises(ValueError, match="got 'before'"):
+                write(cell_of())
+    assert jaxgru.to_keras(cell_of()).options["reset_after"] is False
+    cell = load_golden("linen", "tanh")[0]["weights"]
+    for imported in (jaxgru.from_linen(cell), jaxgru.from_equinox(to_equinox_cell())):
+        assert imported.spec == PYTORCH
+        assert imported.notes == (
+            "r and z have one bias in the source: b_h is zero there, and learns beside b_x from "
+            "now",
+        )
+    assert jaxgru.from_onnx(np.ones((1, 9, 2)), np.ones((1, 9, 3))).spec == GRUSpec(
+        "before", "keep"
+    )
+
+
+def to_equinox_cell():
+    return jaxgru.to_equinox(cell_of(), spec=PYTORCH).weights
+
+
 def test_options_build_the_target():
     stack = (
         Bidirectional(cell_of(), cell_of()),
@@ -490,6 +650,15 @@ def test_options_build_the_target():
         "num_layers": 2,
         "bias": True,
         "bidirectional": True,
+    }
+    onnx = jaxgru.to_onnx(stack[0], spec=GRUSpec("before", activation="identity")).options
+    assert onnx == {
+        "hidden_size": 3,
+        "direction": "bidirectional",
+        "linear_before_reset": 0,
+        "activations": ["Sigmoid", "Affine"] * 2,
+        "activation_alpha": [1.0, 1.0],
+        "activation_beta": [0.0, 0.0],
     }
     options = jaxgru.to_keras(cell_of(), spec=GRUSpec(activation="identity")).options
     assert options == {

@@ -37,7 +37,7 @@ fresh_cases = functools.partial(
 )
 
 
-@pytest.mark.usefixtures("x64", "quick_compilation")
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(("name", "variant"), VARIANTS)
 def test_fresh_case_has_the_peers_values_and_gradients(name, variant):
     @fresh_cases(max_examples=3)

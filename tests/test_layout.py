@@ -1,5 +1,6 @@
 """Training on a mesh of devices is training on one: values, programs, and what is refused."""
 
+import functools
 import re
 
 import data_parallel
@@ -27,28 +28,56 @@ def layout_of(*sizes, kind=AxisType.Auto, **choices):
     return jaxgru.Layout(mesh_of(*sizes, kind=kind), batch_axes=BATCH_AXES, **choices)
 
 
+@functools.cache
+def on_one_device(dtype):
+    with jax.enable_x64(dtype == "float64"):
+        return data_parallel.run(dtype=jnp.dtype(dtype))
+
+
 def assert_is_the_run_on_one_device(layout, dtype):
     with jax.enable_x64(dtype == "float64"):
-        wanted = data_parallel.run(dtype=jnp.dtype(dtype))
         got = data_parallel.run(layout, jnp.dtype(dtype))
+    wanted = on_one_device(dtype)
     for field in ("losses", "params"):
         assert_close(getattr(got, field), getattr(wanted, field), TOLERANCES[dtype], field)
     assert_close(got.norms, wanted.norms, TOLERANCES["float32"], "norms")  # they are float32
     np.testing.assert_array_equal(got.batch, wanted.batch)
 
 
-def test_losses_and_parameters_are_those_of_one_device():
+@pytest.mark.slow
+def test_losses_and_parameters_are_those_of_one_device_as_users_compile_them():
     assert_is_the_run_on_one_device(layout_of(4), "float32")
 
 
-@pytest.mark.usefixtures("quick_compilation")
+def test_losses_and_parameters_are_those_of_one_device():
+    assert_is_the_run_on_one_device(layout_of(4), "float64")
+
+
 def test_divided_parameters_are_those_of_one_device():
     """On two axes, the batch over both, inside of a mesh of another kind than the layout's own."""
     layout = layout_of(2, 2, kind=AxisType.Explicit, hidden="model", batch=("data", "model"))
     with jax.set_mesh(mesh_of(2, 2, kind=AxisType.Explicit)):
-        placed = layout.place_state(data_parallel.make_state()[0])
-        assert placed.params["gru"].w_h.addressable_shards[0].data.shape == (8, 12)
         assert_is_the_run_on_one_device(layout, "float64")
+
+
+def test_leaves_are_divided_along_their_longest_axis_that_divides():
+    divided = {
+        (8, 24): (8, 12), (4, 6): (4, 3), (6, 5): (3, 5), (6, 6): (3, 6), (2, 4, 6): (2, 4, 3),
+        (5,): (5,), (): (), (0, 3): (0, 3), (0, 4): (0, 2),
+    }  # fmt: skip
+    params = {str(shape): np.zeros(shape, np.float32) for shape in divided}
+    state = jaxgru.TrainState(params, params, None, jax.random.key(3), 0, 0, params)
+    state = state._replace(step=jnp.int32(4), skipped=jnp.int32(1), carry=np.zeros((4, 3)))
+    for hidden in ("model", None):
+        placed = jaxgru.Layout(mesh_of(2, 2), hidden=hidden).place_state(state)
+        for tree in (placed.params, placed.opt_state, placed.average):
+            for shape, part in divided.items():
+                found = tree[str(shape)].addressable_shards[0].data.shape
+                assert found == (part if hidden else shape)
+        assert placed.carry.addressable_shards[0].data.shape == (2, 3)
+        assert (int(placed.step), int(placed.skipped)) == (4, 1)
+        assert jax.random.key_data(placed.key).tolist() == [0, 3]
+        assert len(placed.key.sharding.device_set) == 4
 
 
 # The program: what devices send each other, and that it is one program.
@@ -112,12 +141,10 @@ def test_divided_parameters_are_put_together_before_the_loop_over_time():
     assert set(outside) == {"all-gather", "all-reduce"}  # no rows, no states are sent
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_chunks_that_are_asked_for_have_a_sum_each():
     assert set(collectives(compiled(jaxgru.Layout(mesh_of(4)), chunk_size=3))[0]) == {"all-reduce"}
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_long_sequences_are_one_chunk_on_a_mesh(monkeypatch):
     monkeypatch.setattr("jaxgru.sweeps._WHOLE_SEQUENCE", 1)
     monkeypatch.setattr("jaxgru.sweeps._CHUNK", 1)
@@ -199,7 +226,6 @@ def test_update_that_is_not_finite_on_one_device_is_left_out_on_all():
 # Ensembles.
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_members_of_an_ensemble_never_meet_and_are_what_each_is_alone():
     """The recipe of the module's docstring, eight members on four devices."""
     mesh = jax.make_mesh((4,), ("data",))
@@ -220,9 +246,9 @@ def test_members_of_an_ensemble_never_meet_and_are_what_each_is_alone():
     train_step = jaxgru.make_train_step(loss_fn, optimizer, donate=False)
     each = jax.vmap(train_step, in_axes=(0, None))
     each = jax.shard_map(each, mesh=mesh, in_specs=(members.spec, P()), out_specs=members.spec)
-    each = jax.jit(each, donate_argnums=0)
-    batch = jax.random.normal(jax.random.key(6), (6, 5, 3))
-    assert collectives(each.lower(states, batch).compile().as_text()) == ([], [])
+    batch = jnp.asarray(np.random.default_rng(6).normal(size=(6, 5, 3)), jnp.float32)
+    each = jax.jit(each, donate_argnums=0).lower(states, batch).compile()
+    assert collectives(each.as_text()) == ([], [])
     for _ in range(2):
         states, metrics = each(states, batch)
     assert states.params.w_h.addressable_shards[0].data.shape == (2, 4, 12)
@@ -239,35 +265,146 @@ def test_members_of_an_ensemble_never_meet_and_are_what_each_is_alone():
 # What is refused.
 
 
-def test_rows_that_do_not_divide_are_refused():
-    layout = layout_of(4)
-    with pytest.raises(ValueError, match=r"batch_size must divide by 4 .*got 6; take a multiple"):
-        layout.process_rows(6)
-    with pytest.raises(TypeError, match=r"batch_size must be an integer, got 8\.0"):
-        layout.process_rows(8.0)
-    tokens = np.zeros((5, 6), np.int32)
-    with pytest.raises(ValueError, match=r"batch\[1\] must have rows that divide by 4 on axis 1"):
-        layout.place_batch((tokens[:, :4], tokens, np.array(True)))
-    with pytest.raises(ValueError, match=r"batch\[2\] must have an axis 1 of rows, got shape \(\)"):
-        jaxgru.Layout(mesh_of(4)).place_batch((tokens[:, :4], tokens[:, :4], np.array(True)))
-    with pytest.raises(ValueError, match="batch_axes must be a prefix of batch, got"):
-        layout.place_batch((tokens, tokens))
-    state = data_parallel.make_state()[0]._replace(carry={"h": jnp.zeros((6, 3))})
-    with pytest.raises(ValueError, match=r"state.carry\['h'\] must have rows that divide by 4"):
-        layout.place_state(state)
+TOKENS = np.zeros((5, 6), np.int32)
+CURE = "take a multiple, or fewer devices."
+NO_ROWS = "set batch_axes and carry_axes, None for what has no rows."
 
 
-def test_axes_that_the_mesh_does_not_have_are_refused():
-    with pytest.raises(ValueError, match=r"batch must name axes .*\('data',\), got 'rows'"):
-        jaxgru.Layout(mesh_of(4), batch="rows")
-    with pytest.raises(ValueError, match=r"hidden must name axes of the mesh, .*got 'model'"):
-        jaxgru.Layout(mesh_of(4), hidden="model")
-    with pytest.raises(TypeError, match=r"mesh must be a jax\.sharding\.Mesh, got list"):
+def place_carry(shape, **choices):
+    state = jaxgru.TrainState({}, {}, {"h": np.zeros(shape)}, None, 0, 0)
+    return jaxgru.Layout(mesh_of(4), **choices).place_state(state)
+
+
+def take_own_step(state, batch):
+    """A train step that returns a carry of other rows."""
+    return state._replace(carry=jnp.zeros((6, 3))), {}
+
+
+REFUSED = {
+    "batch_size": (
+        lambda: layout_of(4).process_rows(6),
+        "Layout.process_rows: batch_size must divide by 4 (the size of 'data' of the mesh), got 6; "
+        + CURE,
+    ),
+    "two axes": (
+        lambda: layout_of(2, 2, batch=("data", "model")).process_rows(6),
+        "Layout.process_rows: batch_size must divide by 4 (the size of ('data', 'model') of the "
+        "mesh), got 6; " + CURE,
+    ),
+    "none": (
+        lambda: layout_of(4).process_rows(0),
+        "Layout.process_rows: batch_size must be at least 1, got 0.",
+    ),
+    "batch": (
+        lambda: layout_of(4).place_batch((TOKENS[:, :4], TOKENS, np.array(True))),
+        "Layout.place_batch: batch[1] must have rows that divide by 4 on axis 1 (shards on the "
+        "mesh), got shape (5, 6); " + CURE,
+    ),
+    "axis of batch": (
+        lambda: jaxgru.Layout(mesh_of(4)).place_batch((TOKENS[:, :4], np.array(True))),
+        "Layout.place_batch: batch[1] must have an axis 1 of rows, got shape (); " + NO_ROWS,
+    ),
+    "negative axis": (
+        lambda: jaxgru.Layout(mesh_of(4), batch_axes=-1).place_batch(TOKENS[:, :4]),
+        "Layout.place_batch: batch must have an axis -1 of rows, got shape (5, 4); " + NO_ROWS,
+    ),
+    "carry": (
+        lambda: place_carry((6, 3)),
+        "Layout.place_state: state.carry['h'] must have rows that divide by 4 on axis 0 (shards on "
+        "the mesh), got shape (6, 3); " + CURE,
+    ),
+    "axis of carry": (
+        lambda: place_carry((4, 3), carry_axes={"h": 2}),
+        "Layout.place_state: state.carry['h'] must have an axis 2 of rows, got shape (4, 3); "
+        + NO_ROWS,
+    ),
+    "carry of a step": (
+        lambda: jax.eval_shape(
+            layout_of(4).wrap_step(take_own_step), jaxgru.TrainState({}, {}, None, None, 0, 0), None
+        ),
+        "Layout.wrap_step: state.carry must have rows that divide by 4 on axis 0 (shards on the "
+        "mesh), got shape (6, 3); " + CURE,
+    ),
+    "name of batch": (
+        lambda: jaxgru.Layout(mesh_of(4), batch="rows"),
+        "Layout: batch must name axes of the mesh, ('data',), got 'rows'.",
+    ),
+    "no batch": (
+        lambda: jaxgru.Layout(mesh_of(4), batch=(None,)),
+        "Layout: batch must name axes of the mesh, ('data',), got None.",
+    ),
+    "name of hidden": (
+        lambda: jaxgru.Layout(mesh_of(4), hidden="model"),
+        "Layout: hidden must name axes of the mesh, ('data',), got 'model'.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_does_not_fit_the_mesh_is_refused(name):
+    call, message = REFUSED[name]
+    with pytest.raises(ValueError) as refused:
+        call()
+    assert str(refused.value) == message
+
+
+def test_what_is_of_another_kind_is_refused():
+    with pytest.raises(TypeError) as refused:
+        layout_of(4).process_rows(8.0)
+    assert str(refused.value) == "Layout.process_rows: batch_size must be an integer, got 8.0."
+    with pytest.raises(TypeError) as refused:
         jaxgru.Layout(jax.devices())
+    assert str(refused.value) == (
+        "Layout: mesh must be a jax.sharding.Mesh, got list; jax.make_mesh makes one."
+    )
 
 
-def test_rows_of_a_process_are_all_rows_where_it_is_alone():
+def test_axes_that_are_no_prefix_are_refused():
+    """The end of each message is JAX's."""
+    with pytest.raises(ValueError) as refused:
+        layout_of(4).place_batch((TOKENS, TOKENS))
+    start = "Layout.place_batch: batch_axes must be a prefix of batch, got (1, 1, None): "
+    assert str(refused.value).startswith(start)
+    with pytest.raises(ValueError) as refused:
+        place_carry((4, 3), carry_axes=(0, 1))
+    start = "Layout.place_state: carry_axes must be a prefix of carry, got (0, 1): "
+    assert str(refused.value).startswith(start)
+
+
+def test_mesh_must_have_a_device_of_every_process(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError) as refused:
+        jaxgru.Layout(mesh_of(4))
+    assert str(refused.value) == (
+        "Layout: mesh must have a device of each of 2 processes, got those of [0]; make it of "
+        "jax.devices()."
+    )
+
+
+def test_rows_of_a_process_are_those_of_its_devices(monkeypatch):
+    """Where there are several, which rows lie on its devices is told here by hand."""
     assert layout_of(4).process_rows(8) == slice(0, 8)
     assert layout_of(2, 2).process_rows(6) == slice(0, 6)
     one = jaxgru.Layout(Mesh(np.array(jax.devices()[:1]), ("data",)))
     assert one.process_rows(3) == slice(0, 3)
+    own = [3, 2]
+
+    def parts(sharding, shape):  # of four devices; one that is not this process's has none
+        size = shape[0] // 4
+        return {9: None} | {n: (slice(n * size, (n + 1) * size),) for n in own}
+
+    monkeypatch.setattr(NamedSharding, "addressable_devices_indices_map", parts)
+    assert layout_of(4).process_rows(8) == slice(4, 8)
+    with pytest.raises(ValueError) as refused:
+        jaxgru.Layout(mesh_of(4)).place_batch(TOKENS[:, :5])
+    assert str(refused.value) == (
+        "Layout.place_batch: batch must have rows that divide by 2 on axis 1 (shards on the mesh), "
+        "got shape (5, 5); " + CURE
+    )
+    own.append(0)
+    with pytest.raises(ValueError) as refused:
+        layout_of(4).process_rows(8)
+    assert str(refused.value) == (
+        "Layout.process_rows: mesh must give a process rows without gaps, got [(0, 2), (4, 6), "
+        "(6, 8)]; make it of jax.devices(), in their order."
+    )

@@ -1,5 +1,7 @@
 """Losses: entries and their derivatives against NumPy, reductions against their definitions."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,7 +51,7 @@ def make(name):
     return squared_loss, o, y, ((o - y) ** 2).mean(-1), 2 / K * (o - y)
 
 
-@pytest.mark.usefixtures("x64", "quick_compilation")
+@pytest.mark.usefixtures("x64", "uncompiled")
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("name", ["categorical", "bernoulli", "half_sum", "mean"])
 def test_every_reduction_weighs_every_entry_as_defined(name, masked):
@@ -73,86 +75,148 @@ def test_every_reduction_weighs_every_entry_as_defined(name, masked):
         np.testing.assert_allclose(slope, w[..., None] * slopes, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.usefixtures("x64", "uncompiled")
+@pytest.mark.parametrize("name", ["categorical", "bernoulli", "half_sum", "mean"])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_axis_says_where_time_is(reduction):
-    logits = jax.random.normal(jax.random.key(0), (T, B, K))
-    labels, mask = jnp.ones((T, B), int), jnp.asarray(MASK)
-    wanted = categorical_loss(logits, labels, mask, reduction=reduction)
-    batch_major = (logits.swapaxes(0, 1), labels.T, mask.T)
-    got = categorical_loss(*batch_major, reduction=reduction, axis=1)
-    np.testing.assert_allclose(got.T, wanted, rtol=1e-6)
-    if reduction in ("batch_mean", "sequence_mean"):
-        many_to_one = categorical_loss(logits[0], labels[0], reduction=reduction, axis=None)
-        np.testing.assert_allclose(many_to_one, categorical_loss(logits[0], labels[0]), rtol=1e-6)
+def test_axis_says_where_time_is(reduction, name):
+    loss, o, y, entries, _ = make(name)
+    wanted = weights(reduction, MASK) * entries
+    wanted = wanted if reduction == "none" else wanted.sum()
+    batch_major = (jnp.asarray(v.swapaxes(0, 1)) for v in (o, y, MASK))
+    got = loss(*batch_major, reduction=reduction, axis=1)
+    np.testing.assert_allclose(got.T, wanted, rtol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
-@pytest.mark.parametrize("reduction", ["sum", "mean", "batch_mean", "sequence_mean"])
-def test_half_types_are_summed_in_float32(dtype, reduction):
+@pytest.mark.usefixtures("x64", "uncompiled")
+@pytest.mark.parametrize("name", ["categorical", "bernoulli", "half_sum", "mean"])
+def test_loss_of_one_entry_a_sequence_is_many_to_one(name):
+    """Without an axis of time; and the mean over what counts by default."""
+    loss, o, y, entries, _ = make(name)
+    outputs, targets = jnp.asarray(o[0]), jnp.asarray(y[0])
+    mask = jnp.asarray([True, False, True])
+    for reduction in ("batch_mean", "sequence_mean"):
+        got = loss(outputs, targets, reduction=reduction, axis=None)
+        np.testing.assert_allclose(got, entries[0].mean(), rtol=1e-12)
+        got = loss(outputs, targets, mask, reduction=reduction, axis=None)
+        np.testing.assert_allclose(got, entries[0, ::2].sum() / B, rtol=1e-12)
+        got = loss(outputs[:0], targets[:0], reduction=reduction, axis=None)
+        assert got == 0
+    np.testing.assert_allclose(loss(outputs, targets, mask), entries[0, ::2].mean(), rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_types_are_summed_in_float32(dtype):
     """90,000 entries: their sum and their count are beyond float16."""
-    logits, labels = jnp.zeros((300, 300, K), dtype), jnp.zeros((300, 300), int)
-    loss = categorical_loss(logits, labels, reduction=reduction)
-    assert loss.dtype == jnp.float32
-    entries = {"sum": 90_000, "mean": 1, "batch_mean": 300, "sequence_mean": 1}[reduction]
-    np.testing.assert_allclose(loss, entries * np.log(K), rtol=1e-5)
-    ones = jnp.ones((300, 300, K), dtype)
-    assert bernoulli_loss(logits, ones, reduction=reduction).dtype == jnp.float32
-    np.testing.assert_allclose(squared_loss(logits, ones, reduction=reduction), entries, rtol=1e-5)
+    logits, labels = np.zeros((300, 300, K), dtype=jnp.dtype(dtype)), np.zeros((300, 300), np.int32)
+    counts = {"sum": 90_000, "mean": 1, "batch_mean": 300, "sequence_mean": 1}
+
+    @jax.jit
+    def run(logits):
+        return {
+            reduction: (
+                categorical_loss(logits, labels, reduction=reduction),
+                bernoulli_loss(logits, logits + 1, reduction=reduction),
+                squared_loss(logits, logits + 1, reduction=reduction),
+            )
+            for reduction in counts
+        }
+
+    for reduction, losses in run(logits).items():
+        assert {loss.dtype for loss in losses} == {jnp.dtype("float32")}
+        wanted = np.array([np.log(K), K * np.log(2), 1]) * counts[reduction]
+        np.testing.assert_allclose(losses, wanted, rtol=1e-5)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS[1:])
 def test_loss_where_nothing_counts_is_zero(reduction):
-    logits, mask = jnp.ones((T, B, K)), jnp.zeros((T, B), bool)
-    targets = jnp.zeros((T, B, K))
-    assert bernoulli_loss(logits, targets, mask, reduction=reduction) == 0
+    logits, mask = np.ones((T, B, K), np.float32), np.zeros((T, B), bool)
+    assert bernoulli_loss(logits, 0 * logits, mask, reduction=reduction) == 0
+    wrong = np.full((T, B), -7)  # what is masked needs no label
+    assert categorical_loss(logits, wrong, jnp.asarray(mask), reduction=reduction) == 0
 
 
 def test_logits_of_any_size_have_finite_losses():
     """From logits, not probabilities: exp(1e4) never appears."""
-    logits = jnp.array([[1e4, -1e4]])
-    np.testing.assert_allclose(categorical_loss(logits, jnp.array([1])), 2e4)
-    np.testing.assert_allclose(bernoulli_loss(logits, jnp.array([[0.0, 1.0]])), 2e4)
+    logits = np.array([[1e4, -1e4]], np.float32)
+    np.testing.assert_allclose(categorical_loss(logits, np.array([1])), 2e4)
+    np.testing.assert_allclose(bernoulli_loss(logits, np.array([[0.0, 1.0]], np.float32)), 2e4)
 
 
-def test_loss_of_one_entry_a_sequence_is_many_to_one():
-    logits, labels = jnp.zeros((B, K)), jnp.zeros(B, int)
-    np.testing.assert_allclose(categorical_loss(logits, labels), np.log(K), rtol=1e-6)
-    total = categorical_loss(logits, labels, jnp.array([True, False, True]), reduction="sum")
-    np.testing.assert_allclose(total, 2 * np.log(K), rtol=1e-6)
+@pytest.mark.usefixtures("x64", "uncompiled")
+def test_labels_that_are_traced_or_none_are_not_read():
+    """Every label from 0 to K - 1 is legal, and so is no label at all."""
+    _, o, _, _, _ = make("categorical")
+    for label in (0, K - 1):
+        found = categorical_loss(jnp.asarray(o[0]), jnp.full(B, label))
+        np.testing.assert_allclose(found, -np.log(softmax(o[0])[:, label]).mean(), rtol=1e-12)
+    assert categorical_loss(jnp.asarray(o[0, :0]), jnp.zeros(0, int)) == 0
+    with jax.disable_jit(False):
+        got = jax.jit(categorical_loss)(jnp.asarray(o[0]), jnp.array([0, 1, K + 5]))
+    assert jnp.isnan(got)
 
 
-LOGITS, Y = jnp.ones((T, B, K)), jnp.ones((T, B), int)
+LOGITS, Y = np.ones((T, B, K), np.float32), np.ones((T, B), int)
 
 
 @pytest.mark.parametrize(
-    ("run", "error", "match"),
+    ("run", "kind", "message"),
     [
         (lambda: categorical_loss(LOGITS, Y[1:]), ValueError,
-         r"categorical_loss: labels must have shape \(4, 3\), got \(3, 3\)"),
-        (lambda: categorical_loss(LOGITS, LOGITS), TypeError, "labels must be an integer array"),
-        (lambda: categorical_loss(Y, Y), TypeError, "logits must be a floating array"),
+         "categorical_loss: labels must have shape (4, 3), got (3, 3)."),
+        (lambda: categorical_loss(LOGITS, LOGITS), TypeError,
+         "categorical_loss: labels must be an integer array, got dtype float32."),
+        (lambda: categorical_loss(Y, Y), TypeError,
+         "categorical_loss: logits must be a floating array, got dtype int64; cast it first."),
         (lambda: bernoulli_loss(LOGITS, LOGITS[1:]), ValueError,
-         "bernoulli_loss: targets must have shape"),
+         "bernoulli_loss: targets must have shape (4, 3, 5), got (3, 3, 5)."),
         (lambda: bernoulli_loss(LOGITS, Y[..., None]), TypeError,
-         "targets must be a floating array"),
+         "bernoulli_loss: targets must be a floating array, got dtype int64; cast it first."),
         (lambda: squared_loss(LOGITS, LOGITS.astype(jnp.bfloat16)), TypeError,
-         "targets must have the dtype of outputs, float32, got bfloat16"),
+         "squared_loss: targets must have the dtype of outputs, float32, got bfloat16; cast "
+         "one of them."),
         (lambda: squared_loss(LOGITS, LOGITS, form="half"), ValueError,
-         "form must be one of 'mean', 'half_sum', got 'half'"),
+         "squared_loss: form must be one of 'mean', 'half_sum', got 'half'."),
         (lambda: squared_loss(LOGITS, LOGITS, reduction="avg"), ValueError,
-         "reduction must be one of"),
-        (lambda: squared_loss(LOGITS, LOGITS, jnp.ones((T, 1), bool)), ValueError,
-         r"mask must have shape \(4, 3\) \(one entry a loss\), got \(4, 1\)"),
-        (lambda: squared_loss(LOGITS, LOGITS, jnp.ones((T, B))), TypeError,
-         "mask must be a bool array"),
-        (lambda: squared_loss(jnp.ones(()), jnp.ones(())), ValueError, "outputs must have shape"),
+         "squared_loss: reduction must be one of 'none', 'sum', 'mean', 'batch_mean', "
+         "'sequence_mean', got 'avg'."),
+        (lambda: squared_loss(LOGITS, LOGITS, np.ones((T, 1), bool)), ValueError,
+         "squared_loss: mask must have shape (4, 3) (one entry a loss), got (4, 1)."),
+        (lambda: squared_loss(LOGITS, LOGITS, np.ones((T, B), np.float32)), TypeError,
+         "squared_loss: mask must be a bool array, got float32."),
+        (lambda: squared_loss(np.ones((), np.float32), np.ones((), np.float32)), ValueError,
+         "squared_loss: outputs must have shape [..., K], got ()."),
         (lambda: squared_loss(LOGITS[0, 0], LOGITS[0, 0], reduction="batch_mean"), ValueError,
-         r"squared_loss: axis must name the axis of time .*'batch_mean', or be None, got 0"),
+         "squared_loss: axis must name the axis of time of the losses for "
+         "reduction='batch_mean', or be None, got 0 for shape ()."),
         (lambda: categorical_loss(LOGITS, Y * K), ValueError,
-         r"labels must lie in \[0, 5\) where they count, got 5 to 5; mask what has no label"),
-        (lambda: categorical_loss(LOGITS, Y - 2), ValueError, "got -1 to -1"),
+         "categorical_loss: labels must lie in [0, 5) where they count, got 5 to 5; mask what "
+         "has no label."),
+        (lambda: categorical_loss(LOGITS, Y - 2), ValueError,
+         "categorical_loss: labels must lie in [0, 5) where they count, got -1 to -1; mask "
+         "what has no label."),
+        (lambda: categorical_loss(LOGITS, [1]), TypeError,
+         "categorical_loss: labels must be an integer array, got list."),
+        (lambda: bernoulli_loss([1.0], LOGITS), TypeError,
+         "bernoulli_loss: logits must be an array, got list; convert it with jnp.asarray."),
+        (lambda: squared_loss(LOGITS[0, 0], LOGITS[0, 0], reduction="sequence_mean"), ValueError,
+         "squared_loss: axis must name the axis of time of the losses for "
+         "reduction='sequence_mean', or be None, got 0 for shape ()."),
+        (lambda: bernoulli_loss(LOGITS, LOGITS, reduction="batch_mean", axis=2), ValueError,
+         "bernoulli_loss: axis must name the axis of time of the losses for "
+         "reduction='batch_mean', or be None, got 2 for shape (4, 3)."),
+        (lambda: categorical_loss(LOGITS, Y, reduction="batch_mean", axis=-3), ValueError,
+         "categorical_loss: axis must name the axis of time of the losses for "
+         "reduction='batch_mean', or be None, got -3 for shape (4, 3)."),
+        (lambda: categorical_loss(LOGITS, Y, Y), TypeError,
+         "categorical_loss: mask must be a bool array, got int64."),
+        (lambda: categorical_loss(LOGITS, Y, reduction="avg"), ValueError,
+         "categorical_loss: reduction must be one of 'none', 'sum', 'mean', 'batch_mean', "
+         "'sequence_mean', got 'avg'."),
+        (lambda: bernoulli_loss(LOGITS, LOGITS, reduction="avg"), ValueError,
+         "bernoulli_loss: reduction must be one of 'none', 'sum', 'mean', 'batch_mean', "
+         "'sequence_mean', got 'avg'."),
     ],
 )  # fmt: skip
-def test_bad_call_says_what_was_expected_and_what_came(run, error, match):
-    with pytest.raises(error, match=match):
+def test_bad_call_says_what_was_expected_and_what_came(run, kind, message):
+    with pytest.raises(kind, match=f"^{re.escape(message)}$"):
         run()

@@ -11,7 +11,7 @@ from conftest import stop_and_resume
 from experiments import memory_tasks
 from experiments.memory_tasks import TASKS
 
-pytestmark = pytest.mark.usefixtures("quick_runs")
+pytestmark = pytest.mark.usefixtures("saved_programs")
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +47,7 @@ def read_metrics(run):
 
 
 @pytest.mark.parametrize("name", ["smoke", "copy"])
+@pytest.mark.slow
 def test_run_leaves_its_files(runs, name):
     names = {path.name for path in (runs / name).iterdir()}
     assert names == {"checkpoints", "config.json", "metrics.jsonl", "memory_tasks.png"}
@@ -58,6 +59,7 @@ def last_losses(run):
     return {record["model"]: record["test_loss"] for record in read_metrics(run)}
 
 
+@pytest.mark.slow
 def test_gru_solves_a_short_sum_and_the_tanh_network_learns_it(runs):
     losses = last_losses(runs / "smoke")
     assert losses["GRU"] < 0.02 * TASKS["adding"].baseline
@@ -66,10 +68,12 @@ def test_gru_solves_a_short_sum_and_the_tanh_network_learns_it(runs):
     assert correct[-1] > 0.95
 
 
+@pytest.mark.slow
 def test_gru_learns_to_copy(runs):
     assert last_losses(runs / "copy")["GRU"] < 0.8 * TASKS["copy"].baseline
 
 
+@pytest.mark.slow
 def test_same_seed_gives_the_same_metrics_and_another_seed_others(repeated):
     first, second, other = (read_metrics(repeated / n) for n in ("first", "second", "other"))
     assert first == second
@@ -127,6 +131,7 @@ def test_tanh_network_is_its_equation_written_as_a_loop():
     np.testing.assert_allclose(got, np.stack(outputs), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_update_gate_starts_with_time_constants_up_to_the_length():
     args = memory_tasks.parse_args(["--smoke"])
     task, key = TASKS["adding"], jax.random.key(0)

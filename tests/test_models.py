@@ -1,19 +1,25 @@
 """The token model: its equations against NumPy, its loss against the definition, its sampling."""
 
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import assert_close, make_problem
 from oracle import forward
 
 from jaxgru import (
     CHO_2014,
     CHUNG_2014,
     PYTORCH,
+    Bidirectional,
+    SequenceParams,
+    TokenParams,
     final_outputs,
     generate,
-    gru_cell,
     gru_stack,
     init_sequence_model,
     init_state,
@@ -23,23 +29,43 @@ from jaxgru import (
     token_logits,
     token_loss,
 )
+from jaxgru.models import _generate
 
-quickly = pytest.mark.usefixtures("quick_compilation")
+V, E, H, T, B = 7, 2, 3, 7, 3
+KEY = jax.random.key(0)
 
-V, E, H = 7, 3, 5
-
-
-def make(embedding_size=E, seed=0):
-    key, key_b = jax.random.split(jax.random.key(seed))
-    params = init_token_model(key, V, H, embedding_size=embedding_size, scheme="pytorch")
-    return params._replace(b=jax.random.normal(key_b, (V,)))
+# float64 where nothing else is said, and the shapes of other files' tests.
+eagerly = pytest.mark.usefixtures("x64", "uncompiled")
 
 
-def make_tokens(shape, seed=1):
-    return jax.random.randint(jax.random.key(seed), shape, 0, V)
+def draw(seed, *shape, dtype=np.float64):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(dtype))
 
 
-def by_hand(params, tokens, spec):
+def make(*, one_hot=False, num_layers=1, dtype=np.float64):
+    """A token model without a random key of JAX."""
+    sizes = [V if one_hot else E, *[H] * (num_layers - 1)]
+    layers = (make_problem(n, inputs=size, dtype=dtype).params for n, size in enumerate(sizes))
+    embedding = None if one_hot else draw(10, V, E, dtype=dtype)
+    return TokenParams(
+        embedding, tuple(layers), draw(11, H, V, dtype=dtype), draw(12, V, dtype=dtype)
+    )
+
+
+def make_outputs(sizes, *, num_outputs=2):
+    """A sequence model of layers that are pairs where a size is negative."""
+    layers = []
+    for n, size in enumerate(sizes):
+        pair = [make_problem(n + 10 * way, inputs=abs(size)).params for way in range(2)]
+        layers.append(Bidirectional(*pair) if size < 0 else pair[0])
+    return tuple(layers), draw(13, num_outputs)
+
+
+def make_tokens(seed=1, steps=T):
+    return jnp.asarray(np.random.default_rng(seed).integers(0, V, (steps, B)))
+
+
+def by_hand(params, tokens, spec=CHO_2014):
     """Logits in NumPy: a table look-up or a one-hot row, the oracle's recurrence, the head."""
     p = jax.tree.map(np.float64, params)
     table = np.eye(V) if p.embedding is None else p.embedding
@@ -48,80 +74,128 @@ def by_hand(params, tokens, spec):
     return hs @ p.w + p.b
 
 
-@quickly
-@pytest.mark.parametrize("spec", [CHUNG_2014, PYTORCH])
-@pytest.mark.parametrize("embedding_size", [None, E])
-def test_logits_equal_the_equations_in_numpy(embedding_size, spec):
-    params, tokens = make(embedding_size), make_tokens((6, 2))
-    logits = token_logits(params, tokens, spec=spec)[1]
-    # 1e-5: float32 against float64 over six steps.
-    np.testing.assert_allclose(logits, by_hand(params, tokens, spec), rtol=1e-5, atol=1e-5)
+# Draws, logits and losses.
 
 
-@quickly
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize(("merge", "rows"), [(None, 6), ("sum", 3)])
+def test_drawn_models_have_the_documented_sizes(merge, rows):
+    """Of two directions, one beside the other by default; float32 by default."""
+    options = {"num_layers": 2, "bidirectional": True} | ({"merge": merge} if merge else {})
+    for dtype in (None, jnp.bfloat16):
+        given = options | ({"dtype": dtype} if dtype else {})
+        tokens, outputs = (
+            jax.eval_shape(functools.partial(init, **given), KEY)
+            for init in (
+                lambda key, **given: init_token_model(key, V, H, embedding_size=E, **given),
+                lambda key, **given: init_sequence_model(key, E, H, V, **given),
+            )
+        )
+        for params in (tokens, outputs):
+            assert (params.w.shape, params.b.shape) == ((rows, V), (V,))
+            assert params.layers[0].forward.w_x.shape == (E, 3 * H) and len(params.layers) == 2
+            assert {v.dtype for v in jax.tree.leaves(params)} == {jnp.dtype(dtype or "float32")}
+        assert tokens.embedding.shape == (V, E)
+    one_hot = jax.eval_shape(lambda key: init_token_model(key, V, H), KEY)
+    assert one_hot.embedding is None and one_hot.layers[0].w_x.shape == (V, 3 * H)
+
+
+def test_drawn_models_have_the_documented_distributions():
+    """A standard normal embedding, and heads that are LeCun normal without a bias."""
+    tokens = init_token_model(KEY, 1000, 48, embedding_size=48)
+    outputs = init_sequence_model(KEY, 48, 48, 1000)
+    np.testing.assert_allclose(np.std(tokens.embedding), 1, rtol=0.02)
+    for params in (tokens, outputs):
+        np.testing.assert_allclose(np.std(params.w), 48**-0.5, rtol=0.02)
+        assert not np.any(params.b)
+
+
+@eagerly
+@pytest.mark.parametrize("spec", [CHUNG_2014, PYTORCH], ids=["chung", "pytorch"])
+@pytest.mark.parametrize("one_hot", [False, True])
+def test_logits_equal_the_equations_in_numpy(one_hot, spec):
+    params, tokens = make(one_hot=one_hot), make_tokens()
+    h_last, logits = token_logits(params, tokens, spec=spec)
+    assert_close(logits, by_hand(params, tokens, spec), 1e-13)
+    assert jax.tree.structure(h_last) == jax.tree.structure(init_state(params.layers, (B,)))
+
+
+@eagerly
+@pytest.mark.parametrize("reduction", [None, "sum", "none"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_loss_is_the_cross_entropy_of_the_counted_targets(reduction, masked):
-    params, tokens, targets = make(), make_tokens((6, 2)), make_tokens((6, 2), seed=2)
-    mask = np.ones((6, 2), bool)
+    """The mean over them by default."""
+    params, tokens, targets = make(), make_tokens(), make_tokens(seed=2)
+    mask = np.ones((T, B), bool)
     if masked:
-        mask[4:, 0] = False  # a suffix: held steps come after every counted one of that row
-    loss = token_loss(
-        params, tokens, targets, reduction=reduction, mask=jnp.array(mask) if masked else None
-    )[0]
-    logits = by_hand(params, tokens, CHO_2014)
+        mask[4:, 0] = False  # a suffix: masked steps come after every counted one of that row
+    options = {"mask": jnp.asarray(mask) if masked else None}
+    options |= {"reduction": reduction} if reduction else {}
+    loss = token_loss(params, tokens, targets, **options)[0]
+    logits = by_hand(params, tokens)
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    picked = np.take_along_axis(log_p, np.asarray(targets)[..., None], -1)[..., 0]
-    expected = -picked[mask].sum() / (mask.sum() if reduction == "mean" else 1)
-    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    picked = mask * -np.take_along_axis(log_p, np.asarray(targets)[..., None], -1)[..., 0]
+    wanted = {None: picked.sum() / mask.sum(), "sum": picked.sum(), "none": picked}[reduction]
+    np.testing.assert_allclose(loss, wanted, rtol=1e-13)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("dtype", "masked"), [("float16", False), ("bfloat16", True)])
 def test_loss_of_half_types_is_summed_in_float32(dtype, masked):
     """80,000 targets: their sum and even their count are beyond float16."""
-    params = init_token_model(jax.random.key(0), V, 2, dtype=dtype)
-    params = params._replace(w=jnp.zeros_like(params.w))
-    tokens = jnp.zeros((4, 20000), int)
-    mask = jnp.ones(tokens.shape, bool) if masked else None
-    loss = token_loss(params, tokens, tokens, mask=mask)[0]
+    params = make(dtype=jnp.dtype(dtype))
+    params = params._replace(w=jnp.zeros_like(params.w), b=jnp.zeros_like(params.b))
+    tokens = np.zeros((4, 20000), np.int32)
+    mask = np.ones(tokens.shape, bool) if masked else None
+    loss = jax.jit(lambda params: token_loss(params, tokens, tokens, mask=mask)[0])(params)
     assert loss.dtype == jnp.float32
     np.testing.assert_allclose(loss, np.log(V), rtol=1e-5)
 
 
-@quickly
+@eagerly
 def test_loss_without_a_counted_target_is_zero_with_zero_gradient():
-    params, tokens = make(), make_tokens((3, 2))
-    mask = jnp.zeros((3, 2), bool)
+    params, tokens = make(), make_tokens()
+    mask = jnp.zeros((T, B), bool)
     loss, grads = jax.value_and_grad(lambda p: token_loss(p, tokens, tokens, mask=mask)[0])(params)
     assert loss == 0
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(grads))
 
 
-@quickly
-def test_padding_tokens_change_no_loss_and_no_gradient():
-    params, tokens, targets = make(), make_tokens((5, 2)), make_tokens((5, 2), seed=2)
-    mask = jnp.ones((5, 2), bool).at[3:, 1].set(False)
+def test_padding_tokens_change_no_loss_and_no_gradient(optimized):
+    """To the bit, in one compiled program."""
+    params, mask = make(dtype=np.float32), np.ones((T, B), bool)
+    mask[3:, 1] = False
     run = jax.jit(jax.value_and_grad(lambda p, x, y: token_loss(p, x, y, mask=mask)[0]))
+    tokens, targets = (np.array(make_tokens(seed)) for seed in (1, 2))
     first = run(params, tokens, targets)
-    second = run(params, tokens.at[3:, 1].set(0), targets.at[4:, 1].set(6))
-    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second)):
+    tokens[3:, 1], targets[4:, 1] = 0, 6
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(run(params, tokens, targets))):
         np.testing.assert_array_equal(a, b)
 
 
-@quickly
-def test_carried_state_makes_two_halves_one_sequence():
-    params, tokens, targets = make(), make_tokens((6, 2)), make_tokens((6, 2), seed=2)
-    whole = token_loss(params, tokens, targets, reduction="sum")[0]
-    first, h = token_loss(params, tokens[:3], targets[:3], reduction="sum")
-    second, _ = token_loss(params, tokens[3:], targets[3:], h, reduction="sum")
-    np.testing.assert_allclose(first + second, whole, rtol=1e-6)
+@eagerly
+def test_carried_state_makes_two_parts_one_sequence():
+    params, parts = make(), (make_tokens(), make_tokens(seed=2))
+    first, h = token_loss(params, parts[0], parts[0], reduction="sum")
+    second, _ = token_loss(params, parts[1], parts[1], h, reduction="sum")
+    tokens = np.concatenate(parts)
+    logits = by_hand(params, tokens)
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    whole = -np.take_along_axis(log_p, tokens[..., None], -1).sum()
+    np.testing.assert_allclose(first + second, whole, rtol=1e-13)
 
 
-@quickly
+@eagerly
+@pytest.mark.parametrize("reduction", ["mean", "batch_mean", "sequence_mean"])
+def test_batch_major_loss_is_the_time_major_one(reduction):
+    params, tokens, targets = make(), make_tokens(), make_tokens(seed=2)
+    mask = length_mask([2, 6, 7], T)
+    wanted = token_loss(params, tokens, targets, mask=mask, reduction=reduction)[0]
+    got = token_loss(params, tokens.T, targets.T, mask=mask.T, reduction=reduction, axis=1)[0]
+    np.testing.assert_allclose(got, wanted, rtol=1e-13)
+
+
 def test_model_learns_a_cycle_through_the_handwritten_gradient():
-    tokens = jnp.arange(40)[:, None] % 4
-    params = init_token_model(jax.random.key(0), V, H)
+    tokens = np.arange(40)[:, None] % 4
+    params = make(dtype=np.float32)
     optimizer = optax.sgd(0.5, momentum=0.9)
 
     @jax.jit
@@ -136,260 +210,325 @@ def test_model_learns_a_cycle_through_the_handwritten_gradient():
     for _ in range(150):
         params, opt_state, loss = update(params, opt_state)
     assert loss < 0.05
-    drawn = generate(params, jax.random.key(1), jnp.array([0, 1]), 6, temperature=0.0)[1]
+    drawn = generate(params, KEY, np.array([0, 1]), 6, temperature=0.0)[1]
     assert drawn.tolist() == [2, 3, 0, 1, 2, 3]
 
 
-def test_greedy_generation_is_the_argmax_step_by_step():
-    params, prompt = make(), jnp.array([1, 4, 2])
-    h = jnp.zeros(H)
-    for token in prompt:
-        h = gru_cell(params.layers[0], params.embedding[token], h, spec=PYTORCH)
-    expected = []
-    for _ in range(5):
-        token = jnp.argmax(h @ params.w + params.b)
-        expected.append(int(token))
-        h = gru_cell(params.layers[0], params.embedding[token], h, spec=PYTORCH)
-    drawn = generate(params, jax.random.key(0), prompt, 5, temperature=0.0, spec=PYTORCH)[1]
-    assert drawn.tolist() == expected
+# Generation.
 
 
+@eagerly
+@pytest.mark.parametrize("num_steps", [3, V], ids=["products", "table"])
+@pytest.mark.parametrize(("residual", "zoneout"), [(True, 0.2), (False, 0.0)])
+def test_greedy_generation_is_the_argmax_of_the_models_own_logits(num_steps, residual, zoneout):
+    """Two layers, a batch of prompts: zoneout's mean, and greedy tokens from the logits.
+
+    With as many steps as tokens what the first layer makes of a token is looked up in a table.
+    """
+    params, prompt = make(num_layers=2), make_tokens(steps=T + 1 - num_steps)
+    options = {"residual": residual, "zoneout": zoneout, "spec": PYTORCH}
+    h, drawn = generate(params, KEY, prompt, num_steps, temperature=0.0, **options)
+    assert drawn.dtype == jnp.int32
+    tokens = jnp.concatenate([prompt, drawn[:-1].astype(prompt.dtype)])
+    h_last, logits = token_logits(params, tokens, deterministic=True, **options)
+    np.testing.assert_array_equal(logits[T - num_steps :].argmax(-1), drawn)
+    assert_close(h, h_last, 1e-13)
+
+
+@eagerly
 def test_generation_goes_on_from_its_state_and_last_token():
-    params, key = make(), jax.random.key(0)
-    whole = generate(params, key, jnp.array([1, 4]), 8, temperature=0.0)[1]
-    h, first = generate(params, key, jnp.array([1, 4]), 5, temperature=0.0)
-    rest = generate(params, key, first[-1:], 3, h0=h, temperature=0.0)[1]
+    params, prompt = make(), make_tokens(steps=5)
+    whole = generate(params, KEY, prompt, 7, temperature=0.0)[1]
+    h, first = generate(params, KEY, prompt, 4, temperature=0.0)
+    rest = generate(params, KEY, first[-1:], 3, h0=h, temperature=0.0)[1]
     assert [*first.tolist(), *rest.tolist()] == whole.tolist()
+    h_again, _ = generate(params, KEY, first[-1:], 3, temperature=0.0)
+    h_rest, _ = generate(params, KEY, first[-1:], 3, h0=h, temperature=0.0)
+    assert np.abs(h_again[0] - h_rest[0]).max() > 1e-3  # the state is used
+
+
+@eagerly
+def test_prompts_of_several_lengths_go_on_from_their_own_ends():
+    params, prompt, lengths = make(num_layers=2), make_tokens(), [5, 7, 5]
+    options = {"temperature": 0.0, "residual": True}
+    _, drawn = generate(params, KEY, prompt, 5, mask=length_mask(lengths, T), **options)
+    for row, length in enumerate(lengths):
+        alone = jnp.broadcast_to(prompt[:length, row, None], (length, B))
+        wanted = generate(params, KEY, alone, 5, **options)[1][:, row]
+        np.testing.assert_array_equal(drawn[:, row], wanted)
+
+
+@functools.cache
+def frequencies(**options):
+    """How often each token is among 4000 draws after one token 3."""
+    prompt = np.full((1, 4000), 3)
+    drawn = generate(make(dtype=np.float32), jax.random.key(5), prompt, 1, **options)[1]
+    return np.bincount(drawn[0], minlength=V) / 4000
+
+
+def probabilities(temperature=1.0):
+    """What NumPy says of them."""
+    logits = by_hand(make(dtype=np.float32), np.full((1, 1), 3))[0, 0] / temperature
+    return np.exp(logits) / np.exp(logits).sum()
+
+
+def assert_draws_of(found, wanted):
+    """Four standard deviations of a frequency over 4000 draws; never what has no probability."""
+    assert np.all((found > 0) <= (wanted > 0))
+    assert np.all(np.abs(found - wanted) < 4 * np.sqrt(wanted * (1 - wanted) / 4000) + 1e-9)
 
 
 def test_draws_follow_the_softmax_at_the_temperature():
-    params = make()
-    prompt = jnp.full((1, 4000), 3)
-    drawn = np.asarray(generate(params, jax.random.key(5), prompt, 1, temperature=0.7)[1][0])
-    logits = by_hand(params, prompt[:, :1], CHO_2014)[0, 0] / 0.7
-    p = np.exp(logits) / np.exp(logits).sum()
-    # Four standard deviations of a frequency over 4000 draws.
-    bound = 4 * np.sqrt(p * (1 - p) / 4000)
-    assert np.all(np.abs(np.bincount(drawn, minlength=V) / 4000 - p) < bound)
-
-
-def frequencies(params, **options):
-    """Of each token among 4000 draws after one token 3, beside its probability in NumPy."""
-    prompt = jnp.full((1, 4000), 3)
-    drawn = np.asarray(generate(params, jax.random.key(5), prompt, 1, **options)[1][0])
-    logits = by_hand(params, prompt[:, :1], CHO_2014)[0, 0]
-    p = np.exp(logits) / np.exp(logits).sum()
-    return np.bincount(drawn, minlength=V) / 4000, p
+    """1 by default."""
+    assert_draws_of(frequencies(), probabilities())
+    for temperature in (0.7, 3.0):
+        assert_draws_of(frequencies(temperature=temperature), probabilities(temperature))
+    # Divided by so little the logits would be infinite; their differences decide.
+    assert_draws_of(frequencies(temperature=1e-38), np.eye(V)[probabilities().argmax()])
 
 
 @pytest.mark.parametrize("k", [1, 3, V, 50])
 def test_top_k_draws_from_the_k_likeliest_alone(k):
-    found, p = frequencies(make(), top_k=k)
+    found, p = frequencies(top_k=k), probabilities()
     chosen = np.argsort(-p)[:k]
     wanted = np.zeros(V)
     wanted[chosen] = p[chosen] / p[chosen].sum()
-    assert np.all((found > 0) <= (wanted > 0))
-    assert np.all(np.abs(found - wanted) < 4 * np.sqrt(wanted * (1 - wanted) / 4000) + 1e-9)
+    assert_draws_of(found, wanted)
 
 
 @pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 1.0])
 def test_top_p_draws_from_the_smallest_set_that_reaches_p(top_p):
-    found, p = frequencies(make(), top_p=top_p)
+    found, p = frequencies(top_p=top_p), probabilities()
     order = np.argsort(-p)
     count = int(np.searchsorted(np.cumsum(p[order]), top_p - 1e-6)) + 1
     wanted = np.zeros(V)
     wanted[order[:count]] = p[order[:count]] / p[order[:count]].sum()
-    assert np.all((found > 0) <= (wanted > 0))
-    assert np.all(np.abs(found - wanted) < 4 * np.sqrt(wanted * (1 - wanted) / 4000) + 1e-9)
+    assert_draws_of(found, wanted)
 
 
 def test_generation_compiles_once_for_all_temperatures_and_filters():
-    from jaxgru.models import _generate
+    params, prompt = make(dtype=np.float32), np.array([1, 2])
 
-    params, key, prompt = make(), jax.random.key(0), jnp.array([1, 2])
+    def run(temperature=1.0, k=2, p=0.5, prompt=prompt, mask=None):
+        options = {"temperature": temperature, "top_k": k, "top_p": p, "mask": mask}
+        return generate(params, KEY, prompt, 3, **options)[1]
+
     before = _generate._cache_size()
-    for temperature, k, p in ((1.0, 2, 0.5), (0.5, 3, 0.9)):
-        generate(params, key, prompt, 3, temperature=temperature, top_k=k, top_p=p)
+    drawn = [run(temperature, k, p).tolist() for temperature, k, p in ((1.0, 2, 0.5), (9.0, 7, 1))]
     assert _generate._cache_size() == before + 1
-    generate(params, key, prompt, 3, temperature=0.0)  # draws nothing: a program of its own
+    greedy = run(0.0).tolist()  # draws nothing: a program of its own
     assert _generate._cache_size() == before + 2
+    # Traced, nothing can be checked before it runs; a temperature that turns out 0 is greedy too.
+    traced, mask = jax.jit(run), np.ones(2, bool)
+    assert traced(1.0, 2, 0.5, prompt, mask).tolist() == drawn[0]
+    assert traced(9.0, 7, 1.0, prompt, mask).tolist() == drawn[1]
+    assert traced(0.0, 2, 0.5, prompt, mask).tolist() == greedy
 
 
-@quickly
-@pytest.mark.parametrize("num_steps", [4, 2 * V], ids=["products", "table"])
-def test_deep_generation_is_the_model_run_step_by_step(num_steps):
-    """Two layers, a batch of prompts, residual, zoneout's mean: greedy tokens from the logits.
-
-    With as many steps as tokens what the first layer makes of a token is looked up in a table.
-    """
-    params = init_token_model(jax.random.key(0), V, H, embedding_size=E, num_layers=2)
-    prompt, options = make_tokens((3, 2)), {"residual": True, "zoneout": 0.2}
-    key = jax.random.key(0)
-    h, drawn = generate(params, key, prompt, num_steps, temperature=0.0, **options)
-    tokens = jnp.concatenate([prompt, drawn[:-1]])
-    h_last, logits = token_logits(params, tokens, deterministic=True, **options)
-    np.testing.assert_array_equal(logits[2:].argmax(-1), drawn)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), h, h_last)
+# Outputs of every step, and of the last.
 
 
-@quickly
-def test_prompts_of_several_lengths_go_on_from_their_own_ends():
-    params = init_token_model(jax.random.key(0), V, H, embedding_size=E, num_layers=2)
-    prompt, lengths = make_tokens((4, 2)), [2, 4]
-    options = {"temperature": 0.0, "residual": True}
-    mask = length_mask(lengths, 4)
-    _, drawn = generate(params, jax.random.key(0), prompt, 5, mask=mask, **options)
-    for row, length in enumerate(lengths):
-        alone = generate(params, jax.random.key(0), prompt[:length, row], 5, **options)[1]
-        np.testing.assert_array_equal(drawn[:, row], alone)
-
-
-@quickly
-def test_batch_major_loss_is_the_time_major_one():
-    params, tokens, targets = make(), make_tokens((6, 2)), make_tokens((6, 2), seed=2)
-    mask = length_mask([2, 6], 6)
-    for reduction in ("mean", "batch_mean", "sequence_mean"):
-        wanted = token_loss(params, tokens, targets, mask=mask, reduction=reduction)[0]
-        got = token_loss(params, tokens.T, targets.T, mask=mask.T, reduction=reduction, axis=1)[0]
-        np.testing.assert_allclose(got, wanted, rtol=1e-6)
-
-
-@quickly
+@eagerly
 @pytest.mark.parametrize("merge", ["concat", "sum"])
 @pytest.mark.parametrize("residual", [False, True])
-def test_final_output_reads_the_last_real_step_of_each_direction(merge, residual):
+def test_final_output_reads_the_last_valid_step_of_each_direction(merge, residual):
     """From the outputs of all steps: forward's at the row's end, backward's at its start."""
-    sizes = {"num_layers": 2, "bidirectional": True, "merge": merge}
-    params = init_sequence_model(jax.random.key(0), E, H, 2, scheme="pytorch", **sizes)
-    xs, lengths = jax.random.normal(jax.random.key(1), (5, 2, E)), [3, 5]
-    options = {"merge": merge, "residual": residual}
-    _, outputs = final_outputs(params, xs, mask=length_mask(lengths, 5), **options)
-    for row, length in enumerate(lengths):
-        h_last, ys = gru_stack(params.layers, xs[:length, row], **options)
-        if merge == "concat":
-            top = jnp.concatenate([ys[-1, :H], ys[0, H:]])
-        else:
-            top = sum(f + b for f, b in h_last) if residual else h_last[-1][0] + h_last[-1][1]
-        np.testing.assert_allclose(outputs[row], top @ params.w + params.b, atol=1e-6)
+    layers, b = make_outputs([-2, -6 if merge == "concat" else -3])
+    params = SequenceParams(layers, draw(14, 6 if merge == "concat" else 3, 2), b)
+    xs, lengths = draw(15, T, B, E), [3, 7, 1]
+    options = {"merge": merge, "residual": residual, "mask": length_mask(lengths, T)}
+    given, outputs = final_outputs(params, xs, **options)
+    h_last, ys = gru_stack(params.layers, xs, **options)
+    assert_close(given, h_last, 1e-15)
+    if merge == "concat":
+        ends = [[*ys[n - 1, row, :H], *ys[0, row, H:]] for row, n in enumerate(lengths)]
+        top = np.array(ends)
+    else:
+        top = sum(f + b for f, b in h_last) if residual else h_last[-1][0] + h_last[-1][1]
+    assert_close(outputs, np.asarray(top) @ np.asarray(params.w) + np.asarray(b), 1e-13)
 
 
-@quickly
+@eagerly
 def test_dropout_before_the_head_scales_what_it_reads():
     """A head that sums: each output is the sum of the kept entries times 1 / (1 - rate)."""
-    params = init_sequence_model(jax.random.key(0), E, H, 1)
-    params = params._replace(w=jnp.ones((H, 1)))
-    xs = jax.random.normal(jax.random.key(1), (5, 200, E))
+    layers, b = make_outputs([2], num_outputs=1)
+    params, xs, key = SequenceParams(layers, jnp.ones((H, 1)), b), draw(15, T, B, E), KEY
     h_last, clean = final_outputs(params, xs)
-    key = jax.random.key(2)
-    _, noisy = final_outputs(params, xs, output_dropout=0.5, key=key)
-    kept = jax.random.bernoulli(jax.random.split(key)[1], 0.5, (200, H))
-    wanted = jnp.where(kept, 2 * h_last[0], 0.0).sum(-1, keepdims=True)
-    np.testing.assert_allclose(noisy, wanted, atol=1e-5)
-    _, same = final_outputs(params, xs, output_dropout=0.5, deterministic=True)
-    np.testing.assert_array_equal(same, clean)
-    with pytest.raises(ValueError, match=r"final_outputs: key must be .* for output_dropout=0.5"):
-        final_outputs(params, xs, output_dropout=0.5)
+    assert_close(clean, h_last[0].sum(-1, keepdims=True) + b[None], 1e-13)
+    _, noisy = final_outputs(params, xs, output_dropout=0.75, key=key)
+    kept = np.asarray(jax.random.bernoulli(jax.random.split(key)[1], 0.25, (B, H)))
+    wanted = np.where(kept, 4 * np.asarray(h_last[0]), 0.0).sum(-1, keepdims=True) + np.asarray(b)
+    np.testing.assert_allclose(noisy, wanted, rtol=1e-13)
+    for given in (None, key):
+        options = {"output_dropout": 0.75, "key": given, "deterministic": True}
+        np.testing.assert_array_equal(final_outputs(params, xs, **options)[1], clean)
 
 
+@eagerly
 def test_sequence_outputs_are_the_head_of_every_step():
-    params = init_sequence_model(jax.random.key(0), E, H, 2, scheme="pytorch")
-    params = params._replace(b=jnp.array([1.0, -1.0]))
-    xs = jax.random.normal(jax.random.key(1), (5, 2, E))
+    layers, b = make_outputs([2])
+    params, xs = SequenceParams(layers, draw(14, H, 2), b), draw(15, T, B, E)
     h_last, outputs = sequence_outputs(params, xs)
-    _, hs, _ = forward(params.layers[0], CHO_2014, xs, np.zeros((2, H)))
-    np.testing.assert_allclose(outputs, hs @ np.asarray(params.w) + [1, -1], atol=1e-5)
-    np.testing.assert_allclose(h_last[0], hs[-1], atol=1e-5)
-    assert jax.tree.structure(h_last) == jax.tree.structure(init_state(params.layers, (2,)))
+    _, hs, _ = forward(params.layers[0], CHO_2014, xs, np.zeros((B, H)))
+    assert_close(outputs, hs @ np.asarray(params.w) + np.asarray(b), 1e-13)
+    assert_close(h_last[0], hs[-1], 1e-13)
 
 
-@pytest.mark.parametrize(
-    ("call", "error", "match"),
-    [
-        (lambda p: init_token_model(jax.random.key(0), 0, H), ValueError, "vocab_size must be at"),
-        (
-            lambda p: init_token_model(jax.random.key(0), V, H, embedding_size=0),
-            ValueError,
-            "embedding_size must be at least 1, got 0",
+# Bad calls.
+
+TOKENS = np.zeros(3, int)
+INTEGERS = "must be an integer array, got"
+BAD_CALLS = {
+    "no_vocabulary": (
+        lambda p: init_token_model(KEY, 0, H),
+        "init_token_model: vocab_size must be at least 1, got 0.",
+    ),
+    "no_embedding": (
+        lambda p: init_token_model(KEY, V, H, embedding_size=0),
+        "init_token_model: embedding_size must be at least 1, got 0.",
+    ),
+    "embedding_of_half_a_number": (
+        lambda p: init_token_model(KEY, V, H, embedding_size=1.5),
+        "init_token_model: embedding_size must be an integer, got 1.5.",
+    ),
+    "dtype": (
+        lambda p: init_token_model(KEY, V, H, dtype=int),
+        "init_token_model: dtype must be one of float64, float32, bfloat16, float16, got int64.",
+    ),
+    "no_outputs": (
+        lambda p: init_sequence_model(KEY, 2, 3, 0),
+        "init_sequence_model: output_size must be at least 1, got 0.",
+    ),
+    "floating_tokens": (
+        lambda p: token_logits(p, np.ones(3)),
+        f"token_logits: tokens {INTEGERS} dtype float64.",
+    ),
+    "list_of_tokens": (
+        lambda p: token_logits(p, [1, 2]),
+        f"token_logits: tokens {INTEGERS} list.",
+    ),
+    "floating_targets": (
+        lambda p: token_loss(p, TOKENS, np.ones(3)),
+        f"token_loss: targets {INTEGERS} dtype float64.",
+    ),
+    "shape_of_targets": (
+        lambda p: token_loss(p, TOKENS, TOKENS[1:]),
+        "token_loss: targets must have the shape of tokens, (3,), got (2,).",
+    ),
+    "reduction": (
+        lambda p: token_loss(p, TOKENS, TOKENS, reduction="avg"),
+        "token_loss: reduction must be one of 'none', 'sum', 'mean', 'batch_mean', "
+        "'sequence_mean', got 'avg'.",
+    ),
+    "model_for_logits": (
+        lambda p: token_logits(p.layers, TOKENS),
+        "token_logits: params must be a TokenParams, got tuple.",
+    ),
+    "model_for_outputs": (
+        lambda p: sequence_outputs(p, np.ones((4, 2))),
+        "sequence_outputs: params must be a SequenceParams, got TokenParams.",
+    ),
+    "model_for_final_outputs": (
+        lambda p: final_outputs(p, np.ones((4, 2))),
+        "final_outputs: params must be a SequenceParams, got TokenParams.",
+    ),
+    "model_for_generation": (
+        lambda p: generate(p.layers, KEY, TOKENS, 1),
+        "generate: params must be a TokenParams, got tuple.",
+    ),
+    "merge_of_outputs": (
+        lambda p: sequence_outputs(SequenceParams(*make_outputs([-2])[:1], np.ones((3, 2)), 0), 0),
+        "sequence_outputs: params.w must have 6 rows (the outputs of the top layer, "
+        "merge='concat'), got 3; pass the merge that it was made with.",
+    ),
+    "merge_of_final_outputs": (
+        lambda p: final_outputs(
+            SequenceParams(*make_outputs([-2])[:1], np.ones((6, 2)), 0), 0, merge="sum"
         ),
-        (lambda p: token_logits(p, jnp.ones(3)), TypeError, "tokens must be an integer array, got"),
-        (lambda p: token_logits(p, [1, 2]), TypeError, "got list"),
-        (
-            lambda p: token_loss(p, jnp.ones(3, int), jnp.ones(2, int)),
-            ValueError,
-            r"targets must have the shape of tokens, \(3,\), got \(2,\)",
+        "final_outputs: params.w must have 3 rows (the outputs of the top layer, "
+        "merge='sum'), got 6; pass the merge that it was made with.",
+    ),
+    "merge_of_logits": (
+        lambda p: token_logits(p._replace(layers=make_outputs([-2])[0]), TOKENS),
+        "token_logits: params.w must have 6 rows (the outputs of the top layer, "
+        "merge='concat'), got 3; pass the merge that it was made with.",
+    ),
+    "dropout_without_key": (
+        lambda p: final_outputs(SequenceParams(p.layers, p.w, p.b), 0, output_dropout=0.5),
+        "final_outputs: key must be a jax.random.key for output_dropout=0.5, got None; pass "
+        "deterministic=True for evaluation.",
+    ),
+    "two_directions": (
+        lambda p: generate(
+            p._replace(layers=make_outputs([-2])[0], w=np.ones((6, V))), KEY, TOKENS, 1
         ),
-        (
-            lambda p: token_loss(p, jnp.ones(3, int), jnp.ones(3, int), reduction="avg"),
-            ValueError,
-            "token_loss: reduction must be one of 'none', 'sum', 'mean', .*, got 'avg'",
-        ),
-        (
-            lambda p: generate(p, jax.random.key(0), jnp.array([V]), 1),
-            ValueError,
-            r"prompt must hold tokens in \[0, 7\), got 7 to 7",
-        ),
-        (
-            lambda p: generate(p, jax.random.key(0), jnp.array([], int), 1),
-            ValueError,
-            "prompt must hold at least one token",
-        ),
-        (
-            lambda p: generate(p, jax.random.key(0), jnp.array([1]), 1, temperature=-1.0),
-            ValueError,
-            "temperature must be finite and >= 0, got -1.0",
-        ),
-        (
-            lambda p: generate(p, jax.random.key(0), jnp.array([1]), 0),
-            ValueError,
-            "num_steps must be at least 1, got 0",
-        ),
-        (
-            lambda p: generate(p, jax.random.key(0), jnp.array([1]), 1, top_k=0),
-            ValueError,
-            "generate: top_k must be at least 1, got 0",
-        ),
-        (
-            lambda p: generate(
-                p, jax.random.key(0), jnp.ones((2, 2), int), 1, mask=length_mask([0, 2], 2)
-            ),
-            ValueError,
-            "generate: mask must be True on a token of every prompt",
-        ),
-        (
-            lambda p: generate(p, jax.random.key(0), jnp.array([1]), 1, top_p=1.5),
-            ValueError,
-            r"generate: top_p must be in \(0, 1\], got 1.5",
-        ),
-        (
-            lambda p: sequence_outputs(
-                init_sequence_model(jax.random.key(0), 2, 3, 1, bidirectional=True, merge="sum"),
-                jnp.ones((4, 2)),
-            ),
-            ValueError,
-            r"sequence_outputs: params.w must have 6 rows .*merge='concat'\), got 3; pass",
-        ),
-        (
-            lambda p: final_outputs(p, jnp.ones((4, 2))),
-            TypeError,
-            "final_outputs: params must be a SequenceParams, got TokenParams",
-        ),
-        (
-            lambda p: generate(
-                init_token_model(jax.random.key(0), V, H, bidirectional=True),
-                jax.random.key(0),
-                jnp.array([1]),
-                1,
-            ),
-            ValueError,
-            "generate: params must hold layers of one direction",
-        ),
-        (
-            lambda p: init_sequence_model(jax.random.key(0), 2, 3, 0),
-            ValueError,
-            "output_size must be at least 1, got 0",
-        ),
-    ],
-)
-def test_bad_call_names_the_argument(call, error, match):
-    with pytest.raises(error, match=match):
+        "generate: params must hold layers of one direction, got a Bidirectional, whose outputs "
+        "depend on later tokens.",
+    ),
+    "floating_prompt": (
+        lambda p: generate(p, KEY, np.ones(2), 1),
+        f"generate: prompt {INTEGERS} dtype float64.",
+    ),
+    "no_steps": (
+        lambda p: generate(p, KEY, TOKENS, 0),
+        "generate: num_steps must be at least 1, got 0.",
+    ),
+    "token_above": (
+        lambda p: generate(p, KEY, np.array([V, 2]), 1),
+        "generate: prompt must hold tokens in [0, 7), got 2 to 7.",
+    ),
+    "token_below": (
+        lambda p: generate(p, KEY, np.array([-1, 2]), 1),
+        "generate: prompt must hold tokens in [0, 7), got -1 to 2.",
+    ),
+    "empty_prompt": (
+        lambda p: generate(p, KEY, TOKENS[:0], 1),
+        "generate: prompt must hold at least one token, got (0,).",
+    ),
+    "prompt_without_time": (
+        lambda p: generate(p, KEY, np.array(1), 1),
+        "generate: prompt must hold at least one token, got ().",
+    ),
+    "prompt_that_is_masked": (
+        lambda p: generate(p, KEY, np.ones((2, 2), int), 1, mask=length_mask([0, 2], 2)),
+        "generate: mask must be True on a token of every prompt, got none of one.",
+    ),
+    "shape_of_mask": (
+        lambda p: generate(p, KEY, TOKENS, 1, mask=np.ones(2, bool)),
+        "generate: mask must have shape (3,) (that of prompt), got (2,).",
+    ),
+    "negative_temperature": (
+        lambda p: generate(p, KEY, TOKENS, 1, temperature=-1.0),
+        "generate: temperature must be finite and >= 0, got -1.0.",
+    ),
+    "infinite_temperature": (
+        lambda p: generate(p, KEY, TOKENS, 1, temperature=float("inf")),
+        "generate: temperature must be finite and >= 0, got inf.",
+    ),
+    "top_k": (
+        lambda p: generate(p, KEY, TOKENS, 1, top_k=0),
+        "generate: top_k must be at least 1, got 0.",
+    ),
+    "top_p_above": (
+        lambda p: generate(p, KEY, TOKENS, 1, top_p=1.5),
+        "generate: top_p must be in (0, 1], got 1.5.",
+    ),
+    "top_p_of_zero": (
+        lambda p: generate(p, KEY, TOKENS, 1, top_p=0.0),
+        "generate: top_p must be in (0, 1], got 0.0.",
+    ),
+}
+OF_KIND = {
+    "embedding_of_half_a_number", "dtype", "floating_tokens", "list_of_tokens", "floating_targets",
+    "model_for_logits", "model_for_outputs", "model_for_final_outputs", "model_for_generation",
+    "floating_prompt",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_bad_call_says_what_was_expected_and_what_came(case, x64):
+    call, message = BAD_CALLS[case]
+    with pytest.raises(
+        TypeError if case in OF_KIND else ValueError, match=f"^{re.escape(message)}$"
+    ):
         call(make())

@@ -1,6 +1,7 @@
 """GRU nodes of ONNX files: the operator's own node tests, whole models, refusals."""
 
 import functools
+import importlib
 import warnings
 
 import jax
@@ -15,16 +16,21 @@ from jaxgru import (
     PYTORCH,
     Bidirectional,
     GRUSpec,
-    init_gru,
+    SequenceParams,
+    TokenParams,
+    final_outputs,
     init_stack,
-    init_token_model,
+    length_mask,
     read_onnx,
     run_onnx_gru,
+    sequence_outputs,
+    token_logits,
     write_onnx,
 )
 
 onnx = pytest.importorskip("onnx", reason="onnx is an extra")
 reference = pytest.importorskip("onnx.reference", reason="onnx is an extra")
+op_run = pytest.importorskip("onnx.reference.op_run", reason="onnx is an extra")
 
 NODE_TESTS = [
     *("test_gru_defaults", "test_gru_with_initial_bias", "test_gru_seq_length"),
@@ -35,11 +41,12 @@ NODE_TESTS = [
 @functools.cache
 def node_tests():
     """The cases that ONNX ships for the operator, by name."""
-    from onnx.backend.test.case.node import collect_testcases
+    from onnx.backend.test.case import node
 
-    with warnings.catch_warnings():  # the cases of other operators overflow as they are made
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return {case.name: case for case in collect_testcases("GRU") if "gru" in case.name}
+        importlib.import_module("onnx.backend.test.case.node.gru")  # makes them
+    return {case.name: case for case in node._NodeTestCases if "gru" in case.name}
 
 
 def test_every_node_test_of_the_operator_is_run():
@@ -82,7 +89,6 @@ def kernels(directions=1):
     return {k: rng.normal(size=v).astype(np.float32) for k, v in shapes.items()}
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("layout", [0, 1])
 def test_what_a_file_holds_of_lengths_and_states_is_used(tmp_path, layout):
     """Padded outputs are zero, and so is all of an empty sequence: ONNX's way, not `gru`'s."""
@@ -148,20 +154,103 @@ def test_stack_comes_back_as_it_was_written(tmp_path, spec):
     assert nodes[0].computed == {"sequence_lens": "lengths", "initial_h": "h0_0"}
 
 
-@pytest.mark.usefixtures("x64", "quick_compilation")
-def test_written_model_has_our_values_in_the_reference_evaluator(tmp_path):
-    """float64, without lengths, which that evaluator ignores."""
-    model = init_token_model(
-        jax.random.key(0), 7, 3, embedding_size=2, num_layers=2, dtype=jnp.float64
+class GRU(op_run.OpRun):
+    """The operator with all of its inputs: onnx's own evaluator ignores lengths."""
+
+    op_domain = ""
+
+    def _run(self, x, w, r, b=None, lengths=None, h0=None, **attributes):
+        del attributes["hidden_size"], attributes["clip"]
+        after = attributes.pop("linear_before_reset")
+        params, spec, _ = jaxgru.from_onnx(w, r, b, linear_before_reset=after)
+        names = {"direction": attributes["direction"], "layout": attributes["layout"]}
+        node = jaxgru.OnnxGRU("gru", params, spec, **names, initial_h=h0, sequence_lens=lengths,
+                              computed={})  # fmt: skip
+        return tuple(np.asarray(v) for v in run_onnx_gru(node, jnp.asarray(x)))
+
+
+def evaluate(path, operators=(GRU,), **inputs):
+    """The results of a model by name."""
+    evaluator = reference.ReferenceEvaluator(str(path), new_ops=list(operators))
+    return dict(zip(evaluator.output_names, evaluator.run(None, inputs), strict=True))
+
+
+def draw(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
+
+
+@pytest.mark.usefixtures("x64", "uncompiled")
+@pytest.mark.parametrize("embedding", [True, False])
+def test_written_token_model_has_our_values_in_the_reference_evaluator(tmp_path, embedding):
+    """float64, with onnx's own GRU where there are no lengths."""
+    layers = (
+        make_problem(0, inputs=2 if embedding else 5).params,
+        make_problem(1, inputs=3).params,
     )
-    write_onnx(tmp_path / "m.onnx", model, spec=PYTORCH, residual=True)
-    tokens = np.random.default_rng(0).integers(0, 7, (5, 3))
-    evaluator = reference.ReferenceEvaluator(str(tmp_path / "m.onnx"))
-    results = dict(zip(evaluator.output_names, evaluator.run(None, {"tokens": tokens})))
-    states, wanted = jaxgru.token_logits(model, jnp.asarray(tokens), spec=PYTORCH, residual=True)
+    model = TokenParams(draw(2, 5, 2) if embedding else None, layers, draw(3, 3, 5), draw(4, 5))
+    tokens = np.random.default_rng(0).integers(0, 5, (7, 3))
+    options = {"spec": PYTORCH, "residual": True}
+    write_onnx(tmp_path / "m.onnx", model, **options)
+    results = evaluate(tmp_path / "m.onnx", operators=(), tokens=tokens)
+    states, wanted = token_logits(model, jnp.asarray(tokens), **options)
     assert_close(results["outputs"], wanted, 1e-12)
     for number, state in enumerate(states):
         assert_close(results[f"h_last_{number}"][0], state, 1e-12)
+    write_onnx(tmp_path / "m.onnx", model, lengths=True, **options)
+    lengths = np.array([7, 0, 4], np.int32)
+    results = evaluate(tmp_path / "m.onnx", tokens=tokens, lengths=lengths)
+    mask = length_mask(lengths, 7)
+    states, wanted = token_logits(model, jnp.asarray(tokens), mask=mask, **options)
+    assert_close(results["outputs"], wanted, 1e-12)
+    assert_close(results["h_last_1"][0], states[1], 1e-12)
+
+
+@pytest.mark.usefixtures("x64", "uncompiled")
+@pytest.mark.parametrize("outputs", ["every", "last"])
+@pytest.mark.parametrize("merge", ["concat", "sum"])
+@pytest.mark.parametrize("residual", [True, False])
+def test_written_model_of_two_directions_holds_states_as_ours(tmp_path, outputs, merge, residual):
+    """Lengths, one of them 0, and states that are carried in."""
+    size = 6 if merge == "concat" else 3
+    layers = tuple(
+        Bidirectional(
+            make_problem(n, inputs=width).params, make_problem(n + 2, inputs=width).params
+        )
+        for n, width in enumerate((2, size))
+    )
+    model = SequenceParams(layers, draw(4, size, 2), draw(5, 2))
+    xs, states, lengths = draw(6, 7, 3, 2), draw(7, 2, 2, 3, 3), np.array([7, 0, 4], np.int32)
+    options = {"spec": CHO_2014, "merge": merge, "residual": residual}
+    write_onnx(tmp_path / "m", model, outputs=outputs, lengths=True, state=True, **options)
+    given = {"xs": np.asarray(xs), "lengths": lengths}
+    given |= {f"h0_{number}": np.asarray(h0) for number, h0 in enumerate(states)}
+    results = evaluate(tmp_path / "m", **given)
+    h0 = tuple((state[0], state[1]) for state in states)
+    run = sequence_outputs if outputs == "every" else final_outputs
+    h_last, wanted = run(model, xs, h0, mask=length_mask(lengths, 7), **options)
+    assert_close(results["outputs"], wanted, 1e-12)
+    for number, h in enumerate(h_last):
+        assert_close(results[f"h_last_{number}"], np.stack(h), 1e-12)
+    found = onnx.load(tmp_path / "m").graph
+    assert [v.name for v in found.input] == ["xs", "lengths", "h0_0", "h0_1"]
+    shapes = [[d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim]
+              for v in (*found.input, *found.output)]  # fmt: skip
+    every = ["T", "B", 2] if outputs == "every" else ["B", 2]
+    assert shapes == [["T", "B", 2], ["B"], *[[2, "B", 3]] * 4, every]
+
+
+def test_written_stack_gives_its_top_layers_outputs(tmp_path):
+    params = make_problem(0, dtype=jnp.float32).params
+    assert write_onnx(tmp_path / "m", params) == ()
+    model = onnx.load(tmp_path / "m")
+    assert (model.producer_name, model.ir_version, model.opset_import[0].version) == (
+        "jaxgru", 8, 17
+    )  # fmt: skip
+    xs = np.ones((7, 3, 2), np.float32)
+    h_last, hs = jaxgru.gru(params, xs)
+    results = evaluate(tmp_path / "m", xs=xs)
+    np.testing.assert_allclose(results["outputs"], hs, atol=1e-6)
+    np.testing.assert_allclose(results["h_last_0"][0], h_last, atol=1e-6)
 
 
 def write_bytes(path, data):
@@ -316,37 +405,117 @@ def test_file_that_does_not_exist_is_named(tmp_path):
         read_onnx(tmp_path / "none.onnx")
 
 
-def test_bad_calls_are_refused_and_leave_no_file(tmp_path):
-    path, params = tmp_path / "m.onnx", init_gru(jax.random.key(0), 2, 3)
-    with pytest.raises(ValueError, match=r"^write_onnx: outputs must be one of 'every', 'last'"):
-        write_onnx(path, params, outputs="all")
-    half = init_gru(jax.random.key(0), 2, 3, dtype=jnp.bfloat16)
-    with pytest.raises(
+CELL = make_problem(0, dtype=jnp.float32).params
+XS = np.ones((5, 4, 2), np.float32)
+BAD_CALLS = {
+    "deep_nesting": (
+        lambda path: read_onnx(
+            make_model(
+                [
+                    *(
+                        onnx.helper.make_node("Identity", [f"w{n}"], [f"w{n + 1}"])
+                        for n in range(2000)
+                    ),
+                    node_of("X", "w2000", "R"),
+                ],
+                path=path,
+                w0=kernels()["W"],
+                R=kernels()["R"],
+            )
+        ),
         ValueError,
-        match=r"^write_onnx: params must be float64, float32, float16, got bfloat16; cast them f",
-    ):
-        write_onnx(path, half)
-    with pytest.raises(ValueError, match=r"^write_onnx: params\[1\]\.w_x must have 3 rows"):
-        write_onnx(path, (params, params))
-    with pytest.raises(ValueError, match=r"^write_onnx: params\[0\] must have no gains"):
-        write_onnx(path, init_gru(jax.random.key(0), 2, 3, layer_norm=True))
-    assert list(tmp_path.iterdir()) == []
-    (read,) = read_onnx(make_model([node_of()], path=path, **kernels()))
-    with pytest.raises(ValueError, match=r"^run_onnx_gru: xs must have three axes, got \(5, 2\)"):
-        run_onnx_gru(read, jnp.ones((5, 2)))
-    xs = jnp.ones((5, 4, 2))
-    with pytest.raises(ValueError, match=r"initial_h must have shape \(1, 4, 3\) .*, got \("):
-        run_onnx_gru(read, xs, initial_h=jnp.ones((3, 4, 3)))
-    with pytest.raises(TypeError, match=r"^run_onnx_gru: mask must be left out, as the node tells"):
-        run_onnx_gru(read, xs, mask=jnp.ones((5, 4), bool))
-    with pytest.raises(TypeError, match=r"^run_onnx_gru: node must be an OnnxGRU, got GRUParams"):
-        run_onnx_gru(params, xs)
-    model = init_token_model(jax.random.key(0), 5, 3)
-    with pytest.raises(TypeError, match=r"^write_onnx: params\.w must have the dtype of the lay"):
-        write_onnx(path, model._replace(w=model.w.astype(jnp.float16)))
+        "read_onnx: {path} must not nest nodes so deeply.",
+    ),
+    "outputs": (
+        lambda path: write_onnx(path, CELL, outputs="all"),
+        ValueError,
+        "write_onnx: outputs must be one of 'every', 'last', got 'all'.",
+    ),
+    "bfloat16": (
+        lambda path: write_onnx(path, make_problem(0, dtype=jnp.bfloat16).params),
+        ValueError,
+        "write_onnx: params must be float64, float32, float16, got bfloat16; cast them first.",
+    ),
+    "sizes": (
+        lambda path: write_onnx(path, (CELL, CELL)),
+        ValueError,
+        "write_onnx: params[1].w_x must have 3 rows (the outputs of params[0], merge='concat'), "
+        "got 2.",
+    ),
+    "gains": (
+        lambda path: write_onnx(path, make_problem(0, layer_norm=True, dtype=jnp.float32).params),
+        ValueError,
+        "write_onnx: params[0] must have no gains, as ONNX's GRU has no layer normalization of the "
+        "gates' products, got g_x or g_h.",
+    ),
+    "dtype_of_a_head": (
+        lambda path: write_onnx(path, TokenParams(None, (CELL,), np.ones((3, 2)), np.ones(2))),
+        TypeError,
+        "write_onnx: params.w must have the dtype of the layers, float32, got float64; cast one of "
+        "them.",
+    ),
+    "head": (
+        lambda path: write_onnx(path, SequenceParams((CELL,), np.ones((4, 2)), np.ones(2))),
+        ValueError,
+        "write_onnx: params.w must have 3 rows (the outputs of the top layer, merge='concat'), got "
+        "4; pass the merge that it was made with.",
+    ),
+    "axes": (
+        lambda path: run_onnx_gru(node_of_file(path), XS[0]),
+        ValueError,
+        "run_onnx_gru: xs must have three axes, got (4, 2).",
+    ),
+    "no_array": (
+        lambda path: run_onnx_gru(node_of_file(path), [1]),
+        ValueError,
+        "run_onnx_gru: xs must have three axes, got list.",
+    ),
+    "initial_h": (
+        lambda path: run_onnx_gru(node_of_file(path), XS, initial_h=np.ones((3, 4, 3))),
+        ValueError,
+        "run_onnx_gru: initial_h must have shape (1, 4, 3) (directions, B, H; in layout 1 B "
+        "first), got (3, 4, 3).",
+    ),
+    **{
+        option: (
+            lambda path, option=option: run_onnx_gru(node_of_file(path), XS, **{option: 1}),
+            TypeError,
+            f"run_onnx_gru: {option} must be left out, as the node tells it.",
+        )
+        for option in ("mask", "spec", "reverse", "merge", "axis")
+    },
+    "no_node": (
+        lambda path: run_onnx_gru(CELL, XS),
+        TypeError,
+        "run_onnx_gru: node must be an OnnxGRU, got GRUParams.",
+    ),
+    "no_input": (
+        lambda path: read_onnx(
+            make_model([node_of()], path=path, **kernels()), inputs={"b": 1, "a": 2}
+        ),
+        ValueError,
+        "read_onnx: inputs must name inputs of the graph, R, W, X, got a, b.",
+    ),
+}
 
 
-@pytest.mark.usefixtures("x64")
+def node_of_file(path):
+    (node,) = read_onnx(make_model([node_of()], path=path, **kernels()))
+    path.unlink()
+    return node
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_bad_call_is_refused_and_leaves_no_file(tmp_path, case):
+    call, kind, message = BAD_CALLS[case]
+    path = tmp_path / "m.onnx"
+    with pytest.raises(kind) as caught:
+        call(path)
+    assert str(caught.value) == message.replace("{path}", str(path))
+    assert not path.exists() or message.startswith("read_onnx")
+
+
+@pytest.mark.usefixtures("x64", "uncompiled")
 def test_what_a_node_computes_has_autodiffs_gradient(tmp_path):
     problem = make_problem(0, dtype=jnp.float64, bias="none")
     write_onnx(tmp_path / "m.onnx", problem.params, spec=PYTORCH)
@@ -356,5 +525,5 @@ def test_what_a_node_computes_has_autodiffs_gradient(tmp_path):
         ys, h_last = run_onnx_gru(read, xs, jnp.array([7, 0, 3]), **options)
         return jnp.sum(jnp.sin(ys)) + jnp.sum(h_last**2)
 
-    got = jax.jit(jax.grad(loss))(problem.xs)
+    got = jax.grad(loss)(problem.xs)
     assert_close(got, jax.grad(lambda xs: loss(xs, gradient="autodiff"))(problem.xs), 1e-12)

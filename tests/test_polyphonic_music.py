@@ -14,7 +14,7 @@ from conftest import stop_and_resume
 import jaxgru
 from experiments import data, polyphonic_music
 
-pytestmark = pytest.mark.usefixtures("quick_runs")
+pytestmark = pytest.mark.usefixtures("saved_programs")
 
 
 def write_rolls(path, splits, **changed):
@@ -76,6 +76,7 @@ def load_params(run):
     return jaxgru.load_arrays(run / "weights.npz", like)
 
 
+@pytest.mark.slow
 def test_run_leaves_all_its_files(run):
     assert {path.name for path in run.iterdir()} == {
         "checkpoints", "config.json", "metrics.jsonl", "weights.npz", "loss.png", "pianoroll.png",
@@ -88,6 +89,7 @@ def test_run_leaves_all_its_files(run):
     assert config["data_sha256"] == digest
 
 
+@pytest.mark.slow
 def test_run_learns_chords_that_the_shares_of_the_keys_do_not_tell(run):
     records, scores = read_records(run), read_scores(run)
     assert [record["epoch"] for record in records] == list(range(26))
@@ -95,6 +97,7 @@ def test_run_learns_chords_that_the_shares_of_the_keys_do_not_tell(run):
     assert records[-1]["loss"] < 0.3 * records[1]["loss"]
 
 
+@pytest.mark.slow
 def test_weights_kept_are_those_of_the_best_epoch_on_validation(run):
     records, scores = read_records(run), read_scores(run)
     best = min(records, key=lambda record: record["validation_nll"])
@@ -106,6 +109,7 @@ def test_weights_kept_are_those_of_the_best_epoch_on_validation(run):
         assert found == pytest.approx(nll, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_first_prediction_is_nearly_the_share_of_each_key():
     args = polyphonic_music.parse_args(["--smoke"])
     rolls = made_up_splits()[0]
@@ -117,6 +121,7 @@ def test_first_prediction_is_nearly_the_share_of_each_key():
     assert found == pytest.approx(wanted, rel=0.1)
 
 
+@pytest.mark.slow
 def test_same_seed_and_chords_give_the_same_in_a_run_that_was_stopped(run, second_run):
     def numbers(run):
         records = [{k: v for k, v in r.items() if k != "seconds"} for r in read_records(run)]
@@ -127,6 +132,7 @@ def test_same_seed_and_chords_give_the_same_in_a_run_that_was_stopped(run, secon
     assert json.loads((second_run / "config.json").read_text())["data_sha256"] is None
 
 
+@pytest.mark.slow
 def test_score_is_nats_summed_over_keys_and_averaged_over_all_predicted_steps():
     generator = np.random.default_rng(0)
     rolls = [generator.integers(0, 2, (n, 88)).astype(np.float32) for n in (2, 30, 7, 18)]
@@ -140,6 +146,7 @@ def test_score_is_nats_summed_over_keys_and_averaged_over_all_predicted_steps():
     assert found == pytest.approx(wanted, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_prediction_of_a_step_sees_the_steps_before_it_alone(run):
     params, key, roll = load_params(run), jax.random.key(0), made_up_splits()[2][0]
     changed = roll.copy()
@@ -154,6 +161,7 @@ def test_prediction_of_a_step_sees_the_steps_before_it_alone(run):
     assert np.abs(results[0][5:] - roll[6:]).mean() < 0.02
 
 
+@pytest.mark.slow
 def test_sample_begins_with_the_piece_and_goes_on_with_its_chords(run):
     params, roll = load_params(run), made_up_splits()[2][0]
     samples = [
@@ -283,6 +291,7 @@ def test_verified_download_is_read_from_the_cache(tmp_path, monkeypatch):
         path.unlink(missing_ok=True)  # the second time the cache is all there is
 
 
+@pytest.mark.slow
 def test_run_that_diverges_keeps_its_last_good_and_its_best_state(tmp_path, monkeypatch, capsys):
     make_train_step = jaxgru.make_train_step
 

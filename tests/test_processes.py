@@ -1,12 +1,17 @@
-"""Several real processes on this machine train as one: gloo between them, each with its rows."""
+"""Several processes on this machine train as one: gloo between them, each with its rows.
+
+Where the number of processes is all that matters, threads take their place.
+"""
 
 import json
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import data_parallel
@@ -14,10 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import survivor
 from conftest import assert_close
+from jax.experimental import multihost_utils
 
 import jaxgru
 from experiments import char_lm, communication, data, distributed
+from jaxgru import processes
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SECONDS = 240  # for a whole group; it takes about ten
@@ -96,7 +104,7 @@ def assert_trained_as_one_device(group):
         require_same_bytes(process, group[0])
 
 
-@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.slow
 def test_two_processes_train_as_one_device_does_and_the_same_each_time(tmp_path):
     first, second = (train(tmp_path, 2, num_devices=2) for _ in range(2))
     for one, other in zip(first, second):
@@ -104,16 +112,133 @@ def test_two_processes_train_as_one_device_does_and_the_same_each_time(tmp_path)
     assert_trained_as_one_device(first)
 
 
-@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.slow
 def test_four_processes_train_as_one_device_does(tmp_path):
     assert_trained_as_one_device(train(tmp_path, 4, num_devices=1))
+
+
+# The same rules, with threads for processes.
+
+
+class Group:
+    """Two threads that jaxgru takes for two processes.
+
+    `reached` is the update at which JAX tells both of a SIGTERM. A thread whose partner does not
+    come to where it waits fails after a minute.
+    """
+
+    def __init__(self, monkeypatch, reached=None):
+        self.own, self.slots = threading.local(), [None, None]
+        self.barrier = threading.Barrier(2, timeout=60)
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        monkeypatch.setattr(jax, "process_index", lambda: getattr(self.own, "index", 0))
+        monkeypatch.setattr(multihost_utils, "process_allgather", self.gather)
+        monkeypatch.setattr(
+            multihost_utils, "broadcast_one_to_all", lambda value: self.gather(value)[0]
+        )
+        monkeypatch.setattr(
+            multihost_utils, "reached_preemption_sync_point", lambda update: update == reached
+        )
+
+    def gather(self, value):
+        self.slots[self.own.index] = np.asarray(value)
+        self.barrier.wait()
+        found = np.stack(self.slots)
+        self.barrier.wait()
+        return found
+
+    def run(self, function):
+        """What function(index) returned or raised, in each."""
+        found = [None, None]
+
+        def start(index):
+            self.own.index = index
+            try:
+                found[index] = function(index)
+            except BaseException as error:
+                found[index] = error
+
+        threads = [threading.Thread(target=start, args=(index,)) for index in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return found
+
+
+def test_error_of_the_first_process_stops_all_and_only_it_acts(monkeypatch):
+    group, acted = Group(monkeypatch), []
+
+    def act(index):
+        processes.by_first(lambda: acted.append(index))
+
+    assert group.run(act) == [None, None] and acted == [0]
+
+    def fail():
+        raise KeyError("its own")
+
+    one, other = group.run(lambda index: processes.by_first(fail))
+    assert repr(one) == "KeyError('its own')"
+    assert repr(other) == "OSError('process 0 could not go on; its own message tells why')"
+
+
+def test_processes_know_the_first_one_s_number_and_whether_all_have_the_same(monkeypatch):
+    third = 1 / 3
+    assert processes.of_first(third) == third
+    assert processes.same_everywhere(3)
+    group = Group(monkeypatch)
+    assert group.run(lambda index: processes.of_first(third + index)) == [third, third]
+    assert group.run(lambda index: processes.same_everywhere(3)) == [True, True]
+    assert group.run(processes.same_everywhere) == [False, False]
+
+
+def test_loops_of_two_processes_judge_stop_and_go_on_alike(tmp_path, monkeypatch, capsys):
+    """Each evaluates to other numbers; the first one's decide, and it alone writes and speaks."""
+    group = Group(monkeypatch, reached=12)
+    called = []
+
+    def run(index, resume=True):
+        return survivor.run(
+            tmp_path,
+            resume=resume,
+            num_updates=20,
+            evaluate=lambda state: {"far": float(state.step) * (-1 if index else 1)},
+            callbacks=[log, lambda state, record: called.append(index)],
+            progress=True,
+        )
+
+    log = jaxgru.JsonLines(tmp_path / "metrics.jsonl")
+    survivor.make_train_step()  # once, and not in two threads at once
+    for stopped in group.run(lambda index: run(index, resume=False)):
+        assert isinstance(stopped, jaxgru.Interrupted), stopped
+        assert (stopped.code, stopped.step) == (143, 12)
+    assert set(called) == {0}
+    assert capsys.readouterr().err.count(" 0/20 [") == 1
+    found = jaxgru.find_checkpoint(tmp_path / "checkpoints")
+    assert found is not None and (found.step, found.best_step) == (12, 7)
+    for fitted in group.run(run):
+        assert (int(fitted.state.step), int(fitted.best.step)) == (20, 7)
+    updates = [record["update"] for record in jaxgru.read_json_lines(tmp_path / "metrics.jsonl")]
+    assert updates == [4, 7, 8, 12, 14, 16, 20]
+
+
+def test_folder_that_processes_do_not_share_is_refused(tmp_path, monkeypatch):
+    survivor.run(tmp_path / "0", num_updates=5)
+    shutil.copytree(tmp_path / "0", tmp_path / "1")
+    (tmp_path / "1" / "checkpoints" / "step-00000005.npz").unlink()
+    refused = Group(monkeypatch).run(lambda index: survivor.run(tmp_path / str(index)))
+    for index, error in enumerate(refused):
+        assert isinstance(error, jaxgru.CheckpointError), error
+        assert str(error) == (
+            f"fit: {tmp_path / str(index) / 'checkpoints'} must be a folder that all processes "
+            "share, got different checkpoints in them."
+        )
 
 
 # Stopping and going on.
 
 
-@pytest.mark.usefixtures("quick_compilation")
-@pytest.mark.parametrize("format", ["npz", "orbax"])
+@pytest.mark.parametrize("format", ["npz", pytest.param("orbax", marks=pytest.mark.slow)])
 def test_sigterm_to_one_process_saves_all_and_another_layout_goes_on(tmp_path, format):
     """Parameters lie divided over two processes when they are saved; then one device has all."""
     address, script = free_address(), str(ROOT / "tests" / "data_parallel.py")
@@ -131,6 +256,7 @@ def test_sigterm_to_one_process_saves_all_and_another_layout_goes_on(tmp_path, f
     if format == "npz":  # a full disk of process 0 stopped neither
         for _, _, shown in done:
             assert "update 5 could not be saved" in shown and "training goes on" in shown
+        assert "process 0 could not go on; its own message tells why" in done[1][2]
     found = jaxgru.find_checkpoint(tmp_path / format)
     assert found is not None and 7 <= found.step < 32
     assert len(log.read_text().splitlines()) == found.step
@@ -161,7 +287,7 @@ def in_two(folder, out):
     return [[*command, str(i)] for i in range(2)]
 
 
-@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.slow
 def test_char_lm_is_the_same_in_two_processes_on_four_devices_and_on_one(
     tmp_path, monkeypatch, capsys
 ):
@@ -196,6 +322,7 @@ def records(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_all_processes_stop_where_one_cannot_go_on(tmp_path):
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "keep").write_text("mine")

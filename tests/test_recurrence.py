@@ -20,7 +20,7 @@ from jaxgru.recurrence import gru
 EXACT = 1e-12  # float64, relative to the largest entry: rounding of different orders of summation
 GRADIENTS = ("bptt", "tangent", "autodiff")
 SPECS = [GRUSpec(*choice) for choice in itertools.product(("before", "after"), ("keep", "write"))]
-in_float64 = pytest.mark.usefixtures("x64", "quick_compilation")
+in_float64 = pytest.mark.usefixtures("x64", "execution")
 each_gradient = pytest.mark.parametrize("gradient", GRADIENTS)
 
 
@@ -95,7 +95,7 @@ def test_edge_sizes_follow_the_loop(sizes):
         assert_close(got, run_oracle(problem, PYTORCH, **case), EXACT)
 
 
-@in_float64
+@pytest.mark.usefixtures("x64")  # lax.scan over nothing has to be compiled
 @each_gradient
 @pytest.mark.parametrize("reverse", [False, True])
 def test_no_steps_return_the_initial_state_and_its_cotangent(gradient, reverse):
@@ -171,6 +171,7 @@ def test_reset_separates_what_comes_before_from_what_follows():
     assert_close(hs, np.concatenate([early, late]), EXACT)
 
 
+@pytest.mark.usefixtures("optimized")
 @each_gradient
 @pytest.mark.parametrize("spec", [CHO_2014, PYTORCH], ids=["before", "after"])
 def test_padding_of_nan_or_inf_changes_no_bit(gradient, spec):
@@ -297,6 +298,7 @@ def test_two_halves_with_the_carried_state_are_the_whole(reverse):
 # Dtypes.
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("spec", [CHO_2014, CHUNG_2014, PYTORCH], ids=["cho", "chung", "pytorch"])
 def test_results_have_the_dtype_of_the_input(dtype, spec):
@@ -318,6 +320,7 @@ def test_float64_input_gives_float64_results():
     assert h_last.dtype == hs.dtype == jnp.float64
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 def test_state_of_half_types_is_carried_in_float32(dtype):
     """With w_h = 0 only z * h sees the state, so hs is the float32 run, rounded once a step.
@@ -344,6 +347,7 @@ def test_state_of_half_types_is_carried_in_float32(dtype):
     assert np.abs(drifted - want).max() > 5 * np.abs(hs - want).max()
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 @each_gradient
 def test_cotangent_of_the_state_of_half_types_is_carried_in_float32(dtype, gradient):
@@ -383,7 +387,7 @@ def test_default_precision_of_the_process_is_left_alone():
 # Compilation.
 
 
-@pytest.mark.usefixtures("x64")  # and the optimisations of XLA
+@pytest.mark.usefixtures("x64", "optimized")
 @pytest.mark.parametrize("spec", [CHO_2014, PYTORCH], ids=["before", "after"])
 @each_gradient
 def test_compiled_and_eager_runs_agree(spec, gradient):

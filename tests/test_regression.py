@@ -11,7 +11,7 @@ from conftest import stop_and_resume
 import jaxgru
 from experiments import data, regression
 
-pytestmark = pytest.mark.usefixtures("quick_runs")
+pytestmark = pytest.mark.usefixtures("saved_programs")
 
 SCORES = ("one_step_rmse", "free_running_rmse")
 
@@ -71,18 +71,21 @@ def test_run_beats_the_last_value_and_leaves_all_its_files(run):
     assert json.loads((run / "config.json").read_text())["seed"] == 0
 
 
+@pytest.mark.slow
 def test_exact_wave_is_forecast_far_better_than_by_the_trivial_guesses(csv_runs):
     scores = read_metrics(csv_runs[0])[1]
     assert scores["one_step_rmse"] < 0.15 * scores["one_step_rmse_of_last_value"]
     assert scores["free_running_rmse"] < 0.3 * scores["free_running_rmse_of_training_mean"]
 
 
+@pytest.mark.slow
 def test_autoregression_continues_an_exact_wave_exactly(csv_runs):
     scores = read_metrics(csv_runs[0])[1]
     assert scores["one_step_rmse_of_autoregression"] < 1e-4
     assert scores["free_running_rmse_of_autoregression"] < 1e-3
 
 
+@pytest.mark.slow
 def test_trivial_guesses_have_their_known_errors_on_an_exact_wave(csv_runs):
     scores = read_metrics(csv_runs[0])[1]
     values = 10 + 3 * np.sin(2 * np.pi * np.arange(200) / 12)
@@ -92,6 +95,7 @@ def test_trivial_guesses_have_their_known_errors_on_an_exact_wave(csv_runs):
     np.testing.assert_allclose(scores["free_running_rmse_of_training_mean"], spread, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_same_seed_repeats_training_and_choice_whatever_the_test_part_holds(csv_runs):
     (records, scores), (records_other, scores_other) = map(read_metrics, csv_runs)
     assert records == records_other  # to the last digit
@@ -100,6 +104,7 @@ def test_same_seed_repeats_training_and_choice_whatever_the_test_part_holds(csv_
         assert scores_other[name] > 2 * scores[name]
 
 
+@pytest.mark.slow
 def test_model_is_the_one_with_the_least_validation_error(csv_runs):
     records, scores = read_metrics(csv_runs[0])
     best = min(records, key=lambda record: record["validation_rmse"])
@@ -117,6 +122,7 @@ def load_series(*arguments):
     return regression.load_series(regression.parse_args(list(arguments)))
 
 
+@pytest.mark.slow
 def test_free_running_forecast_reads_its_own_predictions():
     params = jaxgru.init_sequence_model(jax.random.key(0), 1, 5, 1)
     params = params._replace(w=3 * params.w)
@@ -129,6 +135,7 @@ def test_free_running_forecast_reads_its_own_predictions():
     np.testing.assert_allclose(free, extended[20:], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_loss_is_half_the_squared_errors_summed_over_time_of_windows_from_a_zero_state():
     args = regression.parse_args([])
     params = jaxgru.init_sequence_model(jax.random.key(0), 1, 5, 1)
@@ -142,6 +149,7 @@ def test_loss_is_half_the_squared_errors_summed_over_time_of_windows_from_a_zero
     np.testing.assert_allclose(loss, 0.5 * np.sum(errors**2), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_loss_of_a_batch_is_the_mean_of_its_windows():
     args = regression.parse_args(["--batch-size", "3"])
     params = jaxgru.init_sequence_model(jax.random.key(0), 1, 5, 1)

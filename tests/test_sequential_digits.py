@@ -13,7 +13,7 @@ import jaxgru
 from experiments import sequential_digits
 from experiments.sequential_digits import IMAGE_SHAPE, SIZES
 
-pytestmark = pytest.mark.usefixtures("quick_runs")
+pytestmark = pytest.mark.usefixtures("saved_programs")
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +40,7 @@ def read_metrics(run):
     return [{k: v for k, v in record.items() if k not in clock} for record in records]
 
 
+@pytest.mark.slow
 def test_run_leaves_its_files_and_a_record_an_epoch(run):
     names = {path.name for path in run.iterdir()}
     assert names == {
@@ -54,6 +55,7 @@ def test_run_leaves_its_files_and_a_record_an_epoch(run):
         assert record["validation_lowest"] <= accuracy <= record["validation_highest"]
 
 
+@pytest.mark.slow
 def test_every_member_learns_and_their_average_is_no_worse_than_the_mean(run):
     result = json.loads((run / "result.json").read_text())
     assert len(result["members"]) == 3
@@ -65,17 +67,20 @@ def test_every_member_learns_and_their_average_is_no_worse_than_the_mean(run):
     assert len(set(result["members"])) > 1  # they are not copies of one another
 
 
+@pytest.mark.slow
 def test_same_seed_gives_the_same_though_stopped_and_another_seed_gives_others(run, others):
     assert read_metrics(others / "same") == read_metrics(run)
     assert (others / "same" / "result.json").read_text() == (run / "result.json").read_text()
     assert read_metrics(others / "other")[0]["loss"] != read_metrics(run)[0]["loss"]
 
 
+@pytest.mark.slow
 def test_members_learn_pixels_in_a_shuffled_order_too(others):
     result = json.loads((others / "other" / "result.json").read_text())
     assert result["lowest"] > 0.6
 
 
+@pytest.mark.slow
 def test_gradient_of_a_member_is_that_of_the_member_alone():
     args = sequential_digits.parse_args(["--smoke"])
     generator = np.random.default_rng(0)

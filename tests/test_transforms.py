@@ -16,7 +16,6 @@ from jaxgru.recurrence import gru
 
 EXACT = 1e-11  # float64, relative to the largest entry: sums in another order
 pytestmark = pytest.mark.usefixtures("x64")
-quickly = pytest.mark.usefixtures("quick_compilation")
 
 # Each rule with one equation; both equations and all policies meet in test_gradients.py.
 RULES = {
@@ -25,8 +24,12 @@ RULES = {
     "boundaries": {"spec": CHO_2014, "residuals": "boundaries", "chunk_size": 3},
     "tangent": {"spec": PYTORCH, "gradient": "tangent"},
 }
-each_rule = pytest.mark.parametrize("rule", RULES)
-two_rules = pytest.mark.parametrize("rule", ["gates", "tangent"])
+
+
+def rules(*fast, slow=()):
+    """The cases of a test, of which some belong to the slow tier."""
+    cases = [*fast, *(pytest.param(name, marks=pytest.mark.slow) for name in slow)]
+    return pytest.mark.parametrize("rule", cases)
 
 
 def loss(params, xs, mask, resets, h0=None, **choices):
@@ -68,7 +71,7 @@ def ensemble(size):
 # jit, vmap, remat, scan.
 
 
-@each_rule
+@rules("gates", "boundaries", slow=["states", "tangent"])
 def test_gradient_of_compiled_and_compiled_gradient_are_the_plain_one(rule):
     problem = make_problem(0)
     wanted = reference(rule, problem)
@@ -77,8 +80,7 @@ def test_gradient_of_compiled_and_compiled_gradient_are_the_plain_one(rule):
     assert_close(jax.jit(rule_gradient(rule))(*arrays(problem)), wanted, EXACT)
 
 
-@quickly
-@each_rule
+@rules("states", slow=["gates", "boundaries", "tangent"])
 def test_gradient_of_vmap_over_rows_is_that_of_the_batch(rule):
     problem = make_problem(1)
 
@@ -91,8 +93,7 @@ def test_gradient_of_vmap_over_rows_is_that_of_the_batch(rule):
     assert_close(by_row(*arrays(problem)), reference(rule, problem), EXACT)
 
 
-@quickly
-@each_rule
+@rules("tangent", slow=["gates", "states", "boundaries"])
 def test_vmap_of_gradient_over_rows_gives_each_rows_gradient(rule):
     problem = make_problem(2)
     per_row = jax.jit(jax.vmap(rule_gradient(rule), in_axes=(None, 1, 1, 1)))
@@ -107,8 +108,7 @@ def test_vmap_of_gradient_over_rows_gives_each_rows_gradient(rule):
         assert_close(got, (value, (wanted_params, wanted_xs[:, 0])), EXACT, f"row {row}")
 
 
-@quickly
-@each_rule
+@rules("boundaries", slow=["gates", "states", "tangent"])
 def test_vmap_over_parameters_gives_each_members_gradient(rule):
     problem = make_problem(3)
     members, stacked = ensemble(2)
@@ -119,8 +119,7 @@ def test_vmap_over_parameters_gives_each_members_gradient(rule):
         assert_close(jax.tree.map(lambda v, i=i: v[i], results), wanted, EXACT, f"member {i}")
 
 
-@quickly
-@two_rules
+@rules("gates", slow=["tangent"])
 def test_gradient_of_an_ensembles_total_reaches_every_member(rule):
     problem = make_problem(4)
     members, stacked = ensemble(2)
@@ -137,22 +136,25 @@ def test_gradient_of_an_ensembles_total_reaches_every_member(rule):
         assert_close(jax.tree.map(lambda v, i=i: v[i], got), wanted, EXACT, f"member {i}")
 
 
-@quickly
 @pytest.mark.parametrize(
     "policy",
-    [None, jax.checkpoint_policies.nothing_saveable, jax.checkpoint_policies.dots_saveable],
-    ids=["default", "nothing", "dots"],
+    [
+        pytest.param(None, id="default"),
+        pytest.param(
+            jax.checkpoint_policies.nothing_saveable, id="nothing", marks=pytest.mark.slow
+        ),
+        pytest.param(jax.checkpoint_policies.dots_saveable, id="dots", marks=pytest.mark.slow),
+    ],
 )
-@two_rules
+@rules("gates", slow=["tangent"])
 def test_rematerialisation_changes_no_gradient(rule, policy):
     problem = make_problem(5)
-    redone = jax.checkpoint(rule_loss(rule), policy=policy)
-    got = jax.jit(jax.value_and_grad(redone, (0, 1)))(*arrays(problem))
+    recomputed = jax.checkpoint(rule_loss(rule), policy=policy)
+    got = jax.jit(jax.value_and_grad(recomputed, (0, 1)))(*arrays(problem))
     assert_close(got, reference(rule, problem), EXACT)
 
 
-@quickly
-@each_rule
+@rules("states", slow=["gates", "boundaries", "tangent"])
 def test_scan_over_segments_is_the_run_over_the_whole(rule):
     problem = make_problem(6, steps=8)
 
@@ -170,8 +172,7 @@ def test_scan_over_segments_is_the_run_over_the_whole(rule):
     assert_close(in_segments(*arrays(problem)), reference(rule, problem), EXACT)
 
 
-@quickly
-@two_rules
+@rules("tangent", slow=["gates"])
 def test_scan_over_stacked_layers_is_the_loop_over_layers(rule):
     problem = make_problem(7, inputs=3)
     keys = jax.random.split(jax.random.key(8), 3)
@@ -215,12 +216,17 @@ def shard_map(f, in_specs, out_specs, check_vma):
     )
 
 
-each_check = pytest.mark.parametrize("check_vma", [True, False], ids=["checked", "unchecked"])
-with_autodiff = pytest.mark.parametrize("rule", [*RULES, "autodiff"])
+each_check = pytest.mark.parametrize(
+    "check_vma",
+    [
+        pytest.param(True, id="checked"),
+        pytest.param(False, id="unchecked", marks=pytest.mark.slow),
+    ],
+)
 RULES_AND_AUTODIFF = RULES | {"autodiff": {"spec": CHO_2014, "gradient": "autodiff"}}
 
 
-@with_autodiff
+@rules("gates", slow=["states", "boundaries", "tangent", "autodiff"])
 @each_check
 def test_gradient_of_sharded_rows_is_that_of_the_batch(rule, check_vma):
     """Parameters replicated, rows divided: the gradient is taken outside, h0 made inside."""
@@ -236,7 +242,7 @@ def test_gradient_of_sharded_rows_is_that_of_the_batch(rule, check_vma):
     assert_close(got, reference(base, problem), EXACT)
 
 
-@each_rule
+@rules("states", slow=["gates", "boundaries", "tangent"])
 @each_check
 def test_gradient_taken_on_each_device_is_that_of_the_batch(rule, check_vma):
     """Checked, JAX sums a replicated input's gradient over devices itself; else we do, once."""
@@ -253,7 +259,7 @@ def test_gradient_taken_on_each_device_is_that_of_the_batch(rule, check_vma):
 
 
 @each_check
-@two_rules
+@rules("tangent", slow=["gates"])
 def test_initial_state_may_be_sharded_or_replicated(rule, check_vma):
     problem = make_problem(22, batch=(4,))
     same = jnp.tile(problem.h0[:1], (4, 1))
@@ -269,7 +275,7 @@ def test_initial_state_may_be_sharded_or_replicated(rule, check_vma):
 
 
 @each_check
-@two_rules
+@rules("gates", slow=["tangent"])
 def test_sharded_parameters_train_an_ensemble_on_shared_data(rule, check_vma):
     problem = make_problem(23)
     members, stacked = ensemble(4)
@@ -287,7 +293,7 @@ def test_sharded_parameters_train_an_ensemble_on_shared_data(rule, check_vma):
         assert_close(got, (value, dparams), EXACT, f"member {i}")
 
 
-@each_rule
+@rules("boundaries", "tangent", slow=["gates", "states"])
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_mesh_of_devices_gives_the_gradient_of_one_device(rule, kind):
     problem = make_problem(24, batch=(4,))
@@ -304,7 +310,7 @@ def test_mesh_of_devices_gives_the_gradient_of_one_device(rule, kind):
     assert len(dxs.sharding.device_set) == 4
 
 
-@two_rules
+@rules("tangent", slow=["gates"])
 def test_explicit_mesh_takes_an_initial_state_divided_like_the_rows(rule):
     problem = make_problem(25, batch=(4,))
     wanted = reference(rule, problem, problem.h0)

@@ -11,6 +11,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from conftest import HAS_EMITTERS
 
 from jaxgru import CHO_2014, PYTORCH, gru, init_gru
 
@@ -39,7 +40,9 @@ def training(last_only=False, argnums=(0, 1, 2), **options):
 
 
 def compile_for(function, num_steps=T):
-    return jax.jit(function).lower(*make_arguments(num_steps)).compile()
+    options = {"xla_cpu_use_fusion_emitters": True} if HAS_EMITTERS else None  # as users have it
+    lowered = jax.jit(function).lower(*make_arguments(num_steps))
+    return lowered.compile(compiler_options=options)
 
 
 def temporaries(function, num_steps=T):

@@ -10,9 +10,6 @@ from jaxgru import cell, recurrence
 from jaxgru.check import check_gradients
 from jaxgru.parameters import CHO_2014, CHUNG_2014, PYTORCH, GRUParams, init_gru
 
-# For faults alone: the rule that must pass is compiled, too.
-uncompiled = pytest.mark.usefixtures("uncompiled")
-
 # One of each kind of place; the fast tier leaves the others to the slow one.
 FAST = {
     *("candidate_path_not_gated", "half_slope_of_update_gate", "last_step_lost"),
@@ -402,7 +399,6 @@ def test_unbroken_rule_passes(chunk_size):
     assert run_check(functools.partial(plain, chunk_size=chunk_size)).passed
 
 
-@uncompiled
 @pytest.mark.parametrize("fault", cases(FAULTS))
 def test_fault_is_caught_in_both_precisions(fault, monkeypatch):
     name, mutate = FAULTS[fault]
@@ -411,7 +407,6 @@ def test_fault_is_caught_in_both_precisions(fault, monkeypatch):
     assert {row.dtype for row in report.failures if row.reason == "value"} == {"float32", "float64"}
 
 
-@uncompiled
 @pytest.mark.parametrize(
     ("spec", "gradient", "fault"),
     cases(
@@ -438,7 +433,6 @@ def test_unbroken_rule_with_all_that_acts_inside_passes():
     assert run_check(plain, inside=EVERYTHING, layer_norm=True).passed
 
 
-@uncompiled
 @pytest.mark.parametrize("fault", cases(INSIDE))
 def test_fault_of_what_acts_inside_the_recurrence_is_caught(fault, monkeypatch):
     place, mutate, inside = INSIDE[fault]
@@ -479,7 +473,6 @@ def not_a_number(dparams, dxs, dh0):
     return dparams._replace(w_x=dparams.w_x.at[0, 0].set(jnp.nan)), dxs, dh0
 
 
-@uncompiled
 @pytest.mark.parametrize(
     ("change", "reason"),
     cases(
@@ -510,7 +503,6 @@ def test_float32_gradient_of_a_bfloat16_parameter_is_caught(monkeypatch):
     assert "dtype" in {row.reason for row in report.failures}
 
 
-@uncompiled
 def test_lost_carry_between_chunks_is_caught(monkeypatch):
     original = recurrence._backward_chunk
 
@@ -522,7 +514,6 @@ def test_lost_carry_between_chunks_is_caught(monkeypatch):
     assert {row.dtype for row in report.failures if row.reason == "value"} == {"float32", "float64"}
 
 
-@uncompiled
 def test_grid_names_the_case_that_fails(monkeypatch):
     """check_gru says which of its points failed: here only the one that redoes its gates."""
     from jaxgru.check import check_gru

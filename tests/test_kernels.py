@@ -593,9 +593,9 @@ def test_programs_for_a_gpu_have_the_instructions_of_their_steps(spec, dtype, cl
     if cluster == 2:
         monkeypatch.setattr(tiles, "_SHARED_BYTES", SHARED_BYTES[terms])
     for name in ("_BLOCKS", "_PARTS"):  # so that a tile has all rows: 16 in memory are 2 by 8
-    rows = 16
+        monkeypatch.setattr(tiles, name, 1)
     monkeypatch.setattr(tiles, "_PART", 2)
-    rows = 8 if terms == 1 else 16
+    rows = 16
     problem = small_problem(20, hidden=65, batch=(rows,), dtype=dtype)
     module, text = lower_for_cuda(*gradient_by_kernels(problem, spec))
     assert text.count("@mosaic_gpu_v2") == 2

@@ -84,13 +84,6 @@ def uncompiled():
         yield
 
 
-@pytest.fixture(params=["uncompiled", pytest.param("compiled", marks=pytest.mark.slow)])
-def execution(request):
-    """The test runs uncompiled in the fast tier and compiled in the slow one."""
-    with jax.disable_jit(request.param == "uncompiled"):
-        yield
-
-
 @pytest.fixture(scope="module")
 def saved_programs(tmp_path_factory):
     """JAX keeps what a file compiles on disk, so that a second run of a command compiles little."""

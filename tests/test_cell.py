@@ -207,7 +207,11 @@ def test_drive_takes_none_for_a_tangent_that_is_zero(spec, only):
 
 
 @in_float64
-@pytest.mark.parametrize("spec", [CHO_2014, PYTORCH, CHUNG_2014], ids=["before", "after", "write"])
+@pytest.mark.parametrize(
+    "spec",
+    [CHO_2014, PYTORCH, pytest.param(CHUNG_2014, marks=pytest.mark.slow)],
+    ids=["before", "after", "write"],
+)
 @pytest.mark.parametrize("gains", ["both", "g_x", "g_h"])
 def test_normalized_step_with_a_scaled_read_has_its_value_and_rules(spec, gains):
     """Layer norm and recurrent dropout inside one step: the oracle's value, JAX's derivatives."""

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 from conftest import HAS_EMITTERS
 
-from jaxgru import CHO_2014, PYTORCH, gru, init_gru
+from jaxgru import CHO_2014, PYTORCH, gru, init_gru, rtrl
 
 T, B, I_SIZE, H = 64, 4, 8, 16
 STATES = T * B * H  # numbers in hs
@@ -144,7 +144,13 @@ def test_residuals_are_what_the_docstring_says(spec, residuals):
     assert [v.shape for v in kept if v.shape != (T, B, H)] == [(T // 8, B, H)]
 
 
-@EQUATIONS
+@pytest.mark.parametrize(
+    "spec",
+    [
+        pytest.param(CHO_2014, id="before", marks=pytest.mark.slow),
+        pytest.param(PYTORCH, id="after"),
+    ],
+)
 def test_temporaries_shrink_with_the_residuals(spec):
     """In units of hs, for a loss of the last state, so that nothing else needs hs."""
     steps, unit = 8 * T, 8 * STATES * FLOAT
@@ -165,6 +171,18 @@ def test_boundaries_of_a_many_to_one_loss_grow_as_the_square_root_of_time():
     short, long = (temporaries(function, num_steps) for num_steps in (1024, 16384))
     assert long < 5 * short
     assert long < 0.2 * 16384 * B * H * FLOAT  # of what hs alone would take
+
+
+def test_memory_of_rtrl_does_not_grow_with_time():
+    """What it sets aside is the influence and the gradient, beside the sequences themselves."""
+    params, *_ = make_arguments()
+
+    def set_aside(num_steps):
+        xs, targets = (jnp.zeros((num_steps, B, size)) for size in (I_SIZE, H))
+        run = jax.jit(functools.partial(rtrl, lambda h, y: jnp.sum((h - y) ** 2)))
+        return run.lower(params, xs, targets).compile().memory_analysis().temp_size_in_bytes
+
+    assert set_aside(1024) <= set_aside(64) + 1024
 
 
 def test_gradients_that_nobody_wants_cost_no_product():

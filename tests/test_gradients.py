@@ -18,10 +18,17 @@ from jaxgru.recurrence import gru
 
 # float64, relative to the largest entry of a leaf. Rounding reaches about 1e-14 here.
 EXACT = 1e-11
-in_float64 = pytest.mark.usefixtures("x64", "execution")
-in_float64_compiled = pytest.mark.usefixtures("x64")  # where that is the quicker of the two
+in_float64 = pytest.mark.usefixtures("x64")
+uncompiled = pytest.mark.usefixtures("x64", "uncompiled")  # where that is the quicker
 slow = pytest.mark.slow
 both_resets = pytest.mark.parametrize("spec", [CHO_2014, PYTORCH], ids=["before", "after"])
+BEFORE, AFTER = pytest.param(CHO_2014, id="before"), pytest.param(PYTORCH, id="after")
+mostly_before = pytest.mark.parametrize(
+    "spec", [BEFORE, pytest.param(PYTORCH, id="after", marks=slow)]
+)
+mostly_after = pytest.mark.parametrize(
+    "spec", [pytest.param(CHO_2014, id="before", marks=slow), AFTER]
+)
 
 AUTODIFF = {"gradient": "autodiff"}
 TANGENT = {"gradient": "tangent"}
@@ -89,8 +96,14 @@ def test_every_rule_and_chunk_gives_one_gradient(spec, reverse):
     assert_oracles(problem, spec, variants, reverse=reverse, **flags)
 
 
-@in_float64
-@pytest.mark.parametrize("spec", OTHERS, ids=spec_name)
+@uncompiled
+@pytest.mark.parametrize(
+    "spec",
+    [
+        pytest.param(spec, id=spec_name(spec), marks=slow if sum(divmod(i, 4)) % 2 else ())
+        for i, spec in enumerate(OTHERS)
+    ],
+)
 def test_every_activation_has_one_gradient(spec):
     problem = make_problem(1)
     equation, activation = divmod(OTHERS.index(spec), 4)
@@ -98,7 +111,7 @@ def test_every_activation_has_one_gradient(spec):
     assert_oracles(problem, spec, variants, mask=problem.mask)
 
 
-@in_float64
+@uncompiled
 @pytest.mark.parametrize("number, bias", list(enumerate(["none", "b_x", "b_h"])))
 @both_resets
 def test_absent_biases_have_no_gradient_and_leave_the_others_right(spec, number, bias):
@@ -107,7 +120,7 @@ def test_absent_biases_have_no_gradient_and_leave_the_others_right(spec, number,
     assert_oracles(problem, spec, share(variants, 2, number, spec == PYTORCH))
 
 
-@in_float64
+@uncompiled
 @pytest.mark.parametrize("flags", [("mask",), ("resets",), ()], ids=lambda f: "+".join(f) or "none")
 @both_resets
 def test_masks_and_resets_alone_have_one_gradient(spec, flags):
@@ -130,10 +143,20 @@ INSIDE = {
 }
 
 
-@in_float64
-@pytest.mark.parametrize("layer_norm", [False, True], ids=["plain", "normalized"])
-@pytest.mark.parametrize("number, choice", list(enumerate(INSIDE)))
-@both_resets
+@uncompiled
+@pytest.mark.parametrize(
+    "spec, number, choice, layer_norm",
+    [
+        pytest.param(
+            spec, number, choice, layer_norm,
+            marks=slow if (number + (spec == PYTORCH) + layer_norm) % 2 else (),
+            id=f"{spec.reset}-{choice}-{'normalized' if layer_norm else 'plain'}",
+        )
+        for number, choice in enumerate(INSIDE)
+        for spec in (CHO_2014, PYTORCH)
+        for layer_norm in (False, True)
+    ],
+)  # fmt: skip
 def test_what_acts_inside_the_recurrence_has_one_gradient(spec, number, choice, layer_norm):
     """Layer norm, recurrent dropout, zoneout, truncation: every rule and policy, with flags."""
     problem = make_problem(33, layer_norm=layer_norm)
@@ -143,11 +166,11 @@ def test_what_acts_inside_the_recurrence_has_one_gradient(spec, number, choice, 
     assert_oracles(problem, spec, variants, **flags, **INSIDE[choice])
 
 
-@in_float64_compiled
+@in_float64
 @pytest.mark.parametrize(
     "reverse", [pytest.param(False, id="forward"), pytest.param(True, id="reverse", marks=slow)]
 )
-@both_resets
+@mostly_before
 def test_second_order_of_what_acts_inside_is_autodiffs(spec, reverse):
     """Reverse over reverse for "bptt", forward over reverse for "tangent", by turns."""
     problem = make_problem(34, steps=3, layer_norm=not reverse)
@@ -179,7 +202,7 @@ def test_second_order_of_what_acts_inside_is_autodiffs(spec, reverse):
     assert_close(got, wanted, EXACT)
 
 
-@in_float64_compiled
+@in_float64
 @pytest.mark.parametrize("batch", [(), (2, 3)], ids=["no_batch", "two_batch_axes"])
 @both_resets
 def test_any_number_of_batch_axes_has_one_gradient(spec, batch):
@@ -203,7 +226,7 @@ def test_unrolled_loops_have_one_gradient(spec):
     assert_oracles(problem, spec, [TANGENT, {}], unroll=3)
 
 
-@in_float64
+@uncompiled
 @pytest.mark.parametrize("number, choice", list(enumerate(["only_h_last", "only_hs", "zero"])))
 @both_resets
 def test_cotangent_of_either_result_may_be_zero(spec, number, choice):
@@ -243,7 +266,7 @@ def test_loss_that_uses_one_result_has_one_gradient(spec, pick):
         assert_close(result, wanted, EXACT)
 
 
-@in_float64_compiled
+@in_float64
 @pytest.mark.parametrize("spec", [*SPECS, OTHERS[2]], ids=spec_name)
 def test_gradients_are_the_slopes_of_finite_differences(spec):
     """Central differences at 1e-5: about 1e-10 of curvature and 1e-11 of rounding; 1e-6 asked."""
@@ -314,7 +337,7 @@ def test_float32_gradients_agree_with_float32_autodiff(spec, reverse):
     [
         pytest.param(CHO_2014, jnp.bfloat16, id="before-bfloat16"),
         pytest.param(PYTORCH, jnp.bfloat16, id="after-bfloat16", marks=slow),
-        pytest.param(PYTORCH, jnp.float16, id="after-float16"),
+        pytest.param(PYTORCH, jnp.float16, id="after-float16", marks=slow),
     ],
 )
 def test_half_precision_gradients_are_near_and_in_their_parameters_dtype(spec, dtype):
@@ -353,10 +376,8 @@ def small_problem(seed):
     return problem._replace(mask=mask, resets=resets)
 
 
-@in_float64_compiled
-@pytest.mark.parametrize(
-    "spec", [pytest.param(CHO_2014, id="before"), pytest.param(PYTORCH, id="after", marks=slow)]
-)
+@in_float64
+@mostly_before
 def test_hessian_of_every_rule_is_autodiffs(spec):
     problem = small_problem(20)
     variants = [AUTODIFF, TANGENT, *POLICIES]
@@ -373,10 +394,8 @@ def test_hessian_of_every_rule_is_autodiffs(spec):
         assert_close(result, reference, EXACT, str(variant))
 
 
-@in_float64_compiled
-@pytest.mark.parametrize(
-    "spec", [pytest.param(CHO_2014, id="before", marks=slow), pytest.param(PYTORCH, id="after")]
-)
+@in_float64
+@mostly_after
 def test_gradient_of_gradient_of_bptt_is_autodiffs(spec):
     problem = small_problem(21)
     variants = [AUTODIFF, {}, {"residuals": "states", "chunk_size": 3}]
@@ -413,7 +432,7 @@ def hessian_product(loss, order):
 
 
 @in_float64
-@both_resets
+@mostly_after
 def test_hessian_products_of_tangent_agree_in_every_order(spec):
     problem = small_problem(23)
     orders = (
@@ -437,8 +456,8 @@ def test_hessian_products_of_tangent_agree_in_every_order(spec):
     assert_close(quadratic, np.vdot(v, reference), EXACT, orders[-1])
 
 
-@in_float64
-@both_resets
+@uncompiled
+@mostly_before
 def test_third_derivatives_of_tangent_are_autodiffs(spec):
     problem = small_problem(25)
 
@@ -461,8 +480,8 @@ def test_third_derivatives_of_tangent_are_autodiffs(spec):
     assert_close(cubic, np.vdot(wanted, v), EXACT)
 
 
-@in_float64_compiled
-@both_resets
+@in_float64
+@mostly_before
 def test_forward_and_reverse_jacobians_of_tangent_are_autodiffs(spec):
     problem = small_problem(27)
     flat, unravel = ravel_pytree((problem.params, problem.xs, problem.h0))
@@ -499,7 +518,7 @@ def test_forward_mode_of_bptt_is_refused(transform):
 
 
 @in_float64
-@both_resets
+@mostly_after
 def test_tangent_takes_any_part_of_the_arguments(spec):
     """The others' tangents are symbolic zeros, which the rule leaves out of its drive."""
     problem, direction = make_problem(29, layer_norm=True), make_problem(30, layer_norm=True)
@@ -523,8 +542,8 @@ def test_tangent_takes_any_part_of_the_arguments(spec):
         assert_close(got, wanted, EXACT, name)
 
 
-@in_float64
-@both_resets
+@uncompiled
+@mostly_before
 def test_gradient_of_any_part_of_the_arguments_is_the_whole_gradients_part(spec):
     problem = make_problem(31)
     wanted_params, wanted_xs, wanted_h0 = oracle_pullback(problem, spec, mask=problem.mask)[1]

@@ -20,7 +20,7 @@ from jaxgru.recurrence import gru
 EXACT = 1e-12  # float64, relative to the largest entry: rounding of different orders of summation
 GRADIENTS = ("bptt", "tangent", "autodiff")
 SPECS = [GRUSpec(*choice) for choice in itertools.product(("before", "after"), ("keep", "write"))]
-in_float64 = pytest.mark.usefixtures("x64", "execution")
+in_float64 = pytest.mark.usefixtures("x64")
 each_gradient = pytest.mark.parametrize("gradient", GRADIENTS)
 
 
@@ -95,7 +95,7 @@ def test_edge_sizes_follow_the_loop(sizes):
         assert_close(got, run_oracle(problem, PYTORCH, **case), EXACT)
 
 
-@pytest.mark.usefixtures("x64")  # lax.scan over nothing has to be compiled
+@in_float64
 @each_gradient
 @pytest.mark.parametrize("reverse", [False, True])
 def test_no_steps_return_the_initial_state_and_its_cotangent(gradient, reverse):
@@ -348,7 +348,7 @@ def test_state_of_half_types_is_carried_in_float32(dtype):
 
 
 @pytest.mark.usefixtures("optimized")
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(jnp.float16, marks=pytest.mark.slow), jnp.bfloat16])
 @each_gradient
 def test_cotangent_of_the_state_of_half_types_is_carried_in_float32(dtype, gradient):
     """h_T = z^T h_0 with constant gates: dh_0 after 200 steps is one rounding from float32's."""
@@ -388,8 +388,18 @@ def test_default_precision_of_the_process_is_left_alone():
 
 
 @pytest.mark.usefixtures("x64", "optimized")
-@pytest.mark.parametrize("spec", [CHO_2014, PYTORCH], ids=["before", "after"])
-@each_gradient
+@pytest.mark.parametrize(
+    ("spec", "gradient"),
+    [
+        pytest.param(CHO_2014, "bptt"),
+        pytest.param(PYTORCH, "tangent"),
+        pytest.param(PYTORCH, "bptt", marks=pytest.mark.slow),
+        pytest.param(CHO_2014, "tangent", marks=pytest.mark.slow),
+        pytest.param(CHO_2014, "autodiff", marks=pytest.mark.slow),
+        pytest.param(PYTORCH, "autodiff", marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_compiled_and_eager_runs_agree(spec, gradient):
     """Up to the rounding of fused multiply-adds."""
     problem = make_problem(30)

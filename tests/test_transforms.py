@@ -334,7 +334,13 @@ def noisy_stack_gradient(layers, xs):
     return jax.value_and_grad(total, (0, 1))(layers, xs)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(AxisType.Auto, id="auto", marks=pytest.mark.slow),
+        pytest.param(AxisType.Explicit, id="explicit"),
+    ],
+)
 def test_mesh_of_devices_draws_the_masks_of_one_device(kind):
     sizes = {"layer_norm": True, "dtype": jnp.float64}
     below = init_stack(jax.random.key(0), 3, 4, bidirectional=True, **sizes)

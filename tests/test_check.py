@@ -82,8 +82,15 @@ def failing(report, **fields):
 # Correct rules
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "bias"),
+    [
+        (jnp.float32, True),
+        (jnp.bfloat16, False),
+        pytest.param(jnp.float16, True, marks=pytest.mark.slow),
+        pytest.param(jnp.float32, False, marks=pytest.mark.slow),
+    ],
+)
 def test_correct_rule_passes_in_the_callers_dtype_and_in_float64(dtype, bias):
     report = check_gradients(make_rule(), reference, *arguments(dtype, bias))
     report.raise_if_failed()

@@ -39,7 +39,10 @@ def same(got, wanted):
     jax.tree.map(np.testing.assert_array_equal, got, wanted)
 
 
-@pytest.mark.parametrize("both", [False, True], ids=["one_way", "both_ways"])
+@pytest.mark.parametrize(
+    "both",
+    [pytest.param(False, id="one_way", marks=pytest.mark.slow), pytest.param(True, id="both_ways")],
+)
 def test_weights_that_went_through_every_format_are_the_same(tmp_path, capsys, both):
     """All that hold this cell as it is, one after the other, back to PyTorch."""
     layers = torch_file(tmp_path / "torch.safetensors", num_layers=2, bidirectional=both)

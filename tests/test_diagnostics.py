@@ -37,7 +37,7 @@ def options_of(problem, spec=jaxgru.CHO_2014):
 @pytest.mark.parametrize(
     "policy",
     [
-        {"residuals": "gates", "chunk_size": 2},
+        pytest.param({"residuals": "gates", "chunk_size": 2}, marks=pytest.mark.slow),
         {"residuals": "states"},
         {"residuals": "boundaries", "chunk_size": 3, "reverse": True},
         {"gradient": "tangent"},

@@ -19,7 +19,6 @@ from jaxgru.recurrence import gru
 # float64, relative to the largest entry of a leaf. Rounding reaches about 1e-14 here.
 EXACT = 1e-11
 in_float64 = pytest.mark.usefixtures("x64")
-uncompiled = pytest.mark.usefixtures("x64", "uncompiled")  # where that is the quicker
 slow = pytest.mark.slow
 both_resets = pytest.mark.parametrize("spec", [CHO_2014, PYTORCH], ids=["before", "after"])
 BEFORE, AFTER = pytest.param(CHO_2014, id="before"), pytest.param(PYTORCH, id="after")
@@ -96,7 +95,7 @@ def test_every_rule_and_chunk_gives_one_gradient(spec, reverse):
     assert_oracles(problem, spec, variants, reverse=reverse, **flags)
 
 
-@uncompiled
+@in_float64
 @pytest.mark.parametrize(
     "spec",
     [
@@ -111,7 +110,7 @@ def test_every_activation_has_one_gradient(spec):
     assert_oracles(problem, spec, variants, mask=problem.mask)
 
 
-@uncompiled
+@in_float64
 @pytest.mark.parametrize("number, bias", list(enumerate(["none", "b_x", "b_h"])))
 @both_resets
 def test_absent_biases_have_no_gradient_and_leave_the_others_right(spec, number, bias):
@@ -120,7 +119,7 @@ def test_absent_biases_have_no_gradient_and_leave_the_others_right(spec, number,
     assert_oracles(problem, spec, share(variants, 2, number, spec == PYTORCH))
 
 
-@uncompiled
+@in_float64
 @pytest.mark.parametrize("flags", [("mask",), ("resets",), ()], ids=lambda f: "+".join(f) or "none")
 @both_resets
 def test_masks_and_resets_alone_have_one_gradient(spec, flags):
@@ -143,7 +142,7 @@ INSIDE = {
 }
 
 
-@uncompiled
+@in_float64
 @pytest.mark.parametrize(
     "spec, number, choice, layer_norm",
     [
@@ -226,7 +225,7 @@ def test_unrolled_loops_have_one_gradient(spec):
     assert_oracles(problem, spec, [TANGENT, {}], unroll=3)
 
 
-@uncompiled
+@in_float64
 @pytest.mark.parametrize("number, choice", list(enumerate(["only_h_last", "only_hs", "zero"])))
 @both_resets
 def test_cotangent_of_either_result_may_be_zero(spec, number, choice):
@@ -456,7 +455,7 @@ def test_hessian_products_of_tangent_agree_in_every_order(spec):
     assert_close(quadratic, np.vdot(v, reference), EXACT, orders[-1])
 
 
-@uncompiled
+@in_float64
 @mostly_before
 def test_third_derivatives_of_tangent_are_autodiffs(spec):
     problem = small_problem(25)
@@ -542,7 +541,7 @@ def test_tangent_takes_any_part_of_the_arguments(spec):
         assert_close(got, wanted, EXACT, name)
 
 
-@uncompiled
+@in_float64
 @mostly_before
 def test_gradient_of_any_part_of_the_arguments_is_the_whole_gradients_part(spec):
     problem = make_problem(31)

@@ -97,7 +97,7 @@ def test_edge_sizes_follow_the_loop(sizes):
 
 @in_float64
 @each_gradient
-@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("reverse", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_no_steps_return_the_initial_state_and_its_cotangent(gradient, reverse):
     problem = make_problem(4, steps=0)
     dh_last, dhs = problem.cotangents
@@ -321,7 +321,7 @@ def test_float64_input_gives_float64_results():
 
 
 @pytest.mark.usefixtures("optimized")
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.float16, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
 def test_state_of_half_types_is_carried_in_float32(dtype):
     """With w_h = 0 only z * h sees the state, so hs is the float32 run, rounded once a step.
 

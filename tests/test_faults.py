@@ -12,9 +12,8 @@ from jaxgru.parameters import CHO_2014, CHUNG_2014, PYTORCH, GRUParams, init_gru
 
 # One of each kind of place; the fast tier leaves the others to the slow one.
 FAST = {
-    *("candidate_path_not_gated", "half_slope_of_update_gate", "last_step_lost"),
-    *("neighbour_state", "resets_ignored", "sums_swapped", "no_recurrent_weights_in_drive"),
-    *("cut_ignored", "norm_without_its_mean", "not_a_number"),
+    *("candidate_path_not_gated", "last_step_lost", "resets_ignored", "sums_swapped"),
+    *("no_recurrent_weights_in_drive", "norm_without_its_mean", "not_a_number"),
 }
 
 

@@ -326,6 +326,7 @@ def test_contender_that_fails_is_a_row_and_a_fault(timed_names, error):
     assert fused.is_fault(found["fused"])
 
 
+@pytest.mark.slow
 def test_wrong_values_are_refused_before_anything_is_timed(timed_names):
     found = measure({"scan": scaled(1.0), "fused": scaled(1.01)})
     assert timed_names == ["scan"]

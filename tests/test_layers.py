@@ -30,7 +30,6 @@ from jaxgru import (
 
 EXACT = 1e-11  # float64, relative to the largest entry of a leaf
 in_float64 = pytest.mark.usefixtures("x64")
-uncompiled = pytest.mark.usefixtures("x64", "uncompiled")
 slow = pytest.mark.slow
 T, B, INPUTS, H = 4, 2, 2, 3
 KEY = 11
@@ -221,7 +220,7 @@ def test_cases_of_stacks_hold_every_pair_of_options():
             assert len(set(zip(one, other))) == len(set(one)) * len(set(other))
 
 
-@uncompiled
+@in_float64
 @pytest.mark.parametrize(
     ("bidirectional", "choices"),
     [
@@ -242,7 +241,7 @@ def test_merged_and_residual_stacks_have_the_oracles_values_and_gradients(bidire
         assert_close(got, wanted, EXACT, f"{policy}")
 
 
-@uncompiled
+@in_float64
 @pytest.mark.parametrize(
     ("spec", "bidirectional"),
     [
@@ -632,7 +631,9 @@ def test_masks_of_every_step_are_drawn_again_and_not_kept():
         assert large == [("float32", size) for size in extra], rates
 
 
-@pytest.mark.parametrize("implementation", ["threefry2x32", "rbg", "unsafe_rbg"])
+@pytest.mark.parametrize(
+    "implementation", ["threefry2x32", "rbg", pytest.param("unsafe_rbg", marks=slow)]
+)
 def test_masks_do_not_depend_on_the_chunks(implementation):
     """Nor on the generator: the hardware ones draw a batch under vmap from its first key."""
     params = init_gru(jax.random.key(0), INPUTS, 8)

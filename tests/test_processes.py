@@ -238,7 +238,8 @@ def test_folder_that_processes_do_not_share_is_refused(tmp_path, monkeypatch):
 # Stopping and going on.
 
 
-@pytest.mark.parametrize("format", ["npz", pytest.param("orbax", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["npz", "orbax"])
 def test_sigterm_to_one_process_saves_all_and_another_layout_goes_on(tmp_path, format):
     """Parameters lie divided over two processes when they are saved; then one device has all."""
     address, script = free_address(), str(ROOT / "tests" / "data_parallel.py")

@@ -205,7 +205,8 @@ def find_failure(root: pathlib.Path, arguments: list[str]) -> str | None:
     if done.returncode in (0, 5):
         return None
     failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.M)
-    return failed[0] if failed else (done.stdout + done.stderr).strip().splitlines()[-1]
+    said = (done.stdout + done.stderr).strip().splitlines() or [f"exit code {done.returncode}"]
+    return failed[0] if failed else said[-1]
 
 
 def try_fault(root: pathlib.Path, fault: Fault) -> dict[str, object]:
@@ -251,13 +252,14 @@ def main(arguments: list[str] | None = None) -> int:
                 free.append(root)
 
         with concurrent.futures.ThreadPoolExecutor(args.workers) as pool:
-            for outcome in pool.map(try_one, faults):
+            running = [pool.submit(try_one, fault) for fault in faults]
+            for done in concurrent.futures.as_completed(running):
+                outcome = done.result()
                 outcomes.append(outcome)
                 (args.out / "faults.json").write_text(json.dumps(outcomes, indent=1))
-                place = f"{outcome['path']}:{outcome['line']}"
                 change = f"{outcome['before']}  ->  {outcome['after']}"
-                print(f"{place:32} {change:.100}\n{'':8}{outcome['caught_by'] or 'NOT CAUGHT'}",
-                      flush=True)  # fmt: skip
+                print(f"{outcome['path']}:{outcome['line']}  {change:.100}")
+                print(f"    {outcome['caught_by'] or 'NOT CAUGHT'}", flush=True)
     caught = sum(outcome["caught_by"] is not None for outcome in outcomes)
     print(f"random_faults: {caught} of {len(outcomes)} caught, seed {args.seed}")
     return 0 if caught >= 0.95 * len(outcomes) else 1

@@ -1,8 +1,8 @@
 """The tests of jaxgru, and the fixtures, data and comparison that several of their files share.
 
-Layout: test_NAME.py proves jaxgru/NAME.py or experiments/NAME.py, test_api.py what README says;
-oracle.py is the GRU in NumPy, golden/ holds results of other libraries, and random_faults.py
-breaks random lines of jaxgru to see that the fast tier notices.
+Layout: test_api.py proves what README says, and the table GUARDS in random_faults.py says which
+files prove which module; oracle.py is the GRU in NumPy, golden/ holds results of other libraries.
+random_faults.py breaks random lines of jaxgru to see that the fast tier notices.
 
 Two tiers. `pytest` runs the fast one: a covering choice of options, compiled without most of XLA's
 optimisations or not at all. `pytest -m slow` runs the rest: all products of options, killed and
@@ -20,9 +20,10 @@ import signal
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes share a GPU
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 _FLAGS = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=4"]
-HAS_EMITTERS = importlib.metadata.version("jaxlib").startswith("0.10.")  # XLA's choice of them
-if HAS_EMITTERS and os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1":
-    _FLAGS.append("--xla_cpu_use_fusion_emitters=false")  # compiles in half the time
+# Without fusion emitters XLA compiles in half the time. Later versions end at the unknown flag.
+HAS_EMITTERS = importlib.metadata.version("jaxlib").startswith("0.10.")
+if HAS_EMITTERS and os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"].lower() not in ("0", "false"):
+    _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join(_FLAGS).strip()
 
 from typing import Any, NamedTuple
@@ -36,6 +37,9 @@ from jax.experimental.compilation_cache import compilation_cache
 
 import jaxgru
 from jaxgru.parameters import GRUParams
+
+# A shell starts its background jobs with SIGINT ignored, and `fit` goes on where it is ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +70,11 @@ def x64():
 
 @pytest.fixture
 def optimized():
-    """XLA optimises, as it does for users: for what rounding, memory or the program depend on."""
+    """XLA optimises, for what rounding, memory or the compiled program depend on.
+
+    It still leaves out the fusion emitters where the flag above turns them off: only
+    JAX_DISABLE_MOST_OPTIMIZATIONS=0 compiles everything as users do.
+    """
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     yield

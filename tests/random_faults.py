@@ -188,7 +188,9 @@ def run_pytest(root: pathlib.Path, arguments: list[str]):
 
 def copy_project(target: pathlib.Path) -> pathlib.Path:
     """The tracked files, as they are in the working tree."""
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     for name in listed.stdout.splitlines():
         if (ROOT / name).is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
@@ -202,8 +204,10 @@ def find_failure(root: pathlib.Path, arguments: list[str]) -> str | None:
         done = run_pytest(root, ["-x", "--numprocesses=0", *arguments])
     except subprocess.TimeoutExpired:
         return "the time limit"
-    if done.returncode in (0, 5):
+    if done.returncode in (0, 5):  # no test failed, or there is none
         return None
+    if done.returncode == 4:
+        sys.exit(f"random_faults: pytest cannot run {arguments}: {done.stderr}")
     failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.M)
     said = (done.stdout + done.stderr).strip().splitlines() or [f"exit code {done.returncode}"]
     return failed[0] if failed else said[-1]

@@ -2,10 +2,12 @@
 
 import ast
 import inspect
+import os
 import pathlib
 import re
 import subprocess
 import sys
+import tempfile
 
 import jax
 import pytest
@@ -153,14 +155,26 @@ def readme_blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
 
 
-def test_readme_python_examples_run():
+def test_readme_python_examples_run(tmp_path, monkeypatch):
     """One after the other, as in one script; in their order they build on each other."""
     blocks = readme_blocks("python")
     assert len(blocks) >= 3
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     names = {"__name__": "readme"}
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         for block in blocks:
             exec(compile(block, "README.md", "exec"), names)
+
+
+@pytest.mark.slow
+def test_readme_python_examples_run_as_a_script(tmp_path):
+    """On one device and compiled as for users."""
+    for_tests = ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")
+    environment = {name: value for name, value in os.environ.items() if name not in for_tests}
+    environment["TMPDIR"] = str(tmp_path)
+    command = [sys.executable, "-c", "\n".join(readme_blocks("python"))]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
 
 
 def test_ci_runs_the_test_command_of_the_readme():

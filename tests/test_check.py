@@ -477,6 +477,14 @@ def test_table_of_a_passed_check_has_one_row_per_leaf_dtype_and_witness():
     assert lines[-1] == f"check_gradients: passed, all {len(report.rows)} comparisons agree."
 
 
+def test_row_that_compares_no_numbers_has_errors_of_zero():
+    row = check.GradientRow("float32", "autodiff", 1e-5, "")
+    assert (row.actual, row.expected) == (0.0, 0.0)
+    assert (row.absolute, row.error, row.element_error) == (0.0, 0.0, 0.0)
+    assert row.ok and row.index is None
+    assert (row.case, row.cotangent, row.leaf) == ("-", "-", "")
+
+
 def test_table_is_aligned_and_failures_come_first():
     row = check.GradientRow
     numbers = {"actual": 1.0, "expected": 1.0, "absolute": 1e-7, "error": 1e-7}

@@ -39,10 +39,11 @@ def training(last_only=False, argnums=(0, 1, 2), **options):
     return jax.grad(loss, argnums=argnums)
 
 
-def compile_for(function, num_steps=T):
-    options = {"xla_cpu_use_fusion_emitters": True} if HAS_EMITTERS else None  # as users have it
-    lowered = jax.jit(function).lower(*make_arguments(num_steps))
-    return lowered.compile(compiler_options=options)
+def compile_for(function, num_steps=T, arguments=None):
+    """As it is for users: with the fusion emitters that conftest.py turns off."""
+    options = {"xla_cpu_use_fusion_emitters": True} if HAS_EMITTERS else None
+    arguments = make_arguments(num_steps) if arguments is None else arguments
+    return jax.jit(function).lower(*arguments).compile(compiler_options=options)
 
 
 def temporaries(function, num_steps=T):
@@ -179,8 +180,9 @@ def test_memory_of_rtrl_does_not_grow_with_time():
 
     def set_aside(num_steps):
         xs, targets = (jnp.zeros((num_steps, B, size)) for size in (I_SIZE, H))
-        run = jax.jit(functools.partial(rtrl, lambda h, y: jnp.sum((h - y) ** 2)))
-        return run.lower(params, xs, targets).compile().memory_analysis().temp_size_in_bytes
+        run = functools.partial(rtrl, lambda h, y: jnp.sum((h - y) ** 2))
+        compiled = compile_for(run, arguments=(params, xs, targets))
+        return compiled.memory_analysis().temp_size_in_bytes
 
     assert set_aside(1024) <= set_aside(64) + 1024
 

@@ -152,8 +152,13 @@ def test_rtrl_of_a_residual_stack_with_gains_is_autodiffs(x64):
     assert_close((loss, grads), wanted, 1e-11)
 
 
-def test_norms_of_a_layer_with_scales_are_those_of_each_examples_gradient(x64):
+@pytest.mark.parametrize("pair", [False, True], ids=["one_layer", "two_directions"])
+def test_norms_of_a_layer_with_scales_are_those_of_each_examples_gradient(x64, pair):
     problem = make_problem(6, layer_norm=True)
+    layer, run = problem.params, jaxgru.gru
+    if pair:
+        layer = jaxgru.Bidirectional(layer, make_problem(7, layer_norm=True).params)
+        run = jaxgru.gru_bidirectional
 
     @jax.jit
     def of_all(params, xs, mask, resets):
@@ -166,11 +171,11 @@ def test_norms_of_a_layer_with_scales_are_those_of_each_examples_gradient(x64):
         flags = {"mask": mask, "resets": resets, "spec": PYTORCH}
 
         def loss(params):
-            return squares(*jaxgru.gru(params, xs, gradient="autodiff", **flags))
+            return squares(*run(params, xs, gradient="autodiff", **flags))
 
         return jax.tree.map(jnp.linalg.norm, jax.grad(loss)(params))
 
-    arguments = (problem.params, problem.xs, problem.mask, problem.resets)
+    arguments = (layer, problem.xs, problem.mask, problem.resets)
     assert_close(of_all(*arguments), of_each(*arguments), 1e-10)
 
 

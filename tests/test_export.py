@@ -9,7 +9,7 @@ import pytest
 from conftest import make_problem
 from jax import export
 
-from jaxgru import Bidirectional, gru, gru_stack
+from jaxgru import Bidirectional, gru, gru_stack, init_stack
 
 
 def loss(params, xs, **options):
@@ -49,9 +49,14 @@ def test_exported_gradient_serves_every_length_and_batch(options):
             np.testing.assert_allclose(a, b, atol=2e-5 * float(np.abs(b).max()), rtol=0)
 
 
-def test_exported_layer_of_two_directions_serves_every_length_and_batch():
+@pytest.mark.parametrize("num_layers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_exported_stack_of_two_directions_serves_every_length_and_batch(num_layers):
     """Truncation and zoneout's mean: what depends on the number of the step."""
-    pair = Bidirectional(*(make_problem(n, dtype=jnp.float32).params for n in range(2)))
+    if num_layers == 1:
+        pair = Bidirectional(*(make_problem(n, dtype=jnp.float32).params for n in range(2)))
+        layers = (pair,)
+    else:
+        layers = init_stack(jax.random.key(0), 2, 3, 2, bidirectional=True, layer_norm=True)
 
     def run(layers, xs):
         options = {"truncate": 3, "zoneout": 0.2, "deterministic": True}
@@ -59,8 +64,8 @@ def test_exported_layer_of_two_directions_serves_every_length_and_batch():
 
     steps, batch = export.symbolic_shape("t, b")
     symbolic = jax.ShapeDtypeStruct((steps, batch, 2), jnp.float32)
-    exported = export.export(jax.jit(jax.grad(run)))((pair,), symbolic)
+    exported = export.export(jax.jit(jax.grad(run)))(layers, symbolic)
     xs = np.random.default_rng(1).normal(size=(7, 3, 2)).astype(np.float32)
-    got, wanted = exported.call((pair,), xs), jax.jit(jax.grad(run))((pair,), xs)
+    got, wanted = exported.call(layers, xs), jax.jit(jax.grad(run))(layers, xs)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted)):
         np.testing.assert_allclose(a, b, atol=2e-5 * float(np.abs(b).max()), rtol=0)

@@ -393,6 +393,11 @@ def plain(params, xs, h0, **choices):
     return recurrence.gru(params, xs, h0, mask=mask, resets=resets, **choices)
 
 
+def test_faults_of_the_fast_tier_are_faults():
+    changes = {"not_a_number"}  # of the rule's results, further below
+    assert {*FAULTS, *AFTER, *WRITE, *TANGENT, *INSIDE, *changes} >= FAST
+
+
 @pytest.mark.parametrize("chunk_size", [None, pytest.param(2, marks=pytest.mark.slow)])
 def test_unbroken_rule_passes(chunk_size):
     assert run_check(functools.partial(plain, chunk_size=chunk_size)).passed

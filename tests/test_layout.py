@@ -126,6 +126,7 @@ def compiled(layout, num_steps=6, **gru_options):
     return train_step.lower(layout.place_state(state), batch).compile().as_text()
 
 
+@pytest.mark.usefixtures("optimized")
 def test_repeated_parameters_cost_one_sum_after_the_loop_over_time():
     text = compiled(jaxgru.Layout(mesh_of(4)))
     assert collectives(text) == ([], ["all-reduce"] * 2)
@@ -135,6 +136,7 @@ def test_repeated_parameters_cost_one_sum_after_the_loop_over_time():
     assert sums.count("f32[") == 6  # the gradient, and the loss
 
 
+@pytest.mark.usefixtures("optimized")
 def test_divided_parameters_are_put_together_before_the_loop_over_time():
     inside, outside = collectives(compiled(jaxgru.Layout(mesh_of(4), hidden="data")))
     assert inside == []

@@ -325,12 +325,8 @@ def test_explicit_mesh_takes_an_initial_state_divided_like_the_rows(rule):
 
 def noisy_stack_gradient(layers, xs):
     """Of a stack with every kind of dropout, zoneout and layer norm, from one key."""
-    options = {
-        "input_dropout": 0.2,
-        "output_dropout": 0.3,
-        "recurrent_dropout": 0.3,
-        "zoneout": 0.2,
-    }
+    options = {"input_dropout": 0.2, "dropout": 0.3, "output_dropout": 0.3}
+    options |= {"recurrent_dropout": 0.3, "zoneout": 0.2}
 
     def total(layers, xs):
         h_last, ys = gru_stack(layers, xs, key=jax.random.key(2), **options)
@@ -340,15 +336,18 @@ def noisy_stack_gradient(layers, xs):
 
 
 @pytest.mark.parametrize(
-    "kind",
+    ("kind", "num_layers"),
     [
-        pytest.param(AxisType.Auto, id="auto", marks=pytest.mark.slow),
-        pytest.param(AxisType.Explicit, id="explicit"),
+        pytest.param(AxisType.Auto, 2, id="auto", marks=pytest.mark.slow),
+        pytest.param(AxisType.Explicit, 2, id="explicit", marks=pytest.mark.slow),
+        pytest.param(AxisType.Explicit, 1, id="explicit-one_layer"),
     ],
 )
-def test_mesh_of_devices_draws_the_masks_of_one_device(kind):
+def test_mesh_of_devices_draws_the_masks_of_one_device(kind, num_layers):
     sizes = {"layer_norm": True, "dtype": jnp.float64}
     layers = init_stack(jax.random.key(0), 3, 4, bidirectional=True, **sizes)
+    if num_layers == 2:
+        layers = (*layers, *init_stack(jax.random.key(3), 8, 4, **sizes))
     xs = jax.random.normal(jax.random.key(1), (5, 8, 3))
     wanted = jax.jit(noisy_stack_gradient)(layers, xs)
     mesh = four_devices(kind)

@@ -477,6 +477,13 @@ def test_table_of_a_passed_check_has_one_row_per_leaf_dtype_and_witness():
     assert lines[-1] == f"check_gradients: passed, all {len(report.rows)} comparisons agree."
 
 
+def test_three_random_cotangents_and_three_others_are_tried_by_default():
+    report = check_gradients(jnp.sin, jnp.sin, jnp.ones(12))
+    tried = [row.cotangent for row in report.rows if row.witness == "finite-difference"]
+    others = ["one-hot[out][0]", "one-hot[out][11]", "zero"]
+    assert sorted(tried) == sorted([*others, *(f"random[{n}]" for n in range(3))])
+
+
 def test_row_that_compares_no_numbers_has_errors_of_zero():
     row = check.GradientRow("float32", "autodiff", 1e-5, "")
     assert (row.actual, row.expected) == (0.0, 0.0)

@@ -146,7 +146,8 @@ def draw_fault(root: pathlib.Path, line: tuple[str, int], draw: random.Random) -
 # Which test files guard which modules; test_api.py and a module's own doctests guard all of them.
 
 GUARDS = {
-    "arguments masks parameters": "recurrence cell layers training models",
+    "arguments": "arguments recurrence layers",
+    "masks parameters": "recurrence cell layers models",
     "cell products": "cell gradients recurrence cost kernels",
     "recurrence sweeps": "recurrence gradients cost transforms kernels layers",
     "layers": "layers transforms diagnostics",

@@ -367,7 +367,10 @@ def test_float32_is_as_exact_as_its_terms(terms, least, most, backend, monkeypat
 def test_state_of_half_types_is_carried_in_float32(backend):
     """A state that moves by less than bfloat16 resolves at 0.9 still gets where it should."""
     steps = 20
-    zeros = lambda *shape: jnp.asarray(np.zeros(shape, jnp.bfloat16))  # noqa: E731
+
+    def zeros(*shape):
+        return jnp.asarray(np.zeros(shape, jnp.bfloat16))
+
     b_x = np.asarray([0.0, 4.0, 20.0], jnp.bfloat16)  # 1/56 of the way to the candidate, 1, a step
     params = GRUParams(zeros(1, 3), zeros(1, 3), jnp.asarray(b_x), None)
     h0 = jnp.asarray(np.full((1, 1), 0.9, jnp.bfloat16))

@@ -182,7 +182,7 @@ def test_error_of_the_first_process_stops_all_and_only_it_acts(monkeypatch):
     assert repr(other) == "OSError('process 0 could not go on; its own message tells why')"
 
 
-def test_processes_know_the_first_one_s_number_and_whether_all_have_the_same(monkeypatch):
+def test_all_processes_get_the_number_of_the_first_and_know_whether_all_have_the_same(monkeypatch):
     third = 1 / 3
     assert processes.of_first(third) == third
     assert processes.same_everywhere(3)

@@ -26,6 +26,7 @@ import numpy as np
 
 import jaxgru
 from experiments import runs
+from jaxgru import diagnostics
 
 LIMIT = 1e-12
 ACTIVATIONS = ("tanh", "relu", "sigmoid", "softplus", "identity")
@@ -250,13 +251,13 @@ def tangent_forward(case):
 
 
 def rtrl_gradient(case):
-    got = jaxgru.rtrl(loss_of, case.params, case.xs, case.targets, case.h0, **case.options)[1]
+    got = diagnostics.rtrl(loss_of, case.params, case.xs, case.targets, case.h0, **case.options)[1]
     return got, jax.grad(functools.partial(plain_loss, case))(case.params, case.xs, case.h0)
 
 
 def snap_gradient(case):
     """Against P <- pattern * (J P + I) with J, I by autodiff, pattern the entries I can have."""
-    got = jaxgru.rtrl(
+    got = diagnostics.rtrl(
         loss_of, case.params, case.xs, case.targets, case.h0, influence="snap-1", **case.options
     )[1]
     h_tm1 = states_before(case, case.params, case.h0)
@@ -288,28 +289,28 @@ def snap_gradient(case):
 
 def step_jacobian(case):
     h_tm1 = states_before(case, case.params, case.h0)
-    got = jaxgru.step_jacobian(case.params, case.xs, h_tm1, spec=case.spec)
+    got = diagnostics.step_jacobian(case.params, case.xs, h_tm1, spec=case.spec)
     everywhere = case._replace(mask=jnp.ones_like(case.mask), resets=jnp.zeros_like(case.resets))
     return got, plain_jacobian(everywhere, (case.params,), h_tm1, case.xs)
 
 
 def jacobian_diagonal(case):
     h_tm1 = states_before(case, case.params, case.h0)
-    got = jaxgru.step_jacobian_diagonal(case.params, case.xs, h_tm1, spec=case.spec)
+    got = diagnostics.step_jacobian_diagonal(case.params, case.xs, h_tm1, spec=case.spec)
     return got, jnp.diagonal(step_jacobian(case)[1], axis1=-2, axis2=-1)
 
 
 def jacobian_bound(case):
     """By how much the largest singular value exceeds its bound: nothing."""
     h_tm1 = states_before(case, case.params, case.h0)
-    bound = jaxgru.step_jacobian_bound(case.params, case.xs, h_tm1, spec=case.spec)
+    bound = diagnostics.step_jacobian_bound(case.params, case.xs, h_tm1, spec=case.spec)
     largest = jnp.linalg.norm(step_jacobian(case)[1], ord=2, axis=(-2, -1))
     return jnp.maximum(largest, bound), bound
 
 
 def product_over_time(case):
     """dh_T/dh_{t-1} of every t."""
-    jacobians = jaxgru.sequence_jacobians(case.params, case.xs, case.h0, **case.options)
+    jacobians = diagnostics.sequence_jacobians(case.params, case.xs, case.h0, **case.options)
     h_tm1 = states_before(case, case.params, case.h0)
     wanted = []
     for t in range(len(case.xs)):
@@ -319,18 +320,18 @@ def product_over_time(case):
 
         rows = jax.jacrev(last)(h_tm1[t])  # [B, H, B, H]: no sequence hears of another
         wanted.append(jnp.diagonal(rows, axis1=0, axis2=2).transpose(2, 0, 1))
-    return jaxgru.jacobian_products(jacobians), jnp.stack(wanted)
+    return diagnostics.jacobian_products(jacobians), jnp.stack(wanted)
 
 
 def lyapunov_sum(case):
     """The sum of the exponents: the mean of log|det J|. Without resets, whose log is -inf."""
     case = case._replace(resets=jnp.zeros_like(case.resets), mask=case.mask.at[:, 0].set(True))
-    jacobians = jaxgru.sequence_jacobians(case.params, case.xs, case.h0, **case.options)
+    jacobians = diagnostics.sequence_jacobians(case.params, case.xs, case.h0, **case.options)
     h_tm1 = states_before(case, case.params, case.h0)
     growth = jnp.linalg.slogdet(plain_jacobian(case, (case.params,), h_tm1, case.xs))[1]
     if not np.isfinite(growth).all():  # a relu may close a unit
         return jnp.zeros(()), jnp.zeros(())
-    exponents = jaxgru.lyapunov_exponents(jacobians, case.mask)
+    exponents = diagnostics.lyapunov_exponents(jacobians, case.mask)
     return exponents.sum(axis=-1), growth.sum(axis=0) / case.mask.sum(axis=0, dtype=growth.dtype)
 
 
@@ -349,14 +350,14 @@ def taps(case):
 def gradient_paths(case):
     """Each of the four doors by itself."""
     h_tm1, dhs = states_before(case, case.params, case.h0), taps(case)[1].hs
-    got = jaxgru.gradient_paths(case.params, case.xs, dhs, case.h0, **case.options)
+    got = diagnostics.gradient_paths(case.params, case.xs, dhs, case.h0, **case.options)
 
     def of_step(x, h, real, reset, dh):
         def step(*doors):
             doors = [jnp.where(reset, jnp.zeros_like(door), door) for door in doors]
             return jnp.where(real, plain_step(case.params, x, doors, case.spec), doors[0])
 
-        return jaxgru.Paths(*jax.vjp(step, *(h,) * 4)[1](dh))
+        return diagnostics.Paths(*jax.vjp(step, *(h,) * 4)[1](dh))
 
     wanted = jax.vmap(jax.vmap(of_step))(case.xs, h_tm1, case.mask, case.resets, dhs)
     return got, wanted
@@ -364,17 +365,17 @@ def gradient_paths(case):
 
 def flow_norms(case):
     """`gradient_flow` of a layer: norms of what the taps and the paths say."""
-    got = jaxgru.gradient_flow(
+    got = diagnostics.gradient_flow(
         lambda h_last, hs: loss_of(hs, case.targets), case.params, case.xs, case.h0, **case.options
     )[1]
     tap, paths = taps(case)[1], gradient_paths(case)[1]
     norms = functools.partial(jnp.linalg.norm, axis=-1)
-    wanted = jaxgru.GradientFlow(norms(tap.hs), norms(tap.xs), jax.tree.map(norms, paths))
+    wanted = diagnostics.GradientFlow(norms(tap.hs), norms(tap.xs), jax.tree.map(norms, paths))
     return got, wanted
 
 
 def example_norms(case):
-    got = jaxgru.example_gradient_norms(
+    got = diagnostics.example_gradient_norms(
         lambda h_last, hs: loss_of(hs, case.targets), case.params, case.xs, case.h0, **case.options
     )[1]
     wanted = []
@@ -389,14 +390,14 @@ def example_norms(case):
 
 def stack_gradient(case):
     """RTRL of a stack of two."""
-    got = jaxgru.rtrl(loss_of, case.layers, case.xs, case.targets, **case.options)[1]
+    got = diagnostics.rtrl(loss_of, case.layers, case.xs, case.targets, **case.options)[1]
     loss = functools.partial(plain_loss, case)
     return got, jax.grad(loss)(case.layers, case.xs, jnp.zeros_like(case.h0))
 
 
 def stack_jacobian(case):
     """All states of a stack by all states before."""
-    got = jaxgru.sequence_jacobians(case.layers, case.xs, **case.options)
+    got = diagnostics.sequence_jacobians(case.layers, case.xs, **case.options)
     zeros = jnp.zeros_like(case.h0)
     below = plain_states(case, case.layers[0], case.xs, zeros)
     above = plain_states(case, case.layers[1], below, zeros)
@@ -454,7 +455,7 @@ def measure_memory(steps, batch=4, inputs=8, hidden=16):
 
     def forward(influence):
         def gradient(params, xs, targets):
-            return jaxgru.rtrl(loss_of, params, xs, targets, influence=influence)[1]
+            return diagnostics.rtrl(loss_of, params, xs, targets, influence=influence)[1]
 
         return gradient
 

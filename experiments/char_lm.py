@@ -32,6 +32,7 @@ import optax
 
 import jaxgru
 from experiments import data, distributed, runs
+from jaxgru import checks, models, training
 
 HEADING = "--- update"  # of a sample
 SPECS = {"cho": jaxgru.CHO_2014, "chung": jaxgru.CHUNG_2014, "pytorch": jaxgru.PYTORCH}
@@ -146,10 +147,10 @@ def train(args):
     if not distributed.agree(passed):
         return 1
     optimizer = make_optimizer(args, num_updates)
-    state = jaxgru.init_train_state(params, optimizer, key=key_state, carry=h0)
+    state = training.init_train_state(params, optimizer, key=key_state, carry=h0)
     state = layout.place_state(state)
     evaluate = functools.partial(evaluate_streams, args, streams=validation)
-    train_step = jaxgru.make_train_step(make_loss(args), optimizer, layout=layout)
+    train_step = training.make_train_step(make_loss(args), optimizer, layout=layout)
     metadata = {"config": runs.config_of(args), "vocabulary_sha256": digest(vocabulary)}
     every = args.evaluate_every or len(inputs)
 
@@ -159,7 +160,7 @@ def train(args):
         return map(layout.place_batch, batches)
 
     try:
-        state, *_ = jaxgru.fit(
+        state, *_ = training.fit(
             train_step,
             state,
             draw_batches,
@@ -173,15 +174,15 @@ def train(args):
             items_per_update=args.batch_size * args.num_steps,
             items_name="characters",
         )
-    except jaxgru.NonFiniteError as error:
+    except training.NonFiniteError as error:
         if not main:
             return 1
-        jaxgru.save_arrays(run / "weights.npz", error.state.params, metadata)
+        training.save_arrays(run / "weights.npz", error.state.params, metadata)
         print(f"char_lm: {error} They are in {run}.", file=sys.stderr)
         return 1
     if not main:
         return 0
-    jaxgru.save_arrays(run / "weights.npz", state.params, metadata)
+    training.save_arrays(run / "weights.npz", state.params, metadata)
     records = runs.read_records(run)
     plot(run / "loss.png", records)
     last = {k: v for k, v in records[-1].items() if "bits" in k or k in ("seconds",)}
@@ -213,9 +214,9 @@ def load_run(run):
         vocabulary = config["vocabulary"]
         trained = argparse.Namespace(**config)
         like = jax.eval_shape(lambda: init_params(trained, jax.random.key(0), len(vocabulary)))
-        if jaxgru.read_metadata(run / "weights.npz")["vocabulary_sha256"] != digest(vocabulary):
+        if training.read_metadata(run / "weights.npz")["vocabulary_sha256"] != digest(vocabulary):
             raise data.DataError(f"{run} holds weights of another vocabulary than its config.json")
-        return trained, vocabulary, jaxgru.load_arrays(run / "weights.npz", like)
+        return trained, vocabulary, training.load_arrays(run / "weights.npz", like)
     except (FileNotFoundError, KeyError) as error:
         missing = getattr(error, "filename", None) or error
         raise data.DataError(f"{run} is no run folder of char_lm: it has no {missing}") from None
@@ -226,7 +227,7 @@ def load_run(run):
 def init_params(args, key, vocab_size):
     scheme = "orthogonal" if args.init == "small" else args.init
     embedding_size = args.embedding_size or None
-    params = jaxgru.init_token_model(
+    params = models.init_token_model(
         key, vocab_size, args.hidden_size, embedding_size=embedding_size, scheme=scheme
     )
     if args.init == "small":  # 0.01 N(0, 1) for every matrix, zero biases
@@ -245,7 +246,7 @@ def make_loss(args, **gru_options):
     def loss_fn(params, carry, batch, key):
         tokens, targets, start = batch
         h0 = jax.tree.map(lambda h: jnp.where(start, jnp.zeros_like(h), h), carry)
-        loss, h_last = jaxgru.token_loss(
+        loss, h_last = models.token_loss(
             params, tokens, targets, h0, reduction=args.reduction, spec=SPECS[args.spec],
             **gru_options,
         )  # fmt: skip
@@ -270,7 +271,7 @@ def cross_check(args, run, params, h0, tokens, targets):
 
     def loss(gradient):
         def loss_fn(params, h0):
-            return jaxgru.token_loss(
+            return models.token_loss(
                 params, tokens, targets, h0, reduction=args.reduction, spec=SPECS[args.spec],
                 gradient=gradient,
             )  # fmt: skip
@@ -278,7 +279,7 @@ def cross_check(args, run, params, h0, tokens, targets):
         return loss_fn
 
     print("Cross-check of the handwritten gradient, on this model and its first batch:")
-    report = jaxgru.check_gradients(
+    report = checks.check_gradients(
         loss("bptt"), loss("autodiff"), params, h0,
         num_cotangents=1, num_coordinates=3, tolerances={"float64": 1e-12},
     )  # fmt: skip
@@ -314,7 +315,7 @@ def evaluate_streams(args, state, *, streams):
 def _mean_loss(params, inputs, targets, spec):
     def body(h, batch):
         tokens, targets = batch
-        loss, h = jaxgru.token_loss(params, tokens, targets, h, spec=spec)
+        loss, h = models.token_loss(params, tokens, targets, h, spec=spec)
         return h, loss
 
     h0 = jaxgru.init_state(params.layers, inputs.shape[2:])
@@ -333,7 +334,7 @@ def choose_prompt(args, text, vocabulary):
 def draw(args, params, vocabulary, prompt, count, seed):
     """The prompt and count characters drawn after it."""
     params = jax.tree.map(jnp.asarray, jax.device_get(params))  # of many devices, onto one
-    tokens = jaxgru.generate(
+    tokens = models.generate(
         params, jax.random.key(seed), jnp.asarray(data.encode(prompt, vocabulary)), count,
         temperature=args.temperature, spec=SPECS[args.spec],
     )[1]  # fmt: skip

@@ -52,7 +52,8 @@ from jax import export
 import jaxgru
 from experiments.data import DataError
 from experiments.runs import run_script
-from jaxgru import Bidirectional, GRUParams, SequenceParams, TokenParams
+from jaxgru import Bidirectional, GRUParams, interop, models
+from jaxgru.models import SequenceParams, TokenParams
 
 CELLS = ("keras", "linen", "nnx", "equinox", "haiku", "haste")
 FORMATS = ("torch", *CELLS, "onnx", "jaxgru")
@@ -185,7 +186,7 @@ def read(kind, file, args):
     if kind == "jaxgru":
         if args.layer:
             raise DataError("--layer must be left out for jaxgru, whose files hold their structure")
-        loaded = jaxgru.load_weights(file)
+        loaded = interop.load_weights(file)
         return loaded.params, loaded.spec, ()
     if kind == "onnx":
         return read_nodes(file, args.layer)
@@ -193,7 +194,7 @@ def read(kind, file, args):
     if kind == "torch":
         if len(args.layer) > 1:
             raise DataError("--layer must be given once for torch, whose names tell the layers")
-        return jaxgru.from_torch(arrays, prefix="".join(args.layer))
+        return interop.from_torch(arrays, prefix="".join(args.layer))
     options: dict[str, Any] = {}
     if kind in ("keras", "linen", "nnx"):
         options["activation"] = args.activation
@@ -208,7 +209,7 @@ def read(kind, file, args):
 
 def read_nodes(file, names):
     """(stack, spec, notes) of the GRU nodes of an ONNX file, all or those that are named."""
-    nodes = jaxgru.read_onnx(file)
+    nodes = interop.read_onnx(file)
     if names:
         found = {node.name: node for node in nodes}
         if missing := [name for name in names if name not in found]:
@@ -264,7 +265,7 @@ def read_arrays(file, kind):
                 return {name: opened[name] for name in opened.files}
         except (ValueError, zipfile.BadZipFile, EOFError) as error:
             raise DataError(f"{file} must be a whole .npz of arrays: {error}") from error
-    return jaxgru.read_safetensors(path)
+    return interop.read_safetensors(path)
 
 
 def read_hdf5(path):
@@ -338,10 +339,10 @@ def layer_at(arrays, prefix, file):
 def write(kind, file, model, spec, args):
     """Writes the file; returns what changed on the way."""
     if kind == "jaxgru":
-        jaxgru.save_weights(file, model, spec=spec)
+        interop.save_weights(file, model, spec=spec)
         return []
     if kind == "onnx":
-        return list(jaxgru.write_onnx(file, model, spec=spec, merge=args.merge, lengths=True))
+        return list(interop.write_onnx(file, model, spec=spec, merge=args.merge, lengths=True))
     if kind == "stablehlo":
         write_program(file, model, spec, args)
         return []
@@ -351,7 +352,7 @@ def write(kind, file, model, spec, args):
     if kind == "torch":
         if args.cell and len(layers) > 1:
             raise DataError("--cell must be left out for more than one layer")
-        exported = jaxgru.to_torch(layers[0] if args.cell else layers, spec=spec)
+        exported = interop.to_torch(layers[0] if args.cell else layers, spec=spec)
         write_arrays(file, exported.weights)
     else:
         exported = getattr(jaxgru, f"to_{kind}")(layers, spec=spec)
@@ -480,8 +481,8 @@ def run_torch(file, layer, args, xs):
         return None
     if "weight_ih" in arrays or args.merge == "sum":
         return None
-    layers, spec, _ = jaxgru.from_torch(arrays)
-    module = torch.nn.GRU(**jaxgru.to_torch(layers, spec=spec).options, dtype=torch.float64)
+    layers, spec, _ = interop.from_torch(arrays)
+    module = torch.nn.GRU(**interop.to_torch(layers, spec=spec).options, dtype=torch.float64)
     module.load_state_dict({k: torch.from_numpy(v.astype(np.float64)) for k, v in arrays.items()})
     with torch.no_grad():
         return module(torch.from_numpy(xs))[0].numpy()
@@ -491,9 +492,9 @@ def run_model(model, xs, h0, spec, merge, mask=None):
     """(h_last, outputs) of a model or a stack, in its own dtype."""
     options: dict[str, Any] = {"mask": mask, "spec": spec, "merge": merge}
     if isinstance(model, TokenParams):
-        return jaxgru.token_logits(model, xs, h0, **options)
+        return models.token_logits(model, xs, h0, **options)
     if isinstance(model, SequenceParams):
-        return jaxgru.sequence_outputs(model, xs, h0, **options)
+        return models.sequence_outputs(model, xs, h0, **options)
     return jaxgru.gru_stack(layers_of(model), xs, h0, **options)
 
 

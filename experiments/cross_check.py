@@ -44,6 +44,7 @@ import jaxgru
 from experiments import mutation, runs
 from experiments.data import DataError
 from experiments.mutation import Point
+from jaxgru import checks
 
 DTYPES = ("caller", "float64", "float32", "bfloat16", "float16")
 ACTIVATIONS = ("tanh", "relu", "sigmoid", "softplus", "identity")
@@ -57,11 +58,12 @@ RULES = (
     *("coefficients", "step_vjp", "gates_vjp", "params_vjp", "params_vjp_factors", "inputs_vjp"),
     *("step_jvp", "step_drive"),
 )
-OWN_RULES = [f"jaxgru.cell:{name}" for name in RULES]
-OWN_RULES += [
-    f"jaxgru.products:{name}" for name in ("normalize_vjp", "normalize_jvp", "_project_out")
+NORM_RULES = ("normalize_vjp", "normalize_jvp", "_project_out")
+OWN_RULES = [
+    *(f"jaxgru.core.derivatives:{name}" for name in RULES),
+    *(f"jaxgru.core.layer_norm:{name}" for name in NORM_RULES),
+    *("jaxgru.core.flags:hold_vjp", "jaxgru.core.bptt:_backward_chunk"),
 ]
-OWN_RULES += [f"jaxgru.recurrence:{name}" for name in ("_hold_vjp", "_backward_chunk")]
 
 
 class Pair(NamedTuple):
@@ -248,20 +250,20 @@ def check_options(args) -> dict[str, Any]:
 def check_all(args, pair: Pair | None) -> tuple[str, dict[str, Any]]:
     """Text and record of one pair, or of the package's grid."""
     if pair:
-        check = functools.partial(jaxgru.check_gradients, *pair[1:3], *pair.inputs)
+        check = functools.partial(checks.check_gradients, *pair[1:3], *pair.inputs)
         points = [Point(pair.name, functools.partial(check, **check_options(args)))]
     else:
         points = list(grid_points(args))
     from tqdm import tqdm
 
-    results: dict[str, jaxgru.GradientReport | Raised] = {}
+    results: dict[str, checks.GradientReport | Raised] = {}
     for point in tqdm(points, unit="point", disable=len(points) == 1, file=sys.stderr):
         results[point.name] = run_point(point)
     cases = [case for name, found in results.items() for case in summarize(name, found)]
     rows = [
         dataclasses.asdict(dataclasses.replace(row, case=name)) | {"ok": row.ok}
         for name, found in results.items()
-        if isinstance(found, jaxgru.GradientReport)
+        if isinstance(found, checks.GradientReport)
         for row in found.rows
     ]
     failed = len({case["case"] for case in cases if case["verdict"] != "agree"})
@@ -273,7 +275,7 @@ def check_all(args, pair: Pair | None) -> tuple[str, dict[str, Any]]:
     return "\n\n".join([*parts, f"cross_check: {counts}, {failed} points disagree"]), record
 
 
-def run_point(point: Point) -> jaxgru.GradientReport | Raised:
+def run_point(point: Point) -> checks.GradientReport | Raised:
     """The point's report; what its functions raise is a result, unusable input is not."""
     try:
         return point.check()
@@ -283,7 +285,7 @@ def run_point(point: Point) -> jaxgru.GradientReport | Raised:
         return Raised(_one_line(error))
 
 
-def summarize(name: str, found: jaxgru.GradientReport | Raised) -> list[dict[str, Any]]:
+def summarize(name: str, found: checks.GradientReport | Raised) -> list[dict[str, Any]]:
     """For each dtype the worst errors, the loosest limit of either witness, and the verdict."""
     if isinstance(found, Raised):
         nothing = dict.fromkeys(("autodiff", "limit", "finite_difference", "its_limit"))
@@ -367,7 +369,7 @@ def grid_points(args) -> Iterator[Point]:
     flags = {"mask": arrays.mask, "resets": arrays.resets}
     for spec, reverse, policy, masked in grid_choices(args):
         grid = {"specs": [spec], "reverses": [reverse], "policies": [policy]}
-        check = functools.partial(jaxgru.check_gru, *arrays[:3], **grid, **options)
+        check = functools.partial(checks.check_gru, *arrays[:3], **grid, **options)
         words = [spec.reset, spec.update, spec.activation, "reverse" if reverse else "forward"]
         words += [f"{name}={value}" for name, value in policy.items()]
         name = " ".join([*words, "mask resets" if masked else "plain"])
@@ -385,13 +387,13 @@ def cell_and_stack_points(args, arrays: Sequences, options) -> Iterator[Point]:
 
         pair = functools.partial(jaxgru.gru_cell, spec=spec), one_step
         inputs = (arrays.params, arrays.xs[0], arrays.h0)
-        check = functools.partial(jaxgru.check_gradients, *pair, *inputs, **options)
+        check = functools.partial(checks.check_gradients, *pair, *inputs, **options)
         yield Point(f"{spec.reset} {spec.update} {spec.activation} gru_cell", check)
     stack = jaxgru.init_stack(jax.random.key(args.seed), 2, 3, 2, bidirectional=True)
     for policy in FEW_POLICIES:
         run = functools.partial(jaxgru.gru_stack, mask=arrays.mask, resets=arrays.resets)
         pair = functools.partial(run, **policy), functools.partial(run, gradient="autodiff")
-        check = functools.partial(jaxgru.check_gradients, *pair, stack, arrays.xs, **options)
+        check = functools.partial(checks.check_gradients, *pair, stack, arrays.xs, **options)
         words = [f"{name}={value}" for name, value in policy.items()]
         yield Point(" ".join(["gru_stack bidirectional", *words]), check)
 
@@ -403,7 +405,7 @@ def mutate(args, pair: Pair | None, rules) -> tuple[str, dict[str, Any]]:
 
     options |= {"key": jax.random.key(args.seed), "tolerances": args.tolerance}
     if pair:
-        check = functools.partial(jaxgru.check_gradients, *pair[1:3], *pair.inputs, **options)
+        check = functools.partial(checks.check_gradients, *pair[1:3], *pair.inputs, **options)
         points = [Point(pair.name, check)]
     else:
         points = list(mutation_points(args, options))
@@ -440,7 +442,7 @@ def mutation_points(args, options) -> Iterator[Point]:
 
     def point(name, spec, gradient, run, inputs):
         pair = [functools.partial(run, spec, gradient=g) for g in (gradient, "autodiff")]
-        check = functools.partial(jaxgru.check_gradients, *pair, *inputs, **options)
+        check = functools.partial(checks.check_gradients, *pair, *inputs, **options)
         return Point(f"{spec.reset} {spec.update} {gradient} {name}", check)
 
     def with_flags(spec, params, xs, h0, gradient, **more):

@@ -14,8 +14,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-import jaxgru
 from experiments.data import DataError
+from jaxgru import training
 
 Result = TypeVar("Result")
 
@@ -53,7 +53,7 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
-def make_layout(batch_size: int, **choices: Any) -> jaxgru.Layout:
+def make_layout(batch_size: int, **choices: Any) -> training.Layout:
     """A layout over all devices; some stay idle where a lone process's batch does not divide.
 
     `choices` are those of `jaxgru.Layout`. The devices stand in their own order, so that every
@@ -67,7 +67,7 @@ def make_layout(batch_size: int, **choices: Any) -> jaxgru.Layout:
             f"--batch-size must be a multiple of the {len(devices)} devices, got {batch_size}; "
             "take fewer processes or devices"
         )
-    return jaxgru.Layout(jax.sharding.Mesh(np.array(devices), ("data",)), **choices)
+    return training.Layout(jax.sharding.Mesh(np.array(devices), ("data",)), **choices)
 
 
 def together(run: Callable[[], Result], *, main_only: bool = False) -> Any:
@@ -122,7 +122,7 @@ def require_same(subject: str, content: str) -> None:
             raise DataError(f"{subject} differs between processes")
 
 
-def describe(layout: jaxgru.Layout) -> str:
+def describe(layout: training.Layout) -> str:
     """How many devices and processes a layout has, where that is not one."""
     devices, processes = layout.mesh.devices.size, jax.process_count()
     parts = [f"{devices} devices"] if devices > 1 else []

@@ -32,6 +32,7 @@ import optax
 
 import jaxgru
 from experiments import runs
+from jaxgru import losses, models, training
 
 SMOKE = {
     "adding_steps": [10], "copy_blanks": [], "adding_updates": 200, "copy_updates": 200,
@@ -159,7 +160,7 @@ def train_model(args, run, fields, task, num_updates, seed):
     optimizer = optax.chain(optax.clip_by_global_norm(args.clip_norm), optax.adam(schedule))
     before = init_params(key_params, task, args, len(test[0]))
     params = jax.tree.map(jnp.copy, before)  # the train step takes its buffers over
-    state = jaxgru.init_train_state(params, optimizer, key=key_state)
+    state = training.init_train_state(params, optimizer, key=key_state)
     every = max(1, num_updates // 10)
     part = "-".join(str(value).replace(" ", "_") for value in fields.values())
     drawn = generator.bit_generator.state
@@ -170,8 +171,8 @@ def train_model(args, run, fields, task, num_updates, seed):
             iter(lambda: task.draw(generator, length, args.batch_size), None), start, None
         )
 
-    state, *_ = jaxgru.fit(
-        jaxgru.make_train_step(loss_fn, optimizer),
+    state, *_ = training.fit(
+        training.make_train_step(loss_fn, optimizer),
         state,
         draw_batches,
         num_updates=num_updates,
@@ -188,7 +189,7 @@ def train_model(args, run, fields, task, num_updates, seed):
 
 def init_gru_model(key, task, args, num_steps):
     key_model, key_gate = jax.random.split(key)
-    params = jaxgru.init_sequence_model(
+    params = models.init_sequence_model(
         key_model, task.input_size, args.hidden_size, task.output_size
     )
     if not args.chrono:
@@ -203,7 +204,7 @@ def init_gru_model(key, task, args, num_steps):
 
 
 def apply_gru_model(params, xs):
-    return jaxgru.sequence_outputs(params, xs)[1]
+    return models.sequence_outputs(params, xs)[1]
 
 
 def init_vanilla(key, task, args, num_steps):
@@ -252,12 +253,12 @@ def draw_copy(generator, num_blanks, batch_size):
 
 def judge_adding(outputs, targets):
     correct = jnp.abs(outputs - targets) < 0.08
-    return jaxgru.squared_loss(outputs, targets), correct.mean()
+    return losses.squared_loss(outputs, targets), correct.mean()
 
 
 def judge_copy(outputs, targets):
     correct = outputs.argmax(axis=-1) == targets
-    return jaxgru.categorical_loss(outputs, targets), correct.mean()
+    return losses.categorical_loss(outputs, targets), correct.mean()
 
 
 TASKS = {

@@ -38,7 +38,7 @@ import numpy as np
 from jax.core import Tracer
 
 from experiments.data import DataError
-from jaxgru import GradientReport
+from jaxgru.checks import GradientReport
 
 VERDICTS = ("caught", "survived", "indistinct", "not reached")
 

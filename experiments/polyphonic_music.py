@@ -31,6 +31,7 @@ import optax
 
 import jaxgru
 from experiments import data, runs
+from jaxgru import models, training
 
 SPEC = jaxgru.PYTORCH
 SMOKE = {
@@ -94,8 +95,8 @@ def train(args):
     print(f"{counts} pieces; {runs.describe_device()}")
     updates_per_epoch = math.ceil(len(train_rolls) / args.batch_size)
     best = fit_model(args, run, updates_per_epoch, train_rolls, valid_rolls, digest)
-    jaxgru.save_arrays(run / "weights.npz", best.params, {"config": runs.config_of(args)})
-    records = jaxgru.read_json_lines(run / runs.METRICS)
+    training.save_arrays(run / "weights.npz", best.params, {"config": runs.config_of(args)})
+    records = training.read_json_lines(run / runs.METRICS)
     scores = score_best(best, updates_per_epoch, train_rolls, valid_rolls, test_rolls)
     runs.write_json(run / "result.json", scores)
     plot_losses(run / "loss.png", records, scores)
@@ -126,7 +127,7 @@ def fit_model(args, run, updates_per_epoch, train_rolls, valid_rolls, digest):
     num_updates = args.epochs * updates_per_epoch
     schedule = optax.cosine_decay_schedule(args.learning_rate, num_updates)
     optimizer = optax.chain(optax.clip_by_global_norm(args.clip_norm), optax.adam(schedule))
-    state = jaxgru.init_train_state(params, optimizer, key=key_state)
+    state = training.init_train_state(params, optimizer, key=key_state)
     batches = cut_batches(valid_rolls)
 
     def evaluate(state):
@@ -137,14 +138,14 @@ def fit_model(args, run, updates_per_epoch, train_rolls, valid_rolls, digest):
     if not (run / runs.METRICS).exists():
         for log in logs:
             log(state, {"update": 0, **evaluate(state)})
-    fitted = jaxgru.fit(
-        jaxgru.make_train_step(make_loss(args), optimizer),
+    fitted = training.fit(
+        training.make_train_step(make_loss(args), optimizer),
         state,
         lambda start: itertools.islice(draw_batches(args, train_rolls), start, None),
         num_updates=num_updates,
         evaluate=evaluate,
         evaluate_every=updates_per_epoch,
-        monitor=jaxgru.Monitor("validation_nll"),
+        monitor=training.Monitor("validation_nll"),
         checkpoints=runs.checkpoints_of(run, args, updates_per_epoch, data_sha256=digest),
         log_every=updates_per_epoch,
         callbacks=logs,
@@ -157,7 +158,7 @@ def init_params(args, key, rolls):
     """A model whose first prediction is nearly each key's share of the training steps."""
     key_model, key_head = jax.random.split(key)
     shares = np.concatenate(rolls).mean(axis=0)
-    params = jaxgru.init_sequence_model(key_model, len(shares), args.hidden_size, len(shares))
+    params = models.init_sequence_model(key_model, len(shares), args.hidden_size, len(shares))
     w = 0.5 / math.sqrt(args.hidden_size) * jax.random.normal(key_head, params.w.shape)
     return params._replace(w=w, b=share_logits(shares))
 
@@ -173,11 +174,11 @@ def make_loss(args):
     def loss_fn(params, carry, batch, key):
         xs, lengths = batch
         mask = jaxgru.length_mask(lengths, xs.shape[0] - 1)
-        _, logits = jaxgru.sequence_outputs(
+        _, logits = models.sequence_outputs(
             params, xs[:-1], mask=mask, spec=SPEC, recurrent_dropout=args.recurrent_dropout,
             output_dropout=args.output_dropout, key=key,
         )  # fmt: skip
-        return jaxgru.bernoulli_loss(logits, xs[1:], mask), (carry, {})
+        return jaxgru.losses.bernoulli_loss(logits, xs[1:], mask), (carry, {})
 
     return loss_fn
 
@@ -226,8 +227,8 @@ def mean_nll(params, batches):
 @jax.jit
 def _sum_nll(params, xs, lengths):
     mask = jaxgru.length_mask(lengths, xs.shape[0] - 1)
-    _, logits = jaxgru.sequence_outputs(params, xs[:-1], mask=mask, spec=SPEC)
-    return jaxgru.bernoulli_loss(logits, xs[1:], mask, reduction="sum")
+    _, logits = models.sequence_outputs(params, xs[:-1], mask=mask, spec=SPEC)
+    return jaxgru.losses.bernoulli_loss(logits, xs[1:], mask, reduction="sum")
 
 
 def score_best(best, updates_per_epoch, train_rolls, valid_rolls, test_rolls):
@@ -252,7 +253,7 @@ def predict_and_sample(params, key, roll, prompt_steps):
     The sample reads its own steps after the prompt, and each key is drawn by itself.
     """
     options = {"spec": SPEC, "deterministic": True}
-    _, logits = jaxgru.sequence_outputs(params, roll[:-1], **options)
+    _, logits = models.sequence_outputs(params, roll[:-1], **options)
     h, _ = jaxgru.gru_stack(params.layers, roll[:prompt_steps], **options)
 
     def body(carry, key):

@@ -33,6 +33,7 @@ import optax
 
 import jaxgru
 from experiments import data, runs
+from jaxgru import losses, models
 
 SPEC = jaxgru.CHUNG_2014  # the update gate writes, the reset gate comes before the product
 AR_ORDER = 9  # of the linear autoregression beside it
@@ -111,25 +112,25 @@ def train(args):
     run = runs.open_run("regression", args)
     print(f"{series.title}, {len(series.values)} values; {runs.describe_device()}")
     key_params, key_state = jax.random.split(jax.random.key(args.seed))
-    params = jaxgru.init_sequence_model(key_params, 1, args.hidden_size, 1)
+    params = models.init_sequence_model(key_params, 1, args.hidden_size, 1)
     optimizer = optax.adamw(args.learning_rate, weight_decay=args.weight_decay)
     training = series.standard[: series.validation]
     digest = hashlib.sha256(series.values.data).hexdigest()
-    best = jaxgru.fit(
-        jaxgru.make_train_step(make_loss(args), optimizer),
-        jaxgru.init_train_state(params, optimizer, key=key_state),
+    best = jaxgru.training.fit(
+        jaxgru.training.make_train_step(make_loss(args), optimizer),
+        jaxgru.training.init_train_state(params, optimizer, key=key_state),
         lambda start: itertools.islice(draw_batches(args, training), start, None),
         num_updates=args.num_updates,
         evaluate=functools.partial(evaluate_validation, series),
         evaluate_every=args.evaluate_every,
-        monitor=jaxgru.Monitor("validation_rmse"),
+        monitor=jaxgru.training.Monitor("validation_rmse"),
         checkpoints=runs.checkpoints_of(run, args, args.evaluate_every, data_sha256=digest),
         callbacks=runs.loggers(run, args),
         log_every=args.evaluate_every,
     ).best
     assert best is not None  # there was an evaluation
     update = int(best.step)
-    jaxgru.save_arrays(run / "weights.npz", best.params, {"config": runs.config_of(args)})
+    jaxgru.training.save_arrays(run / "weights.npz", best.params, {"config": runs.config_of(args)})
     scores, curves = score_test(series, best.params)
     runs.write_json(run / "result.json", {"update": update, **scores})
     plot_loss(run / "loss.png", series, runs.read_records(run), update)
@@ -230,10 +231,10 @@ def make_loss(args):
 
     def loss_fn(params, carry, batch, key):
         inputs, targets = batch
-        _, outputs = jaxgru.sequence_outputs(
+        _, outputs = models.sequence_outputs(
             params, inputs, spec=SPEC, recurrent_dropout=args.recurrent_dropout, key=key
         )
-        loss = jaxgru.squared_loss(outputs, targets, form="half_sum", reduction="batch_mean")
+        loss = losses.squared_loss(outputs, targets, form="half_sum", reduction="batch_mean")
         return loss, (carry, {"training_mse": 2 * loss / len(inputs)})
 
     return loss_fn
@@ -242,17 +243,17 @@ def make_loss(args):
 @jax.jit
 def predict(params, xs):
     """The prediction after every value of xs [T], read as one sequence."""
-    return jaxgru.sequence_outputs(params, xs[:, None], spec=SPEC)[1][:, 0]
+    return models.sequence_outputs(params, xs[:, None], spec=SPEC)[1][:, 0]
 
 
 @functools.partial(jax.jit, static_argnames="num_steps")
 def run_freely(params, xs, num_steps):
     """num_steps predictions after xs [T], each one read as the value that it predicts."""
-    h, outputs = jaxgru.sequence_outputs(params, xs[:, None], spec=SPEC)
+    h, outputs = models.sequence_outputs(params, xs[:, None], spec=SPEC)
 
     def body(carry, _):
         h, x = carry
-        h, outputs = jaxgru.sequence_outputs(params, x[None], h, spec=SPEC)
+        h, outputs = models.sequence_outputs(params, x[None], h, spec=SPEC)
         return (h, outputs[0]), x[0]
 
     return jax.lax.scan(body, (h, outputs[-1]), length=num_steps)[1]

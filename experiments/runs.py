@@ -19,8 +19,8 @@ from typing import Any
 
 import jax
 
-import jaxgru
 from experiments.data import DataError
+from jaxgru import training
 
 
 def run_script(name: str, run: Callable[[], int], extras: tuple[str, ...] = ()) -> int:
@@ -37,14 +37,14 @@ def run_script(name: str, run: Callable[[], int], extras: tuple[str, ...] = ()) 
         warnings.showwarning = lambda message, *place: fail(name, message)
         try:
             return run()
-        except (DataError, OSError, jaxgru.CheckpointError) as error:
+        except (DataError, OSError, training.CheckpointError) as error:
             return fail(name, error)
         except ImportError as error:
             return fail(name, error)
-        except jaxgru.NonFiniteError as error:
+        except training.NonFiniteError as error:
             fail(name, error)
             return 1
-        except jaxgru.Interrupted as error:
+        except training.Interrupted as error:
             folder = next(p for p in (error.folder, *error.folder.parents) if p.name == CHECKPOINTS)
             command = f"python -m experiments.{name} --resume {folder.parent}"
             fail(name, f"{error}; go on with: {command}")
@@ -96,7 +96,7 @@ def take_options(parser: argparse.ArgumentParser, argv: Any) -> argparse.Namespa
 def open_run(name: str, args: argparse.Namespace, **facts: Any) -> pathlib.Path:
     """The run folder of --resume, or a new one with the options and facts in its config.json."""
     if args.tensorboard:
-        jaxgru.TensorBoard("")  # an ImportError before anything is done
+        training.TensorBoard("")  # an ImportError before anything is done
     if args.resume is not None:
         return pathlib.Path(args.resume)
     return make_run_folder(name, args.out, {**vars(args), **facts})
@@ -115,9 +115,9 @@ def make_run_folder(name: str, out: str | None, config: dict[str, Any]) -> pathl
 
 def checkpoints_of(
     run: pathlib.Path, args: argparse.Namespace, every: int, part: str = "", **facts: Any
-) -> jaxgru.Checkpoints:
+) -> training.Checkpoints:
     """Checkpoints of a run, or of one part of it, that only the same options and data resume."""
-    return jaxgru.Checkpoints(
+    return training.Checkpoints(
         run / CHECKPOINTS / part,
         args.checkpoint_every or every,
         run={"config": config_of(args), **facts},
@@ -130,12 +130,12 @@ def config_of(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(args).items() if name not in ASIDE}
 
 
-def loggers(run: pathlib.Path, args: argparse.Namespace, **fields: Any) -> list[jaxgru.Callback]:
+def loggers(run: pathlib.Path, args: argparse.Namespace, **fields: Any) -> list[training.Callback]:
     """Callbacks of `fit` that write RUN/metrics.jsonl, and TensorBoard's files where asked for."""
-    logs: list[jaxgru.Callback] = [jaxgru.JsonLines(run / METRICS, **fields)]
+    logs: list[training.Callback] = [training.JsonLines(run / METRICS, **fields)]
     if args.tensorboard:
         part = "-".join(str(value) for value in fields.values())
-        logs.append(jaxgru.TensorBoard(run / "tensorboard" / part))
+        logs.append(training.TensorBoard(run / "tensorboard" / part))
     return logs
 
 
@@ -143,14 +143,14 @@ def read_records(run: pathlib.Path, **fields: Any) -> list[dict[str, Any]]:
     """The records of training in RUN/metrics.jsonl, before and after a resumption."""
     return [
         record
-        for record in jaxgru.read_json_lines(run / METRICS)
+        for record in training.read_json_lines(run / METRICS)
         if "loss" in record and all(record.get(name) == v for name, v in fields.items())
     ]
 
 
 def write_json(path: pathlib.Path, record: Any) -> None:
     """A file of strict JSON; a number that is not finite becomes null."""
-    text = json.dumps(jaxgru.json_values(record), indent=1, allow_nan=False, ensure_ascii=False)
+    text = json.dumps(training.json_values(record), indent=1, allow_nan=False, ensure_ascii=False)
     replace_text(path, text + "\n")
 
 

@@ -29,6 +29,7 @@ import optax
 
 import jaxgru
 from experiments import runs
+from jaxgru import models, training
 
 SMOKE = {"pixels_per_step": 8, "hidden_size": 24, "members": 3, "epochs": 8, "shift": 0}
 SIZES = {"train": 1200, "validation": 200, "test": 397}
@@ -87,9 +88,9 @@ def train(args):
     # Nothing here may look across members, as a clip of the global norm would.
     optimizer = optax.adam(optax.cosine_decay_schedule(args.learning_rate, num_updates))
     order = choose_order(args.permute)
-    state, *_ = jaxgru.fit(
-        jaxgru.make_train_step(make_loss(args, order), optimizer),
-        jaxgru.init_train_state(params, optimizer, key=key_state),
+    state, *_ = training.fit(
+        training.make_train_step(make_loss(args, order), optimizer),
+        training.init_train_state(params, optimizer, key=key_state),
         lambda start: itertools.islice(draw_batches(args, *splits["train"]), start, None),
         num_updates=num_updates,
         evaluate=functools.partial(evaluate, args, order, splits["validation"]),
@@ -137,7 +138,7 @@ def init_members(args, key):
     """The parameters of all members, stacked on a leading axis."""
     # A loop, since compiling a vmapped orthogonal initializer takes longer than all its draws.
     members = [
-        jaxgru.init_sequence_model(key, args.pixels_per_step, args.hidden_size, NUM_CLASSES)
+        models.init_sequence_model(key, args.pixels_per_step, args.hidden_size, NUM_CLASSES)
         for key in jax.random.split(key, args.members)
     ]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
@@ -174,8 +175,10 @@ def make_loss(args, order):
 
     def member_loss(params, key, images, labels):
         shifted = shift_images(key, images, args.shift) if args.shift else images
-        _, logits = jaxgru.final_outputs(params, as_sequences(args, order, shifted))
-        return jaxgru.categorical_loss(logits, labels), (logits.argmax(axis=-1) == labels).mean()
+        _, logits = models.final_outputs(params, as_sequences(args, order, shifted))
+        return jaxgru.losses.categorical_loss(logits, labels), (
+            logits.argmax(axis=-1) == labels
+        ).mean()
 
     def loss_fn(params, carry, batch, key):
         keys = jax.random.split(key, args.members)
@@ -192,7 +195,7 @@ def predict(args, order, params, images):
 
 @jax.jit
 def _predict(params, xs):
-    return jax.nn.softmax(jax.vmap(lambda p: jaxgru.final_outputs(p, xs)[1])(params), axis=-1)
+    return jax.nn.softmax(jax.vmap(lambda p: models.final_outputs(p, xs)[1])(params), axis=-1)
 
 
 def evaluate(args, order, split, state):

@@ -21,9 +21,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxgru.arguments import is_traced, require_choice, require_float
-from jaxgru.masks import require_flags
-from jaxgru.products import state_dtype
+from jaxgru.core.checks import is_traced, require_choice, require_flags, require_float
+from jaxgru.core.matmul import state_dtype
+
+__all__ = [
+    "bernoulli_loss",
+    "categorical_loss",
+    "squared_loss",
+]
 
 Array = jax.Array
 Reduction = Literal["none", "sum", "mean", "batch_mean", "sequence_mean"]

@@ -15,21 +15,32 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxgru.arguments import is_traced, require_choice, require_count, require_dtype, require_rates
-from jaxgru.cell import cut_recurrent, project, step
-from jaxgru.layers import (
-    Bidirectional,
-    Layer,
-    Merge,
-    drop,
-    gru_stack,
-    init_stack,
-    output_size_of,
+from jaxgru.core.cell import cut_recurrent, project, step
+from jaxgru.core.checks import (
+    is_traced,
+    require_choice,
+    require_count,
+    require_dtype,
+    require_flags,
+    require_rates,
 )
+from jaxgru.core.matmul import state_dtype
+from jaxgru.core.noise import drop
+from jaxgru.core.parameters import CHO_2014, GRUSpec
 from jaxgru.losses import Reduction, categorical_loss, require_labels
-from jaxgru.masks import require_flags
-from jaxgru.parameters import CHO_2014, GRUSpec
-from jaxgru.products import state_dtype
+from jaxgru.stacks import Bidirectional, Layer, Merge, gru_stack, init_stack, output_size_of
+
+__all__ = [
+    "SequenceParams",
+    "TokenParams",
+    "final_outputs",
+    "generate",
+    "init_sequence_model",
+    "init_token_model",
+    "sequence_outputs",
+    "token_logits",
+    "token_loss",
+]
 
 Array = jax.Array
 

@@ -7,7 +7,7 @@ random_faults.py breaks random lines of jaxgru to see that the fast tier notices
 Two tiers. `pytest` runs the fast one: a covering choice of options, compiled without most of XLA's
 optimisations or not at all. `pytest -m slow` runs the rest: all products of options, killed and
 parallel processes, long runs, interpreted GPU kernels. `pytest -m ""` runs both.
-One file: `pytest tests/test_layers.py`; one test: `-k PART_OF_ITS_NAME`; one process: `-n 0`.
+One file: `pytest tests/test_stacks.py`; one test: `-k PART_OF_ITS_NAME`; one process: `-n 0`.
 With JAX_DISABLE_MOST_OPTIMIZATIONS=0 everything compiles as it does for users.
 """
 
@@ -36,7 +36,8 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 import jaxgru
-from jaxgru.parameters import GRUParams
+from jaxgru import training
+from jaxgru.core.parameters import GRUParams
 
 # A shell starts its background jobs with SIGINT ignored, and `fit` goes on where it is ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -218,7 +219,7 @@ def assert_close(got, want, tolerance, label=""):
 
 def stop_and_resume(main, arguments, out, update, number=signal.SIGTERM):
     """Runs an experiment that a signal stops during that update, and then goes on with it."""
-    make_train_step, left = jaxgru.make_train_step, [update]
+    make_train_step, left = training.make_train_step, [update]
 
     def make_stopping(*given, **options):
         train_step = make_train_step(*given, **options)

@@ -145,33 +145,34 @@ def draw_fault(root: pathlib.Path, line: tuple[str, int], draw: random.Random) -
 
 # Which test files guard which modules; test_api.py and a module's own doctests guard all of them.
 
-GUARDS = {
-    "arguments": "arguments recurrence layers",
-    "masks parameters": "recurrence cell layers models",
-    "cell products": "cell gradients recurrence cost kernels",
-    "recurrence sweeps": "recurrence gradients cost transforms kernels layers",
-    "layers": "layers transforms diagnostics",
-    "losses": "losses models",
-    "models": "models onnx_files weight_files",
-    "kernels boards chip tiles": "tiles kernels",
-    "traces jacobians diagnostics influence": "diagnostics agreement gradient_flow cost",
-    "check comparison": "check agreement faults",
-    "conversion interop interop_jax": "interop convert weight_files",
-    "onnx_weights onnx_files onnx_models": "onnx_files interop convert",
-    "weight_files": "weight_files convert",
-    "layout": "layout training processes",
-    "training": "training fitting layout",
-    "array_files whole_files sharded_files checkpoints": "checkpoints fitting training processes",
-    "fitting loop_state logs": "fitting training checkpoints processes char_lm",
-    "stop_signals processes": "fitting processes checkpoints",
+GUARDS = {  # the first part of a path below jaxgru/ -> test files below tests/
+    "core/checks": "core/test_argument_checks core/test_recurrence test_stacks",
+    "core/masks": "core/test_recurrence test_stacks test_models",
+    "core/parameters": "core/test_recurrence core/test_cell test_stacks test_models",
+    "core": "core/test_cell core/test_gradients core/test_recurrence core/test_cost "
+    "core/test_transforms test_stacks experimental/test_fused_kernels",
+    "stacks": "test_stacks core/test_transforms diagnostics/test_diagnostics",
+    "losses": "test_losses test_models",
+    "models": "test_models interop/test_onnx_files interop/test_safetensors",
+    "experimental": "experimental/test_fused_tiling experimental/test_fused_kernels",
+    "diagnostics": "diagnostics/test_diagnostics diagnostics/test_agreement "
+    "experiments/test_gradient_flow core/test_cost",
+    "checks": "checks/test_check_gradients diagnostics/test_agreement core/test_faults",
+    "interop": "interop/test_interop interop/test_onnx_files interop/test_safetensors "
+    "experiments/test_convert",
+    "atomic_files": "training/test_checkpoints interop/test_safetensors",
+    "training/layout": "training/test_layout training/test_step training/test_processes",
+    "training/step": "training/test_step training/test_loop training/test_layout",
+    "training": "training/test_loop training/test_checkpoints training/test_step "
+    "training/test_processes experiments/test_char_lm",
 }
 
 
 def tests_of(path: str) -> list[str]:
     """The doctests of a module, the test files that guard it, and test_api.py."""
-    module = pathlib.Path(path).stem
-    guards = next((GUARDS[names] for names in GUARDS if module in names.split()), "")
-    return [path, *(f"tests/test_{name}.py" for name in guards.split()), "tests/test_api.py"]
+    place = path.removeprefix("jaxgru/")
+    guards = next((GUARDS[start] for start in GUARDS if place.startswith(start)), "")
+    return [path, *(f"tests/{name}.py" for name in guards.split()), "tests/test_api.py"]
 
 
 # Runs.

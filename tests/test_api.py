@@ -1,6 +1,7 @@
 """The package as its users meet it: names, docstrings, imports, and the README's own words."""
 
 import ast
+import importlib.metadata
 import inspect
 import os
 import pathlib
@@ -15,79 +16,39 @@ import pytest
 import jaxgru
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-MODULES = sorted(path.stem for path in (ROOT / "jaxgru").glob("[!_]*.py"))
-
-# What each module may import of the package; nothing else, and never a peer.
-IMPORTS = {
-    "arguments": set(),
-    "products": set(),
-    "masks": {"arguments"},
-    "parameters": {"arguments", "products"},
-    "cell": {"arguments", "parameters", "products"},
-    "sweeps": {"products"},
-    "tiles": set(),
-    "chip": {"products", "tiles"},
-    "boards": {"chip", "tiles"},
-    "kernels": {"boards", "cell", "chip", "parameters", "products", "tiles"},
-    "recurrence": {
-        *("arguments", "cell", "kernels", "masks", "parameters", "products", "sweeps"),
-        "tiles",
-    },
-    "layers": {"arguments", "masks", "parameters", "recurrence"},
-    "losses": {"arguments", "masks", "products"},
-    "models": {"arguments", "cell", "layers", "losses", "masks", "parameters", "products"},
-    "traces": {
-        "arguments",
-        "cell",
-        "comparison",
-        "layers",
-        "masks",
-        "parameters",
-        "products",
-        "recurrence",
-    },
-    "jacobians": {"arguments", "cell", "layers", "masks", "parameters", "products", "traces"},
-    "diagnostics": {
-        *("arguments", "cell", "layers", "masks", "parameters", "products", "recurrence"),
-        "traces",
-    },
-    "influence": {"arguments", "cell", "jacobians", "layers", "parameters", "products", "traces"},
-    "comparison": set(),
-    "check": {"comparison", "parameters", "recurrence"},
-    "layout": {"arguments"},
-    "training": {"arguments", "layout", "products"},
-    "whole_files": set(),
-    "array_files": {"whole_files"},
-    "processes": set(),
-    "sharded_files": {"arguments", "array_files", "processes", "whole_files"},
-    "checkpoints": {"arguments", "array_files", "processes", "sharded_files", "whole_files"},
-    "logs": {"arguments", "whole_files"},
-    "loop_state": {"processes"},
-    "stop_signals": set(),
-    "fitting": {
-        *("arguments", "checkpoints", "logs", "loop_state", "processes", "stop_signals"),
-        "training",
-    },
-    "conversion": {"layers", "parameters"},
-    "interop": {"conversion", "layers", "parameters"},
-    "interop_jax": {"conversion", "parameters"},
-    "onnx_weights": {"conversion", "layers", "parameters"},
-    "onnx_files": {
-        *("arguments", "layers", "masks", "onnx_weights", "parameters", "recurrence"),
-    },
-    "onnx_models": {
-        *("arguments", "conversion", "layers", "models", "onnx_weights", "parameters"),
-        "whole_files",
-    },
-    "weight_files": {"arguments", "conversion", "layers", "models", "parameters", "whole_files"},
+PACKAGE = ROOT / "jaxgru"
+ROOMS = (jaxgru.models, jaxgru.losses, jaxgru.training, jaxgru.diagnostics, jaxgru.checks,
+         jaxgru.interop)  # fmt: skip
+PUBLIC = {
+    f"{module.__name__}.{name}": getattr(module, name)
+    for module in (jaxgru, *ROOMS)
+    for name in module.__all__
+    if not inspect.ismodule(getattr(module, name))
 }
-CORE = {"jax", "jaxlib", "optax", "chex", "numpy"}
-OPTIONAL = {("fitting", "tqdm")}  # the progress bar, imported where it is asked for
+
+# What each room may import of the package beside itself; nothing else, and never a peer.
+IMPORTS = {
+    "core": {"experimental"},
+    "stacks": {"core"},
+    "losses": {"core"},
+    "models": {"core", "stacks", "losses"},
+    "diagnostics": {"core", "stacks", "checks"},
+    "interop": {"core", "stacks", "models", "atomic_files"},
+    "checks": {"core"},
+    "training": {"core", "atomic_files"},
+    "atomic_files": set(),
+    "experimental": {"core"},
+    "__init__": {"core", "stacks"},
+}
+DEPENDENCIES = {"jax", "jaxlib", "optax", "chex", "numpy"}
+OPTIONAL = {("jaxgru/training/loop.py", "tqdm")}  # the progress bar, imported where asked for
 
 
 def imported(path):
-    """Every module named by an import statement, wherever it stands."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    """Every module named by an import statement, wherever it stands, but for type checkers."""
+    tree = ast.parse(path.read_text())
+    tree.body = [n for n in tree.body if "if TYPE_CHECKING:" not in ast.unparse(n)]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -95,60 +56,63 @@ def imported(path):
             yield node.module
 
 
-def test_every_module_has_its_place_in_the_import_graph():
-    assert set(MODULES) == set(IMPORTS)
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_go_one_way_and_reach_only_core_dependencies(module):
-    for name in imported(ROOT / "jaxgru" / f"{module}.py"):
-        top, _, rest = name.partition(".")
-        if top == "jaxgru":
-            assert rest in IMPORTS[module], f"{module} imports {name}"
-        elif (module, top) not in OPTIONAL:
-            assert top in CORE | sys.stdlib_module_names, f"{module} imports {name}"
+def test_imports_go_one_way_and_reach_only_dependencies():
+    for path in PACKAGE.rglob("*.py"):
+        room, place = path.relative_to(PACKAGE).with_suffix("").parts[0], path.relative_to(ROOT)
+        for name in imported(path):
+            top, *rest = name.split(".")
+            if top == "jaxgru":
+                assert rest[0] in IMPORTS[room] | {room}, f"{place} imports {name}"
+            elif (place.as_posix(), top) not in OPTIONAL:
+                assert top in DEPENDENCIES | sys.stdlib_module_names, f"{place} imports {name}"
 
 
 def test_experiments_use_public_names_alone():
+    rooms = {room.__name__: {*room.__all__} for room in (jaxgru, *ROOMS)}
+    rooms["jaxgru"].add("__version__")
     for path in (ROOT / "experiments").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        nodes, names = [*ast.walk(ast.parse(path.read_text()))], {name: name for name in rooms}
+        for node in nodes:
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jaxgru"):
-                assert node.module == "jaxgru", path
-                assert {alias.name for alias in node.names} <= set(jaxgru.__all__), path
-            if (
-                isinstance(node, ast.Attribute)
-                and isinstance(node.value, ast.Name)
-                and node.value.id == "jaxgru"
-            ):
-                assert node.attr in {*jaxgru.__all__, "__version__"}, (path, node.attr)
+                assert {alias.name for alias in node.names} <= rooms[node.module], path
+                names |= {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+        for node in nodes:
+            if isinstance(node, ast.Attribute):
+                owner = names.get(ast.unparse(node.value))
+                assert node.attr in rooms.get(owner, {node.attr}), (path, node.attr)
 
 
-def test_all_lists_what_the_package_exports():
-    tree = ast.parse((ROOT / "jaxgru" / "__init__.py").read_text())
-    names = [a.name for n in tree.body if isinstance(n, ast.ImportFrom) for a in n.names]
-    assert sorted(names) == sorted(jaxgru.__all__)
+def test_dir_shows_public_names_alone():
+    assert sorted(dir(jaxgru)) == sorted([*jaxgru.__all__, "__version__"])
+    assert jaxgru.__version__ == importlib.metadata.version("jaxgru")
+    with pytest.raises(AttributeError, match="module 'jaxgru' has no attribute 'gur'"):
+        _ = jaxgru.gur
 
 
-@pytest.mark.parametrize("name", [n for n in jaxgru.__all__ if inspect.isfunction(vars(jaxgru)[n])])
+@pytest.mark.parametrize("room", ROOMS, ids=lambda room: room.__name__)
+def test_all_of_a_room_lists_what_it_exports(room):
+    tree = ast.parse(pathlib.Path(room.__file__).read_text())
+    if room.__file__.endswith("__init__.py"):
+        names = [a.name for n in tree.body if isinstance(n, ast.ImportFrom) for a in n.names]
+        assert sorted(names) == sorted(room.__all__)
+    assert len(set(room.__all__)) == len(room.__all__)
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLIC if inspect.isfunction(PUBLIC[name])])
 def test_public_function_documents_every_argument(name):
-    function = getattr(jaxgru, name)
-    doc = inspect.getdoc(function) or ""
-    for parameter in inspect.signature(function).parameters.values():
+    doc = inspect.getdoc(PUBLIC[name]) or ""
+    for parameter in inspect.signature(PUBLIC[name]).parameters.values():
         star = "*" * (parameter.kind in (2, 4)) + "*" * (parameter.kind == 4)
         assert re.search(rf"^ +{re.escape(star)}{parameter.name}: ", doc, re.M), parameter.name
+    name = name.rpartition(".")[2]
     if name not in ("save_arrays", "save_weights"):
         assert "Returns:" in doc
     assert "Raises:" in doc or name in ("init_train_state", "make_train_step")
 
 
-@pytest.mark.parametrize("name", jaxgru.__all__)
+@pytest.mark.parametrize("name", PUBLIC)
 def test_public_name_has_a_docstring_or_is_a_constant(name):
-    value = getattr(jaxgru, name)
-    assert isinstance(value, jaxgru.GRUSpec) or inspect.getdoc(value)
-
-
-def test_no_module_shares_its_name_with_a_public_function():
-    assert not set(MODULES) & set(jaxgru.__all__)
+    assert isinstance(PUBLIC[name], jaxgru.GRUSpec) or inspect.getdoc(PUBLIC[name])
 
 
 def readme_blocks(language):

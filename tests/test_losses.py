@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgru import bernoulli_loss, categorical_loss, squared_loss
+from jaxgru.losses import bernoulli_loss, categorical_loss, squared_loss
 
 T, B, K = 4, 3, 5
 REDUCTIONS = ("none", "sum", "mean", "batch_mean", "sequence_mean")

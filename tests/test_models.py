@@ -11,25 +11,19 @@ import pytest
 from conftest import assert_close, make_problem
 from oracle import forward
 
-from jaxgru import (
-    CHO_2014,
-    CHUNG_2014,
-    PYTORCH,
-    Bidirectional,
+from jaxgru import CHO_2014, CHUNG_2014, PYTORCH, Bidirectional, gru_stack, init_state, length_mask
+from jaxgru.models import (
     SequenceParams,
     TokenParams,
+    _generate,
     final_outputs,
     generate,
-    gru_stack,
     init_sequence_model,
-    init_state,
     init_token_model,
-    length_mask,
     sequence_outputs,
     token_logits,
     token_loss,
 )
-from jaxgru.models import _generate
 
 V, E, H, T, B = 7, 2, 3, 7, 3
 KEY = jax.random.key(0)

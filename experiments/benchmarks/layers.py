@@ -23,7 +23,8 @@ from experiments.benchmarks.problems import (
     compile_program,
     training_step,
 )
-from jaxgru import GRUParams, GRUSpec, generate, gru, gru_cell
+from jaxgru import GRUParams, GRUSpec, gru, gru_cell
+from jaxgru.models import generate
 
 Array = jax.Array
 Generate = Callable[[CharModel], tuple[Callable[..., Any], tuple]]

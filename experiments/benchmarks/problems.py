@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgru import GRUParams, TokenParams, init_gru, init_token_model
+from jaxgru import GRUParams, init_gru
+from jaxgru.models import TokenParams, init_token_model
 
 Array = jax.Array
 Reset = Literal["before", "after"]

@@ -217,7 +217,7 @@ def entropy_rows():
     with np.errstate(all="ignore"):
         probabilities = np.exp(shifted) / np.exp(shifted).sum()
         naive = -np.sum(np.eye(3)[label] * np.log(probabilities))
-    want = jaxgru.categorical_loss(jnp.asarray(logits)[None], jnp.asarray([label]))
+    want = jaxgru.losses.categorical_loss(jnp.asarray(logits)[None], jnp.asarray([label]))
     fixed = relative_error(np.log(np.exp(shifted).sum()) - shifted[label], want)
     printed, cure = relative_error(naive, want), "log-softmax of the logits"
     yield Row("cross-entropy", "-sum Y log y^ with y^ = 0", "UNSAFE", printed, cure, fixed)

@@ -31,6 +31,7 @@ import numpy as np
 import jaxgru
 from experiments import char_lm, data, memory_tasks, runs
 from experiments.gradient_flow import observe, report
+from jaxgru import models
 
 SMOKE = {
     "num_steps": 12,
@@ -210,7 +211,7 @@ def inspect_run(args):
         network = observe.Network(layer, params_of.w, params_of.b, spec)
         seen.append(observe.observe(network, table[passages[:-1]], loss_fn))
     tokens, targets = jnp.asarray(passages[:-1]), jnp.asarray(passages[1:])
-    loss = jaxgru.token_loss(params, tokens, targets, spec=spec)[0]
+    loss = models.token_loss(params, tokens, targets, spec=spec)[0]
     record = {"test_loss": float(loss), "baseline": math.log(len(vocabulary))}
     record |= {"before": seen[0], "after": seen[1]}
     return {

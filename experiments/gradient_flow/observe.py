@@ -9,6 +9,7 @@ import numpy as np
 
 import jaxgru
 from experiments import memory_tasks
+from jaxgru import diagnostics
 
 QUANTILES = (0.1, 0.5, 0.9)
 BINS = 25
@@ -67,14 +68,14 @@ def _look_gru(arrays, xs, static):
     def last_loss(h_last, hs):
         return loss_fn(hs[-1] @ w + b[None]).sum()
 
-    flow = jaxgru.gradient_flow(last_loss, params, xs, spec=spec)[1]
-    gates = jaxgru.gate_values(params, xs, spec=spec)
-    jacobians = jaxgru.sequence_jacobians(params, xs, spec=spec)
+    flow = diagnostics.gradient_flow(last_loss, params, xs, spec=spec)[1]
+    gates = diagnostics.gate_values(params, xs, spec=spec)
+    jacobians = diagnostics.sequence_jacobians(params, xs, spec=spec)
     seen = {
         "credit": flow.states,
         "paths": flow.paths._asdict(),
         "gates": {"reset": gates.reset, "kept": gates.kept},
-        "statistics": jaxgru.gate_statistics(params, xs, spec=spec),
+        "statistics": diagnostics.gate_statistics(params, xs, spec=spec),
     }
     if spec.reset == "before" and spec.activation == "tanh":
         off = jnp.linalg.norm(printed_jacobian(params, gates) - jacobians, axis=(-2, -1))
@@ -111,12 +112,12 @@ def _look(network, xs, loss_fn):
 def _spectra(jacobians):
     """Singular values of every step [T, B, H], and Lyapunov exponents [B, H]."""
     return {
-        "singular_values": jaxgru.singular_values(jacobians),
-        "lyapunov": jaxgru.lyapunov_exponents(jacobians),
+        "singular_values": diagnostics.singular_values(jacobians),
+        "lyapunov": diagnostics.lyapunov_exponents(jacobians),
     }
 
 
-def printed_jacobian(params: jaxgru.GRUParams, gates: jaxgru.GateValues) -> jax.Array:
+def printed_jacobian(params: jaxgru.GRUParams, gates: diagnostics.GateValues) -> jax.Array:
     """dh_t/dh_{t-1} without the paths through the gates, as "Gated Recurrent Unit Networks" has it.
 
     diag(k) + diag((1 - k) (1 - n^2)) w_hn^T diag(r),    for reset="before" and tanh
@@ -158,17 +159,17 @@ def _case(params, x, h, signs, shift):
     size = h.shape[-1]
     moves = jnp.concatenate([jnp.full(size, sign * shift, h.dtype) for sign in (*signs, 0)])
     params = params._replace(b_x=params.b_x + moves)
-    gates = jax.tree.map(lambda v: v[0], jaxgru.gate_values(params, x[None], h))
-    full, printed = jaxgru.step_jacobian(params, x, h), printed_jacobian(params, gates)
+    gates = jax.tree.map(lambda v: v[0], diagnostics.gate_values(params, x[None], h))
+    full, printed = diagnostics.step_jacobian(params, x, h), printed_jacobian(params, gates)
     open_ = params._replace(b_x=params.b_x + jnp.repeat(jnp.array([60.0, 0, 0], h.dtype), size))
-    candidate = jaxgru.gate_values(open_, x[None], h).candidate[0]
+    candidate = diagnostics.gate_values(open_, x[None], h).candidate[0]
     limit = {
         (0, 1): jnp.eye(size, dtype=h.dtype)[None],
         (-1, -1): jnp.zeros_like(full),
         (1, -1): (1 - candidate**2)[..., None] * params.w_h[:, 2 * size :].T[None],
     }[signs]
     off = (jnp.abs(v).max() for v in (printed - full, full - limit))
-    return (*off, jaxgru.singular_values(full).max())
+    return (*off, diagnostics.singular_values(full).max())
 
 
 def vanilla_network(params: memory_tasks.VanillaParams) -> Network:
@@ -193,4 +194,4 @@ def _histogram(gate):
 
 
 def _reach(credit, fraction):
-    return np.asarray(jaxgru.credit_reach(jnp.asarray(credit), fraction))
+    return np.asarray(diagnostics.credit_reach(jnp.asarray(credit), fraction))

@@ -1,0 +1,12 @@
+"""Checks of handwritten derivatives against autodiff and finite differences."""
+
+from jaxgru.checks.gradients import check_gradients
+from jaxgru.checks.gru import check_gru
+from jaxgru.checks.report import GradientReport, GradientRow
+
+__all__ = [
+    "GradientReport",
+    "GradientRow",
+    "check_gradients",
+    "check_gru",
+]

@@ -1,0 +1,23 @@
+"""The GRU itself: parameters, one step, its derivatives, and the recurrence over a sequence.
+
+It imports no other part of jaxgru.
+"""
+
+from jaxgru.core.cell import gru_cell
+from jaxgru.core.masks import length_mask, resets_from_dones
+from jaxgru.core.parameters import CHO_2014, CHUNG_2014, PYTORCH, GRUParams, GRUSpec, init_gru
+from jaxgru.core.recurrence import Tap, gru
+
+__all__ = [
+    "CHO_2014",
+    "CHUNG_2014",
+    "PYTORCH",
+    "GRUParams",
+    "GRUSpec",
+    "Tap",
+    "gru",
+    "gru_cell",
+    "init_gru",
+    "length_mask",
+    "resets_from_dones",
+]

@@ -1,0 +1,190 @@
+"""One GRU step: its equation, its transpose (VJP), its tangent (JVP), and nothing that loops.
+
+Everything here is a pure function of arrays with any leading axes, so the same `step` that a scan
+runs on `[B, H]` also redoes a whole sequence of gates in bulk on `[T, B, H]`.
+
+Blocks of `3H` are reset | update | candidate (r | z | n), PyTorch's order. With
+`a = N(x w_x) + b_x` split into `a_r, a_z, a_n`::
+
+    r = sigmoid(a_r + N(h w_hr) + b_hr)       z = sigmoid(a_z + N(h w_hz) + b_hz)
+    reset="before":  n = f(a_n + N((r * h) w_hn) + b_hn)
+    reset="after":   n = f(a_n + r * q),   q = N(h w_hn) + b_hn
+    update="keep":   h' = z * h + (1 - z) * n
+    update="write":  h' = (1 - z) * h + z * n
+
+N is the identity unless params hold gains. With them it is layer normalization (Ba et al. 2016,
+arXiv:1607.06450, eq. 4) of each gate's product by itself; the biases are added after it.
+
+Recurrent dropout scales what the products read, not the state that is kept: in w_h's products h is
+then `scale * h` with a scale [..., H] that is the same at every step (Gal and Ghahramani 2016,
+arXiv:1512.05287, eq. 7).
+
+With half-precision parameters (bfloat16, float16) the operands of every product are half, but for
+those of the weight gradients; sums, gates, the state and cotangents between products are float32.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxgru.core.checks import require_float
+from jaxgru.core.layer_norm import Norm, normalize
+from jaxgru.core.matmul import blocks, gates_and_candidate, like_row, matmul, state_dtype
+from jaxgru.core.parameters import CHO_2014, GRUParams, GRUSpec, require_params, require_spec
+
+Array = jax.Array
+Norms = tuple[Norm | None, Norm | None, Norm | None]
+ACTIVATIONS = {
+    "tanh": jnp.tanh,
+    "relu": jax.nn.relu,
+    "sigmoid": jax.nn.sigmoid,
+    "softplus": jax.nn.softplus,
+    "identity": lambda a: a,
+}
+
+
+class Gates(NamedTuple):
+    """The r, z, n and q of a step, or what belongs to each; q is None where reset="before".
+
+    norms are those of the three products with w_h, each None where params.g_h is.
+    """
+
+    r: Array
+    z: Array
+    n: Array
+    q: Array | None
+    norms: Norms = (None, None, None)
+
+
+class Recurrent(NamedTuple):
+    """What a step reads of the parameters, cut once: XLA would copy a slice at every step."""
+
+    w: tuple[Array, ...]  # (w_hr | w_hz, w_hn) for reset="before", (w_h,) for reset="after"
+    b_q: Array | None  # [H], b_hn where it acts inside the reset gate
+    g: tuple[Array | None, ...]  # the blocks of g_h
+
+
+def gru_cell(params: GRUParams, x: Array, h: Array, *, spec: GRUSpec = CHO_2014) -> Array:
+    """One GRU step, h' from x and h; the module docstring has the equations.
+
+    Args:
+      params: of one layer.
+      x: [..., I], any leading axes, none included.
+      h: [..., H], the same leading axes.
+      spec: which equation; Cho et al. 2014, eqs. 5-8, unless told.
+
+    Returns:
+      h' [..., H] in the dtype of the arguments. With half types the step computes in float32 and
+      rounds its result: `gru` over a sequence rounds only what it returns, not its state.
+
+    Raises:
+      ValueError: shapes do not fit.
+      TypeError: an array is not floating, or dtypes differ.
+
+    Cost: 3H(I + H) multiply-adds a row; JAX differentiates it in every mode.
+
+    >>> from jaxgru import init_gru
+    >>> params = init_gru(jax.random.key(0), 2, 3)
+    >>> gru_cell(params, jnp.ones((4, 2)), jnp.zeros((4, 3))).shape
+    (4, 3)
+    """
+    input_size, hidden_size = require_params("gru_cell", params)
+    require_float("gru_cell", "x", x, params.w_x.dtype)
+    require_float("gru_cell", "h", h, params.w_x.dtype)
+    require_spec("gru_cell", spec)
+    if x.ndim < 1 or x.shape[-1] != input_size:
+        raise ValueError(
+            f"gru_cell: x must have shape [..., I] with I={input_size} (rows of params.w_x), "
+            f"got {x.shape}."
+        )
+    wanted = (*x.shape[:-1], hidden_size)
+    if h.shape != wanted:
+        raise ValueError(
+            f"gru_cell: h must have shape {wanted} (x's leading axes, then H={hidden_size} rows of "
+            f"params.w_h), got {h.shape}."
+        )
+    params, x, h = jax.tree.map(jnp.asarray, (params, x, h))
+    a = project(params, x, spec)
+    h_wide = h.astype(state_dtype(h.dtype))
+    return step(cut_recurrent(params, spec), a, h_wide, spec)[0].astype(h.dtype)
+
+
+def project(params: GRUParams, xs: Array, spec: GRUSpec) -> tuple[Array, Array, Array]:
+    """a_r, a_z, a_n = N(x w_x) + every bias that acts outside the reset gate, in the state dtype.
+
+    Three arrays rather than one of width 3H: a scan over them needs no slicing inside its loop.
+    """
+    a = [v for v, _ in input_products(params, xs)]
+    merged_biases = 3 if spec.reset == "before" else 2
+    for b, count in ((params.b_x, 3), (params.b_h, merged_biases)):
+        if b is not None:
+            a[:count] = [v + like_row(part, v) for v, part in zip(a, blocks(b)[:count])]
+    return a[0], a[1], a[2]
+
+
+def cut_recurrent(params: GRUParams, spec: GRUSpec) -> Recurrent:
+    """The weights, bias and gains that act on the state, in the pieces that `step` multiplies."""
+    before = spec.reset == "before"
+    w = tuple(gates_and_candidate(params.w_h)) if before else (params.w_h,)
+    b_q = None if before or params.b_h is None else blocks(params.b_h)[2]
+    return Recurrent(w, b_q, gain_blocks(params.g_h))
+
+
+def step(
+    recurrent: Recurrent,
+    a: tuple[Array, ...],
+    h: Array,
+    spec: GRUSpec,
+    scale: Array | None = None,
+) -> tuple[Array, Gates]:
+    """h' and the gates from the projected input a and the state h, all [..., H]."""
+    read, activation = read_state(h, scale), ACTIVATIONS[spec.activation]
+    if spec.reset == "before":
+        w_rz, w_n = recurrent.w
+        v_r, v_z = jnp.split(matmul(read, w_rz), 2, axis=-1)
+        (r, norm_r), (z, norm_z) = _open_gates(recurrent, a, v_r, v_z)
+        u_n, norm_n = normalize(matmul(r * read, w_n), recurrent.g[2])
+        n, q = activation(a[2] + u_n), None
+    else:  # one product of width 3H: nothing in it waits for r
+        v_r, v_z, v_n = blocks(matmul(read, recurrent.w[0]))
+        (r, norm_r), (z, norm_z) = _open_gates(recurrent, a, v_r, v_z)
+        q, norm_n = normalize(v_n, recurrent.g[2])
+        q = q if recurrent.b_q is None else q + like_row(recurrent.b_q, q)
+        n = activation(a[2] + r * q)
+    h = z * h + (1 - z) * n if spec.update == "keep" else (1 - z) * h + z * n
+    return h, Gates(r, z, n, q, (norm_r, norm_z, norm_n))
+
+
+def _open_gates(recurrent, a, v_r, v_z):
+    """r and z, each with the norm of its product."""
+    g_r, g_z, _ = recurrent.g
+    (u_r, norm_r), (u_z, norm_z) = normalize(v_r, g_r), normalize(v_z, g_z)
+    return (jax.nn.sigmoid(a[0] + u_r), norm_r), (jax.nn.sigmoid(a[1] + u_z), norm_z)
+
+
+def read_state(h, scale):
+    """What the products read of a state, or its transpose: scale h."""
+    return h if scale is None else h * scale.reshape((1,) * (h.ndim - scale.ndim) + scale.shape)
+
+
+def gain_blocks(g):
+    """The three blocks of a gain, or None for each."""
+    return (None, None, None) if g is None else tuple(blocks(g))
+
+
+_FEW_ROWS = 64
+
+
+def input_products(params, xs):
+    """N(x w_x) and its norm, for each of the three blocks.
+
+    Of few rows one product is cut, of many w_x: an array that is cut is copied. In a loop of single
+    steps (H=256) three products took half as long again as one.
+    """
+    if all(isinstance(n, int) for n in xs.shape) and math.prod(xs.shape[:-1]) < _FEW_ROWS:
+        products = blocks(matmul(xs, params.w_x))
+    else:
+        products = [matmul(xs, w) for w in blocks(params.w_x)]
+    return list(map(normalize, products, gain_blocks(params.g_x)))

@@ -1,0 +1,151 @@
+"""Checks of arguments, in one form: function, argument, what it must be, what came, the cure.
+
+They run when a function is traced, on static facts only: kinds, shapes and dtypes.
+"""
+
+import importlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+
+def require_flags(
+    function: str,
+    flags: dict[str, Any],
+    shape: tuple[int, ...] | None = None,
+    meaning: str = "xs without its last axis",
+) -> None:
+    """TypeError unless each is None or a bool array, ValueError unless it has that shape."""
+    for name, value in flags.items():
+        if value is None:
+            continue
+        if getattr(value, "dtype", None) != jnp.bool_:
+            found = getattr(value, "dtype", type(value).__name__)
+            raise TypeError(f"{function}: {name} must be a bool array, got {found}.")
+        if shape is not None and value.shape != shape:
+            swapped = value.ndim > 1 and (value.shape[1], value.shape[0], *value.shape[2:]) == shape
+            cure = "; time and batch are swapped" if swapped else ""
+            raise ValueError(
+                f"{function}: {name} must have shape {shape} ({meaning}), got {value.shape}{cure}."
+            )
+
+
+_DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+def require_choice(function: str, argument: str, value: Any, choices: tuple[str, ...]) -> None:
+    """ValueError unless value is one of the choices."""
+    if value not in choices:
+        listed = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{function}: {argument} must be one of {listed}, got {value!r}.")
+
+
+def require_count(function: str, argument: str, value: Any, least: int = 1) -> None:
+    """TypeError unless value is an integer, ValueError unless it is at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{function}: {argument} must be an integer, got {value!r}.")
+    if value < least:
+        raise ValueError(f"{function}: {argument} must be at least {least}, got {value}.")
+
+
+def require_float(function: str, argument: str, value: Any, dtype: Any = None) -> None:
+    """TypeError unless value is a floating array, of the given dtype where one is given."""
+    found = getattr(value, "dtype", None)
+    if found is None or not hasattr(value, "shape"):
+        raise TypeError(
+            f"{function}: {argument} must be an array, got {type(value).__name__}; "
+            "convert it with jnp.asarray."
+        )
+    if not jnp.issubdtype(found, jnp.floating):
+        raise TypeError(
+            f"{function}: {argument} must be a floating array, got dtype {found}; cast it first."
+        )
+    require_dtype(function, found, argument)
+    if dtype is not None and found != dtype:
+        raise TypeError(
+            f"{function}: {argument} must have the dtype of params.w_x, {jnp.dtype(dtype)}, "
+            f"got {found}; cast one of them."
+        )
+
+
+def require_dtype(function: str, dtype: Any, argument: str = "") -> Any:
+    """The dtype, or TypeError unless it is one that the package computes in and JAX has enabled."""
+    subject = f"the dtype of {argument}" if argument else "dtype"
+    found = jnp.dtype(dtype)
+    if found.name not in _DTYPES:
+        raise TypeError(f"{function}: {subject} must be one of {', '.join(_DTYPES)}, got {found}.")
+    if jax.dtypes.canonicalize_dtype(found) != found:
+        raise TypeError(
+            f"{function}: {subject} must be enabled, got {found}; "
+            "set jax.config.update('jax_enable_x64', True) or cast to float32."
+        )
+    return found
+
+
+def require_axis(function: str, axis: Any, shape: tuple[int, ...]) -> int:
+    """The axis of time of xs, counted from the front; TypeError or ValueError if it is none."""
+    if isinstance(axis, bool) or not isinstance(axis, int):
+        raise TypeError(f"{function}: axis must be an integer, got {axis!r}.")
+    if not -len(shape) <= axis < len(shape) - 1 or axis == -1:
+        raise ValueError(
+            f"{function}: axis must name an axis of xs other than its last, got {axis} for shape "
+            f"{shape}."
+        )
+    return axis % len(shape)
+
+
+def require_rates(function: str, rates: dict[str, Any], key: Any, deterministic: Any) -> None:
+    """TypeError or ValueError unless each rate is in [0, 1), and a key there where one acts."""
+    for argument, rate in rates.items():
+        if isinstance(rate, bool) or not isinstance(rate, int | float):
+            cure = "; inside jit, make it a static argument" if is_traced(rate) else ""
+            found = "a traced value" if is_traced(rate) else repr(rate)
+            raise TypeError(f"{function}: {argument} must be a Python float, got {found}{cure}.")
+        if not 0 <= rate < 1:
+            raise ValueError(f"{function}: {argument} must be in [0, 1), got {rate}.")
+    if not isinstance(deterministic, bool):
+        raise TypeError(f"{function}: deterministic must be a bool, got {deterministic!r}.")
+    acting = [f"{argument}={rate}" for argument, rate in rates.items() if rate > 0]
+    if acting and key is None and not deterministic:
+        raise ValueError(
+            f"{function}: key must be a jax.random.key for {', '.join(acting)}, got None; pass "
+            "deterministic=True for evaluation."
+        )
+    if key is None:
+        return
+    dtype = getattr(key, "dtype", None)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not typed and dtype != jnp.uint32:
+        raise TypeError(f"{function}: key must be a jax.random.key, got {key!r}.")
+    if key.ndim != (0 if typed else 1):
+        raise ValueError(f"{function}: key must be one jax.random.key, got shape {key.shape}.")
+
+
+def require_first_step(function: str, value: Any) -> None:
+    """TypeError unless value is an integer or a scalar array of one, ValueError if negative."""
+    dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", ())
+    whole = isinstance(value, int) if dtype is None else jnp.issubdtype(dtype, jnp.integer)
+    if isinstance(value, bool) or not whole or shape != ():
+        raise TypeError(f"{function}: first_step must be an integer, got {value!r}.")
+    if not is_traced(value) and value < 0:
+        raise ValueError(f"{function}: first_step must be at least 0, got {value}.")
+
+
+def require_extra(function: str, package: str, *modules: str, extra: str = "") -> Any:
+    """An optional package, with these modules of it; ImportError naming the extra to install."""
+    try:
+        for module in modules:
+            importlib.import_module(module)
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ImportError(
+            f"{function}: needs {package}; install jaxgru[{extra or package}]."
+        ) from error
+
+
+def is_traced(value: Any) -> bool:
+    """True inside a transformation, where a value cannot be read and so not be checked."""
+    return isinstance(value, Tracer)

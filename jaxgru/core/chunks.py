@@ -1,0 +1,88 @@
+"""Scans over time in chunks, so that what a chunk makes stays in the caches."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxgru.core.sharding import on_auto_mesh
+
+# Measured on two cores at the sizes of `python -m experiments.benchmarks.peers`, the first two with
+# its --chunks, the others by "jaxgru gates" and "jaxgru states" there.
+_WHOLE_SEQUENCE = 1 << 18  # T * B * H up to which all of time is one chunk
+_CHUNK = 1 << 17  # chunk_size * B * H, where that is 8 steps or more
+_MANY_GATES = 1 << 19  # T * B * H above which writing and reading gates leaves the caches
+_CHEAP_PRODUCT = 256  # I + H up to which the gates' products then cost less than that
+
+
+def sweep(size, chunk, carry, per_step, per_chunk, *, reverse):
+    """Scans `chunk` over time, `size` steps at once; a last one takes the steps left over.
+
+    chunk(carry, per_step, per_chunk) -> carry, per_step outputs, per_chunk outputs. Leaves of
+    per_step are [T, ...] and those of per_chunk [number of chunks, ...], in and out.
+    """
+    num_steps = jax.tree.leaves(per_step)[0].shape[0]
+    if size is None or size >= num_steps:
+        carry, steps, chunks = chunk(carry, per_step, jax.tree.map(lambda v: v[0], per_chunk))
+        return carry, steps, jax.tree.map(lambda v: v[None], chunks)
+    count, rest = divmod(num_steps, size)
+    full = count * size
+
+    def run_full(carry):
+        split = jax.tree.map(lambda v: v[:full].reshape(count, size, *v.shape[1:]), per_step)
+        inputs = (split, jax.tree.map(lambda v: v[:count], per_chunk))
+
+        def body(carry, inputs):
+            carry, *outputs = chunk(carry, *inputs)
+            return carry, outputs
+
+        carry, (steps, chunks) = lax.scan(body, carry, inputs, reverse=reverse)
+        return carry, jax.tree.map(lambda v: v.reshape(full, *v.shape[2:]), steps), chunks
+
+    def run_rest(carry):
+        steps = jax.tree.map(lambda v: v[full:], per_step)
+        carry, steps, chunks = chunk(carry, steps, jax.tree.map(lambda v: v[count], per_chunk))
+        return carry, steps, jax.tree.map(lambda v: v[None], chunks)
+
+    if rest == 0:
+        return run_full(carry)
+    if reverse:
+        carry, *late = run_rest(carry)
+        carry, *early = run_full(carry)
+    else:
+        carry, *early = run_full(carry)
+        carry, *late = run_rest(carry)
+    steps, chunks = jax.tree.map(lambda u, v: jnp.concatenate([u, v]), early, late)
+    return carry, steps, chunks
+
+
+def default_chunk_size(num_steps, h0, residuals):
+    """The chunk whose temporaries stay in the caches; sqrt(T) where only its ends are kept.
+
+    A divisor of T where one is near, so that no shorter last chunk is compiled. None, the whole
+    sequence, where a size is symbolic (`jax.export`) and cannot be compared, and on a mesh of
+    devices, which would add up the weight gradients between them once a chunk.
+    """
+    if not all(isinstance(size, int) for size in (num_steps, *h0.shape)):
+        return None
+    if residuals == "boundaries":
+        target = max(1, math.isqrt(num_steps))
+    elif on_auto_mesh() or num_steps * h0.size <= _WHOLE_SEQUENCE:
+        return max(1, num_steps)
+    else:
+        target = max(_CHUNK // max(1, h0.size), 8)
+    near = [size for size in range(target, 2 * target) if num_steps % size == 0]
+    return near[0] if near else target
+
+
+def default_residuals(xs, h0):
+    """What is quicker: "states" where redoing the gates beats keeping them, else "gates".
+
+    Gates are 3H or 4H numbers a row, their products 3H(I + H) multiply-adds: the smaller I + H and
+    the larger the whole, the sooner redoing them wins.
+    """
+    sizes = (*xs.shape, *h0.shape)
+    known = all(isinstance(size, int) for size in sizes)
+    many = known and xs.shape[0] * h0.size > _MANY_GATES
+    return "states" if many and xs.shape[-1] + h0.shape[-1] <= _CHEAP_PRODUCT else "gates"

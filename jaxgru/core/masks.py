@@ -1,0 +1,88 @@
+"""Flags: which steps are real, before which a state starts anew, and what dropout keeps."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxgru.core.checks import is_traced, require_flags
+
+Array = jax.Array
+
+
+def length_mask(lengths: Any, num_steps: int) -> Array:
+    """mask[t, ...] = t < lengths[...]: True on the real steps of right-padded sequences.
+
+    Args:
+      lengths: [...] integers from 0 to num_steps.
+      num_steps: T.
+
+    Returns:
+      [T, ...] bool, for `gru(..., mask=...)`; transpose it for batch-major input.
+
+    Raises:
+      TypeError: lengths are no integers.
+      ValueError: a length is negative or above num_steps. Lengths that are traced cannot be read;
+        for them a negative length acts as 0 and one above num_steps as num_steps.
+
+    Cost: one comparison an entry.
+
+    >>> length_mask([2, 0], 3).astype(int).tolist()
+    [[1, 0], [1, 0], [0, 0]]
+    """
+    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 0:
+        raise ValueError(
+            f"length_mask: num_steps must be an integer of at least 0, got {num_steps!r}."
+        )
+    if not isinstance(lengths, jax.Array):
+        lengths = np.asarray(lengths)
+        lengths = lengths.astype(np.int32) if lengths.size == 0 else lengths
+    if not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise TypeError(f"length_mask: lengths must be integers, got dtype {lengths.dtype}.")
+    if not is_traced(lengths) and lengths.size:
+        values = np.asarray(lengths)
+        worst = values.min() if values.min() < 0 else values.max()
+        if not 0 <= worst <= num_steps:
+            raise ValueError(
+                f"length_mask: lengths must lie between 0 and num_steps={num_steps}, got {worst}."
+            )
+    lengths = jnp.asarray(lengths).astype(jnp.int32)  # a narrow type could not count the steps
+    steps = lax.broadcasted_iota(jnp.int32, (num_steps, *lengths.shape), 0)
+    return steps < lengths[None]
+
+
+def resets_from_dones(dones: Array, done_before: Array | None = None, *, axis: int = 0) -> Array:
+    """resets[t] = dones[t - 1]: an episode that ends with step t - 1 starts step t from zeros.
+
+    Args:
+      dones: [T, ...] bool: True where step t is the last of its episode.
+      done_before: [...] bool, the dones of the step before the first, which is the last of the
+        previous rollout; None for none, so that the state that is carried in is used.
+      axis: where dones has its time; 1 for [B, T].
+
+    Returns:
+      The shape of dones, bool, for `gru(..., resets=...)`.
+
+    Raises:
+      TypeError: an array is not bool.
+      ValueError: dones has no such axis, or done_before is not [...].
+
+    Cost: one copy.
+
+    >>> resets_from_dones(jnp.array([False, True, False])).tolist()
+    [False, False, True]
+    """
+    require_flags("resets_from_dones", {"dones": dones})
+    if not -dones.ndim <= axis < dones.ndim:
+        raise ValueError(
+            f"resets_from_dones: dones must have shape [T, ...] with time at axis={axis}, "
+            f"got {dones.shape}."
+        )
+    dones = jnp.moveaxis(dones, axis, 0)
+    if done_before is None:
+        done_before = jnp.zeros_like(dones, shape=dones.shape[1:])
+    shape, meaning = dones.shape[1:], "dones without its axis of time"
+    require_flags("resets_from_dones", {"done_before": done_before}, shape, meaning)
+    return jnp.moveaxis(jnp.concatenate([jnp.asarray(done_before)[None], dones])[:-1], 0, axis)

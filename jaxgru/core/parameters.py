@@ -1,0 +1,182 @@
+"""The arrays of one GRU layer, and the static choice of its equation."""
+
+import dataclasses
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+
+from jaxgru.core.checks import require_choice, require_count, require_dtype, require_float
+from jaxgru.core.matmul import state_dtype
+
+Array = jax.Array
+Activation = Literal["tanh", "relu", "sigmoid", "softplus", "identity"]
+Scheme = Literal["orthogonal", "pytorch", "keras"]
+
+
+class GRUParams(NamedTuple):
+    """The arrays of one GRU layer, blocks r | z | n on the last axis.
+
+    An absent bias or gain is None, which is a legal pytree: optax, `jax.tree.map` and `jax.grad`
+    accept it. A gain, where there is one, normalizes its product gate by gate: see
+    `jaxgru.core.cell`.
+    """
+
+    w_x: Array  # [I, 3H]
+    w_h: Array  # [H, 3H]
+    b_x: Array | None  # [3H]
+    b_h: Array | None  # [3H]
+    g_x: Array | None = None  # [3H], of the normalized x w_x
+    g_h: Array | None = None  # [3H], of the normalized h w_h
+
+
+@dataclasses.dataclass(frozen=True)
+class GRUSpec:
+    """Which GRU equation: static and hashable, so it may be a static argument of `jax.jit`.
+
+    Attributes:
+      reset: the reset gate acts on the state "before" the recurrent product of the candidate
+        (Cho et al. 2014, eq. 8) or "after" it (PyTorch, cuDNN, Keras's default).
+      update: the update gate z says how much of the old state to "keep" (Cho et al. 2014, eq. 7)
+        or how much of the candidate to "write" (Chung et al. 2014, section 3.2).
+      activation: the candidate's f: tanh, relu, sigmoid, softplus or identity.
+
+    Raises:
+      ValueError: a field is none of its choices.
+
+    >>> GRUSpec(reset="after")
+    GRUSpec(reset='after', update='keep', activation='tanh')
+    """
+
+    reset: Literal["before", "after"] = "before"
+    update: Literal["keep", "write"] = "keep"
+    activation: Activation = "tanh"
+
+    def __post_init__(self):
+        require_choice("GRUSpec", "reset", self.reset, ("before", "after"))
+        require_choice("GRUSpec", "update", self.update, ("keep", "write"))
+        require_choice("GRUSpec", "activation", self.activation, get_args(Activation))
+
+
+CHO_2014 = GRUSpec(reset="before", update="keep")
+CHUNG_2014 = GRUSpec(reset="before", update="write")
+PYTORCH = GRUSpec(reset="after", update="keep")
+
+
+def init_gru(
+    key: Array,
+    input_size: int,
+    hidden_size: int,
+    *,
+    bias: bool = True,
+    layer_norm: bool = False,
+    scheme: Scheme = "orthogonal",
+    dtype: Any = jnp.float32,
+) -> GRUParams:
+    """Draws the parameters of one GRU layer.
+
+    ============  ======================  =============================  ==================
+    scheme        w_x                     w_h                            b_x, b_h
+    ============  ======================  =============================  ==================
+    orthogonal    LeCun normal per gate   orthogonal per gate            0
+    pytorch       U(-1/sqrt(H), 1/sqrt(H)) for every array, as `torch.nn.GRU`
+    keras         Glorot uniform [I, 3H]  orthonormal rows of [H, 3H]    0
+    ============  ======================  =============================  ==================
+
+    Args:
+      key: a `jax.random.key`.
+      input_size: I, at least 1.
+      hidden_size: H, at least 1.
+      bias: False leaves both biases out (None).
+      layer_norm: True adds gains of one, so that every gate's products are normalized.
+      scheme: "orthogonal" (default; Saxe et al. 2014, arXiv:1312.6120), "pytorch" or "keras".
+      dtype: of every array; half types are drawn in float32 and rounded.
+
+    Returns:
+      GRUParams: w_x [I, 3H], w_h [H, 3H], b_x [3H], b_h [3H], g_x [3H], g_h [3H].
+
+    Raises:
+      ValueError: a size is not positive, or the scheme is unknown.
+      TypeError: a size is no integer, or dtype is not one of float64 (which needs JAX's x64 mode),
+        float32, bfloat16 and float16.
+
+    Cost: the orthogonal schemes take three QR decompositions of [H, H] or one of [3H, H].
+
+    >>> params = init_gru(jax.random.key(0), 2, 3)
+    >>> params.w_x.shape, params.w_h.shape, params.b_x.shape
+    ((2, 9), (3, 9), (9,))
+    """
+    require_count("init_gru", "input_size", input_size)
+    require_count("init_gru", "hidden_size", hidden_size)
+    require_choice("init_gru", "scheme", scheme, get_args(Scheme))
+    dtype = require_dtype("init_gru", dtype)
+    draw = state_dtype(dtype)
+    shape_x, shape_h = (input_size, 3 * hidden_size), (hidden_size, 3 * hidden_size)
+    key_x, key_h, key_bx, key_bh = jax.random.split(key, 4)
+    b_x, b_h = jnp.zeros(3 * hidden_size, draw), jnp.zeros(3 * hidden_size, draw)
+    init = jax.nn.initializers
+    if scheme == "pytorch":
+        bound = hidden_size**-0.5
+
+        def uniform(key, shape):
+            return jax.random.uniform(key, shape, draw, -bound, bound)
+
+        w_x, w_h = uniform(key_x, shape_x), uniform(key_h, shape_h)
+        b_x, b_h = uniform(key_bx, b_x.shape), uniform(key_bh, b_h.shape)
+    elif scheme == "keras":
+        w_x = init.glorot_uniform()(key_x, shape_x, draw)
+        w_h = init.orthogonal()(key_h, shape_h, draw)
+    else:
+
+        def per_gate(initializer, key, rows):
+            keys = jax.random.split(key, 3)
+            blocks = [initializer(k, (rows, hidden_size), draw) for k in keys]
+            return jnp.concatenate(blocks, axis=-1)
+
+        w_x = per_gate(init.lecun_normal(), key_x, input_size)
+        w_h = per_gate(init.orthogonal(), key_h, hidden_size)
+    biases = (b_x, b_h) if bias else (None, None)
+    gains = (jnp.ones(3 * hidden_size, draw),) * 2 if layer_norm else (None, None)
+    params = GRUParams(w_x, w_h, *biases, *gains)
+    return jax.tree.map(lambda v: v.astype(dtype), params)
+
+
+def require_spec(function: str, spec: Any) -> None:
+    """TypeError unless spec is a GRUSpec."""
+    if not isinstance(spec, GRUSpec):
+        raise TypeError(f"{function}: spec must be a GRUSpec, got {spec!r}.")
+
+
+def require_params(function: str, params: Any, argument: str = "params") -> tuple[int, int]:
+    """(I, H) of well-formed parameters; TypeError or ValueError naming the array that is not."""
+    if not isinstance(params, GRUParams):
+        raise TypeError(f"{function}: {argument} must be a GRUParams, got {type(params).__name__}.")
+    require_float(function, f"{argument}.w_x", params.w_x)
+    arrays: dict[str, Any] = params._asdict()
+    for name in ("w_x", "w_h"):
+        value = arrays[name]
+        require_float(function, f"{argument}.{name}", value, params.w_x.dtype)
+        if value.ndim != 2:
+            raise ValueError(
+                f"{function}: {argument}.{name} must have two axes, got shape {value.shape}."
+            )
+    hidden_size = params.w_h.shape[0]
+    wanted = {
+        "w_x": (params.w_x.shape[0], 3 * hidden_size),
+        "w_h": (hidden_size, 3 * hidden_size),
+        "b_x": (3 * hidden_size,),
+        "b_h": (3 * hidden_size,),
+        "g_x": (3 * hidden_size,),
+        "g_h": (3 * hidden_size,),
+    }
+    for name, shape in wanted.items():
+        value = arrays[name]
+        if value is None:
+            continue
+        require_float(function, f"{argument}.{name}", value, params.w_x.dtype)
+        if value.shape != shape:
+            raise ValueError(
+                f"{function}: {argument}.{name} must have shape {shape} (H={hidden_size}, the rows "
+                f"of {argument}.w_h), got {value.shape}."
+            )
+    return params.w_x.shape[0], hidden_size

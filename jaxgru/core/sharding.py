@@ -1,0 +1,45 @@
+"""Arrays on several devices: meshes, and types inside `jax.shard_map`."""
+
+from typing import Any
+
+import jax
+from jax import lax
+
+
+def on_auto_mesh() -> bool:
+    """True where JAX divides arrays over devices itself: inside a mesh with Auto axes."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return any(mesh.shape[name] > 1 for name in mesh.auto_axes)
+
+
+def vary_alike(tree: Any, others: Any = None) -> Any:
+    """The tree with every leaf varying over all mesh axes that any leaf of either varies over.
+
+    Inside `jax.shard_map` the scan's carry and the cotangents then have one type, and JAX's own
+    transpose of this cast sums the parameters' gradient over the mesh, once.
+    """
+    axes = frozenset().union(*(varying_axes(v) for v in jax.tree.leaves((tree, others))))
+
+    def cast(v):
+        missing = tuple(sorted(axes - varying_axes(v), key=str))
+        return lax.pcast(v, missing, to="varying") if missing else v
+
+    return jax.tree.map(cast, tree) if axes else tree
+
+
+def varying_axes(v: Any) -> frozenset[Any]:
+    """The mesh axes over which v varies inside `jax.shard_map`; JAX 0.10 renamed where it says."""
+    kind = jax.typeof(v)
+    kind = getattr(kind, "manual_axis_type", kind)
+    return getattr(kind, "varying", None) or getattr(kind, "vma", frozenset())
+
+
+def place_like(kept, like):
+    """kept, divided over an explicit mesh as `like` is along the axes that they share."""
+    sharding = getattr(jax.typeof(like), "sharding", None)
+    if sharding is None or all(axis is None for axis in sharding.spec):
+        return kept
+    lead = kept.ndim - like.ndim
+    sizes = zip(kept.shape[lead:], like.shape, sharding.spec)
+    spec = [axis if size == whole else None for size, whole, axis in sizes]
+    return jax.sharding.reshard(kept, jax.P(*[None] * lead, *spec))

@@ -1,0 +1,232 @@
+"""Observers of a GRU and its gradient: they read, and change no value.
+
+Each takes a single layer or a stack, runs under `jax.jit`, and answers in the form of the
+parameters: one answer for a `GRUParams`, a `Bidirectional` of two, a tuple of these for a stack.
+What they see is the plain network, without dropout and zoneout. Time is the leading axis.
+
+The cotangent g = dL/dh_t comes out of `gru`'s own backward pass through a tap of zeros. All else is
+local, linear in g, and made for all steps at once; observers that take a loss are differentiable in
+reverse mode, the others in both. With the coefficients of `jaxgru.core.cell`::
+
+    kept:       g K
+    update:     N'(g Z) w_hz^T
+    before:     dp = N'(g A) w_hn^T,  candidate: dp r,               reset: N'(dp R) w_hr^T
+    after:                            candidate: N'(g Q) w_hn^T,     reset: N'(g R) w_hr^T
+
+are the four ways of a step, neither held nor reset, from dL/dh_t to dL/dh_{t-1}. Their sum is
+J_t^T g.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxgru.core.checks import require_flags, require_float
+from jaxgru.core.layer_norm import normalize_vjp
+from jaxgru.core.matmul import blocks, matmul
+from jaxgru.core.parameters import CHO_2014, GRUParams, GRUSpec
+from jaxgru.diagnostics.traces import (
+    by_gru,
+    choose,
+    like_params,
+    norm,
+    require_sequence,
+    tapped,
+    trace_layers,
+    zero_where,
+)
+from jaxgru.stacks import Merge
+
+Array = jax.Array
+
+
+class Paths(NamedTuple):
+    """The four ways from dL/dh_t back to dL/dh_{t-1}."""
+
+    kept: Array  # k h_{t-1} itself
+    update: Array  # through z
+    reset: Array  # through r
+    candidate: Array  # through n, for a fixed r
+
+
+class GradientFlow(NamedTuple):
+    """Euclidean norms, [T, ...] each, of what one backward pass sends through a GRU."""
+
+    states: Array  # |dL/dh_t|
+    inputs: Array  # |dL/dx_t|
+    paths: Paths  # of what step t sends back to h_{t-1}
+
+
+def gradient_flow(
+    loss_fn: Callable[[Any, Array], Array],
+    params: Any,
+    xs: Array,
+    h0: Any = None,
+    *,
+    mask: Array | None = None,
+    resets: Array | None = None,
+    spec: GRUSpec = CHO_2014,
+    merge: Merge = "concat",
+    residual: bool = False,
+) -> tuple[Array, Any]:
+    """(loss, flow): how much gradient reaches every state and input, and along which paths.
+
+    For any other loss, such as one with dropout or with a model around the layers, pass
+    `tap=init_taps(...)` through to `gru` or `gru_stack`, differentiate by it as well, and give
+    dL/dh_t, its `hs`, to `gradient_paths`.
+
+    Args:
+      loss_fn: (h_last, ys) -> a scalar, of the results of `gru` (`gru_stack` for a stack).
+      params: a `GRUParams`, a `Bidirectional`, or a sequence of them.
+      xs: [T, ..., I].
+      h0: as for those; None for zeros.
+      mask: [T, ...] bool.
+      resets: [T, ...] bool.
+      spec: which equation.
+      merge: as in `gru_stack`.
+      residual: as in `gru_stack`.
+
+    Returns:
+      The loss, and a `GradientFlow` for each GRU. Where a step is held, "kept" is all there is.
+
+    Raises:
+      ValueError: the loss is no scalar, a shape does not fit, or a number is not finite
+        (seen outside of jit alone).
+      TypeError: the loss is no floating number, or as `gru_stack`.
+
+    Cost: one forward and one backward pass, and another forward whose gates are made in bulk.
+
+    >>> from jaxgru import init_gru
+    >>> params = init_gru(jax.random.key(0), 2, 3)
+    >>> loss, flow = gradient_flow(lambda h_last, hs: h_last.sum(), params, jnp.ones((5, 2)))
+    >>> flow.states.shape, bool(flow.states[0] < flow.states[-1])
+    ((5,), True)
+    """
+    options = {"mask": mask, "resets": resets, "spec": spec}
+    require_sequence("gradient_flow", params, xs, h0, mask, resets, merge, residual)
+    loss, (_, taps) = tapped("gradient_flow", loss_fn, params, xs, h0, merge, residual, options)
+    layers = trace_layers(params, xs, h0, mask, resets, spec, merge, residual)
+    flows = []
+    for traces, of_layer in zip(layers, by_gru(params, taps)):
+        flows.append(
+            tuple(
+                GradientFlow(norm(tap.hs), norm(tap.xs), Paths(*map(norm, _paths(trace, tap.hs))))
+                for trace, tap in zip(traces, of_layer)
+            )
+        )
+    return loss, like_params(params, flows)
+
+
+def gradient_paths(
+    params: GRUParams,
+    xs: Array,
+    dhs: Array,
+    h0: Array | None = None,
+    *,
+    mask: Array | None = None,
+    resets: Array | None = None,
+    spec: GRUSpec = CHO_2014,
+    reverse: bool = False,
+) -> Paths:
+    """What every step sends back to the state before it, split by path; the module has equations.
+
+    Args:
+      params: of one GRU.
+      xs: [T, ..., I].
+      dhs: [T, ..., H], dL/dh_t in all, as the gradient by a tap's `hs`.
+      h0: [..., H]; None for zeros.
+      mask: [T, ...] bool; a held step sends everything along "kept".
+      resets: [T, ...] bool; a reset step sends nothing.
+      spec: which equation.
+      reverse: as in `gru`; "before" is then the step t + 1.
+
+    Returns:
+      `Paths` of [T, ..., H] each. Their sum is J_t^T dL/dh_t: what dL/dh_{t-1} has beside the
+      gradient of its own output.
+
+    Raises:
+      ValueError: a shape does not fit or a number is not finite (seen outside of jit alone).
+      TypeError: as `gru`.
+
+    Cost: one forward pass, and 6H^2 multiply-adds a row in bulk.
+
+    >>> from jaxgru import init_gru
+    >>> params = init_gru(jax.random.key(0), 2, 3)
+    >>> paths = gradient_paths(params, jnp.ones((5, 2)), jnp.ones((5, 3)))
+    >>> paths.kept.shape
+    (5, 3)
+    """
+    if not isinstance(params, GRUParams):
+        raise TypeError(
+            f"gradient_paths: params must be one GRUParams, got {type(params).__name__}; of a "
+            "stack pass each layer with its own input and tap."
+        )
+    require_sequence("gradient_paths", params, xs, h0, mask, resets)
+    require_float("gradient_paths", "dhs", dhs, params.w_x.dtype)
+    wanted = (*xs.shape[:-1], params.w_h.shape[0])
+    if dhs.shape != wanted:
+        raise ValueError(f"gradient_paths: dhs must have shape {wanted}, got {dhs.shape}.")
+    ((trace,),) = trace_layers(params, xs, h0, mask, resets, spec, reverse=reverse)
+    return _paths(trace, dhs)
+
+
+def credit_reach(norms: Array, fraction: float = 0.01, *, mask: Array | None = None) -> Array:
+    """How far back credit reaches: steps from the last one to the first that gets that fraction.
+
+    The largest d with norms[T - 1 - d] >= fraction * norms[T - 1], of norms above 0.
+
+    Args:
+      norms: [T, ...], |dL/dh_t| for a loss of the last state alone, from `gradient_flow`.
+      fraction: a Python number above 0.
+      mask: [T, ...] bool; only real steps count, from the last of them on.
+
+    Returns:
+      [...] integers from 0 to T - 1; 0 as well where the last step has no gradient, or NaN.
+
+    Raises:
+      ValueError: there is no step, fraction is not positive, or a shape does not fit.
+      TypeError: norms is no floating, or mask no bool array.
+
+    Cost: one pass over norms.
+
+    >>> int(credit_reach(jnp.array([0.0, 0.5, 0.001, 0.1, 1.0]), 0.1))
+    3
+    """
+    require_float("credit_reach", "norms", norms)
+    if norms.ndim < 1 or not norms.shape[0]:
+        raise ValueError(
+            f"credit_reach: norms must have shape [T, ...] with T>0, got {norms.shape}."
+        )
+    if not 0 < fraction < math.inf:
+        raise ValueError(f"credit_reach: fraction must be positive and finite, got {fraction}.")
+    require_flags("credit_reach", {"mask": mask}, norms.shape, "that of norms")
+    real = jnp.ones(norms.shape, bool) if mask is None else jnp.asarray(mask)
+    behind = lax.cumsum(real.astype(jnp.int32), reverse=True) - 1  # real steps after this one
+    last = jnp.where(real & (behind == 0), norms, jnp.zeros_like(norms)).sum(axis=0)
+    enough = norms >= jnp.asarray(fraction, norms.dtype) * last[None]
+    return jnp.where(real & enough & (norms > 0) & (last > 0)[None], behind, 0).max(axis=0)
+
+
+def _paths(trace, dhs):
+    """`Paths` in the state dtype."""
+    c, dhs = trace.c, dhs.astype(trace.h_tm1.dtype)
+    g = choose(trace.mask, dhs, jnp.zeros_like(dhs))
+
+    def back(gate, dv):
+        dv = normalize_vjp(dv, trace.recurrent.g[gate], trace.gates.norms[gate])
+        return matmul(dv, blocks(trace.params.w_h)[gate].T)
+
+    if c.reset is None:
+        c_r, c_z, c_q = jnp.unstack(c.slopes[0], axis=-2)
+        reset, candidate = back(0, g * c_r), back(2, g * c_q)
+    else:
+        c_r, c_z = c.slopes
+        dp = back(2, g * c.a)
+        reset, candidate = back(0, dp * c_r), dp * c.reset
+    kept = choose(trace.mask, dhs * c.k, dhs)
+    paths = Paths(kept, back(1, g * c_z), reset, candidate)
+    return Paths(*(zero_where(trace.resets, v) for v in paths))

@@ -1,0 +1,314 @@
+"""The influence of parameters on the state: gradients forward in time, RTRL and SnAp-1.
+
+The influence P_t = dh_t/dtheta follows the state (Williams and Zipser 1989, Neural Computation 1,
+270-280, eq. 8), and the gradient is a sum over steps of what each step's own loss asks of it::
+
+    P_t = J_t P_{t-1} + I_t,    P_0 = 0,    dL/dtheta = sum_t (dL_t/dh_t) P_t
+
+with I_t what theta does to h_t at fixed h_{t-1}. Both J_t and I_t are the transpose of the step,
+`jaxgru.core.derivatives.step_vjp`,
+applied to the unit cotangents. Nothing is kept from step to step but P: the
+memory does not grow with T, and the gradient is known at every step.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxgru.core.cell import Gates, cut_recurrent, project, step
+from jaxgru.core.checks import require_choice
+from jaxgru.core.derivatives import (
+    Coefficients,
+    coefficients,
+    gates_vjp,
+    inputs_vjp,
+    params_vjp,
+    step_vjp,
+    transpose_recurrent,
+)
+from jaxgru.core.matmul import blocks, state_dtype
+from jaxgru.core.parameters import CHO_2014, GRUSpec
+from jaxgru.diagnostics.jacobians import own_slopes
+from jaxgru.diagnostics.traces import (
+    as_stack,
+    as_states,
+    choose,
+    require_scalar_loss,
+    require_sequence,
+    zero_where,
+)
+from jaxgru.stacks import Bidirectional, gru_stack, init_state
+
+Array = jax.Array
+Influence = Literal["exact", "snap-1"]
+
+
+def rtrl(
+    loss_fn: Callable[[Array, Any], Array],
+    params: Any,
+    xs: Array,
+    targets: Any,
+    h0: Any = None,
+    *,
+    mask: Array | None = None,
+    resets: Array | None = None,
+    spec: GRUSpec = CHO_2014,
+    residual: bool = False,
+    influence: Influence = "exact",
+) -> tuple[Array, Any]:
+    """(loss, dparams) of sum_t loss_fn(y_t, targets[t]), forward in time, in memory without T.
+
+    Args:
+      loss_fn: (y_t, target_t) -> a scalar: the loss of one step, of all sequences together.
+      params: a `GRUParams`, or a sequence of them.
+      xs: [T, ..., I].
+      targets: a pytree of [T, ...] arrays; step t is given the t-th of each.
+      h0: as in `gru` or `gru_stack`; None for zeros.
+      mask: [T, ...] bool; a held step keeps its state and its influence, and its loss counts: leave
+        it out of loss_fn through the targets where it should not.
+      resets: [T, ...] bool; a reset step forgets its influence as well.
+      spec: which equation.
+      residual: as in `gru_stack`.
+      influence: "exact", which is the gradient of backpropagation through time; or "snap-1", which
+        keeps only those entries of P that are not zero after one step (Menick et al. 2021,
+        arXiv:2006.07232, section 3): an approximation, for a single layer without gains.
+
+    Returns:
+      The loss, summed in float32 for half types, and its gradient in the form and dtypes of params.
+
+    Raises:
+      ValueError: a layer is `Bidirectional`, which has no order of time to follow, "snap-1" is
+        asked for a stack or for gains, the loss is no scalar, or as `gru_stack`.
+      TypeError: as `gru_stack`.
+
+    Cost: for N parameters 2 H^2 N operations a row and step, and H N numbers a row. With "snap-1"
+    and reset="after" N numbers a row, and 2 N operations beside those of a step and its transpose;
+    with "before" the weights of the reset gate, each of which moves every unit at once, are
+    followed exactly, which takes a third of the exact memory. Not under `jax.shard_map`.
+
+    >>> from jaxgru import gru, init_gru
+    >>> params, xs = init_gru(jax.random.key(0), 2, 3), jnp.ones((5, 4, 2))
+    >>> targets = jnp.zeros((5, 4, 3))
+    >>> squared = lambda y, target: ((y - target) ** 2).sum()
+    >>> loss, dparams = jax.jit(rtrl, static_argnums=0)(squared, params, xs, targets)
+    >>> bptt = jax.jit(jax.grad(lambda p: squared(gru(p, xs)[1], targets)))(params)
+    >>> bool(jnp.allclose(dparams.w_h, bptt.w_h, atol=1e-5))
+    True
+    """
+    require_sequence("rtrl", params, xs, h0, mask, resets, residual=residual)
+    require_choice("rtrl", "influence", influence, get_args(Influence))
+    layers = jax.tree.map(jnp.asarray, tuple(as_stack(params)))
+    _require_forward(layers, influence)
+    _require_run(
+        layers, xs, h0 if h0 is None else as_states(params, h0), mask, resets, spec, residual
+    )
+    lead, dtype = xs.shape[1:-1], state_dtype(xs.dtype)
+    given = [None] * len(layers) if h0 is None else as_states(params, h0)
+    states = [init_state(p, lead) if h is None else h for p, h in zip(layers, given)]
+    states = tuple(jnp.asarray(h).astype(dtype) for h in states)
+    for leaf in jax.tree.leaves(targets):
+        shape = jnp.shape(leaf)
+        if shape[:1] != xs.shape[:1]:
+            raise ValueError(
+                f"rtrl: targets must be arrays of {xs.shape[0]} steps, as xs, got {shape}."
+            )
+    targets = jax.tree.map(jnp.asarray, targets)
+    first = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape[1:], v.dtype), targets)
+    output = jax.ShapeDtypeStruct(states[-1].shape, xs.dtype)
+    require_scalar_loss("rtrl", loss_fn, output, first)
+    start, follow = (_start_snap, _follow_snap) if influence == "snap-1" else (_start, _follow)
+
+    def body(carry, inputs):
+        states, influences, loss, grads = carry
+        x, target, *flags = inputs
+        flags = [None if f is None else f[..., None] for f in flags]
+        states, influences, y, pull = follow(layers, x, states, influences, flags, spec, residual)
+        value, dy = jax.value_and_grad(loss_fn)(y.astype(xs.dtype), target)
+        grads = jax.tree.map(jnp.add, grads, pull(dy.astype(dtype)))
+        return (states, influences, loss + value.astype(loss.dtype), grads), None
+
+    grads = jax.tree.map(lambda v: jnp.zeros_like(v, dtype=dtype), layers)
+    loss = jnp.zeros((), state_dtype(jax.eval_shape(loss_fn, output, first).dtype))
+    carry = (states, start(layers, lead, dtype, spec), loss, grads)
+    (_, _, loss, grads), _ = lax.scan(body, carry, (xs, targets, mask, resets))
+    grads = jax.tree.map(lambda d, p: d.astype(p.dtype), grads, layers)
+    return loss, jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(grads))
+
+
+class _Linear(NamedTuple):
+    """A step and its derivatives; time has no axis, rows are those of dh'_i."""
+
+    h: Array  # [..., H]
+    gates: Gates
+    c: Coefficients
+    by_state: Array  # J [..., H, H]
+    by_input: Array  # [..., H, I]
+    da: Array  # [..., H, 3H]: dh'_i by x w_x + b_x
+    du: Array  # [..., H, 3H]: dh'_i by h w_h + b_h
+
+
+def _linearize(params, x, h, spec):
+    """The step from x and h, and `step_vjp` of every unit cotangent."""
+    recurrent, lead = cut_recurrent(params, spec), h.ndim - 1
+    h_t, gates = step(recurrent, project(params, x, spec), h, spec)
+    c = coefficients(gates, h, spec)
+    rows, norms, x = jax.tree.map(lambda v: jnp.expand_dims(v, lead), (c, gates.norms, x))
+    units = jnp.eye(h.shape[-1], dtype=h.dtype)
+    units = units.reshape((1,) * lead + units.shape)
+    by_state, dp = step_vjp(transpose_recurrent(recurrent), rows, norms, units)
+    da, du = gates_vjp(rows, units, dp)
+    return _Linear(h_t, gates, c, by_state, inputs_vjp(params, params.w_x.T, x, da), da, du)
+
+
+def _immediate(params, x, h, gates, da, du, spec):
+    """I: x^T da, h^T du, ... of every row of da and du by itself, leaves [..., (H,) *shape].
+
+    The leading axes of x are those of da, which may have one more, the unit of h'.
+    """
+
+    def of_row(x, gates, h, da, du):
+        single: Any = jax.tree.map(lambda v: v[None], (x, gates, h, da, du))
+        x, gates, h, da, du = single
+        return params_vjp(params, x, gates, h, da, du, spec)
+
+    if da.ndim > x.ndim:
+        of_row = jax.vmap(of_row, (None, None, None, 0, 0))
+    for _ in range(x.ndim - 1):
+        of_row = jax.vmap(of_row)
+    return of_row(x, gates, h, da, du)
+
+
+def _start(layers, lead, dtype, spec):
+    """P_0: for each layer a tuple, by the parameters of each layer up to it; leaves [..., H, *]."""
+
+    def by(params, size):
+        return jax.tree.map(lambda v: jnp.zeros((*lead, size, *v.shape), dtype), params)
+
+    sizes = [params.w_h.shape[0] for params in layers]
+    return tuple(tuple(by(p, size) for p in layers[: n + 1]) for n, size in enumerate(sizes))
+
+
+def _follow(layers, x, states, influences, flags, spec, residual):
+    """One step of states and influences: P^l = J^l P^l + (dh^l/dx^l) P of x^l + I^l."""
+    mask, resets = flags
+    new_states, new_influences = [], []
+    y, of_y = x, ()
+    for params, h, of_h in zip(layers, states, influences):
+        h, of_h = zero_where(resets, h), jax.tree.map(lambda p: zero_where(resets, p), of_h)
+        x = choose(mask, y, jnp.zeros_like(y))
+        now = _linearize(params, x, h, spec)
+        own = _immediate(params, x, h, now.gates, now.da, now.du, spec)
+        moved = [_times(now.by_state, p) for p in of_h]
+        through = [_times(now.by_input, p) for p in of_y]
+        moved = [jax.tree.map(jnp.add, a, b) for a, b in zip(moved, (*through, own))]
+        of_h = jax.tree.map(lambda a, b: choose(mask, a, b), tuple(moved), of_h)
+        h = choose(mask, now.h, h)
+        new_states.append(h)
+        new_influences.append(of_h)
+        skip = residual and len(new_states) > 1
+        y = h + y if skip else h
+        of_skip = [jax.tree.map(jnp.add, a, b) for a, b in zip(of_h, of_y)]
+        of_y = (*of_skip, of_h[-1]) if skip else of_h
+
+    def pull(dy):
+        return tuple(jax.tree.map(lambda p: jnp.tensordot(dy, p, dy.ndim), of_y))
+
+    return tuple(new_states), tuple(new_influences), y, pull
+
+
+def _start_snap(layers, lead, dtype, spec):
+    """P_0 of SnAp-1: for each parameter the unit it belongs to; and of the reset gate all units.
+
+    The second, leaves [..., H, *shape of a block], is None for "after", where I is diagonal.
+    """
+    (params,) = layers
+    own = jax.tree.map(lambda v: jnp.zeros((*lead, *v.shape), dtype), params)
+    if spec.reset == "after":
+        return own, None
+    of_r = jax.tree.map(lambda v: blocks(v)[0], params)
+    size = params.w_h.shape[0]
+    return own, jax.tree.map(lambda v: jnp.zeros((*lead, size, *v.shape), dtype), of_r)
+
+
+def _follow_snap(layers, x, states, influences, flags, spec, _):
+    """One step of the state and of the entries of P that SnAp-1 keeps."""
+    ((params,), (h,), (own, of_r), (mask, resets)) = layers, states, influences, flags
+    h = zero_where(resets, h)
+    held = jax.tree.map(lambda p: zero_where(resets, p), (own, of_r))
+    x = choose(mask, x, jnp.zeros_like(x))
+    h_t, gates = step(cut_recurrent(params, spec), project(params, x, spec), h, spec)
+    c = coefficients(gates, h, spec)
+    itself = own_slopes(params, c)
+    dp = None if of_r is None else jnp.zeros_like(h)
+    da, du = gates_vjp(c, jnp.ones_like(h), dp)  # I is diagonal: all its rows at once
+    immediate = _immediate(params, x, h, gates, da, du, spec)
+    own = jax.tree.map(lambda p, i: _by_unit(itself, p) + i, held[0], immediate)
+    if of_r is not None:
+        now = _linearize(params, x, h, spec)
+        immediate = _immediate(params, x, h, now.gates, now.da, now.du, spec)
+        moved = _times(now.by_state, held[1])
+        of_r = jax.tree.map(lambda p, i: p + blocks(i)[0], moved, immediate)
+    own, of_r = jax.tree.map(lambda a, b: choose(mask, a, b), (own, of_r), held)
+    h = choose(mask, h_t, h)
+
+    def pull(dy):
+        def of_leaf(p):
+            return _by_unit(dy, p).sum(axis=tuple(range(dy.ndim - 1)))
+
+        grads = jax.tree.map(of_leaf, own)
+        if of_r is None:
+            return (grads,)
+        of_gate = jax.tree.map(lambda p: jnp.tensordot(dy, p, dy.ndim), of_r)
+        return (
+            jax.tree.map(
+                lambda v, r: jnp.concatenate([r, v[..., r.shape[-1] :]], axis=-1), grads, of_gate
+            ),
+        )
+
+    return (h,), (own, of_r), h, pull
+
+
+def _by_unit(v, p):
+    """v [..., H] times each of the three blocks of p's last axis, [..., *shape]."""
+    v = jnp.concatenate([v] * 3, axis=-1)
+    return p * v.reshape(v.shape[:-1] + (1,) * (p.ndim - v.ndim) + v.shape[-1:])
+
+
+def _times(rows, influence):
+    """rows [..., H, K] times every leaf [..., K, *shape]."""
+
+    def product(p):
+        lead, shape = rows.ndim - 2, p.shape[rows.ndim - 1 :]
+        flat = p.reshape(*p.shape[: lead + 1], math.prod(shape))
+        return jnp.matmul(rows, flat).reshape(*rows.shape[:-1], *shape)
+
+    return jax.tree.map(product, influence)
+
+
+def _require_forward(layers, influence):
+    """ValueError for what no recurrence forward in time can follow."""
+    if any(isinstance(layer, Bidirectional) for layer in layers):
+        raise ValueError(
+            "rtrl: params must hold layers of one direction, got a Bidirectional, whose outputs "
+            "depend on later inputs; use jax.grad of gru_stack."
+        )
+    if influence == "snap-1" and (len(layers) > 1 or layers[0].g_x is not None):
+        found = f"{len(layers)} layers" if len(layers) > 1 else "gains"
+        raise ValueError(
+            f"rtrl: params must be one layer without gains for influence='snap-1', got {found}: "
+            "there every parameter moves many units at once; use influence='exact'."
+        )
+
+
+def _require_run(layers, xs, h0, mask, resets, spec, residual):
+    """The errors of `gru_stack`, by tracing it."""
+
+    def run(layers, xs, h0, mask, resets):
+        options = {"mask": mask, "resets": resets, "spec": spec, "residual": residual}
+        return gru_stack(layers, xs, h0, **options)
+
+    jax.eval_shape(run, layers, xs, h0, mask, resets)

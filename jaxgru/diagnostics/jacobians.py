@@ -1,0 +1,406 @@
+"""dh_t/dh_{t-1}: in closed form, its diagonal, its bound, and what products of it do over time.
+
+With the coefficients K, A, R, Z, Q of `jaxgru.core.cell` and a state h as a row, th' = th M with::
+
+    before:  M = diag(K) + N'(w_hz) diag(Z) + N'((diag(r) + N'(w_hr) diag(R)) w_hn) diag(A)
+    after:   M = diag(K) + N'(w_hz) diag(Z) + N'(w_hr) diag(R) + N'(w_hn) diag(Q)
+
+and J = dh'/dh = M^T. N', the derivative of the normalization, acts on rows; without gains it is the
+identity. A held step has J = I, a reset one J = 0.
+"""
+
+import itertools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxgru.core.cell import cut_recurrent, gru_cell, project, step
+from jaxgru.core.checks import require_flags, require_float
+from jaxgru.core.derivatives import Coefficients, coefficients, step_drive
+from jaxgru.core.layer_norm import Norm, normalize_jvp
+from jaxgru.core.matmul import blocks, like_row, matmul, state_dtype
+from jaxgru.core.parameters import CHO_2014, GRUParams, GRUSpec
+from jaxgru.diagnostics.traces import (
+    Trace,
+    as_stack,
+    choose,
+    require_sequence,
+    trace_layers,
+    zero_where,
+)
+from jaxgru.stacks import Bidirectional
+
+Array = jax.Array
+
+
+def step_jacobian(params: GRUParams, x: Array, h: Array, *, spec: GRUSpec = CHO_2014) -> Array:
+    """J = dh'/dh of one step, in closed form: J[i, j] = dh'_i / dh_j; the module has the equation.
+
+    Args:
+      params: of one layer, gains included.
+      x: [..., I], any leading axes: with xs [T, ..., I] and the state before each step it gives
+        every step of a sequence at once.
+      h: [..., H], the state before the step.
+      spec: which equation.
+
+    Returns:
+      [..., H, H], in the state dtype (float32 for half types).
+
+    Raises:
+      ValueError, TypeError: as `gru_cell`.
+
+    Cost: reset="after" 5H^2 operations a row, "before" one product of [H, H] with [H, H] as well.
+
+    >>> from jaxgru import init_gru
+    >>> params = init_gru(jax.random.key(0), 2, 3)
+    >>> x, h = jnp.ones(2), jnp.zeros(3)
+    >>> wanted = jax.jacrev(gru_cell, argnums=2)(params, x, h)
+    >>> bool(jnp.allclose(step_jacobian(params, x, h), wanted, atol=1e-6))
+    True
+    """
+    return jnp.swapaxes(_state_map(_trace_step(params, x, h, spec)), -1, -2)
+
+
+def step_jacobian_diagonal(
+    params: GRUParams, x: Array, h: Array, *, spec: GRUSpec = CHO_2014
+) -> Array:
+    """The diagonal of dh'/dh: what each unit's own past does to it.
+
+        after:   K + d(w_hz) Z + d(w_hr) R + d(w_hn) Q,    d the diagonal
+        before:  K + d(w_hz) Z + A (r d(w_hn) + R e),      e_ji = (w_hr)_ij (w_hn)_ji
+
+    Args:
+      params: of one layer.
+      x: [..., I].
+      h: [..., H], the state before the step.
+      spec: which equation.
+
+    Returns:
+      [..., H], in the state dtype.
+
+    Raises:
+      ValueError, TypeError: as `gru_cell`.
+
+    Cost: H operations a row for "after", H^2 for "before"; with gains the whole Jacobian is made.
+
+    >>> from jaxgru import PYTORCH, init_gru
+    >>> params, x, h = init_gru(jax.random.key(0), 2, 3), jnp.ones(2), jnp.zeros(3)
+    >>> whole = step_jacobian(params, x, h, spec=PYTORCH)
+    >>> own = step_jacobian_diagonal(params, x, h, spec=PYTORCH)
+    >>> bool(jnp.allclose(own, jnp.diagonal(whole), atol=1e-6))
+    True
+    """
+    trace = _trace_step(params, x, h, spec)
+    if params.g_h is not None:
+        return jnp.diagonal(_state_map(trace), axis1=-2, axis2=-1)
+    return own_slopes(trace.params, trace.c)
+
+
+def own_slopes(params: GRUParams, c: Coefficients) -> Array:
+    """`step_jacobian_diagonal` without gains, from a step's coefficients."""
+    w_r, w_z, w_n = (w.astype(c.k.dtype) for w in blocks(params.w_h))
+    own_r, own_z, own_n = (like_row(jnp.diagonal(w), c.k) for w in (w_r, w_z, w_n))
+    if c.reset is None:
+        c_r, c_z, c_q = jnp.unstack(c.slopes[0], axis=-2)
+        return c.k + own_z * c_z + own_r * c_r + own_n * c_q
+    c_r, c_z = c.slopes
+    return c.k + own_z * c_z + c.a * (c.reset * own_n + matmul(c_r, w_r.T * w_n))
+
+
+def step_jacobian_bound(
+    params: GRUParams, x: Array, h: Array, *, spec: GRUSpec = CHO_2014
+) -> Array:
+    """An upper bound of the largest singular value of dh'/dh, from gates and spectral norms alone.
+
+        after:   max K + max|Z| |w_hz| + max|R| |w_hr| + max|Q| |w_hn|
+        before:  max K + max|Z| |w_hz| + max|A| |w_hn| (max r + max|R| |w_hr|)
+
+    Where a product is normalized with a gain g, its |w| is multiplied by max|g| i, i the inverse of
+    its deviation.
+
+    Args:
+      params: of one layer.
+      x: [..., I].
+      h: [..., H], the state before the step.
+      spec: which equation.
+
+    Returns:
+      [...], in the state dtype.
+
+    Raises:
+      ValueError, TypeError: as `gru_cell`.
+
+    Cost: three singular value decompositions of [H, H], once; then H operations a row.
+
+    >>> from jaxgru import init_gru
+    >>> params, x, h = init_gru(jax.random.key(0), 2, 3), jnp.ones(2), jnp.zeros(3)
+    >>> norm = jnp.linalg.norm(step_jacobian(params, x, h), ord=2)
+    >>> bool(norm <= step_jacobian_bound(params, x, h))
+    True
+    """
+    trace = _trace_step(params, x, h, spec)
+    c, dtype = trace.c, trace.h_tm1.dtype
+    sizes = []
+    for w, gain, norm in zip(blocks(trace.params.w_h), trace.recurrent.g, trace.gates.norms):
+        size = jnp.linalg.norm(w.astype(dtype), ord=2)
+        if gain is not None and norm is not None:
+            size = size * jnp.abs(gain).max().astype(dtype) * norm.i[..., 0]
+        sizes.append(size)
+
+    def largest(v):
+        return jnp.abs(v).max(axis=-1)
+
+    size_r, size_z, size_n = sizes
+    if c.reset is None:
+        c_r, c_z, c_q = jnp.unstack(c.slopes[0], axis=-2)
+        return largest(c.k) + largest(c_z) * size_z + largest(c_r) * size_r + largest(c_q) * size_n
+    c_r, c_z = c.slopes
+    through_n = largest(c.a) * size_n * (largest(c.reset) + largest(c_r) * size_r)
+    return largest(c.k) + largest(c_z) * size_z + through_n
+
+
+def sequence_jacobians(
+    params: Any,
+    xs: Array,
+    h0: Any = None,
+    *,
+    mask: Array | None = None,
+    resets: Array | None = None,
+    spec: GRUSpec = CHO_2014,
+    residual: bool = False,
+    reverse: bool = False,
+) -> Array:
+    """dh_t/dh_{t-1} of every step of a sequence, exactly; of a stack, that of all its states.
+
+    The state of a stack is that of its layers side by side, [h^1 | h^2 | ...], S = sum of H. A
+    layer hears of the others' last states through its input, so that J is block lower triangular::
+
+        dh^l_t = dh^l_{t-1} M^l + dx^l_t X^l,    X = dh'/dx,    x^l_t = h^{l-1}_t
+
+    Args:
+      params: a `GRUParams`, or a sequence of them.
+      xs: [T, ..., I].
+      h0: as `gru` or `gru_stack` takes it; None for zeros.
+      mask: [T, ...] bool; a held step has J = I.
+      resets: [T, ...] bool; a reset step has J = 0.
+      spec: which equation.
+      residual: as in `gru_stack`.
+      reverse: from the last step to the first: J[t] is then dh_t/dh_{t+1}, and what takes them in
+        the order of time wants J[::-1].
+
+    Returns:
+      [T, ..., S, S] with J[t, ..., i, j] = dh_t[i] / dh_{t-1}[j], in the state dtype.
+
+    Raises:
+      ValueError: a layer is `Bidirectional`, whose steps have no common order; shapes do not fit,
+        or a number is not finite (seen outside of jit alone).
+      TypeError: as `gru_stack`.
+
+    Cost: that of `gru` and, for every step, of `step_jacobian`; T B S^2 numbers are made at once.
+    A stack adds the products of X^l [I, H] with what is above it.
+
+    >>> from jaxgru import init_stack
+    >>> layers = init_stack(jax.random.key(0), 2, 3, num_layers=2)
+    >>> sequence_jacobians(layers, jnp.ones((5, 4, 2))).shape
+    (5, 4, 6, 6)
+    """
+    require_sequence("sequence_jacobians", params, xs, h0, mask, resets, residual=residual)
+    if any(isinstance(layer, Bidirectional) for layer in as_stack(params)):
+        raise ValueError(
+            "sequence_jacobians: params must hold layers of one direction, got a Bidirectional; "
+            "look at its forward and, with reverse=True, its backward by themselves."
+        )
+    layers = trace_layers(params, xs, h0, mask, resets, spec, residual=residual, reverse=reverse)
+    ends = list(itertools.accumulate(trace.h_tm1.shape[-1] for (trace,) in layers))
+    columns, of_output = [], None
+    for (trace,), end in zip(layers, ends):
+        column = _state_column(trace, end, ends[-1], of_output, spec)
+        columns.append(column)
+        of_output = column + of_output if residual and of_output is not None else column
+    return jnp.swapaxes(jnp.concatenate(columns, axis=-1), -1, -2)
+
+
+def jacobian_products(jacobians: Array) -> Array:
+    """P_t = J_T J_{T-1} ... J_t = dh_T/dh_{t-1}: what the last state feels of every earlier one.
+
+    Args:
+      jacobians: [T, ..., H, H] in the order of time, from `sequence_jacobians`.
+
+    Returns:
+      [T, ..., H, H]; P_1, the first, is dh_T/dh_0.
+
+    Raises:
+      TypeError: jacobians is no floating array.
+      ValueError: it is not [T, ..., H, H].
+
+    Cost: T products of [H, H] with [H, H], one after the other. Over long times the product falls
+    below what a float holds: `lyapunov_exponents` has its rate there.
+
+    >>> jacobian_products(jnp.full((3, 1, 1), 0.5)).ravel().tolist()
+    [0.125, 0.25, 0.5]
+    """
+    _require_jacobians("jacobian_products", jacobians)
+
+    def body(after, jacobian):
+        product = jnp.matmul(after, jacobian)
+        return product, product
+
+    return lax.scan(body, _identities(jacobians), jacobians, reverse=True)[1]
+
+
+def singular_values(jacobians: Array) -> Array:
+    """The singular values of every matrix, the largest first: how much it can stretch a cotangent.
+
+    Args:
+      jacobians: [..., H, H]: Jacobians of steps, or products of them.
+
+    Returns:
+      [..., H].
+
+    Raises:
+      TypeError: jacobians is no floating array.
+      ValueError: it is not [..., H, H].
+
+    Cost: a decomposition of [H, H] for every matrix.
+
+    >>> singular_values(jnp.diag(jnp.array([0.5, 2.0]))).tolist()
+    [2.0, 0.5]
+    """
+    _require_jacobians("singular_values", jacobians, least=2)
+    jacobians = jacobians.astype(state_dtype(jacobians.dtype))
+    return _decompose(lambda j: jnp.linalg.svd(j, compute_uv=False), jacobians)
+
+
+def lyapunov_exponents(jacobians: Array, mask: Array | None = None) -> Array:
+    """The rates, in nats a step, at which small differences of the state grow (> 0) or die out.
+
+        J_t Q_{t-1} = Q_t R_t (QR decomposition),   lambda_i = mean over t of log |(R_t)_ii|
+
+    For large T they are the Lyapunov exponents (Benettin et al. 1980, Meccanica 15, 9-20; for
+    recurrent networks Vogt et al. 2022, arXiv:2006.14123); their sum is mean log|det J_t| at any T.
+    -1 / lambda is the number of steps over which a difference falls to 1/e.
+
+    Args:
+      jacobians: [T, ..., H, H] in the order of time, from `sequence_jacobians`.
+      mask: [T, ...] bool; only real steps are counted.
+
+    Returns:
+      [..., H], the largest first; -inf where a product is singular, and NaN without a real step.
+
+    Raises:
+      TypeError: jacobians is no floating, or mask no bool array.
+      ValueError: a shape does not fit.
+
+    Cost: T products and QR decompositions of [H, H]; nothing underflows, however long T.
+
+    >>> rates = lyapunov_exponents(jnp.stack([jnp.diag(jnp.array([0.5, 1.0]))] * 1000))
+    >>> [round(float(rate), 3) for rate in rates]  # 0 and log 0.5; 0.5 ** 1000 itself is 0
+    [0.0, -0.693]
+    """
+    _require_jacobians("lyapunov_exponents", jacobians)
+    jacobians = jacobians.astype(state_dtype(jacobians.dtype))
+    lead = jacobians.shape[:-2]
+    require_flags("lyapunov_exponents", {"mask": mask}, lead, "jacobians without its last two axes")
+    count = jnp.ones(lead, bool) if mask is None else jnp.asarray(mask)
+
+    def body(carry, inputs):
+        q, total = carry
+        jacobian, real = inputs
+        q_t, r_t = _decompose(lambda j: jnp.linalg.qr(j), jnp.matmul(jacobian, q))
+        growth = jnp.log(jnp.abs(jnp.diagonal(r_t, axis1=-2, axis2=-1)))
+        q = jnp.where(real[..., None, None], q_t, q)
+        return (q, total + jnp.where(real[..., None], growth, jnp.zeros_like(growth))), None
+
+    q = _identities(jacobians)
+    (_, total), _ = lax.scan(body, (q, jnp.zeros_like(q[..., 0])), (jacobians, count))
+    rates = total / count.sum(axis=0)[..., None].astype(total.dtype)
+    return jnp.flip(jnp.sort(rates, axis=-1), axis=-1)
+
+
+def _decompose(decomposition, matrices):
+    """decomposition of [..., H, H]; on a CPU of one matrix after the other.
+
+    There a batched decomposition keeps a thread waiting for others of the same pool, so two of them
+    in one program, such as singular values beside exponents, can wait for each other for ever: seen
+    with jaxlib 0.10.2 on two cores.
+    """
+    lead, of_one = matrices.shape[:-2], jax.custom_batching.sequential_vmap(decomposition)
+
+    def one_by_one(matrices):
+        flat = matrices.reshape(math.prod(lead), *matrices.shape[-2:])
+        parts = lax.map(of_one, flat)
+        return jax.tree.map(lambda v: v.reshape(*lead, *v.shape[1:]), parts)
+
+    return lax.platform_dependent(matrices, cpu=one_by_one, default=decomposition)
+
+
+def _trace_step(params, x, h, spec):
+    """The trace of one step from any state; `gru_cell` is asked for its errors alone."""
+    jax.eval_shape(lambda *args: gru_cell(*args, spec=spec), params, x, h)
+    params, x, h = jax.tree.map(jnp.asarray, (params, x, h))
+    recurrent, h = cut_recurrent(params, spec), h.astype(state_dtype(h.dtype))
+    gates = step(recurrent, project(params, x, spec), h, spec)[1]
+    return Trace(params, recurrent, x, h, gates, coefficients(gates, h, spec), None, None)
+
+
+def _state_map(trace):
+    """M [..., H, H] with th' = th M, of steps that are neither held nor reset."""
+    c, dtype, lead = trace.c, trace.h_tm1.dtype, (1,) * (trace.h_tm1.ndim - 1)
+    w_r, w_z, w_n = blocks(trace.params.w_h.astype(dtype))
+    norms = [None if n is None else Norm(*(v[..., None, :] for v in n)) for n in trace.gates.norms]
+
+    def of_gate(gate, product, coefficient):
+        product = product.reshape(lead + product.shape) if product.ndim == 2 else product
+        normalized = normalize_jvp(product, trace.recurrent.g[gate], norms[gate])
+        return normalized * coefficient[..., None, :]
+
+    identity = jnp.eye(w_n.shape[0], dtype=dtype).reshape(lead + w_n.shape)
+    kept = identity * c.k[..., None, :]
+    if c.reset is None:
+        c_r, c_z, c_q = jnp.unstack(c.slopes[0], axis=-2)
+        return kept + of_gate(0, w_r, c_r) + of_gate(1, w_z, c_z) + of_gate(2, w_n, c_q)
+    c_r, c_z = c.slopes
+    read = identity * c.reset[..., None, :] + of_gate(0, w_r, c_r)
+    return kept + of_gate(1, w_z, c_z) + of_gate(2, matmul(read, w_n), c.a)
+
+
+def _state_column(trace, end, size, of_input, spec):
+    """The map of all layers' states to one's, [..., S, H]: its own M, and what its input brings."""
+    real = _state_map(trace)
+    lead, hidden_size = real.ndim - 2, real.shape[-1]
+    held = jnp.eye(hidden_size, dtype=real.dtype).reshape((1,) * lead + real.shape[-2:])
+    rows = [(0, 0)] * lead + [(end - hidden_size, size - end), (0, 0)]
+    pieces = (real, jnp.broadcast_to(held, real.shape))
+    real, held = (jnp.pad(zero_where(trace.resets, v), rows) for v in pieces)
+    if of_input is not None:
+        real = real + jnp.matmul(of_input, _input_map(trace, spec))
+    return choose(trace.mask, real, held)
+
+
+def _input_map(trace, spec):
+    """X [..., I, H] with th' = tx X: the drive of every unit of the input."""
+    params, xs, gates, h_tm1 = trace.params, trace.xs, trace.gates, trace.h_tm1
+    units = jnp.eye(xs.shape[-1], dtype=xs.dtype)
+    units = units.reshape((1,) * (xs.ndim - 1) + units.shape)
+    no_tangents = jax.tree.map(lambda _: None, params)
+    xs, gates, h_tm1 = jax.tree.map(lambda v: v[..., None, :], (xs, gates, h_tm1))
+    return step_drive(params, no_tangents, xs, units, gates, h_tm1, spec)
+
+
+def _identities(jacobians):
+    """[..., H, H]: an identity for every sequence, made from the Jacobians: sharded as they are."""
+    identity = jnp.eye(jacobians.shape[-1], dtype=jacobians.dtype)
+    zeros = jnp.zeros_like(jacobians.sum(axis=0))
+    return zeros + identity.reshape((1,) * (zeros.ndim - 2) + identity.shape)
+
+
+def _require_jacobians(function, jacobians, least=3):
+    """TypeError or ValueError unless it is [..., H, H] of so many axes."""
+    require_float(function, "jacobians", jacobians)
+    shape = jacobians.shape
+    if len(shape) < least or shape[-1] != shape[-2]:
+        wanted = "[T, ..., H, H]" if least == 3 else "[..., H, H]"
+        raise ValueError(f"{function}: jacobians must have shape {wanted}, got {shape}.")

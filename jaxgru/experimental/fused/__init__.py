@@ -1,0 +1,1 @@
+"""The recurrence as one kernel for NVIDIA's Hopper GPUs."""

@@ -1,0 +1,216 @@
+"""ONNX models of this package's own: embedding, stack and head as a graph; extra `onnx`."""
+
+import os
+from typing import Any, Literal, get_args
+
+import jax
+import numpy as np
+
+from jaxgru.atomic_files import write_whole
+from jaxgru.core.checks import require_choice, require_extra
+from jaxgru.core.parameters import CHO_2014, GRUSpec
+from jaxgru.interop.common import is_stack
+from jaxgru.interop.onnx.weights import onnx_nodes
+from jaxgru.models import SequenceParams, TokenParams, require_head
+from jaxgru.stacks import Merge, directions_of, output_size_of, require_layers, require_stack
+
+Outputs = Literal["every", "last"]
+_OPSET, _IR_VERSION = 17, 8  # of 2022: any onnxruntime from 1.12 on runs them
+
+
+def write_onnx(
+    file: str | os.PathLike,
+    params: Any,
+    *,
+    spec: GRUSpec = CHO_2014,
+    merge: Merge = "concat",
+    residual: bool = False,
+    outputs: Outputs = "every",
+    lengths: bool = False,
+    state: bool = False,
+) -> tuple[str, ...]:
+    """Writes a model that other runtimes run to this package's values: embedding, stack, head.
+
+    The graph takes "tokens" int64 [T, B] for a `TokenParams`, "xs" [T, B, I] for anything else, and
+    gives "outputs", [T, B, K], or [B, K] of the last real step, and "h_last_0" [D, B, H], ... of
+    every layer. T and B are free. onnxruntime runs files of float32; its GRU has no float64 and
+    float16. Its values are those of `token_logits`, `sequence_outputs`,
+    `final_outputs` or `gru_stack` without dropout, on held steps and for empty sequences too.
+
+    Args:
+      file: to write; one that exists is replaced, in one step.
+      params: a `GRUParams`, `Bidirectional`, stack, `SequenceParams` or `TokenParams`.
+      spec: of params.
+      merge: "concat" or "sum", as `gru_stack`.
+      residual: as `gru_stack`.
+      outputs: "every" step's, or the "last" one's.
+      lengths: True adds the input "lengths" int32 [B]: the real steps of each sequence.
+      state: True adds the inputs "h0_0" [D, B, H], ... of every layer.
+
+    Returns:
+      What was merged or negated, one sentence each, as `to_onnx`.
+
+    Raises:
+      ImportError: onnx is not installed.
+      OSError: the file cannot be written.
+      ValueError: params have gains, are bfloat16, or sizes do not fit; outputs is unknown.
+      TypeError: params are of another kind.
+
+    Cost: three copies of the arrays; a model of 2 GB is the most that a file holds.
+    """
+    onnx = require_extra("write_onnx", "onnx")
+    require_choice("write_onnx", "outputs", outputs, get_args(Outputs))
+    model = isinstance(params, SequenceParams | TokenParams)
+    layers = params.layers if model else params
+    layers: Any = layers if is_stack(layers) else (layers,)
+    with jax.enable_x64(True):  # float64 is for the runtime to compute
+        require_stack("write_onnx", layers)
+        input_size = directions_of(layers[0])[0].w_x.shape[0]
+        xs: Any = np.zeros((0, 1, input_size), directions_of(layers[0])[0].w_x.dtype)
+        require_layers("write_onnx", layers, xs, merge, residual)
+    exported = onnx_nodes("write_onnx", layers, spec)
+    layers_dtype = exported.weights[0]["R"].dtype
+    if model:
+        require_head("write_onnx", params, type(params), merge)
+        for name, value in params._asdict().items():
+            if name != "layers" and value is not None and value.dtype != layers_dtype:
+                raise TypeError(
+                    f"write_onnx: params.{name} must have the dtype of the layers, {layers_dtype}, "
+                    f"got {value.dtype}; cast one of them."
+                )
+    graph = _Graph(onnx, layers_dtype, lengths, state)
+    ys = _write_inputs(graph, params, layers)
+    if lengths:
+        graph.input("lengths", onnx.TensorProto.INT32, ["B"])
+    final = None
+    for number, (weights, options) in enumerate(zip(exported.weights, exported.options)):
+        hs, h_last = _write_layer(graph, number, ys, weights, options)
+        both = len(weights["R"]) == 2
+        joined, last = graph.join(hs, both, merge, 1), graph.join(h_last, both, merge, 0)
+        add = residual and number
+        ys = graph.node("Add", joined, ys) if add else joined
+        final = graph.node("Add", last, final) if residual and number else last
+    top = ys if outputs == "every" else final
+    if model:
+        product = graph.node("MatMul", top, graph.constant("w", params.w))
+        top = graph.node("Add", product, graph.constant("b", params.b))
+    size = output_size_of(layers[-1], merge)
+    if isinstance(params, SequenceParams | TokenParams):
+        size = params.w.shape[1]
+    graph.output("outputs", top, ["T", "B", size] if outputs == "every" else ["B", size])
+    data = graph.finish().SerializeToString()
+    write_whole(file, lambda opened: opened.write(data))
+    return exported.notes
+
+
+class _Graph:
+    """An ONNX graph as it grows: every method returns the name of a value."""
+
+    def __init__(self, onnx, dtype, lengths, state):
+        names = {"float64": "DOUBLE", "float32": "FLOAT", "float16": "FLOAT16"}
+        if dtype.name not in names:
+            raise ValueError(
+                f"write_onnx: params must be {', '.join(names)}, got {dtype}; cast them first."
+            )
+        self.onnx, self.dtype, self.state = onnx, dtype, state
+        self.float = getattr(onnx.TensorProto, names[dtype.name])
+        self.nodes, self.initializers, self.inputs, self.outputs = [], [], [], []
+        self.lengths, self.mask = "lengths" if lengths else "", ""
+
+    def input(self, name, kind, shape):
+        self.inputs.append(self.onnx.helper.make_tensor_value_info(name, kind, shape))
+        return name
+
+    def output(self, name, value, shape):
+        self.node("Identity", value, name=name)
+        self.outputs.append(self.onnx.helper.make_tensor_value_info(name, self.float, shape))
+
+    def constant(self, name, value):
+        array = np.asarray(value, order="C")  # a scalar keeps its shape
+        self.initializers.append(self.onnx.numpy_helper.from_array(array, name))
+        return name
+
+    def node(self, operator, *inputs, name="", count=1, **attributes):
+        names = [name or f"{operator.lower()}_{len(self.nodes)}"]
+        names += [f"{names[0]}_{i}" for i in range(1, count)]
+        node = self.onnx.helper.make_node(operator, inputs, names, names[0], **attributes)
+        self.nodes.append(node)
+        return names[0] if count == 1 else names
+
+    def axes(self, *values):
+        return self.constant(f"axes_{len(self.initializers)}", np.array(values, np.int64))
+
+    def join(self, values, both, merge, axis):
+        """[..., D, B, H] with D at `axis` as [..., B, H] or [..., B, 2H]."""
+        if not both:
+            return self.node("Squeeze", values, self.axes(axis))
+        if merge == "sum":
+            return self.node("ReduceSum", values, self.axes(axis), keepdims=0)
+        order = [*range(axis), axis + 1, axis, axis + 2]
+        rows = self.node("Transpose", values, perm=order)
+        return self.node("Reshape", rows, self.axes(*[0] * (axis + 1), -1))
+
+    def real_steps(self, xs):
+        """The mask [T, 1, B, 1] of the real steps."""
+        if not self.mask:
+            zero, one = (self.constant(n, np.array(v, np.int64)) for n, v in (("0", 0), ("1", 1)))
+            num_steps = self.node("Gather", self.node("Shape", xs), zero, axis=0)
+            steps = self.node("Range", zero, num_steps, one)
+            steps = self.node("Unsqueeze", steps, self.axes(1, 2, 3))
+            lengths = self.node("Cast", self.lengths, to=self.onnx.TensorProto.INT64)
+            lengths = self.node("Unsqueeze", lengths, self.axes(0, 1, 3))
+            self.mask = self.node("Less", steps, lengths)
+        return self.mask
+
+    def finish(self):
+        helper = self.onnx.helper
+        graph = helper.make_graph(
+            self.nodes, "jaxgru", self.inputs, self.outputs, self.initializers
+        )
+        opset = [helper.make_operatorsetid("", _OPSET)]
+        model = helper.make_model(
+            graph, opset_imports=opset, ir_version=_IR_VERSION, producer_name="jaxgru"
+        )
+        model = self.onnx.shape_inference.infer_shapes(model, strict_mode=True)
+        self.onnx.checker.check_model(model, full_check=True)
+        return model
+
+
+def _write_inputs(graph, params, layers):
+    """The input of the first layer, [T, B, I]."""
+    if not isinstance(params, TokenParams):
+        input_size = directions_of(layers[0])[0].w_x.shape[0]
+        return graph.input("xs", graph.float, ["T", "B", input_size])
+    tokens = graph.input("tokens", graph.onnx.TensorProto.INT64, ["T", "B"])
+    if params.embedding is not None:
+        return graph.node("Gather", graph.constant("embedding", params.embedding), tokens, axis=0)
+    depth = graph.constant("depth", np.array(params.w.shape[1], np.int64))
+    values = graph.constant("off_on", np.array([0, 1], graph.dtype))
+    return graph.node("OneHot", tokens, depth, values, axis=-1)
+
+
+def _write_layer(graph, number, xs, weights, options):
+    """(hs [T, D, B, H], h_last [D, B, H]) of a layer, its state held where a sequence has ended."""
+    directions, hidden_size = weights["R"].shape[0], weights["R"].shape[2]
+    constants = {k: graph.constant(f"{k}_{number}", v) for k, v in weights.items()}
+    h0 = ""
+    if graph.state:
+        h0 = graph.input(f"h0_{number}", graph.float, [directions, "B", hidden_size])
+    inputs = [xs, constants["W"], constants["R"], constants.get("B", ""), graph.lengths, h0]
+    hs, h_last = graph.node("GRU", *inputs, name=f"gru_{number}", count=2, **options)
+    if graph.lengths:
+        shape = (directions, 1, hidden_size)
+        start = h0 or graph.constant(f"zeros_{number}", np.zeros(shape, graph.dtype))
+        mask = graph.real_steps(xs)
+        has_step = graph.node("Cast", graph.lengths, to=graph.onnx.TensorProto.BOOL)
+        has_step = graph.node("Unsqueeze", has_step, graph.axes(0, 2))
+        h_last = graph.node("Where", has_step, h_last, start)
+        held = h_last
+        if directions == 2:  # backward has not begun where forward has ended
+            forward = graph.node("Gather", h_last, graph.axes(0), axis=0)
+            backward = graph.node("Gather", start, graph.axes(1), axis=0)
+            backward = graph.node("Expand", backward, graph.node("Shape", forward))
+            held = graph.node("Concat", forward, backward, axis=0)
+        hs = graph.node("Where", mask, hs, graph.node("Unsqueeze", held, graph.axes(0)))
+    graph.output(f"h_last_{number}", h_last, [directions, "B", hidden_size])
+    return hs, h_last

@@ -1,0 +1,108 @@
+"""The checks of arguments that all functions share: what they refuse, and in which words."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgru.core.checks import (
+    require_axis,
+    require_choice,
+    require_count,
+    require_dtype,
+    require_extra,
+    require_first_step,
+    require_float,
+    require_rates,
+)
+
+
+def traced(check):
+    """A check of a value inside of jit, where it cannot be read."""
+    return lambda function, value: jax.jit(lambda x: check(function, x))(value)
+
+
+F32, KEY = np.zeros(3, np.float32), jax.random.key(0)
+CHECKS = [
+    (ValueError, require_choice, ("x", "c", ("a", "b")), "x must be one of 'a', 'b', got 'c'."),
+    (ValueError, require_count, ("x", 0), "x must be at least 1, got 0."),
+    (ValueError, require_count, ("x", -1, 0), "x must be at least 0, got -1."),
+    (TypeError, require_count, ("x", 1.0), "x must be an integer, got 1.0."),
+    (TypeError, require_count, ("x", True), "x must be an integer, got True."),
+    (TypeError, require_float, ("x", [1.0]),
+     "x must be an array, got list; convert it with jnp.asarray."),
+    (TypeError, require_float, ("x", np.dtype("float32")),
+     "x must be an array, got Float32DType; convert it with jnp.asarray."),
+    (TypeError, require_float, ("x", np.arange(3)),
+     "x must be a floating array, got dtype int64; cast it first."),
+    (TypeError, require_float, ("x", F32.astype(np.float64)),
+     "the dtype of x must be enabled, got float64; set jax.config.update('jax_enable_x64', True) "
+     "or cast to float32."),
+    (TypeError, require_float, ("x", F32, jnp.bfloat16),
+     "x must have the dtype of params.w_x, bfloat16, got float32; cast one of them."),
+    (TypeError, require_float, ("x", jnp.zeros(3, jnp.float8_e5m2)),
+     "the dtype of x must be one of float64, float32, bfloat16, float16, got float8_e5m2."),
+    (TypeError, require_dtype, (np.int32,),
+     "dtype must be one of float64, float32, bfloat16, float16, got int32."),
+    (TypeError, require_axis, (1.0, (2, 3)), "axis must be an integer, got 1.0."),
+    (TypeError, require_axis, (True, (2, 3)), "axis must be an integer, got True."),
+    (ValueError, require_axis, (1, (2, 3)),
+     "axis must name an axis of xs other than its last, got 1 for shape (2, 3)."),
+    (ValueError, require_axis, (-1, (2, 3)),
+     "axis must name an axis of xs other than its last, got -1 for shape (2, 3)."),
+    (ValueError, require_axis, (-3, (2, 3)),
+     "axis must name an axis of xs other than its last, got -3 for shape (2, 3)."),
+    (TypeError, require_rates, ({"r": "a"}, None, False), "r must be a Python float, got 'a'."),
+    (TypeError, require_rates, ({"r": False}, None, False), "r must be a Python float, got False."),
+    (TypeError, traced(lambda function, x: require_rates(function, {"r": x}, None, False)), (0.5,),
+     "r must be a Python float, got a traced value; inside jit, make it a static argument."),
+    (ValueError, require_rates, ({"r": 1.0}, KEY, False), "r must be in [0, 1), got 1.0."),
+    (ValueError, require_rates, ({"r": -0.1}, KEY, False), "r must be in [0, 1), got -0.1."),
+    (TypeError, require_rates, ({"r": 0.1}, KEY, 1), "deterministic must be a bool, got 1."),
+    (ValueError, require_rates, ({"r": 0.1, "s": 0, "t": 0.5}, None, False),
+     "key must be a jax.random.key for r=0.1, t=0.5, got None; pass deterministic=True for "
+     "evaluation."),
+    (TypeError, require_rates, ({}, 3, False), "key must be a jax.random.key, got 3."),
+    (ValueError, require_rates, ({}, jax.random.split(KEY), False),
+     "key must be one jax.random.key, got shape (2,)."),
+    (ValueError, require_rates, ({}, np.zeros((2, 2), np.uint32), False),
+     "key must be one jax.random.key, got shape (2, 2)."),
+    (ValueError, require_first_step, (-1,), "first_step must be at least 0, got -1."),
+    (TypeError, require_first_step, (1.0,), "first_step must be an integer, got 1.0."),
+    (TypeError, require_first_step, (True,), "first_step must be an integer, got True."),
+    (TypeError, require_first_step, (np.float32(1),),
+     "first_step must be an integer, got np.float32(1.0)."),
+    (TypeError, require_first_step, (np.array([1]),),
+     "first_step must be an integer, got array([1])."),
+    (ImportError, require_extra, ("missing_one",),
+     "needs missing_one; install jaxgru[missing_one]."),
+    (ImportError, require_extra, ("json", "json.missing"), "needs json; install jaxgru[json]."),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "check", "arguments", "message"), CHECKS)
+def test_check_says_what_an_argument_must_be_and_what_came(kind, check, arguments, message):
+    with pytest.raises(kind) as refused:
+        check("f", *arguments)
+    assert str(refused.value) == f"f: {message}"
+
+
+def test_checks_let_good_arguments_pass():
+    require_choice("f", "x", "b", ("a", "b"))
+    require_count("f", "x", np.int32(1))
+    require_count("f", "x", 0, least=0)
+    require_float("f", "x", F32, np.float32)
+    for name in ("float32", "bfloat16", "float16"):
+        assert require_dtype("f", name) == jnp.dtype(name)
+    assert [require_axis("f", axis, (2, 3, 4)) for axis in (0, 1, -3, -2)] == [0, 1, 0, 1]
+    assert require_axis("f", 0, (2, 3)) == 0
+    require_rates("f", {"r": 0.5}, KEY, False)
+    require_rates("f", {"r": 0.5}, None, True)
+    require_rates("f", {"r": 0, "s": 0.0}, None, False)
+    require_rates("f", {"r": 0.5}, jax.random.PRNGKey(0), False)
+    for value in (0, 3, np.int32(2), jnp.int32(0)):
+        require_first_step("f", value)
+    traced(require_first_step)("f", -1)
+    assert require_extra("f", "json", "json.decoder") is json

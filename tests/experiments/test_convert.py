@@ -1,0 +1,416 @@
+"""The converter as a command: files in, files out, what it prints, what it refuses."""
+
+import json
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+
+import jaxgru
+from experiments.convert import main
+from jaxgru import CHUNG_2014, PYTORCH, GRUSpec, init_stack, interop
+from jaxgru.models import init_token_model
+
+st = pytest.importorskip("safetensors.numpy", reason="safetensors is an extra")
+onnx = pytest.importorskip("onnx", reason="onnx is an extra")
+
+# The command compares values on a random input, and compiling would be nearly all of its time.
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
+
+def torch_file(path, prefix="", **stack):
+    """A state dict as torch would have written it."""
+    layers = init_stack(jax.random.key(0), 2, 3, scheme="pytorch", **stack)
+    weights = interop.to_torch(layers, spec=PYTORCH).weights
+    st.save_file({f"{prefix}{k}": v for k, v in weights.items()}, path)
+    return layers
+
+
+def run(capsys, *argv):
+    """(exit code, printed) of the command."""
+    code = main([str(a) for a in argv])
+    captured = capsys.readouterr()
+    return code, captured.out + captured.err
+
+
+def same(got, wanted):
+    jax.tree.map(np.testing.assert_array_equal, got, wanted)
+
+
+@pytest.mark.parametrize(
+    "both",
+    [pytest.param(False, id="one_way", marks=pytest.mark.slow), pytest.param(True, id="both_ways")],
+)
+def test_weights_that_went_through_every_format_are_the_same(tmp_path, capsys, both):
+    """All that hold this cell as it is, one after the other, back to PyTorch."""
+    layers = torch_file(tmp_path / "torch.safetensors", num_layers=2, bidirectional=both)
+    formats = ["onnx", "keras", "haste", "jaxgru", "torch"]
+    ends = {"onnx": "onnx", "jaxgru": "safetensors", "keras": "npz", "haste": "safetensors"}
+    source = ("torch", tmp_path / "torch.safetensors")
+    for kind in formats:
+        target = (kind, tmp_path / f"{kind}_2.{ends.get(kind, 'npz')}")
+        code, printed = run(capsys, "--from", *source, "--to", *target)
+        assert code == 0, printed
+        assert "0.0e+00  read again, float64" in printed
+        assert printed.count("note  ") == (source[0] == "keras")  # tanh is assumed
+        source = target
+    with np.load(source[1]) as file:
+        same(interop.from_torch(dict(file)).params, layers)
+
+
+@pytest.mark.parametrize("kind", ["linen", "equinox"])
+def test_merged_biases_are_told_and_the_function_is_kept(tmp_path, capsys, kind):
+    torch_file(tmp_path / "t.safetensors", num_layers=2)
+    target = tmp_path / "m.safetensors"
+    code, printed = run(capsys, "--from", "torch", tmp_path / "t.safetensors", "--to", kind, target)
+    assert code == 0, printed
+    assert "note     b_x and b_h are summed: r and z have one bias" in printed
+    # Merged in float32: rounding, and no more.
+    assert 0 < float(printed.split("  read again")[0].split()[-1]) < 1e-6
+
+
+def test_negated_update_is_told(tmp_path, capsys):
+    params = init_stack(jax.random.key(0), 2, 3)
+    interop.save_weights(tmp_path / "j", params, spec=CHUNG_2014)
+    code, printed = run(capsys, "--from", "jaxgru", tmp_path / "j", "--to", "onnx", tmp_path / "o")
+    assert code == 0, printed
+    assert "note     the update gate's weights and biases are negated" in printed
+    code, printed = run(
+        capsys, "--from", "onnx", tmp_path / "o", "--to", "haiku", tmp_path / "h.npz"
+    )
+    assert code == 0, printed
+    assert "I=2 H=3 float32; reset before, z keeps, tanh" in printed
+
+
+def test_layers_of_a_larger_model_are_chosen(tmp_path, capsys):
+    layers = torch_file(tmp_path / "t.safetensors", prefix="rnn.", num_layers=2)
+    argv = ("--from", "torch", tmp_path / "t.safetensors", "--to", "jaxgru", tmp_path / "j")
+    code, printed = run(capsys, *argv)
+    assert (code, "prefix must be one of 'rnn.', where" in printed) == (2, True)
+    code, printed = run(capsys, *argv, "--layer", "rnn.")
+    assert code == 0, printed
+    same(interop.load_weights(tmp_path / "j").params, layers)
+
+
+def test_model_goes_to_onnx_whole_and_elsewhere_without_its_head(tmp_path, capsys):
+    model = init_token_model(jax.random.key(0), 5, 3, embedding_size=2)
+    interop.save_weights(tmp_path / "j", model, spec=PYTORCH)
+    argv = ("--from", "jaxgru", tmp_path / "j", "--to")
+    code, printed = run(capsys, *argv, "onnx", tmp_path / "m.onnx")
+    assert code == 0, printed
+    assert "stay behind" not in printed
+    code, printed = run(capsys, *argv, "torch", tmp_path / "t.npz")
+    assert code == 0, printed
+    assert "the head and embedding stay behind" in printed
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_weights_file_of_keras_is_read(tmp_path, capsys, bias):
+    h5py = pytest.importorskip("h5py", reason="h5py comes with keras")
+    rng = np.random.default_rng(0)
+    arrays = [rng.normal(size=v) for v in ((2, 9), (3, 9), (9,))][: 2 + bias]
+    upper = [rng.normal(size=v) for v in ((3, 9), (3, 9), (9,))][: 2 + bias]
+    with h5py.File(tmp_path / "k.weights.h5", "w") as file:
+        for name, own in (("gru", arrays), ("gru_1", upper)):
+            for number, array in enumerate(own):
+                file[f"layers/{name}/cell/vars/{number}"] = array
+        file["layers/dense/vars/0"] = np.ones((3, 2))
+    argv = ("--from", "keras", tmp_path / "k.weights.h5", "--to", "jaxgru", tmp_path / "j")
+    code, printed = run(capsys, *argv)
+    assert code == 2
+    assert "--layer layers/gru/ --layer layers/gru_1/" in printed
+    layers = ("--layer", "layers/gru/", "--layer", "layers/gru_1/")
+    code, printed = run(capsys, *argv, *layers, *(() if bias else ("--reset", "before")))
+    assert code == 0, printed
+    loaded = interop.load_weights(tmp_path / "j")
+    same(loaded.params, interop.from_keras([arrays, upper], reset_after=False).params)
+    assert loaded.spec == GRUSpec("before")
+
+
+def test_layers_of_numbered_names_come_in_their_order(tmp_path, capsys):
+    """Ten and more: 10/ after 9/."""
+    layers = init_stack(jax.random.key(0), 3, [3] * 11, scheme="pytorch")
+    interop.save_weights(tmp_path / "j", layers, spec=PYTORCH)
+    code, printed = run(
+        capsys, "--from", "jaxgru", tmp_path / "j", "--to", "haste", tmp_path / "h.npz"
+    )
+    assert code == 0, printed
+    assert "0.0e+00  read again" in printed
+
+
+def write_nodes(path, chained, **inputs_h):
+    """Two GRU nodes of I = H = 3, the second on the outputs of the first or beside it."""
+    helper, rng = onnx.helper, np.random.default_rng(0)
+    arrays = {f"{k}{i}": rng.normal(size=(1, 9, 3)) for k in "WR" for i in range(2)}
+    arrays |= inputs_h
+    tensors = [onnx.numpy_helper.from_array(v.astype(np.float32), k) for k, v in arrays.items()]
+    h0 = ["", "h0"] if inputs_h else []
+    nodes = [
+        helper.make_node("GRU", ["X", "W0", "R0", "", *h0], ["Y0"], "lower", hidden_size=3),
+        helper.make_node("Squeeze", ["Y0", "one"], ["Z0"]),
+        helper.make_node(
+            "GRU", ["Z0" if chained else "X", "W1", "R1"], ["Y"], "upper", hidden_size=3
+        ),
+    ]
+    tensors.append(onnx.numpy_helper.from_array(np.array([1]), "one"))
+    inputs = [helper.make_tensor_value_info("X", 1, None)]
+    outputs = [helper.make_empty_tensor_value_info("Y")]
+    graph = helper.make_graph(nodes, "g", inputs, outputs, tensors)
+    model = helper.make_model(graph, opset_imports=[helper.make_operatorsetid("", 17)])
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def test_nodes_of_onnx_are_a_stack_where_each_reads_the_one_below(tmp_path, capsys):
+    target = ("--to", "jaxgru", tmp_path / "j")
+    chain = write_nodes(tmp_path / "chain.onnx", True)
+    assert [node.below for node in interop.read_onnx(chain)] == ["", "lower"]
+    beside = write_nodes(tmp_path / "beside.onnx", False)
+    code, printed = run(capsys, "--from", "onnx", beside, *target)
+    assert (code, "they are no stack; name those that are: --layer lower" in printed) == (2, True)
+    code, printed = run(capsys, "--from", "onnx", beside, *target, "--layer", "upper")
+    assert code == 0, printed
+    same(interop.load_weights(tmp_path / "j").params, (interop.read_onnx(beside)[1].params,))
+    code, printed = run(
+        capsys, "--from", "onnx", beside, "--to", "jaxgru", tmp_path / "k", "--layer", "none"
+    )
+    assert (code, "must hold GRU nodes ['none']" in printed) == (2, True)
+
+
+def test_state_that_an_onnx_file_holds_is_not_dropped(tmp_path, capsys):
+    path = write_nodes(tmp_path / "m.onnx", True, h0=np.ones((1, 4, 3)))
+    code, printed = run(capsys, "--from", "onnx", path, "--to", "jaxgru", tmp_path / "j")
+    assert (code, "holds its own sequence_lens or initial_h" in printed) == (2, True)
+
+
+def test_rest_of_an_onnx_graph_is_told(tmp_path, capsys):
+    model = init_token_model(jax.random.key(0), 5, 3, embedding_size=2)
+    interop.write_onnx(tmp_path / "m.onnx", model, spec=PYTORCH, lengths=True, state=True)
+    argv = ("--from", "onnx", tmp_path / "m.onnx", "--to", "jaxgru", tmp_path / "j")
+    code, printed = run(capsys, *argv)
+    assert code == 0, printed
+    assert "note     the rest of the ONNX graph stays behind: Add, Gather, MatMul\n" in printed
+    assert "note     initial_h is an input of the ONNX graph" in printed
+
+
+def test_names_of_flax_are_found_in_a_larger_model(tmp_path, capsys):
+    cell = init_stack(jax.random.key(0), 2, 3)[0]
+    weights = interop.to_linen(cell, spec=PYTORCH).weights
+    flat = {f"params/cell/{m}/{k}": v for m, own in weights.items() for k, v in own.items()}
+    st.save_file(flat, tmp_path / "f.safetensors")
+    argv = ("--from", "linen", tmp_path / "f.safetensors", "--to", "jaxgru", tmp_path / "j")
+    code, printed = run(capsys, *argv)
+    assert code == 0, printed
+    assert "note     linen files do not tell the activation: tanh is assumed" in printed
+    np.testing.assert_array_equal(interop.load_weights(tmp_path / "j").params[0].w_x, cell.w_x)
+
+
+def test_layers_that_do_not_fit_leave_no_file(tmp_path, capsys):
+    """Two directions that were summed, read as if side by side."""
+    layers = init_stack(jax.random.key(0), 2, 3, 2, bidirectional=True, merge="sum")
+    interop.save_weights(tmp_path / "j", layers, spec=PYTORCH)
+    argv = ("--from", "jaxgru", tmp_path / "j", "--to", "keras", tmp_path / "new.npz")
+    code, printed = run(capsys, *argv)
+    assert (code, "params[1].w_x must have 6 rows" in printed) == (2, True)
+    assert not (tmp_path / "new.npz").exists()
+    code, printed = run(capsys, *argv, "--merge", "sum")
+    assert code == 0, printed
+
+
+def test_bfloat16_is_not_written_where_numpy_could_not_read_it(tmp_path, capsys):
+    interop.save_weights(tmp_path / "j", init_stack(jax.random.key(0), 2, 3, dtype=jnp.bfloat16))
+    argv = ("--from", "jaxgru", tmp_path / "j", "--to", "haiku", tmp_path / "new.npz")
+    code, printed = run(capsys, *argv)
+    assert (code, "cannot hold bfloat16; write a .safetensors file" in printed) == (2, True)
+    assert not (tmp_path / "new.npz").exists()
+
+
+def test_arrays_outside_of_a_keras_file_are_not_read(tmp_path, capsys):
+    h5py = pytest.importorskip("h5py", reason="h5py comes with keras")
+    (tmp_path / "secret").write_bytes(bytes(8 * 27))
+    with h5py.File(tmp_path / "k.weights.h5", "w") as file:
+        place = [(str(tmp_path / "secret"), 0, 8 * 18)]
+        file.create_dataset("layers/gru/cell/vars/0", (2, 9), "f8", external=place)
+        file["layers/gru/cell/vars/1"] = np.ones((3, 9))
+    argv = ("--from", "keras", tmp_path / "k.weights.h5", "--to", "jaxgru", tmp_path / "j")
+    code, printed = run(capsys, *argv, "--reset", "before")
+    assert (code, "must be in the file itself, not in another" in printed) == (2, True)
+
+
+def test_cells_of_a_keras_rnn_are_not_taken_for_a_gru(tmp_path, capsys):
+    h5py = pytest.importorskip("h5py", reason="h5py comes with keras")
+    with h5py.File(tmp_path / "k.weights.h5", "w") as file:
+        for name in ("gru_cell", "gru_cell_1"):
+            for number, shape in enumerate(((3, 9), (3, 9), (2, 9))):
+                file[f"layers/rnn/cell/cells/{name}/vars/{number}"] = np.ones(shape)
+    argv = ("--from", "keras", tmp_path / "k.weights.h5", "--to", "jaxgru", tmp_path / "j")
+    code, printed = run(capsys, *argv)
+    assert (code, "must hold a GRU that Keras saved, got no cell" in printed) == (2, True)
+
+
+def test_options_of_other_formats_are_refused(tmp_path, capsys):
+    argv = ["--from", "torch", "a", "--to", "onnx", "b"]
+    for option, told in (
+        (["--cell"], "--cell must be left out for any target but torch"),
+        (["--step"], "--step must be left out for any target but stablehlo"),
+        (["--seed", "-1"], "--seed must be at least 0, got -1"),
+    ):
+        with pytest.raises(SystemExit):
+            main(argv + option)
+        assert told in capsys.readouterr().err
+    torch_file(tmp_path / "t.safetensors", num_layers=2)
+    argv = ("--from", "torch", tmp_path / "t.safetensors", "--to", "torch", tmp_path / "n.npz")
+    code, printed = run(capsys, *argv, "--cell")
+    assert (code, "--cell must be left out for more than one layer" in printed) == (2, True)
+    code, printed = run(capsys, *argv, "--layer", "a", "--layer", "b")
+    assert (code, "--layer must be given once for torch" in printed) == (2, True)
+
+
+def bad(path, data):
+    path.write_bytes(data)
+    return path
+
+
+REFUSED = {
+    "pickle": (
+        lambda path: ("torch", bad(path / "m.pt", pickle.dumps({"w": 1}))),
+        "which can run code; where it comes from, write one with safetensors.torch.save_file",
+    ),
+    "no_file": (lambda path: ("onnx", path / "none.onnx"), "No such file or directory"),
+    "truncated_npz": (lambda path: ("keras", bad(path / "m.npz", b"PK\x03\x04")), "whole .npz"),
+    "pickled_npz": (
+        lambda path: (np.savez(path / "m.npz", w=np.array([{}])), ("haste", path / "m.npz"))[1],
+        "Object arrays cannot be loaded when allow_pickle=False",
+    ),
+    "no_model": (lambda path: ("onnx", bad(path / "m", b"no model")), "a whole ONNX model"),
+    "other_names": (
+        lambda path: (np.savez(path / "m.npz", w=np.ones(3)), ("haste", path / "m.npz"))[1],
+        "must hold recurrent_kernel, kernel, bias, recurrent_bias, got missing:",
+    ),
+    "integers": (
+        lambda path: (
+            np.savez(path / "m.npz", weight_ih=np.ones((9, 2), int), weight_hh=np.ones((9, 3))),
+            ("torch", path / "m.npz"),
+        )[1],
+        "got dtype int64",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_unusable_file_is_refused_in_one_line(tmp_path, capsys, case):
+    make, message = REFUSED[case]
+    source = make(tmp_path)
+    code, printed = run(capsys, "--from", *source, "--to", "jaxgru", tmp_path / "new")
+    assert code == 2
+    assert message in printed
+    assert printed.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_target_that_cannot_hold_the_cell_says_why_and_writes_nothing(tmp_path, capsys):
+    torch_file(tmp_path / "t.safetensors")
+    argv = ("--from", "torch", tmp_path / "t.safetensors", "--to")
+    code, printed = run(capsys, *argv, "haiku", tmp_path / "new.npz")
+    assert (code, "which is all that haiku.GRU computes" in printed) == (2, True)
+    code, printed = run(capsys, *argv, "nnx", tmp_path / "new.npz")
+    assert (code, "flax.nnx.GRUCell has no bias that the reset gate" in printed) == (2, True)
+    code, printed = run(capsys, *argv, "keras", tmp_path / "new.h5")
+    assert (code, "must end in .safetensors or .npz" in printed) == (2, True)
+    assert not list(tmp_path.glob("new*"))
+
+
+def test_no_file_is_overwritten(tmp_path, capsys):
+    torch_file(tmp_path / "t.safetensors")
+    (tmp_path / "old").write_text(json.dumps("mine"))
+    argv = ("--from", "torch", tmp_path / "t.safetensors", "--to", "onnx", tmp_path / "old")
+    assert run(capsys, *argv)[0] == 2
+    assert json.loads((tmp_path / "old").read_text()) == "mine"
+
+
+def test_weights_that_are_not_finite_are_told(tmp_path, capsys):
+    weights = {"weight_ih": np.ones((9, 2)), "weight_hh": np.ones((9, 3))}
+    weights["weight_hh"][0, 0] = np.nan
+    np.savez(tmp_path / "t.npz", **weights)
+    argv = ("--from", "torch", tmp_path / "t.npz", "--to", "jaxgru", tmp_path / "j")
+    code, printed = run(capsys, *argv)
+    assert "weight_hh'] holds 1 values that are not finite" in printed
+    assert code == 0  # the same values, NaN for NaN
+
+
+def test_difference_beyond_rounding_is_exit_code_1(tmp_path, capsys, monkeypatch):
+    torch_file(tmp_path / "t.safetensors")
+    true = interop.load_weights
+
+    def worse(path):
+        loaded = true(path)
+        return loaded._replace(params=jax.tree.map(lambda v: v + np.float32(1e-3), loaded.params))
+
+    monkeypatch.setattr(jaxgru, "load_weights", worse)
+    argv = ("--from", "torch", tmp_path / "t.safetensors", "--to", "jaxgru", tmp_path / "j")
+    code, printed = run(capsys, *argv)
+    assert (code, "not written" in printed) == (1, True)
+    assert [path.name for path in tmp_path.iterdir()] == ["t.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "stack",
+        pytest.param("tokens", marks=pytest.mark.slow),
+        pytest.param("float64", marks=pytest.mark.slow),
+    ],
+)
+def test_program_with_its_weights_runs_without_the_package(tmp_path, capsys, kind):
+    """Every length and batch, and step by step; the command itself compares one."""
+    if kind == "tokens":
+        model = init_token_model(jax.random.key(0), 5, 3, embedding_size=2, num_layers=2)
+    else:
+        model = init_stack(jax.random.key(0), 2, 3, num_layers=2)
+        if kind == "float64":
+            model = jax.tree.map(np.float64, model)
+    interop.save_weights(tmp_path / "j", model, spec=PYTORCH)
+    for options in ((), ("--step",)):
+        target = tmp_path / f"m{len(options)}"
+        argv = ("--from", "jaxgru", tmp_path / "j", "--to", "stablehlo", target)
+        with jax.disable_jit(False):  # the program is what jit makes of the model
+            code, printed = run(capsys, *argv, *options)
+        assert code == 0, printed
+        assert "of the program on cpu" in printed
+    if kind == "stack":
+        xs = np.random.default_rng(1).normal(size=(7, 2, 2)).astype(np.float32)
+        h, ys = export.deserialize((tmp_path / "m0").read_bytes()).call(xs, np.ones((7, 2), bool))
+        wanted = jaxgru.gru_stack(model, jnp.asarray(xs), spec=PYTORCH)
+        np.testing.assert_allclose(ys, wanted[1], atol=1e-6)
+        step = export.deserialize((tmp_path / "m1").read_bytes())
+        h, y = step.call(xs[0], jaxgru.init_state(model, (2,)))
+        np.testing.assert_allclose(y, wanted[1][0], atol=1e-6)
+        assert [v.shape for v in h] == [(2, 3), (2, 3)]
+
+
+def test_program_of_a_step_in_two_directions_is_refused(tmp_path, capsys):
+    torch_file(tmp_path / "t.safetensors", bidirectional=True)
+    argv = ("--from", "torch", tmp_path / "t.safetensors", "--to", "stablehlo", tmp_path / "m")
+    code, printed = run(capsys, *argv, "--step")
+    assert (code, "--step must be left out for two directions" in printed) == (2, True)
+    assert not (tmp_path / "m").exists()
+
+
+def test_unknown_format_is_refused(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--from", "caffe", "a", "--to", "onnx", "b"])
+    assert caught.value.code == 2
+    assert "a format must be one of torch, keras" in capsys.readouterr().err
+
+
+def test_half_types_keep_their_bits(tmp_path, capsys):
+    layers = init_stack(jax.random.key(0), 2, 3, dtype=jnp.bfloat16)
+    interop.save_weights(tmp_path / "j", layers, spec=PYTORCH)
+    argv = ("--from", "jaxgru", tmp_path / "j", "--to", "torch", tmp_path / "t.safetensors")
+    code, printed = run(capsys, *argv)
+    assert code == 0, printed
+    arrays = interop.read_safetensors(tmp_path / "t.safetensors")
+    same(interop.from_torch(arrays).params, jax.tree.map(np.asarray, layers))

@@ -1,0 +1,290 @@
+"""Weights in safetensors: the same bytes back, and nothing but them."""
+
+import json
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import make_problem
+
+from jaxgru import CHO_2014, PYTORCH, Bidirectional, GRUParams, GRUSpec
+from jaxgru.interop import load_weights, read_safetensors, save_weights
+from jaxgru.interop import safetensors as weight_files
+from jaxgru.models import SequenceParams, TokenParams
+
+safetensors = pytest.importorskip("safetensors.numpy", reason="safetensors is an extra")
+
+
+def cell(seed=0, dtype=np.float32, **options):
+    return jax.tree.map(np.asarray, make_problem(seed, dtype=dtype, **options).params)
+
+
+def head(*shape):
+    return np.random.default_rng(9).normal(size=shape).astype(np.float32)
+
+
+KINDS = {
+    "cell": cell(),
+    "gains": cell(layer_norm=True),
+    "both_ways": Bidirectional(cell(), cell(1)),
+    "stack": (Bidirectional(cell(bias="none"), cell(1)), cell(inputs=6, hidden=4, bias="b_h")),
+    "model": SequenceParams((cell(),), head(3, 1), head(1)),
+    "tokens": TokenParams(head(5, 2), (cell(), cell(1, inputs=3)), head(3, 5), head(5)),
+    "one_hot": TokenParams(None, (cell(inputs=5),), head(3, 5), head(5)),
+    "bfloat16": cell(dtype=jnp.bfloat16),
+    "float16": cell(dtype=np.float16),
+    "float64": cell(dtype=np.float64),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_saved_comes_back_to_the_bit(tmp_path, kind):
+    params, spec = KINDS[kind], GRUSpec("after", "write", "relu")
+    save_weights(tmp_path / "w", params, spec=spec, metadata={"epoch": 3})
+    loaded = load_weights(tmp_path / "w")
+    assert jax.tree.structure(loaded.params) == jax.tree.structure(params)
+    assert (loaded.spec, loaded.metadata) == (spec, {"epoch": 3})
+    for got, wanted in zip(jax.tree.leaves(loaded.params), jax.tree.leaves(params)):
+        assert got.dtype == wanted.dtype
+        np.testing.assert_array_equal(got, np.asarray(wanted))
+
+
+def test_other_programs_read_the_arrays_by_name(tmp_path):
+    params = KINDS["tokens"]
+    save_weights(tmp_path / "w", params)
+    assert (load_weights(tmp_path / "w").spec, load_weights(tmp_path / "w").metadata) == (
+        CHO_2014, {}
+    )  # fmt: skip
+    arrays = safetensors.load_file(tmp_path / "w")
+    np.testing.assert_array_equal(arrays["layers.1.w_h"], params.layers[1].w_h)
+    np.testing.assert_array_equal(arrays["embedding"], params.embedding)
+
+
+def saved(tmp_path):
+    path = tmp_path / "w"
+    save_weights(path, cell(), spec=PYTORCH)
+    return path
+
+
+def test_every_flipped_bit_of_the_file_is_noticed(tmp_path):
+    path = saved(tmp_path)
+    whole = path.read_bytes()
+    for position in range(len(whole)):
+        data = bytearray(whole)
+        data[position] ^= 1 << position % 8
+        path.write_bytes(data)
+        with pytest.raises((ValueError, TypeError)):
+            load_weights(path)
+
+
+def test_every_truncation_is_noticed(tmp_path):
+    path = saved(tmp_path)
+    whole = path.read_bytes()
+    for size in range(0, len(whole), 7):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"^load_weights: .* must be a whole safetensors file"):
+            load_weights(path)
+
+
+def header_of(path, **changes):
+    """Rewrites the metadata of a file."""
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header["__metadata__"].update(changes)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
+
+
+@pytest.mark.parametrize("field", ["spec", "structure", "sizes", "metadata"])
+def test_description_is_part_of_the_sha256(tmp_path, field):
+    path = saved(tmp_path)
+    other = {"spec": json.dumps({"reset": "before", "update": "keep", "activation": "tanh"})}
+    header_of(path, **{field: other.get(field, '{"x": 1}')})
+    told = r"^load_weights: .* must hold what was saved, got another sha256: it is damaged\.$"
+    with pytest.raises(ValueError, match=told):
+        load_weights(path)
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "told"),
+    [
+        ("structure", '{"kind": "Foo", "fields": {}}', "KeyError"),
+        ("structure", '{"kind": "GRUParams", "fields": {"w_x": "x"}}', "KeyError"),
+        ("structure", '{"kind": "GRUParams", "fields": {"w": "w_x"}}', "TypeError"),
+        ("structure", "[1]", "TypeError"),
+        ("structure", "null", "load_weights: params must be a GRUParams"),
+        ("structure", "[" * 100_000 + "]" * 100_000, "RecursionError"),
+        ("spec", "[1]", "TypeError"),
+        ("spec", '{"x": 1}', "TypeError"),
+        ("sizes", '{"w": [99]}', "ValueError('its sizes are not those of its arrays')"),
+        ("metadata", "[1]", "load_weights: metadata must be a dict, got [1]."),
+    ],
+)
+def test_description_that_describes_no_parameters_is_refused(
+    tmp_path, monkeypatch, field, text, told
+):
+    """Whoever writes a file writes its sha256, too: what it says is checked by itself."""
+    monkeypatch.setattr(weight_files, "_digest", lambda description, arrays: "same")
+    path = saved(tmp_path)
+    header_of(path, **{field: text})
+    with pytest.raises(ValueError) as caught:
+        load_weights(path)
+    assert str(caught.value).startswith(
+        f"load_weights: {path} must describe parameters of this package, got "
+    )
+    assert told in str(caught.value)
+
+
+def test_array_that_no_parameter_uses_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(weight_files, "_digest", lambda description, arrays: "same")
+    path = saved(tmp_path)
+    fields = {"w_x": "w_x", "w_h": "w_h", "b_x": None, "b_h": None, "g_x": None, "g_h": None}
+    header_of(path, structure=json.dumps({"kind": "GRUParams", "fields": fields}))
+    with pytest.raises(ValueError, match="its structure does not use all of its arrays"):
+        load_weights(path)
+
+
+def test_header_whose_length_looks_like_a_pickles_beginning_is_read(tmp_path):
+    """Lengths of 0x280 and 0x480 begin with the bytes of pickle's protocols 2 and 4."""
+    seen = set()
+    for length in range(700):
+        safetensors.save_file({"w": np.ones(2)}, tmp_path / "w", {"x": "y" * length})
+        start = (tmp_path / "w").read_bytes()[:2]
+        if start[0] == 0x80:
+            seen.add(start)
+            np.testing.assert_array_equal(read_safetensors(tmp_path / "w")["w"], np.ones(2))
+    assert b"\x80\x02" in seen
+
+
+WHOLE = "{path} must be a whole safetensors file"
+PICKLE = (
+    "{path} must be a safetensors file, got a pickle or a zip of one, which can run code; where it "
+    "comes from, write one with safetensors.torch.save_file(module.state_dict(), "
+    "'weights.safetensors')."
+)
+ODD_DTYPE = json.dumps({"w": {"dtype": "F8_E5M2", "shape": [1], "data_offsets": [0, 1]}}).encode()
+BAD_FILES = {
+    "pickle": (pickle.dumps({"w": 1}), PICKLE),
+    "zip": (b"PK\x03\x04archive", PICKLE),
+    "short": (
+        b"ab",
+        f"{WHOLE} with a header of at most 8388608 bytes, got 2 bytes of which the header claims "
+        "25185.",
+    ),
+    "huge_header": (
+        (2**40).to_bytes(8, "little") + b"{}" * 100,
+        f"{WHOLE} with a header of at most 8388608 bytes, got 208 bytes of which the header "
+        "claims 1099511627776.",
+    ),
+    "no_header": (
+        (1).to_bytes(8, "little") + b"{",
+        f"{WHOLE}, got: Error while deserializing: ",
+    ),
+    "dtype": (
+        len(ODD_DTYPE).to_bytes(8, "little") + ODD_DTYPE + b"0",
+        "{path} must hold arrays of F64, F32, BF16, F16, I8, I16, I32, I64, U8, U16, U32, U64, "
+        "BOOL, got 'F8_E5M2'.",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_bad_file_is_refused_with_its_reason(tmp_path, case):
+    data, told = BAD_FILES[case]
+    (tmp_path / "w").write_bytes(data)
+    for read in (load_weights, read_safetensors):
+        message = f"{read.__name__}: {told.replace('{path}', str(tmp_path / 'w'))}"
+        with pytest.raises(ValueError) as caught:
+            read(tmp_path / "w")
+        found = str(caught.value)
+        assert found.startswith(message) if message.endswith(": ") else found == message
+
+
+def test_largest_header_is_read(tmp_path, monkeypatch):
+    path = saved(tmp_path)
+    size = int.from_bytes(path.read_bytes()[:8], "little")
+    monkeypatch.setattr(weight_files, "_MOST_HEADER", size)
+    load_weights(path)
+    monkeypatch.setattr(weight_files, "_MOST_HEADER", size - 1)
+    with pytest.raises(ValueError, match=f"a header of at most {size - 1} bytes, got"):
+        load_weights(path)
+
+
+@pytest.mark.parametrize("dtype", [*"?bhilBHIL", "e", "f", "d", jnp.bfloat16])
+def test_arrays_of_every_dtype_of_numpy_are_read(tmp_path, dtype):
+    arrays = {"w": np.arange(6).reshape(2, 3).astype(dtype)}
+    safetensors.save_file(arrays, tmp_path / "w")
+    (found,) = read_safetensors(tmp_path / "w").values()
+    assert found.dtype == arrays["w"].dtype and found.flags.writeable
+    np.testing.assert_array_equal(found, arrays["w"])
+
+
+def test_other_programs_files_are_pointed_to_the_converters(tmp_path):
+    safetensors.save_file({"weight_ih_l0": np.ones((9, 2))}, tmp_path / "w")
+    with pytest.raises(ValueError) as caught:
+        load_weights(tmp_path / "w")
+    assert str(caught.value) == (
+        f"load_weights: {tmp_path / 'w'} must be a file of 'jaxgru weights 1', got format None; "
+        "arrays of other libraries go through jaxgru.from_torch and the like."
+    )
+
+
+KIND = "must be a GRUParams, Bidirectional, stack, SequenceParams or TokenParams, got"
+BAD_CALLS = {
+    "dict": (({"w": np.ones(3)},), {}, TypeError, f"params {KIND} dict."),
+    "none": ((None,), {}, TypeError, f"params {KIND} NoneType."),
+    "array": ((np.ones(3),), {}, TypeError, f"params {KIND} ndarray."),
+    "no_layers": (((),), {}, TypeError, f"params {KIND} tuple."),
+    "layer_of_none": (((cell(), None),), {}, TypeError, f"1 {KIND} NoneType."),
+    "layer_of_a_model": (
+        (SequenceParams(None, head(3, 1), head(1)),), {}, TypeError, f"layers {KIND} NoneType."
+    ),
+    "set": (
+        ((GRUParams(np.ones((2, 9)), {1}, None, None),),), {}, TypeError,
+        "0.w_h must be an array, got set; convert it with jnp.asarray.",
+    ),
+    "dtypes": (
+        (cell()._replace(b_x=np.ones(9, np.float16)),), {}, TypeError,
+        "params.b_x must have the dtype of params.w_x, float32, got float16; cast one of them.",
+    ),
+    "shapes": (
+        (cell()._replace(w_h=np.ones((7, 1), np.float32)),), {}, ValueError,
+        "params.w_x must have shape (2, 21) (H=7, the rows of params.w_h), got (2, 9).",
+    ),
+    "integers_of_a_head": (
+        (SequenceParams((cell(),), np.ones((3, 1), int), head(1)),), {}, TypeError,
+        "w must be an array of float64, float32, bfloat16, float16, got dtype int64.",
+    ),
+    "metadata": (
+        (cell(),), {"metadata": [1]}, TypeError, "metadata must be a dict or None, got [1].",
+    ),
+    "spec": ((cell(),), {"spec": "cho"}, TypeError, "spec must be a GRUSpec, got 'cho'."),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_bad_call_is_refused_and_leaves_no_file(tmp_path, case):
+    arguments, options, kind, message = BAD_CALLS[case]
+    with pytest.raises(kind) as caught:
+        save_weights(tmp_path / "w", *arguments, **options)
+    assert str(caught.value) == f"save_weights: {message}"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_metadata_that_json_cannot_hold_is_refused_and_leaves_no_file(tmp_path):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        save_weights(tmp_path / "w", cell(), metadata={"x": float("nan")})
+    with pytest.raises(TypeError, match="JSON serializable"):
+        save_weights(tmp_path / "w", cell(), spec=CHO_2014, metadata={"x": object()})
+    with pytest.raises(FileNotFoundError):
+        load_weights(tmp_path / "w")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_are_not_finite_are_told(tmp_path):
+    told = r"^save_weights: b_x holds 9 values that are not finite\.$"
+    with pytest.warns(UserWarning, match=told):
+        save_weights(tmp_path / "w", cell()._replace(b_x=np.full(9, np.nan, np.float32)))

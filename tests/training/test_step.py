@@ -1,0 +1,706 @@
+"""The train step, the loop and the files of weights, on losses small enough to do by hand."""
+
+import contextlib
+import functools
+import json
+import os
+import sys
+import types
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxgru.training import (
+    NonFiniteError,
+    fit,
+    init_train_state,
+    load_arrays,
+    make_train_step,
+    read_metadata,
+    save_arrays,
+)
+
+
+def quadratic(params, carry, batch, key):
+    """1/2 sum (p - batch)^2; the carry counts the batches."""
+    return 0.5 * jnp.sum((params["p"] - batch) ** 2), (carry + 1, {"batch": batch.sum()})
+
+
+def start(optimizer, value=0.0, **options):
+    params = {"p": jnp.full(2, value)}
+    return init_train_state(
+        params, optimizer, key=jax.random.key(0), carry=jnp.float32(0), **options
+    )
+
+
+MOMENTUM = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1, momentum=0.9))
+HALF = optax.sgd(0.5)
+
+
+@functools.cache
+def quadratic_step(optimizer, donate=True):
+    """Compiled once for all tests of the same optimizer."""
+    return make_train_step(quadratic, optimizer, donate=donate)
+
+
+def test_update_is_the_optimizer_s_on_the_gradient():
+    optimizer = optax.sgd(0.25)
+    state, metrics = make_train_step(quadratic, optimizer)(start(optimizer), jnp.array([1.0, 2.0]))
+    np.testing.assert_array_equal(state.params["p"], [0.25, 0.5])  # p - 0.25 (p - batch)
+    assert (float(metrics["loss"]), float(metrics["batch"])) == (2.5, 3.0)
+    np.testing.assert_allclose(metrics["gradient_norm"], 5**0.5, rtol=1e-6)
+    assert (int(state.step), int(state.skipped), float(state.carry)) == (1, 0, 1.0)
+    assert state.average is None
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+def test_update_that_is_not_finite_changes_no_parameter_and_is_counted(poison):
+    step, state = quadratic_step(MOMENTUM, donate=False), start(MOMENTUM)
+    state, _ = step(state, jnp.array([1.0, 1.0]))
+    after, metrics = step(state, jnp.array([1.0, poison]))
+    kept = (state.params, state.opt_state, state.carry)
+    for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves((*after[:2], after.carry))):
+        np.testing.assert_array_equal(a, b)
+    assert (int(after.step), int(after.skipped), int(metrics["skipped"])) == (2, 1, 1)
+    good, _ = step(after, jnp.array([1.0, 1.0]))
+    assert np.isfinite(good.params["p"]).all()
+    assert not np.array_equal(good.params["p"], after.params["p"])
+
+
+def test_finite_gradient_with_an_overflowing_norm_is_skipped(uncompiled):
+    """Adam would square 1e30 to inf, and never move again."""
+    optimizer = optax.sgd(0.5, momentum=0.9)
+    step, state = make_train_step(quadratic, optimizer), start(optimizer)
+    state, metrics = step(state, jnp.array([1e30, 1.0]))
+    assert int(metrics["skipped"]) == 1
+    for _ in range(3):
+        state, _ = step(state, jnp.array([1.0, 1.0]))
+    assert np.isfinite(state.params["p"]).all() and np.all(state.params["p"] > 0.5)
+
+
+def test_update_that_would_make_parameters_not_finite_is_skipped(uncompiled):
+    optimizer = optax.sgd(float("nan"))
+    step, state = make_train_step(quadratic, optimizer), start(optimizer)
+    state, _ = step(state, jnp.ones(2))
+    np.testing.assert_array_equal(state.params["p"], [0.0, 0.0])
+    assert int(state.skipped) == 1
+
+
+def test_loss_that_is_not_finite_skips_a_finite_gradient(uncompiled):
+    def loss_fn(params, carry, batch, key):
+        return params["p"].sum() + jnp.float32(jnp.inf), (carry, {})
+
+    state, _ = make_train_step(loss_fn, HALF)(start(HALF), None)
+    np.testing.assert_array_equal(state.params["p"], [0.0, 0.0])
+    assert int(state.skipped) == 1
+
+
+def test_optimizer_whose_update_broadcasts_a_parameter_is_refused():
+    wide = optax.GradientTransformation(
+        lambda params: (), lambda updates, state, params=None: ({"p": jnp.ones((3, 2))}, state)
+    )
+    with jax.numpy_rank_promotion("allow"), pytest.raises(ValueError) as refused:
+        make_train_step(quadratic, wide)(start(wide), jnp.ones(2))
+    assert str(refused.value) == (
+        "train_step: the optimizer must keep params['p'] as float32[2], got float32[3, 2]."
+    )
+
+
+def test_each_update_draws_its_own_key(uncompiled):
+    def loss_fn(params, carry, batch, key):
+        return params.sum(), (carry, {"draw": jax.random.uniform(key)})
+
+    optimizer = optax.sgd(0.1)
+    step = make_train_step(loss_fn, optimizer)
+    state = init_train_state(jnp.zeros(2), optimizer, key=jax.random.key(0))
+    draws = []
+    for _ in range(3):
+        state, metrics = step(state, None)
+        draws.append(float(metrics["draw"]))
+    assert len(set(draws)) == 3
+
+
+def test_callers_arrays_survive_donation_and_optimizers_may_keep_the_parameters():
+    """Both parameters are one buffer, and so is what the optimizer keeps of them."""
+    shared = jnp.zeros(2)
+    keeper = optax.GradientTransformation(
+        lambda params: params,
+        lambda updates, state, params=None: (jax.tree.map(lambda g: -0.5 * g, updates), state),
+    )
+    key = jax.random.key(0)
+    state = init_train_state({"p": shared, "q": shared}, keeper, key=key, carry=shared)
+
+    def loss_fn(params, carry, batch, key):
+        return params["p"].sum() + 2 * params["q"].sum(), (carry, {})
+
+    after, _ = make_train_step(loss_fn, keeper)(state, None)
+    assert state.params["p"].is_deleted()
+    np.testing.assert_array_equal(shared, [0.0, 0.0])
+    assert not key.is_deleted()
+    np.testing.assert_array_equal(after.params["p"], [-0.5, -0.5])
+    np.testing.assert_array_equal(after.params["q"], [-1.0, -1.0])
+
+
+def run_fit(num_updates=7, batches=None, value=0.0, **options):
+    batches = [jnp.ones(2)] * (num_updates or 0) if batches is None else batches
+    options = {"num_updates": num_updates, "progress": False, **options}
+    return fit(quadratic_step(HALF), start(HALF, value), batches, **options)
+
+
+def test_loop_makes_every_update_and_records_means():
+    state, records, best = run_fit(log_every=3, items_per_update=4, items_name="rows")
+    np.testing.assert_allclose(state.params["p"], 1 - 0.5**7)  # the distance halves
+    assert [record["update"] for record in records] == [3, 6, 7]
+    losses = [0.25**i for i in range(7)]  # 1/2 * 2 * (0.5^i)^2
+    expected = [np.mean(losses[:3]), np.mean(losses[3:6]), losses[6]]
+    np.testing.assert_allclose([record["loss"] for record in records], expected, rtol=1e-6)
+    assert all(record["rows_per_second"] > 0 for record in records)
+    assert best is None
+    names = {"update", "seconds", "loss", "batch", "gradient_norm", "skipped", "rows_per_second"}
+    assert all(set(record) == names for record in records)
+
+
+def test_records_come_every_ten_updates_and_evaluation_at_the_end_by_default():
+    seen = []
+
+    def evaluate(state):
+        seen.append(int(state.step))
+        return {"distance": 0.5}
+
+    records = run_fit(25, evaluate=evaluate, items_per_update=3).records
+    assert [record["update"] for record in records] == [10, 20, 25]
+    assert seen == [25]
+    assert [record.get("distance") for record in records] == [None, None, 0.5]
+    assert all(record["items_per_second"] > 0 for record in records)
+    assert not any("per_second" in name for name in run_fit(1).records[0])
+
+
+def test_evaluation_comes_when_due_and_at_the_end():
+    seen, called = [], []
+
+    def evaluate(state):
+        seen.append(int(state.step))
+        return {"distance": float(jnp.abs(state.params["p"] - 1).max())}
+
+    def callback(state, record):
+        called.append((record["update"], "distance" in record))
+
+    run_fit(evaluate=evaluate, evaluate_every=3, callbacks=[callback], log_every=2)
+    assert seen == [3, 6, 7]
+    assert called == [(2, False), (3, True), (4, False), (6, True), (7, True)]
+
+
+@pytest.mark.parametrize(("log_every", "noticed"), [(1, 13), (4, 16), (5, 15), (20, 20)])
+def test_loop_stops_after_ten_bad_updates_in_a_row_with_the_last_good_state(log_every, noticed):
+    batches = [jnp.ones(2)] * 3 + [jnp.full(2, jnp.nan)] * 17
+    with pytest.raises(NonFiniteError) as error:
+        run_fit(20, batches, log_every=log_every)
+    np.testing.assert_allclose(error.value.state.params["p"], 1 - 0.5**3)
+    assert str(error.value) == (
+        "fit: loss, gradient or parameters were not finite in the last "
+        f"{noticed - 3} updates, up to update {noticed}; the parameters are as before them. "
+        "Lower the learning rate."
+    )
+
+
+def test_bad_updates_that_are_not_in_a_row_are_survived():
+    batches = [jnp.full(2, jnp.nan), jnp.ones(2)] * 15
+    assert run_fit(30, batches, log_every=7).records[-1]["skipped"] == 15
+
+
+def test_nine_bad_updates_are_survived():
+    batches = [jnp.full(2, jnp.nan)] * 9 + [jnp.ones(2)] * 3
+    state, records, _ = run_fit(12, batches, log_every=1)
+    assert records[-1]["skipped"] == 9
+    np.testing.assert_allclose(state.params["p"], 1 - 0.5**3)
+
+
+def test_mean_leaves_out_what_is_not_finite_and_is_nan_without_any_number():
+    batches = [jnp.full(2, jnp.nan)] * 2 + [jnp.ones(2), jnp.full(2, jnp.nan)]
+    records = run_fit(4, batches, log_every=2).records
+    assert np.isnan(records[0]["loss"])
+    assert records[1]["loss"] == 1.0
+    assert [record["skipped"] for record in records] == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batches": [1.0] * 0}, "fit: batches must hold 7, got 0."),
+        ({"num_updates": 0}, "fit: num_updates must be at least 1, got 0."),
+        ({"log_every": 0}, "fit: log_every must be at least 1, got 0."),
+        ({"evaluate_every": 0}, "fit: evaluate_every must be at least 1, got 0."),
+        ({"num_updates": None}, "fit: num_updates must be an integer, got None."),
+        ({"log_every": None}, "fit: log_every must be an integer, got None."),
+    ],
+)
+def test_bad_argument_of_the_loop_is_refused(options, message):
+    with pytest.raises((ValueError, TypeError)) as refused:
+        run_fit(**options)
+    assert str(refused.value) == message
+
+
+def test_progress_bar_shows_the_records(capsys):
+    options = {"log_every": 2, "items_per_update": 3, "items_name": "rows"}
+    first = fit(quadratic_step(HALF), start(HALF), [jnp.ones(2)] * 4, num_updates=4, **options)
+    shown = capsys.readouterr().err
+    assert "2/4" in shown and "4/4" in shown and "update/s" in shown
+    assert "loss=0.625," in shown and "loss=0.03906," in shown and "rows_per_second=" in shown
+    assert not any(f"{name}=" in shown for name in ("skipped", "update", "seconds", "norm"))
+    batches = [jnp.ones(2), jnp.full(2, jnp.nan)]
+    fit(quadratic_step(HALF), first.state, batches, num_updates=6, log_every=1)
+    shown = capsys.readouterr().err
+    assert "4/6" in shown and "6/6" in shown and "2/6" not in shown
+    assert shown.count("skipped=1") >= 1 and "skipped=0" not in shown
+
+
+def test_progress_bar_counts_updates_from_the_state_on(monkeypatch):
+    options = []
+
+    def tqdm(**given):
+        options.append(given)
+        return contextlib.nullcontext(types.SimpleNamespace(n=3, update=moves.append, **postfix))
+
+    moves, postfix = [], {"set_postfix": lambda values: None}
+    monkeypatch.setitem(sys.modules, "tqdm", types.SimpleNamespace(tqdm=tqdm))
+    state = start(HALF)._replace(step=jnp.int32(3))
+    fit(quadratic_step(HALF), state, [jnp.ones(2)] * 4, num_updates=7)
+    assert options == [{"total": 7, "initial": 3, "unit": "update", "dynamic_ncols": True}]
+    assert moves == [4]
+
+
+def test_missing_tqdm_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    with pytest.raises(ImportError) as missing:
+        run_fit(progress=True)
+    assert str(missing.value) == (
+        "fit: progress=True needs tqdm; install jaxgru[experiments] or pass progress=False."
+    )
+
+
+TREE = {
+    "a": jnp.array([[1.5, -2.0]], jnp.float32),
+    "b": (jnp.array([1.0, 3.0], jnp.bfloat16), None),
+    "c": jnp.array([3], jnp.int32),
+}
+
+
+def test_file_gives_back_the_same_bits_dtypes_and_metadata(tmp_path):
+    save_arrays(tmp_path / "x.npz", TREE, {"note": "ü", "n": 3})
+    loaded = load_arrays(tmp_path / "x.npz", jax.eval_shape(lambda: TREE))
+    assert jax.tree.structure(loaded) == jax.tree.structure(TREE)
+    for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(TREE)):
+        assert a.dtype == b.dtype
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    assert read_metadata(tmp_path / "x.npz") == {"note": "ü", "n": 3}
+    assert os.listdir(tmp_path) == ["x.npz"]
+
+
+def test_file_holds_plain_arrays_and_one_header_of_json(tmp_path):
+    save_arrays(tmp_path / "x.npz", {**TREE, "k": jax.random.key(3)}, {"n": 1})
+    with np.load(tmp_path / "x.npz", allow_pickle=False) as file:
+        found = dict(file)
+    header = json.loads(str(found.pop("jaxgru")))
+    assert header.pop("sha256").keys() == found.keys()
+    assert header == {
+        "format": "jaxgru arrays 2",
+        "dtypes": {
+            "['a']": "float32",
+            "['b'][0]": "bfloat16",
+            "['c']": "int32",
+            "['k']": "key threefry2x32",
+        },
+        "metadata": {"n": 1},
+    }  # fmt: skip
+    assert found["['a']"].dtype == np.float32 and found["['b'][0]"].dtype == np.uint16
+    np.testing.assert_array_equal(found["['k']"], [0, 3])
+
+
+WRONG_TREES = [
+    ({"a": TREE["a"]}, "must hold the leaves of `like`, got missing [] and surplus "
+     "[\"['b'][0]\", \"['c']\"]."),
+    ({**TREE, "e": TREE["a"], "d": TREE["a"]}, "must hold the leaves of `like`, got missing "
+     "[\"['d']\", \"['e']\"] and surplus []."),
+    ({**TREE, "a": jnp.zeros((2, 1)), "c": jnp.zeros(1)}, "is of another model: ['a'] must be "
+     "float32[2, 1], got float32[1, 2]; ['c'] must be float32[1], got int32[1]."),
+    ({**TREE, "c": jax.random.key(0)}, "is of another model: ['c'] must be key<fry>[], got int32."),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("like", "message"), WRONG_TREES)
+def test_file_of_another_model_is_refused(tmp_path, like, message):
+    path = tmp_path / "x.npz"
+    save_arrays(path, TREE, {})
+    with pytest.raises(ValueError) as refused:
+        load_arrays(path, like)
+    assert str(refused.value) == f"load_arrays: {path} {message}"
+
+
+@pytest.mark.parametrize("stride", [17, pytest.param(1, marks=pytest.mark.slow)])
+def test_damaged_file_is_refused_at_any_truncation_and_any_flipped_bit(tmp_path, stride):
+    save_arrays(tmp_path / "x.npz", TREE, {"n": 1})
+    whole = (tmp_path / "x.npz").read_bytes()
+    bad = tmp_path / "bad.npz"
+    loaded = 0
+    for position in range(0, len(whole), stride):
+        flipped = whole[:position] + bytes([whole[position] ^ (1 << position % 8)])
+        for content in (whole[:position], flipped + whole[position + 1 :]):
+            bad.write_bytes(content)
+            try:
+                tree = load_arrays(bad, TREE)
+            except ValueError as error:
+                assert "bad.npz" in str(error)
+                continue
+            # What loads in spite of a flipped bit (in a date, say) holds the same arrays.
+            loaded += stride
+            for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(TREE)):
+                assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    assert loaded < 0.2 * len(whole)
+
+
+def test_file_has_the_permissions_of_any_new_file(tmp_path):
+    before = os.umask(0o027)
+    try:
+        save_arrays(tmp_path / "x.npz", TREE, {})
+        assert (tmp_path / "x.npz").stat().st_mode & 0o777 == 0o640
+    finally:
+        assert os.umask(before) == 0o027
+
+
+def test_failed_write_keeps_the_old_file(tmp_path):
+    save_arrays(tmp_path / "x.npz", TREE, {"n": 1})
+    with pytest.raises(TypeError):
+        save_arrays(tmp_path / "x.npz", TREE, {"n": object()})
+    assert read_metadata(tmp_path / "x.npz") == {"n": 1}
+    with pytest.raises(OSError):
+        save_arrays(tmp_path / "missing" / "x.npz", TREE, {})
+    assert os.listdir(tmp_path) == ["x.npz"]
+
+
+def test_what_is_no_such_file_is_refused(tmp_path):
+    """No pickled object is loaded: it could run code."""
+    path = tmp_path / "x.npz"
+    header = {"format": "jaxgru arrays 2", "dtypes": {}, "sha256": {}, "metadata": {}}
+    for content, reason in (
+        ({"format": "other"}, "format 'other'"),
+        ({**header, "dtypes": {"a": "float32"}}, "its header does not fit its arrays"),
+        ({**header, "metadata": [1]}, "its header does not fit its arrays"),
+        (None, "Object arrays cannot be loaded when allow_pickle=False"),
+    ):
+        pickled = np.array({"code": print}, dtype=object)
+        np.savez(path, jaxgru=pickled if content is None else np.array(json.dumps(content)))
+        with pytest.raises(ValueError) as refused:
+            read_metadata(path)
+        assert str(refused.value) == f"{path} must be a whole 'jaxgru arrays 2' file: {reason}"
+
+
+def test_batches_may_be_none_for_a_loss_that_draws_its_own(uncompiled):
+    optimizer = optax.sgd(0.1)
+
+    def loss_fn(params, carry, batch, key):
+        return jnp.sum((params - jax.random.normal(key, (2,))) ** 2), (carry, {})
+
+    state = init_train_state(jnp.zeros(2), optimizer, key=jax.random.key(0))
+    train_step = make_train_step(loss_fn, optimizer)
+    state, records, _ = fit(train_step, state, [None] * 3, num_updates=3, progress=False)
+    assert int(state.step) == 3 and records[-1]["update"] == 3
+
+
+def linear(params, carry, batch, key):
+    """A loss whose gradient is the batch; the carry counts, and the metric draws."""
+    return jnp.sum(params["p"] * batch), (carry + 1, {"draw": jax.random.uniform(key)})
+
+
+SGD = optax.sgd(1.0)
+
+
+@functools.cache
+def linear_step(**options):
+    """Compiled once for all tests of the same options."""
+    return make_train_step(linear, SGD, donate=False, **options)
+
+
+def take_step(batch, loss_fn=None, **options):
+    """What an update makes of parameters of zero, at learning rate 1."""
+    if loss_fn is None:
+        step = linear_step(**options)
+    else:
+        step = make_train_step(loss_fn, SGD, donate=False, **options)
+    return step(start(SGD), jnp.asarray(batch, jnp.float32))
+
+
+CLIPPED = [
+    ({"clip_norm": 5.0}, [6.0, 8.0], [3.0, 4.0]),
+    ({"clip_norm": 5.0}, [3.0, 4.0], [3.0, 4.0]),
+    ({"clip_norm": 5.0}, [0.0, 0.0], [0.0, 0.0]),
+    ({"clip_norm": 5.0}, [1e30, 0.0], [5.0, 0.0]),
+    ({"clip_norm": 5.0}, [-3e30, 4e30], [-3.0, 4.0]),
+    ({"clip_norm": 5.0}, [2e38, 2e38], [12.5**0.5, 12.5**0.5]),
+    ({"clip_norm": 5.0}, [3e-38, 4e-38], [3e-38, 4e-38]),
+    ({"clip_value": 2.0}, [1e30, -1.0], [2.0, -1.0]),
+    ({"clip_value": 3.0, "clip_norm": 1.0}, [3.0, -1e30], [0.5**0.5, -(0.5**0.5)]),
+]
+
+
+@pytest.mark.parametrize(("options", "gradient", "clipped"), CLIPPED)
+def test_clipped_gradient_keeps_its_direction_however_large(options, gradient, clipped):
+    state, metrics = take_step(gradient, **options)
+    np.testing.assert_allclose(-state.params["p"], clipped, rtol=1e-6)
+    norm = np.linalg.norm(np.asarray(gradient, np.float64))
+    np.testing.assert_allclose(metrics["gradient_norm"], norm, rtol=1e-6)
+    assert int(state.skipped) == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"clip_norm": 5.0}, {"clip_value": 2.0}])
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+def test_clipping_never_turns_nan_or_infinity_into_a_number(options, poison):
+    state, _ = take_step([1.0, poison], **options)
+    np.testing.assert_array_equal(state.params["p"], [0.0, 0.0])
+    assert int(state.skipped) == 1
+
+
+def test_accumulated_gradient_is_the_mean_over_parts_taken_one_after_another():
+    parts = [[1.0, 2.0], [3.0, 6.0], [5.0, 1.0], [-1.0, 2.0]]
+
+    def loss_fn(params, carry, batch, key):
+        return jnp.sum(params["p"] * batch + batch) * (1 + carry), (
+            carry + 1,
+            {"carry": carry, "draw": jax.random.uniform(key), "is": batch[0] > 0},
+        )
+
+    state, metrics = take_step(parts, loss_fn, accumulate=4)
+    taken = [np.array(part) * (1 + i) for i, part in enumerate(parts)]
+    np.testing.assert_allclose(-state.params["p"], np.mean(taken, axis=0), rtol=1e-6)
+    np.testing.assert_allclose(metrics["loss"], np.sum(taken) / 4, rtol=1e-6)
+    assert (float(state.carry), float(metrics["carry"]), int(state.step)) == (4.0, 1.5, 1)
+    assert float(metrics["is"]) == 0.75  # truths are counted
+    key = jax.random.split(jax.random.split(jax.random.key(0))[1], 4)
+    draws = np.mean([jax.random.uniform(k) for k in key])
+    np.testing.assert_allclose(metrics["draw"], draws, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("batch", "name", "shape"),
+    [
+        ([[1.0, 2.0], [3.0, 6.0]], "", "[2, 2]"),
+        ({"x": jnp.ones((3, 2)), "y": jnp.ones(())}, "['y']", "[]"),
+    ],
+)
+def test_batch_without_the_parts_of_accumulate_is_refused(batch, name, shape):
+    batch = jnp.asarray(batch) if name == "" else batch
+    with pytest.raises(ValueError) as refused:
+        linear_step(accumulate=3)(start(SGD), batch)
+    assert str(refused.value) == (
+        f"train_step: batch{name} must have the 3 parts of accumulate as its leading axis, got "
+        f"shape {shape}."
+    )
+
+
+def test_one_bad_part_skips_the_whole_update(uncompiled):
+    state, _ = take_step([[1.0, 2.0], [np.nan, 6.0]], linear, accumulate=2)
+    np.testing.assert_array_equal(state.params["p"], [0.0, 0.0])
+    assert (int(state.skipped), float(state.carry)) == (1, 0.0)
+
+
+def test_loss_is_computed_in_the_dtype_asked_for_and_all_else_keeps_its_own(uncompiled):
+    seen = {}
+
+    def loss_fn(params, carry, batch, key):
+        seen.update(params=params["p"].dtype, carry=carry.dtype, batch=batch[0].dtype)
+        assert batch[1].dtype == jnp.int32
+        return jnp.sum(params["p"] * batch[0]), (carry + 1, {"half": batch[0][0]})
+
+    step = make_train_step(loss_fn, SGD, compute_dtype=jnp.bfloat16)
+    state, metrics = step(start(SGD), (jnp.array([1.00390625, 2.0]), jnp.array([1, 2])))
+    assert set(seen.values()) == {jnp.dtype(jnp.bfloat16)}
+    assert {leaf.dtype for leaf in (state.params["p"], state.carry)} == {jnp.dtype(jnp.float32)}
+    assert {metrics[name].dtype for name in ("loss", "half", "gradient_norm")} == {
+        jnp.dtype(jnp.float32)
+    }
+    np.testing.assert_array_equal(-state.params["p"], [1.0, 2.0])  # the batch in bfloat16
+
+
+def test_scaled_loss_saves_float16_gradients_from_underflow():
+    def loss_fn(params, carry, batch, key):
+        return 1 + jnp.sum(params["p"] * batch * jnp.float16(2**-4)), (carry, {})
+
+    options = {"loss_fn": loss_fn, "compute_dtype": jnp.float16}
+    lost, _ = take_step([2e-7, 2e-6], **options)
+    kept, metrics = take_step([2e-7, 2e-6], **options, loss_scale=2.0**12)
+    assert float(lost.params["p"][0]) == 0.0
+    # 2e-7 is 3 times 2^-24, the least number of float16; its 2^-4th part is none.
+    np.testing.assert_allclose(-kept.params["p"][0], 3 * 2.0**-28, rtol=1e-3)
+    assert float(metrics["loss"]) == 1.0
+
+
+def test_average_follows_the_parameters_and_misses_what_was_skipped(uncompiled):
+    step = make_train_step(linear, SGD, average_decay=0.75)
+    params = {"p": jnp.array([8.0, 0.0])}
+    state = init_train_state(params, SGD, key=jax.random.key(0), carry=jnp.float32(0), average=True)
+    np.testing.assert_array_equal(state.average["p"], [8.0, 0.0])
+    expected = np.array([8.0, 0.0])
+    for batch in ([4.0, 0.0], [np.nan, 1.0], [0.0, 2.0]):
+        state, _ = step(state, jnp.array(batch))
+        if np.isfinite(batch).all():
+            expected = 0.75 * expected + 0.25 * np.asarray(state.params["p"])
+        np.testing.assert_allclose(state.average["p"], expected, rtol=1e-6)
+    assert int(state.skipped) == 1
+
+
+def test_average_without_decay_is_the_parameters(uncompiled):
+    step = make_train_step(linear, SGD, average_decay=0.0)
+    state, _ = step(start(SGD, average=True), jnp.array([4.0, 0.0]))
+    np.testing.assert_array_equal(state.average["p"], [-4.0, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("decay", "has"), [(0.5, "none"), (None, "one")], ids=["no average", "no decay"]
+)
+def test_average_and_its_decay_go_together(decay, has):
+    with pytest.raises(ValueError) as refused:
+        make_train_step(quadratic, SGD, average_decay=decay)(
+            start(SGD, average=has == "one"), jnp.ones(2)
+        )
+    assert str(refused.value) == (
+        f"train_step: the average of the state and average_decay={decay} must go together, got a "
+        f"state with {has}; give init_train_state average=True and make_train_step an "
+        "average_decay, or neither."
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"accumulate": 0}, ValueError, "accumulate must be at least 1, got 0."),
+        ({"accumulate": 2.0}, TypeError, "accumulate must be an integer, got 2.0."),
+        ({"clip_norm": 0.0}, ValueError, "clip_norm must be above 0 or None, got 0.0."),
+        ({"clip_value": np.nan}, ValueError, "clip_value must be above 0 or None, got nan."),
+        (
+            {"compute_dtype": np.dtype("int32")},
+            TypeError,
+            "compute_dtype must be a floating dtype, got dtype('int32').",
+        ),
+        ({"loss_scale": 0.0}, ValueError, "loss_scale must be finite and above 0, got 0.0."),
+        ({"loss_scale": np.inf}, ValueError, "loss_scale must be finite and above 0, got inf."),
+        (
+            {"average_decay": 1.0},
+            ValueError,
+            "average_decay must be at least 0 and below 1, got 1.0.",
+        ),
+        (
+            {"average_decay": -0.5},
+            ValueError,
+            "average_decay must be at least 0 and below 1, got -0.5.",
+        ),
+    ],
+)
+def test_bad_option_of_the_train_step_is_refused(options, error, message):
+    with pytest.raises(error) as refused:
+        make_train_step(quadratic, SGD, **options)
+    assert str(refused.value) == f"make_train_step: {message}"
+
+
+def test_what_became_infinite_in_carry_or_optimizer_skips_the_update(uncompiled):
+    def loss_fn(params, carry, batch, key):
+        return jnp.sum(params["p"] * batch), (carry * jnp.float32(1e30), {})
+
+    state = start(SGD)._replace(carry=jnp.float32(1e30))
+    after, metrics = make_train_step(loss_fn, SGD)(state, jnp.ones(2))
+    assert int(metrics["skipped"]) == 1 and float(after.carry) == np.float32(1e30)
+    squares = optax.GradientTransformation(
+        lambda params: {"nu": jnp.float32(0), "best": jnp.float32(jnp.inf)},
+        lambda updates, state, params=None: (
+            updates, {"nu": jnp.square(updates["p"] * 1e15).sum() * 1e15, "best": state["best"]}
+        ),
+    )  # fmt: skip
+    step, state = make_train_step(linear, squares), start(squares)
+    state, metrics = step(state, jnp.array([1e-6, 0.0]))
+    assert int(metrics["skipped"]) == 0  # the infinity that was there at first counts for nothing
+    state, metrics = step(state, jnp.array([1.0, 0.0]))
+    assert int(metrics["skipped"]) == 1 and np.isfinite(state.opt_state["nu"])
+
+
+def test_infinite_gradient_of_a_finite_loss_is_not_clipped_to_a_number(uncompiled):
+    def loss_fn(params, carry, batch, key):
+        return jnp.sqrt(params["p"]).sum(), (carry, {})
+
+    state, metrics = take_step([1.0, 1.0], loss_fn, clip_value=1.0)
+    assert float(metrics["loss"]) == 0.0 and int(state.skipped) == 1
+
+
+def test_state_has_no_weak_types_which_no_file_keeps():
+    def loss_fn(params, carry, batch, key):
+        return jnp.sum(params["p"]), (0.5 * jnp.asarray(1.0) + 0 * carry, {})
+
+    params, carry = {"p": jnp.full(2, 0.5)}, jnp.asarray(0.5)
+    assert params["p"].weak_type and carry.weak_type
+    state = init_train_state(params, SGD, key=jax.random.key(0), carry=carry)
+    after = jax.eval_shape(make_train_step(loss_fn, SGD), state, None)[0]
+    for leaf in jax.tree.leaves([s._replace(key=None) for s in (state, after)]):
+        assert not leaf.weak_type
+
+
+class Pair(NamedTuple):
+    """A carry of the same shapes as a tuple, and another structure."""
+
+    one: Any
+
+
+RETURNED = [
+    (lambda loss, carry: None, TypeError, ", got NoneType."),
+    (lambda loss, carry: (loss, carry, {}), TypeError, ", got tuple."),
+    (lambda loss, carry: (loss, (carry, 1)), TypeError,
+     " with metrics a dict of scalars, got int."),
+    (lambda loss, carry: (loss, ((jnp.ones(3),), {})), ValueError,
+     " with a carry of the state's shapes, ((),), got ((3,),)."),
+    (lambda loss, carry: (loss, (None, {})), ValueError,
+     " with a carry of the state's shapes, ((),), got None."),
+    (lambda loss, carry: (loss, (Pair(*carry), {})), ValueError,
+     " with a carry of the state's shapes, ((),), got Pair(one=())."),
+    (lambda loss, carry: (loss, (carry, dict.fromkeys(
+        ("skipped", "loss", "update", "gradient_norm", "seconds", "mine"), loss))), ValueError,
+     " with metrics of names of their own, got ['gradient_norm', 'loss', 'seconds', 'skipped', "
+     "'update']."),
+    (lambda loss, carry: (loss, (carry, {"u": 1.0, "v": jnp.ones((3, 1))})), ValueError,
+     " with scalar metrics, got v of [3, 1]."),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("result", "error", "message"), RETURNED)
+def test_loss_that_returns_something_else_is_refused(result, error, message):
+    def loss_fn(params, carry, batch, key):
+        return result(jnp.sum(params["p"]), carry)
+
+    state = start(SGD)._replace(carry=(jnp.float32(0),))
+    with pytest.raises(error) as refused:
+        make_train_step(loss_fn, SGD)(state, None)
+    assert (
+        str(refused.value) == f"train_step: loss_fn must return (loss, (carry, metrics)){message}"
+    )
+
+
+def test_parameters_in_half_precision_are_averaged_in_float32(uncompiled):
+    params = {"p": jnp.zeros(2, jnp.bfloat16)}
+    state = init_train_state(params, SGD, key=jax.random.key(0), carry=jnp.float32(0), average=True)
+    step = make_train_step(
+        lambda p, c, b, k: (jnp.sum(p["p"]).astype(jnp.float32), (c, {})), SGD, average_decay=0.999
+    )
+    state, _ = step(state, None)
+    np.testing.assert_allclose(state.average["p"], -0.001, rtol=1e-3)
+    assert state.params["p"].dtype == jnp.bfloat16
+
+
+def test_clip_keeps_float64(x64):
+    def loss_fn(params, carry, batch, key):
+        return jnp.sum(params["p"] * jnp.array([3e200, 4e200])), (carry, {})
+
+    state = init_train_state(
+        {"p": jnp.zeros(2, jnp.float64)}, SGD, key=jax.random.key(0), carry=jnp.float32(0)
+    )
+    state, metrics = make_train_step(loss_fn, SGD, clip_norm=1.0)(state, None)
+    np.testing.assert_allclose(state.params["p"], [-0.6, -0.8], rtol=1e-14)
+    np.testing.assert_allclose(metrics["gradient_norm"], 5e200, rtol=1e-14)

@@ -200,7 +200,7 @@ def read(kind, file, args):
         options["activation"] = args.activation
     if kind == "keras" and args.reset:
         options["reset_after"] = args.reset == "after"
-    reader = getattr(jaxgru, f"from_{kind}")
+    reader = getattr(interop, f"from_{kind}")
     params, spec, notes = reader(nest(arrays, kind, args.layer, file), **options)
     if options.get("activation") == "tanh" and not args.assumed:
         notes = (*notes, f"{kind} files do not tell the activation: tanh is assumed")
@@ -355,7 +355,7 @@ def write(kind, file, model, spec, args):
         exported = interop.to_torch(layers[0] if args.cell else layers, spec=spec)
         write_arrays(file, exported.weights)
     else:
-        exported = getattr(jaxgru, f"to_{kind}")(layers, spec=spec)
+        exported = getattr(interop, f"to_{kind}")(layers, spec=spec)
         flat = {}
         for number, weights in enumerate(exported.weights):
             start = f"{number}/" if len(layers) > 1 else ""

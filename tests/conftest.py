@@ -35,7 +35,6 @@ import oracle
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-import jaxgru
 from jaxgru import training
 from jaxgru.core.parameters import GRUParams
 
@@ -234,7 +233,7 @@ def stop_and_resume(main, arguments, out, update, number=signal.SIGTERM):
 
     with jax.numpy_dtype_promotion("standard"):  # for optax.adam
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(jaxgru, "make_train_step", make_stopping)
+            patch.setattr(training, "make_train_step", make_stopping)
             assert main([*arguments, "--out", str(out)]) == 128 + number
         assert not left
         assert main(["--resume", str(out)]) == 0

@@ -920,7 +920,7 @@ def test_both_kernels_have_the_precision_of_the_call(monkeypatch):
     class CountingChip(Chip):
         def __init__(self, tiles, interpreted):
             super().__init__(tiles, interpreted)
-            terms.append(tiling.terms)
+            terms.append(tiles.terms)
 
     def loss(params):
         with jax.default_matmul_precision("highest"):

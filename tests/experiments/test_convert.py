@@ -349,7 +349,7 @@ def test_difference_beyond_rounding_is_exit_code_1(tmp_path, capsys, monkeypatch
         loaded = true(path)
         return loaded._replace(params=jax.tree.map(lambda v: v + np.float32(1e-3), loaded.params))
 
-    monkeypatch.setattr(jaxgru, "load_weights", worse)
+    monkeypatch.setattr(interop, "load_weights", worse)
     argv = ("--from", "torch", tmp_path / "t.safetensors", "--to", "jaxgru", tmp_path / "j")
     code, printed = run(capsys, *argv)
     assert (code, "not written" in printed) == (1, True)

@@ -11,7 +11,6 @@ import pytest
 import scipy.io
 from conftest import stop_and_resume
 
-import jaxgru
 from experiments import data, polyphonic_music
 from jaxgru import training
 
@@ -305,7 +304,7 @@ def test_run_that_diverges_keeps_its_last_good_and_its_best_state(tmp_path, monk
 
         return step
 
-    monkeypatch.setattr(jaxgru, "make_train_step", poisoned)
+    monkeypatch.setattr(training, "make_train_step", poisoned)
     with jax.numpy_dtype_promotion("standard"):  # for optax.adam
         assert polyphonic_music.main(["--smoke", "--out", str(tmp_path / "run")]) == 1
     folder = tmp_path / "run" / "checkpoints"

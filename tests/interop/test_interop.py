@@ -10,7 +10,6 @@ import pytest
 from conftest import assert_close, make_problem
 from peer_layers import PEERS, VARIANTS
 
-import jaxgru
 from jaxgru import (
     CHO_2014,
     CHUNG_2014,
@@ -26,7 +25,7 @@ from jaxgru.interop.common import negate_update
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 EXACT = 1e-12  # float64 on both sides
-WRITERS = {name: getattr(jaxgru, f"to_{name}") for name in PEERS}
+WRITERS = {name: getattr(interop, f"to_{name}") for name in PEERS}
 
 
 def load_golden(name, variant):
@@ -155,7 +154,7 @@ def test_export_of_every_equation_it_can_hold_comes_back_as_the_same_function(na
             weights = exported.weights
             imported = interop.from_onnx(*(weights[k] for k in "WRB"), linear_before_reset=lbr)
         else:
-            imported = getattr(jaxgru, f"from_{name}")(exported.weights)
+            imported = getattr(interop, f"from_{name}")(exported.weights)
         hs = outputs_and_gradients(as_stack(params), spec, problem.xs, problem.cotangents[1])[0]
         got = outputs_and_gradients(
             as_stack(imported.params), imported.spec, problem.xs, problem.cotangents[1]
@@ -500,7 +499,7 @@ AXES = {  # of each peer: how its error names the source, its arrays in order, a
 
 @pytest.mark.parametrize("name", AXES)
 def test_every_array_of_a_peer_has_its_axes_and_a_floating_dtype(name):
-    read, (source, listed) = getattr(jaxgru, f"from_{name}"), AXES[name]
+    read, (source, listed) = getattr(interop, f"from_{name}"), AXES[name]
     weights = mapping_of(name)
     axes = dict(re.findall(r"(\S+) \[([^]]+)\]", listed))
     assert set(axes) == set(weights)
@@ -527,7 +526,7 @@ def test_every_array_of_a_peer_has_its_axes_and_a_floating_dtype(name):
 
 @pytest.mark.parametrize("name", ["torch", "linen", "nnx", "haiku", "haste"])
 def test_prefix_that_is_missing_is_named(name):
-    read, (source, _) = getattr(jaxgru, f"from_{name}"), AXES[name]
+    read, (source, _) = getattr(interop, f"from_{name}"), AXES[name]
     separator = "." if name == "torch" else "/"
     weights = {f"rnn{separator}{key}": v for key, v in mapping_of(name).items()}
     with pytest.raises(ValueError) as caught:

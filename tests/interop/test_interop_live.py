@@ -195,8 +195,8 @@ def test_conversion_to_every_peer_and_on_to_the_next_keeps_the_function():
         xs = jax.random.normal(jax.random.key(1), (5, 4, 2), jnp.float64)
         spec, params = jaxgru.PYTORCH, cell
         for name in ("torch", "linen", "equinox", "keras", "haste"):
-            weights = getattr(jaxgru, f"to_{name}")(params, spec=spec).weights
-            params, spec, _ = getattr(jaxgru, f"from_{name}")(weights)
+            weights = getattr(interop, f"to_{name}")(params, spec=spec).weights
+            params, spec, _ = getattr(interop, f"from_{name}")(weights)
         params = jax.tree.map(jnp.asarray, params)
         got, wanted = (jaxgru.gru(p, xs, spec=spec)[1] for p in (params, cell))
         assert_close(got, wanted, EXACT)

@@ -23,7 +23,6 @@ import survivor
 from conftest import assert_close
 from jax.experimental import multihost_utils
 
-import jaxgru
 from experiments import char_lm, communication, data, distributed
 from jaxgru import training
 from jaxgru.training import processes
@@ -304,7 +303,7 @@ def test_char_lm_is_the_same_in_two_processes_on_four_devices_and_on_one(
         shards.append(layout.num_shards)
         return make(*arguments, layout=layout)
 
-    monkeypatch.setattr(jaxgru, "make_train_step", make_and_tell)
+    monkeypatch.setattr(training, "make_train_step", make_and_tell)
     for run, some in (("four", devices), ("one", devices[:1])):
         monkeypatch.setattr(jax, "devices", lambda some=some: some)
         with jax.numpy_dtype_promotion("standard"):  # optax.adamw needs it

@@ -1,4 +1,6 @@
-"""Writes what every installed peer makes of random weights: `python -m golden.write` in `tests/`.
+"""Writes what every installed peer makes of random weights.
+
+Run `PYTHONPATH=.. python -m golden.write` in `tests/interop`.
 
 Needs the extra `peers`. One .npz a peer and variant: weights, inputs, cotangents, outputs, and the
 peer's own gradients, all float64; and the peer's version.

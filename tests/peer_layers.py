@@ -2,7 +2,7 @@
 
 Every peer draws random weights in its own layout, and runs them: outputs of every step, and the
 gradients of sum(outputs * cotangents) by the peer's own autodiff. `golden/write.py` keeps
-that in files, `test_interop_live.py` compares fresh cases.
+that in files, `interop/test_interop_live.py` compares fresh cases.
 """
 
 import contextlib
@@ -292,7 +292,7 @@ class Haste(ByJax):
 class Onnx(ByJax):
     """The equations of ONNX's operator GRU-22, typed from its text, one node a layer.
 
-    onnxruntime has them in float32 alone: `test_interop_live.py` holds it beside the package.
+    onnxruntime has them in float32 alone: `interop/test_interop_live.py` compares it.
     """
 
     variants: ClassVar[dict[str, Any]] = {"before": {}, "after": {}, "both_ways": {}, "no_bias": {}}

@@ -36,9 +36,8 @@ MEMORY_STEPS = (64, 256, 1024, 4096)
 
 
 class Case(NamedTuple):
-    """One equation with everything it is run on; float64 and [T, B, ...]."""
+    """Parameters of one equation with everything they are run on; float64 and [T, B, ...]."""
 
-    spec: jaxgru.GRUSpec
     params: jaxgru.GRUParams
     layers: Any  # a stack of two
     xs: jax.Array
@@ -48,9 +47,14 @@ class Case(NamedTuple):
     targets: jax.Array
 
     @property
+    def spec(self):
+        """The equation."""
+        return self.params.spec
+
+    @property
     def options(self):
-        """What every function of the package is told."""
-        return {"mask": self.mask, "resets": self.resets, "spec": self.spec}
+        """The flags that every function of the package is given."""
+        return {"mask": self.mask, "resets": self.resets}
 
 
 def parse_args(argv):
@@ -131,7 +135,7 @@ def make_case(seed, spec, gains=False, steps=6, batch=3, inputs=2, hidden=3):
     mask = mask.at[2, 1:].set(jnp.array([True, False]))
     resets = jax.random.bernoulli(keys[5], 0.1, lead).at[2, 1:].set(True)
     return Case(
-        spec, params, layers, jax.random.normal(keys[3], (*lead, inputs), jnp.float64),
+        params, layers, jax.random.normal(keys[3], (*lead, inputs), jnp.float64),
         jax.random.normal(keys[4], (batch, hidden), jnp.float64), mask, resets,
         jax.random.normal(keys[6], (*lead, hidden), jnp.float64),
     )  # fmt: skip
@@ -289,21 +293,21 @@ def snap_gradient(case):
 
 def step_jacobian(case):
     h_tm1 = states_before(case, case.params, case.h0)
-    got = diagnostics.step_jacobian(case.params, case.xs, h_tm1, spec=case.spec)
+    got = diagnostics.step_jacobian(case.params, case.xs, h_tm1)
     everywhere = case._replace(mask=jnp.ones_like(case.mask), resets=jnp.zeros_like(case.resets))
     return got, plain_jacobian(everywhere, (case.params,), h_tm1, case.xs)
 
 
 def jacobian_diagonal(case):
     h_tm1 = states_before(case, case.params, case.h0)
-    got = diagnostics.step_jacobian_diagonal(case.params, case.xs, h_tm1, spec=case.spec)
+    got = diagnostics.step_jacobian_diagonal(case.params, case.xs, h_tm1)
     return got, jnp.diagonal(step_jacobian(case)[1], axis1=-2, axis2=-1)
 
 
 def jacobian_bound(case):
     """By how much the largest singular value exceeds its bound: nothing."""
     h_tm1 = states_before(case, case.params, case.h0)
-    bound = diagnostics.step_jacobian_bound(case.params, case.xs, h_tm1, spec=case.spec)
+    bound = diagnostics.step_jacobian_bound(case.params, case.xs, h_tm1)
     largest = jnp.linalg.norm(step_jacobian(case)[1], ord=2, axis=(-2, -1))
     return jnp.maximum(largest, bound), bound
 

@@ -228,8 +228,9 @@ def init_params(args, key, vocab_size):
     scheme = "orthogonal" if args.init == "small" else args.init
     embedding_size = args.embedding_size or None
     params = models.init_token_model(
-        key, vocab_size, args.hidden_size, embedding_size=embedding_size, scheme=scheme
-    )
+        key, vocab_size, args.hidden_size, embedding_size=embedding_size, scheme=scheme,
+        spec=SPECS[args.spec],
+    )  # fmt: skip
     if args.init == "small":  # 0.01 N(0, 1) for every matrix, zero biases
         leaves, treedef = jax.tree.flatten(params)
         keys = jax.random.split(key, len(leaves))
@@ -247,7 +248,7 @@ def make_loss(args, **gru_options):
         tokens, targets, start = batch
         h0 = jax.tree.map(lambda h: jnp.where(start, jnp.zeros_like(h), h), carry)
         loss, h_last = models.token_loss(
-            params, tokens, targets, h0, reduction=args.reduction, spec=SPECS[args.spec],
+            params, tokens, targets, h0, reduction=args.reduction,
             **gru_options,
         )  # fmt: skip
         per_character = loss / (tokens.size if args.reduction == "sum" else 1)
@@ -272,7 +273,7 @@ def cross_check(args, run, params, h0, tokens, targets):
     def loss(gradient):
         def loss_fn(params, h0):
             return models.token_loss(
-                params, tokens, targets, h0, reduction=args.reduction, spec=SPECS[args.spec],
+                params, tokens, targets, h0, reduction=args.reduction,
                 gradient=gradient,
             )  # fmt: skip
 
@@ -307,15 +308,15 @@ def cross_check(args, run, params, h0, tokens, targets):
 def evaluate_streams(args, state, *, streams):
     """Mean cross-entropy over the validation streams, the state carried through."""
     inputs, targets = streams
-    loss = _mean_loss(state.params, inputs, targets, spec=SPECS[args.spec])
+    loss = _mean_loss(state.params, inputs, targets)
     return {"validation_bits_per_character": float(loss) / math.log(2)}
 
 
-@functools.partial(jax.jit, static_argnames="spec")
-def _mean_loss(params, inputs, targets, spec):
+@jax.jit
+def _mean_loss(params, inputs, targets):
     def body(h, batch):
         tokens, targets = batch
-        loss, h = models.token_loss(params, tokens, targets, h, spec=spec)
+        loss, h = models.token_loss(params, tokens, targets, h)
         return h, loss
 
     h0 = jaxgru.init_state(params.layers, inputs.shape[2:])
@@ -336,7 +337,7 @@ def draw(args, params, vocabulary, prompt, count, seed):
     params = jax.tree.map(jnp.asarray, jax.device_get(params))  # of many devices, onto one
     tokens = models.generate(
         params, jax.random.key(seed), jnp.asarray(data.encode(prompt, vocabulary)), count,
-        temperature=args.temperature, spec=SPECS[args.spec],
+        temperature=args.temperature,
     )[1]  # fmt: skip
     return prompt + data.decode(np.asarray(tokens), vocabulary)
 

@@ -3,13 +3,13 @@
     python -m experiments.convert --from torch rnn.safetensors --to onnx rnn.onnx
     python -m experiments.convert --from keras model.weights.h5 --to torch rnn.safetensors
 
-torch, keras, linen, nnx, equinox, haiku, haste   .safetensors or .npz of arrays under that
+torch, keras, linen, nnx, equinox, haiku          .safetensors or .npz of arrays under that
                                                   library's names
 keras                                             also .weights.h5, as `model.save_weights` writes
                                                   it (read only; needs h5py)
 onnx                                              .onnx; read, its GRU nodes in the graph's order;
                                                   written, a model that runs
-jaxgru                                            .safetensors of `jaxgru.save_weights`
+jaxgru                                            .safetensors of `interop.save_weights`
 stablehlo (written only)                          the forward program with its weights, for CPU,
                                                   CUDA and TPU and any T and B, by `jax.export`
 
@@ -54,8 +54,9 @@ from experiments.data import DataError
 from experiments.runs import run_script
 from jaxgru import Bidirectional, GRUParams, interop, models
 from jaxgru.models import SequenceParams, TokenParams
+from jaxgru.stacks import directions_of
 
-CELLS = ("keras", "linen", "nnx", "equinox", "haiku", "haste")
+CELLS = ("keras", "linen", "nnx", "equinox", "haiku")
 FORMATS = ("torch", *CELLS, "onnx", "jaxgru")
 TARGETS = (*FORMATS, "stablehlo")
 KERAS = ("kernel", "recurrent_kernel", "bias")
@@ -66,7 +67,7 @@ _PLUMBING = {
     *("Unsqueeze", "Where"),
 }
 # What every layer of a format has: the end of its name tells where the layers are.
-_KEYS = {"keras": "recurrent_kernel", "haste": "recurrent_kernel", "linen": "hn/kernel"}
+_KEYS = {"keras": "recurrent_kernel", "linen": "hn/kernel"}
 _KEYS |= {"nnx": "dense_h/kernel", "haiku": "w_h", "equinox": "weight_hh"}
 
 
@@ -142,9 +143,9 @@ def convert(args):
         warnings.simplefilter("always")
         new = pathlib.Path(folder) / place.name
         try:
-            model, spec, notes = read(source, source_file, args)
-            print(f"read     {source:8} {source_file}: {describe(layers_of(model), spec)}")
-            errors, more = write_and_compare(args, new, model, spec)
+            model, notes = read(source, source_file, args)
+            print(f"read     {source:8} {source_file}: {describe(layers_of(model))}")
+            errors, more = write_and_compare(args, new, model)
         except ImportError as error:
             cure = "pip install -e '.[experiments,onnx,safetensors,export]'"
             raise DataError(f"{error} For every format: {cure}") from error
@@ -165,14 +166,14 @@ def convert(args):
     return 0 if agree else 1
 
 
-def write_and_compare(args, new, model, spec):
+def write_and_compare(args, new, model):
     """(errors by name, notes) of the new file."""
     rng = np.random.default_rng(args.seed)
-    wanted = run_stack(layers_of(model), spec, draw_wide(model, args.seed), args.merge)
-    notes, again = write(args.target[0], new, model, spec, args), None
+    wanted = run_stack(layers_of(model), draw_wide(model, args.seed), args.merge)
+    notes, again = write(args.target[0], new, model, args), None
     if args.target[0] != "stablehlo":
-        again = read(args.target[0], new, args_of_target(args, spec))
-    return compare(args, new, model, spec, again, wanted, rng), notes
+        again = read(args.target[0], new, args_of_target(args, model))
+    return compare(args, new, model, again, wanted, rng), notes
 
 
 def within_rounding(errors, model):
@@ -182,12 +183,12 @@ def within_rounding(errors, model):
 
 
 def read(kind, file, args):
-    """(params, spec, notes) of a file."""
+    """(params, notes) of a file."""
     if kind == "jaxgru":
         if args.layer:
             raise DataError("--layer must be left out for jaxgru, whose files hold their structure")
         loaded = interop.load_weights(file)
-        return loaded.params, loaded.spec, ()
+        return loaded.params, ()
     if kind == "onnx":
         return read_nodes(file, args.layer)
     arrays = read_arrays(file, kind)
@@ -201,14 +202,14 @@ def read(kind, file, args):
     if kind == "keras" and args.reset:
         options["reset_after"] = args.reset == "after"
     reader = getattr(interop, f"from_{kind}")
-    params, spec, notes = reader(nest(arrays, kind, args.layer, file), **options)
+    params, notes = reader(nest(arrays, kind, args.layer, file), **options)
     if options.get("activation") == "tanh" and not args.assumed:
         notes = (*notes, f"{kind} files do not tell the activation: tanh is assumed")
-    return params, spec, notes
+    return params, notes
 
 
 def read_nodes(file, names):
-    """(stack, spec, notes) of the GRU nodes of an ONNX file, all or those that are named."""
+    """(stack, notes) of the GRU nodes of an ONNX file, all or those that are named."""
     nodes = interop.read_onnx(file)
     if names:
         found = {node.name: node for node in nodes}
@@ -230,12 +231,9 @@ def read_nodes(file, names):
         ):
             raise DataError(
                 f"{file}: node {node.name!r} holds its own sequence_lens or initial_h, which no "
-                "weights can stand for; jaxgru.read_onnx gives them"
+                "weights can stand for; jaxgru.interop.read_onnx gives them"
             )
-    specs = {node.spec for node in nodes}
-    if len(specs) > 1:
-        raise DataError(f"{file} must hold nodes of one equation, got {specs}; name some: {listed}")
-    return tuple(node.params for node in nodes), specs.pop(), what_stays(file, nodes)
+    return tuple(node.params for node in nodes), what_stays(file, nodes)
 
 
 def what_stays(file, nodes):
@@ -336,15 +334,15 @@ def layer_at(arrays, prefix, file):
     return Bidirectional(*directions)
 
 
-def write(kind, file, model, spec, args):
+def write(kind, file, model, args):
     """Writes the file; returns what changed on the way."""
     if kind == "jaxgru":
-        interop.save_weights(file, model, spec=spec)
+        interop.save_weights(file, model)
         return []
     if kind == "onnx":
-        return list(interop.write_onnx(file, model, spec=spec, merge=args.merge, lengths=True))
+        return list(interop.write_onnx(file, model, merge=args.merge, lengths=True))
     if kind == "stablehlo":
-        write_program(file, model, spec, args)
+        write_program(file, model, args)
         return []
     layers, notes = layers_of(model), []
     if isinstance(model, SequenceParams | TokenParams):
@@ -352,10 +350,10 @@ def write(kind, file, model, spec, args):
     if kind == "torch":
         if args.cell and len(layers) > 1:
             raise DataError("--cell must be left out for more than one layer")
-        exported = interop.to_torch(layers[0] if args.cell else layers, spec=spec)
+        exported = interop.to_torch(layers[0] if args.cell else layers)
         write_arrays(file, exported.weights)
     else:
-        exported = getattr(interop, f"to_{kind}")(layers, spec=spec)
+        exported = getattr(interop, f"to_{kind}")(layers)
         flat = {}
         for number, weights in enumerate(exported.weights):
             start = f"{number}/" if len(layers) > 1 else ""
@@ -400,9 +398,12 @@ def write_arrays(file, arrays):
         opened.write(data.getvalue())
 
 
-def args_of_target(args, spec):
+def args_of_target(args, model):
     """The options that read the written file again."""
-    return argparse.Namespace(layer=[], reset=spec.reset, activation=spec.activation, assumed=True)
+    specs = equations_of(layers_of(model))
+    resets = {spec.reset for spec in specs}
+    reset = resets.pop() if len(resets) == 1 else None  # else their biases tell
+    return argparse.Namespace(layer=[], reset=reset, activation=specs[0].activation, assumed=True)
 
 
 def layers_of(model: Any) -> Any:
@@ -417,21 +418,29 @@ def first_cell(layers: Any) -> Any:
     return layers[0].forward if isinstance(layers[0], Bidirectional) else layers[0]
 
 
-def describe(layers, spec):
-    """One line on layers and equation."""
+def equations_of(layers):
+    """The specs of all layers, each once, bottom first."""
+    cells = [cell for layer in layers for cell in directions_of(layer)]
+    return list(dict.fromkeys(cell.spec for cell in cells))
+
+
+def describe(layers):
+    """One line on layers and equations."""
     first = first_cell(layers)
     both = ", two directions" if isinstance(layers[0], Bidirectional) else ""
     sizes = f"I={first.w_x.shape[0]} H={first.w_h.shape[0]} {first.w_x.dtype}"
-    equation = f"reset {spec.reset}, z {spec.update}s, {spec.activation}"
-    return f"{len(layers)} layer{'s' * (len(layers) > 1)}{both}, {sizes}; {equation}"
+    equations = " / ".join(
+        f"reset {spec.reset}, z {spec.update}s, {spec.activation}" for spec in equations_of(layers)
+    )
+    return f"{len(layers)} layer{'s' * (len(layers) > 1)}{both}, {sizes}; {equations}"
 
 
-def compare(args, new, model, spec, again, wanted, rng):
+def compare(args, new, model, again, wanted, rng):
     """The largest differences on a random input, by name."""
     xs = draw_wide(model, args.seed)
     found: dict[str, Any] = {}
     if again is not None:
-        found["read again, float64"] = run_stack(layers_of(again[0]), again[1], xs, args.merge)
+        found["read again, float64"] = run_stack(layers_of(again[0]), xs, args.merge)
     if args.source[0] == "torch":
         found["the source in torch.nn.GRU, float64"] = run_torch(
             args.source[1], args.layer, args, xs
@@ -441,10 +450,10 @@ def compare(args, new, model, spec, again, wanted, rng):
     errors = {k: largest_difference(v, wanted) for k, v in found.items() if v is not None}
     dtype = first_cell(layers_of(model)).w_x.dtype
     if args.target[0] == "onnx" and dtype == np.float32:
-        error = difference_of_onnxruntime(args, new, model, spec, rng)
+        error = difference_of_onnxruntime(args, new, model, rng)
         errors |= {} if error is None else {"in onnxruntime, float32": error}
     if args.target[0] == "stablehlo":
-        error = difference_of_program(args, new, model, spec, rng)
+        error = difference_of_program(args, new, model, rng)
         errors |= {f"of the program on {jax.default_backend()}, {dtype}": error}
     return errors
 
@@ -463,11 +472,11 @@ def largest_difference(got, wanted):
     return float(np.abs(got - wanted).max() / max(np.abs(wanted).max(), np.finfo(np.float32).tiny))
 
 
-def run_stack(layers, spec, xs, merge):
+def run_stack(layers, xs, merge):
     """The outputs of every step, in float64."""
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda v: jnp.asarray(v, jnp.float64), layers)
-        return np.asarray(jaxgru.gru_stack(wide, xs, spec=spec, merge=merge)[1])
+        return np.asarray(jaxgru.gru_stack(wide, xs, merge=merge)[1])
 
 
 def run_torch(file, layer, args, xs):
@@ -481,16 +490,16 @@ def run_torch(file, layer, args, xs):
         return None
     if "weight_ih" in arrays or args.merge == "sum":
         return None
-    layers, spec, _ = interop.from_torch(arrays)
-    module = torch.nn.GRU(**interop.to_torch(layers, spec=spec).options, dtype=torch.float64)
+    layers = interop.from_torch(arrays).params
+    module = torch.nn.GRU(**interop.to_torch(layers).options, dtype=torch.float64)
     module.load_state_dict({k: torch.from_numpy(v.astype(np.float64)) for k, v in arrays.items()})
     with torch.no_grad():
         return module(torch.from_numpy(xs))[0].numpy()
 
 
-def run_model(model, xs, h0, spec, merge, mask=None):
+def run_model(model, xs, h0, merge, mask=None):
     """(h_last, outputs) of a model or a stack, in its own dtype."""
-    options: dict[str, Any] = {"mask": mask, "spec": spec, "merge": merge}
+    options: dict[str, Any] = {"mask": mask, "merge": merge}
     if isinstance(model, TokenParams):
         return models.token_logits(model, xs, h0, **options)
     if isinstance(model, SequenceParams):
@@ -507,7 +516,7 @@ def draw_inputs(model, rng):
     return rng.normal(size=(STEPS, BATCH, w_x.shape[0])).astype(w_x.dtype), lengths
 
 
-def difference_of_onnxruntime(args, new, model, spec, rng):
+def difference_of_onnxruntime(args, new, model, rng):
     """The error of onnxruntime's outputs with ragged lengths; None without it."""
     try:
         import onnxruntime
@@ -515,7 +524,7 @@ def difference_of_onnxruntime(args, new, model, spec, rng):
         return None
     xs, lengths = draw_inputs(model, rng)
     mask = jaxgru.length_mask(lengths, STEPS)
-    wanted = run_model(model, jnp.asarray(xs), None, spec, args.merge, mask)[1]
+    wanted = run_model(model, jnp.asarray(xs), None, args.merge, mask)[1]
     session = onnxruntime.InferenceSession(new)
     name = "tokens" if isinstance(model, TokenParams) else "xs"
     return largest_difference(session.run(["outputs"], {name: xs, "lengths": lengths})[0], wanted)
@@ -526,16 +535,16 @@ def is_wide(model):
     return first_cell(layers_of(model)).w_x.dtype == np.float64
 
 
-def write_program(file, model, spec, args):
+def write_program(file, model, args):
     """The serialized forward program, of a sequence or a step, with symbolic T and B."""
     if args.step and any(isinstance(layer, Bidirectional) for layer in layers_of(model)):
         raise DataError("--step must be left out for two directions: one waits for the last step")
 
     def sequence(xs, mask):
-        return run_model(model, xs, None, spec, args.merge, mask)
+        return run_model(model, xs, None, args.merge, mask)
 
     def step(x, h):
-        h, outputs = run_model(model, x[None], h, spec, args.merge)
+        h, outputs = run_model(model, x[None], h, args.merge)
         return h, outputs[0]
 
     with jax.enable_x64(is_wide(model)):
@@ -553,13 +562,13 @@ def write_program(file, model, spec, args):
         opened.write(exported.serialize())
 
 
-def difference_of_program(args, new, model, spec, rng):
+def difference_of_program(args, new, model, rng):
     """The error of a written program: of a ragged batch, or of steps one after another."""
     program = export.deserialize(bytearray(new.read_bytes()))
     xs, lengths = draw_inputs(model, rng)
     with jax.enable_x64(is_wide(model)):
         mask = None if args.step else jaxgru.length_mask(lengths, STEPS)
-        wanted = run_model(model, jnp.asarray(xs), None, spec, args.merge, mask)[1]
+        wanted = run_model(model, jnp.asarray(xs), None, args.merge, mask)[1]
         if not args.step:
             return largest_difference(program.call(jnp.asarray(xs), mask)[1], wanted)
         h, outputs = jaxgru.init_state(layers_of(model), (BATCH,)), []

@@ -382,11 +382,11 @@ def cell_and_stack_points(args, arrays: Sequences, options) -> Iterator[Point]:
     """One step against the scan over one step, and a stack against JAX's derivative of it."""
     for spec in specs_of("tanh"):
 
-        def one_step(params, x, h, spec=spec):
-            return jaxgru.gru(params, x[None], h, spec=spec, gradient="autodiff")[0]
+        def one_step(params, x, h):
+            return jaxgru.gru(params, x[None], h, gradient="autodiff")[0]
 
-        pair = functools.partial(jaxgru.gru_cell, spec=spec), one_step
-        inputs = (arrays.params, arrays.xs[0], arrays.h0)
+        pair = jaxgru.gru_cell, one_step
+        inputs = (dataclasses.replace(arrays.params, spec=spec), arrays.xs[0], arrays.h0)
         check = functools.partial(checks.check_gradients, *pair, *inputs, **options)
         yield Point(f"{spec.reset} {spec.update} {spec.activation} gru_cell", check)
     stack = jaxgru.init_stack(jax.random.key(args.seed), 2, 3, 2, bidirectional=True)
@@ -437,7 +437,7 @@ def mutation_points(args, options) -> Iterator[Point]:
     several = arrays.params, arrays.xs[2:], arrays.h0
     params = jaxgru.init_gru(jax.random.key(args.seed), 2, 4, scheme="pytorch", layer_norm=True)
     gains = jnp.linspace(0.5, 1.5, 12)
-    single = params._replace(g_x=gains, g_h=gains[::-1]), arrays.xs[2:, 0], arrays.h0[0]
+    single = dataclasses.replace(params, g_x=gains, g_h=gains[::-1]), arrays.xs[2:, 0], arrays.h0[0]
     inside: dict[str, Any] = {"recurrent_dropout": 0.4, "key": jax.random.key(args.seed)}
 
     def point(name, spec, gradient, run, inputs):
@@ -446,14 +446,17 @@ def mutation_points(args, options) -> Iterator[Point]:
         return Point(f"{spec.reset} {spec.update} {gradient} {name}", check)
 
     def with_flags(spec, params, xs, h0, gradient, **more):
-        return weigh(jaxgru.gru(params, xs, h0, spec=spec, gradient=gradient, **flags, **more))
+        params = dataclasses.replace(params, spec=spec)
+        return weigh(jaxgru.gru(params, xs, h0, gradient=gradient, **flags, **more))
 
     def with_gains(spec, params, xs, h0, gradient):
-        return weigh(jaxgru.gru(params, xs, h0, spec=spec, gradient=gradient, **inside))
+        params = dataclasses.replace(params, spec=spec)
+        return weigh(jaxgru.gru(params, xs, h0, gradient=gradient, **inside))
 
     def of_inputs(spec, xs, h0, gradient):
-        params = jax.tree.map(lambda v: v.astype(xs.dtype), several[0])
-        return weigh(jaxgru.gru(params, xs, h0, spec=spec, gradient=gradient))
+        params = dataclasses.replace(several[0], spec=spec)
+        params = jax.tree.map(lambda v: v.astype(xs.dtype), params)
+        return weigh(jaxgru.gru(params, xs, h0, gradient=gradient))
 
     choices = list(itertools.product(("bptt", "tangent"), specs_of("tanh")))
     yield from (point("", spec, gradient, with_flags, several) for gradient, spec in choices)

@@ -76,11 +76,12 @@ def compile_step(device: Any, reset: str, dtype: str, size: tuple[int, int, int]
     place = SingleDeviceSharding(device)
 
     def loss(params, xs, h0):
-        h_last, hs = jaxgru.gru(params, xs, h0, spec=SPECS[reset], backend="fused")
+        h_last, hs = jaxgru.gru(params, xs, h0, backend="fused")
         return h_last.astype(jnp.float32).sum() + (hs.astype(jnp.float32) ** 2).sum()
 
     def arguments():
-        params = jaxgru.init_gru(jax.random.key(0), hidden_size, hidden_size, dtype=DTYPES[dtype])
+        options = {"spec": SPECS[reset], "dtype": DTYPES[dtype]}
+        params = jaxgru.init_gru(jax.random.key(0), hidden_size, hidden_size, **options)
         xs = jnp.zeros((num_steps, batch_size, hidden_size), DTYPES[dtype])
         return params, xs, xs[0]
 

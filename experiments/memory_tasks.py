@@ -19,6 +19,7 @@ has a learning rate of its own. A run folder holds config.json, metrics.jsonl an
 """
 
 import argparse
+import dataclasses
 import itertools
 import math
 import sys
@@ -200,7 +201,7 @@ def init_gru_model(key, task, args, num_steps):
     assert isinstance(layer, jaxgru.GRUParams) and layer.b_x is not None
     update_gate = slice(args.hidden_size, 2 * args.hidden_size)
     b_x = layer.b_x.at[update_gate].set(jnp.log(constants))
-    return params._replace(layers=(layer._replace(b_x=b_x),))
+    return params._replace(layers=(dataclasses.replace(layer, b_x=b_x),))
 
 
 def apply_gru_model(params, xs):

@@ -158,7 +158,9 @@ def init_params(args, key, rolls):
     """A model whose first prediction is nearly each key's share of the training steps."""
     key_model, key_head = jax.random.split(key)
     shares = np.concatenate(rolls).mean(axis=0)
-    params = models.init_sequence_model(key_model, len(shares), args.hidden_size, len(shares))
+    params = models.init_sequence_model(
+        key_model, len(shares), args.hidden_size, len(shares), spec=SPEC
+    )
     w = 0.5 / math.sqrt(args.hidden_size) * jax.random.normal(key_head, params.w.shape)
     return params._replace(w=w, b=share_logits(shares))
 
@@ -175,7 +177,7 @@ def make_loss(args):
         xs, lengths = batch
         mask = jaxgru.length_mask(lengths, xs.shape[0] - 1)
         _, logits = models.sequence_outputs(
-            params, xs[:-1], mask=mask, spec=SPEC, recurrent_dropout=args.recurrent_dropout,
+            params, xs[:-1], mask=mask, recurrent_dropout=args.recurrent_dropout,
             output_dropout=args.output_dropout, key=key,
         )  # fmt: skip
         return jaxgru.losses.bernoulli_loss(logits, xs[1:], mask), (carry, {})
@@ -227,7 +229,7 @@ def mean_nll(params, batches):
 @jax.jit
 def _sum_nll(params, xs, lengths):
     mask = jaxgru.length_mask(lengths, xs.shape[0] - 1)
-    _, logits = models.sequence_outputs(params, xs[:-1], mask=mask, spec=SPEC)
+    _, logits = models.sequence_outputs(params, xs[:-1], mask=mask)
     return jaxgru.losses.bernoulli_loss(logits, xs[1:], mask, reduction="sum")
 
 
@@ -252,14 +254,13 @@ def predict_and_sample(params, key, roll, prompt_steps):
 
     The sample reads its own steps after the prompt, and each key is drawn by itself.
     """
-    options = {"spec": SPEC, "deterministic": True}
-    _, logits = models.sequence_outputs(params, roll[:-1], **options)
-    h, _ = jaxgru.gru_stack(params.layers, roll[:prompt_steps], **options)
+    _, logits = models.sequence_outputs(params, roll[:-1])
+    h, _ = jaxgru.gru_stack(params.layers, roll[:prompt_steps])
 
     def body(carry, key):
         h, logits = carry
         x = jax.random.bernoulli(key, jax.nn.sigmoid(logits)).astype(roll.dtype)
-        h, y = jaxgru.gru_stack_cell(params.layers, x, h, **options)
+        h, y = jaxgru.gru_stack_cell(params.layers, x, h)
         return (h, y @ params.w + params.b), x
 
     keys = jax.random.split(key, roll.shape[0] - prompt_steps)

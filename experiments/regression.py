@@ -112,7 +112,7 @@ def train(args):
     run = runs.open_run("regression", args)
     print(f"{series.title}, {len(series.values)} values; {runs.describe_device()}")
     key_params, key_state = jax.random.split(jax.random.key(args.seed))
-    params = models.init_sequence_model(key_params, 1, args.hidden_size, 1)
+    params = models.init_sequence_model(key_params, 1, args.hidden_size, 1, spec=SPEC)
     optimizer = optax.adamw(args.learning_rate, weight_decay=args.weight_decay)
     training = series.standard[: series.validation]
     digest = hashlib.sha256(series.values.data).hexdigest()
@@ -232,7 +232,7 @@ def make_loss(args):
     def loss_fn(params, carry, batch, key):
         inputs, targets = batch
         _, outputs = models.sequence_outputs(
-            params, inputs, spec=SPEC, recurrent_dropout=args.recurrent_dropout, key=key
+            params, inputs, recurrent_dropout=args.recurrent_dropout, key=key
         )
         loss = losses.squared_loss(outputs, targets, form="half_sum", reduction="batch_mean")
         return loss, (carry, {"training_mse": 2 * loss / len(inputs)})
@@ -243,17 +243,17 @@ def make_loss(args):
 @jax.jit
 def predict(params, xs):
     """The prediction after every value of xs [T], read as one sequence."""
-    return models.sequence_outputs(params, xs[:, None], spec=SPEC)[1][:, 0]
+    return models.sequence_outputs(params, xs[:, None])[1][:, 0]
 
 
 @functools.partial(jax.jit, static_argnames="num_steps")
 def run_freely(params, xs, num_steps):
     """num_steps predictions after xs [T], each one read as the value that it predicts."""
-    h, outputs = models.sequence_outputs(params, xs[:, None], spec=SPEC)
+    h, outputs = models.sequence_outputs(params, xs[:, None])
 
     def body(carry, _):
         h, x = carry
-        h, outputs = models.sequence_outputs(params, x[None], h, spec=SPEC)
+        h, outputs = models.sequence_outputs(params, x[None], h)
         return (h, outputs[0]), x[0]
 
     return jax.lax.scan(body, (h, outputs[-1]), length=num_steps)[1]

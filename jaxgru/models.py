@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxgru.core.cell import cut_recurrent, project, step
+from jaxgru.core.cell import project, split_recurrent, step
 from jaxgru.core.checks import (
     is_traced,
     require_choice,
@@ -26,7 +26,6 @@ from jaxgru.core.checks import (
 )
 from jaxgru.core.matmul import state_dtype
 from jaxgru.core.noise import drop
-from jaxgru.core.parameters import CHO_2014, GRUSpec
 from jaxgru.losses import Reduction, categorical_loss, require_labels
 from jaxgru.stacks import Bidirectional, Layer, Merge, gru_stack, init_stack, output_size_of
 
@@ -233,7 +232,7 @@ def token_logits(
       tokens: [T, ...] integers in [0, V). Inside jit an index outside is clamped by JAX, so check
         tokens where they are made.
       h0: in the form of `init_state`; None for zeros.
-      **stack_options: spec, mask, resets, dropout, key, axis, ... of `gru_stack`.
+      **stack_options: mask, resets, dropout, key, axis, ... of `gru_stack`.
 
     Returns:
       h_last, as `gru_stack`, and logits [T, ..., V], float32 for half types.
@@ -315,13 +314,12 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    spec: GRUSpec = CHO_2014,
     residual: bool = False,
     zoneout: float = 0.0,
 ) -> tuple[Any, Array]:
     """(h_last, tokens): continues a prompt, each token drawn from softmax(logits / temperature).
 
-    Compiled once for each prompt shape, num_steps, spec, residual, zoneout and set of filters in
+    Compiled once for each prompt shape, num_steps, residual, zoneout and set of filters in
     use (temperature=0 is one); the whole loop is one program, and temperature, top_k and top_p may
     change from call to call.
 
@@ -337,7 +335,6 @@ def generate(
       top_p: draws from the fewest likeliest tokens whose probabilities add up to at least p
         (Holtzman et al. 2020, arXiv:1904.09751, eq. 2), and those as likely as the last of them,
         after top_k; None for all.
-      spec: which equation.
       residual: as the model was trained with.
       zoneout: as the model was trained with; its mean is used.
 
@@ -393,7 +390,7 @@ def generate(
         None if top_k is None else jnp.int32(top_k),
         None if top_p is None else jnp.float32(top_p),
     )
-    equation = (("spec", spec), ("residual", residual), ("zoneout", zoneout))
+    equation = (("residual", residual), ("zoneout", zoneout))
     return _generate(params, key, prompt, mask, h0, filters, num_steps, equation)
 
 
@@ -417,26 +414,26 @@ def _generate(params, key, prompt, mask, h0, filters, num_steps, equation):
     return h, jnp.concatenate([first[None], rest])
 
 
-def _prepare_steps(params, num_steps, spec, residual, zoneout):
+def _prepare_steps(params, num_steps, residual, zoneout):
     """(h, token) -> (h, y), one step of all layers with everything made beforehand that can be.
 
     That is the pieces of w_h and, for a vocabulary of no more tokens than there are steps, what the
     first layer makes of every token's input: a row is then looked up instead of multiplied.
     """
-    first, recurrents = params.layers[0], [cut_recurrent(p, spec) for p in params.layers]
+    first, recurrents = params.layers[0], [split_recurrent(p) for p in params.layers]
     vocab_size, table = params.w.shape[1], None
     if vocab_size <= num_steps:
-        table = project(first, _embed(params, jnp.arange(vocab_size)), spec)
+        table = project(first, _embed(params, jnp.arange(vocab_size)))
 
     def run_step(states, token):
         y, h_next = _embed(params, token), []
         for layer, recurrent, h in zip(params.layers, recurrents, states):
             if table is None or h_next:
-                a = project(layer, y, spec)
+                a = project(layer, y)
             else:
                 a = tuple(rows[token] for rows in table)
             wide = h.astype(state_dtype(h.dtype))
-            h_t = step(recurrent, a, wide, spec)[0]
+            h_t = step(recurrent, a, wide)[0]
             h_t = ((1 - zoneout) * h_t + zoneout * wide if zoneout else h_t).astype(h.dtype)
             y = h_t + y if residual and h_next else h_t
             h_next.append(h_t)

@@ -1,9 +1,9 @@
 """Layers around the recurrence: both directions, stacks, dropout between layers, and streams.
 
 A layer is a `GRUParams`, or a `Bidirectional` pair of them; a stack is a tuple of layers. A state
-has the form of the parameters it belongs to: [..., H] for a `GRUParams`, a pair of those for a
-`Bidirectional`, a tuple with one entry a layer for a stack. All of it is composed of `gru`, and
-every derivative rule and policy of `gru` holds for it.
+has the form of the parameters it belongs to: [..., H] for a `GRUParams`, a `Bidirectional` of two
+for a `Bidirectional`, a tuple with one entry a layer for a stack. All of it is composed of `gru`,
+and every derivative rule and policy of `gru` holds for it.
 """
 
 from collections.abc import Sequence
@@ -32,10 +32,10 @@ _MERGES = get_args(Merge)
 
 
 class Bidirectional(NamedTuple):
-    """A layer of two GRUs that read the sequence in both directions."""
+    """A layer of two GRUs that read the sequence in both directions; also its states and taps."""
 
-    forward: GRUParams
-    backward: GRUParams
+    forward: Any  # GRUParams; of a state [..., H], of a tap a `Tap`
+    backward: Any
 
 
 Layer = GRUParams | Bidirectional
@@ -110,8 +110,8 @@ def init_state(params: Any, batch_shape: Sequence[int] = ()) -> Any:
       batch_shape: the batch axes of the sequences, none unless told.
 
     Returns:
-      [*batch_shape, H] in the parameters' dtype; a pair of those for a `Bidirectional`, a tuple
-      with one entry a layer for a stack.
+      [*batch_shape, H] in the parameters' dtype; a `Bidirectional` of two for a `Bidirectional`, a
+      tuple with one entry a layer for a stack.
 
     Raises:
       TypeError: params is none of the three, or batch_shape no sequence.
@@ -124,7 +124,7 @@ def init_state(params: Any, batch_shape: Sequence[int] = ()) -> Any:
     if isinstance(params, GRUParams):
         return jnp.zeros((*batch_shape, params.w_h.shape[0]), params.w_h.dtype)
     if isinstance(params, Bidirectional):
-        return (init_state(params.forward, batch_shape), init_state(params.backward, batch_shape))
+        return Bidirectional(*(init_state(direction, batch_shape) for direction in params))
     require_stack("init_state", params)
     return tuple(init_state(layer, batch_shape) for layer in params)
 
@@ -137,10 +137,11 @@ def init_taps(params: Any, lead_shape: Sequence[int]) -> Any:
       lead_shape: that of xs without its last axis, [T, ...], or [B, T] with axis=1.
 
     Returns:
-      A `Tap` of xs [*lead_shape, I] and hs [*lead_shape, H] in the parameters' dtype; a pair of
-      those for a `Bidirectional`, a tuple with one entry a layer for a stack. Pass it on as `tap`.
-      Where xs is sharded, add zeros made from xs (`jnp.zeros_like(xs[..., :1])`) to every array, so
-      that the taps are sharded as it is: inside `jax.shard_map` JAX would sum them over the mesh.
+      A `Tap` of xs [*lead_shape, I] and hs [*lead_shape, H] in the parameters' dtype; a
+      `Bidirectional` of two for a `Bidirectional`, a tuple with one entry a layer for a stack.
+      Pass it on as `tap`. Where xs is sharded, add zeros made from xs
+      (`jnp.zeros_like(xs[..., :1])`) to every array, so that the taps are sharded as it is: inside
+      `jax.shard_map` JAX would sum them over the mesh.
 
     Raises:
       TypeError: params is none of the three, or lead_shape no sequence.
@@ -160,7 +161,7 @@ def init_taps(params: Any, lead_shape: Sequence[int]) -> Any:
         sizes = (params.w_x.shape[0], params.w_h.shape[0])
         return Tap(*(jnp.zeros((*lead_shape, size), params.w_x.dtype) for size in sizes))
     if isinstance(params, Bidirectional):
-        return (init_taps(params.forward, lead_shape), init_taps(params.backward, lead_shape))
+        return Bidirectional(*(init_taps(direction, lead_shape) for direction in params))
     require_stack("init_taps", params)
     return tuple(init_taps(layer, lead_shape) for layer in params)
 
@@ -177,7 +178,7 @@ def gru_bidirectional(
     tap: tuple[Tap, Tap] | None = None,
     axis: int = 0,
     **gru_options: Any,
-) -> tuple[tuple[Array, Array], Array]:
+) -> tuple[Bidirectional, Array]:
     """Runs one GRU forward and one backward over a sequence: (h_last, ys).
 
     ys_t = [forward_t | backward_t], or their sum (Schuster and Paliwal 1997; `torch.nn.GRU` and
@@ -195,11 +196,12 @@ def gru_bidirectional(
       key: a `jax.random.key` where a rate acts; each direction draws its own masks.
       tap: a pair of taps, forward's and backward's, in the form of `init_taps`.
       axis: where xs, mask, resets and ys have their time.
-      **gru_options: spec, gradient, residuals, recurrent_dropout, zoneout, ... of `gru`, all but
+      **gru_options: gradient, residuals, recurrent_dropout, zoneout, ... of `gru`, all but
         reverse.
 
     Returns:
-      h_last, a pair: forward's state after the last step and backward's after the first; and ys
+      h_last, a `Bidirectional`: forward's state after the last step and backward's after the first;
+      and ys
       [T, ..., 2H], or [T, ..., H] for "sum".
 
     Raises:
@@ -239,7 +241,7 @@ def gru_bidirectional(
         tap=tap_backward, reverse=True, **options,
     )  # fmt: skip
     ys = hs + reverse_hs if merge == "sum" else jnp.concatenate([hs, reverse_hs], axis=-1)
-    return (forward, backward), ys
+    return Bidirectional(forward, backward), ys
 
 
 def gru_stack(
@@ -270,8 +272,9 @@ def gru_stack(
         residual:  y^l = layer_l(x^l) + y^{l-1} for l > 1
         ys = drop(y^L)
 
-    With spec=PYTORCH that is `torch.nn.GRU(num_layers=..., bidirectional=..., dropout=...)`, but
-    for outputs on padding: they hold the last state here, and there an unpacked sequence has zeros.
+    With parameters of spec=PYTORCH that is `torch.nn.GRU(num_layers=..., bidirectional=...,
+    dropout=...)`, but for outputs on padding: here they repeat the last state, and there an
+    unpacked sequence has zeros.
 
     Args:
       params: a sequence of `GRUParams` and `Bidirectional` layers.
@@ -297,7 +300,7 @@ def gru_stack(
       deterministic: no dropout, and zoneout's mean: for evaluation.
       tap: a sequence with each layer's tap, from `init_taps`: see `gru`.
       axis: where xs, mask, resets and ys have their time; 1 for batch-major.
-      **gru_options: spec, gradient, residuals, chunk_size, truncate, unroll, backend of `gru`, and
+      **gru_options: gradient, residuals, chunk_size, truncate, unroll, backend of `gru`, and
         reverse where all layers have one direction.
 
     Returns:

@@ -30,14 +30,14 @@ def make_programs(size, reset, residuals):
     """name -> (function, arguments) of the forward pass and the training step."""
 
     def run(params, xs, h0):
-        return jaxgru.gru(params, xs, h0, spec=SPECS[reset], residuals=residuals)
+        return jaxgru.gru(params, xs, h0, residuals=residuals)
 
     def loss(params, xs, h0, dh_last, dhs):
         h_last, hs = run(params, xs, h0)
         return (h_last * dh_last).sum() + (hs * dhs).sum()
 
     num_steps, batch_size, input_size, hidden_size = size
-    params = jaxgru.init_gru(jax.random.key(0), input_size, hidden_size)
+    params = jaxgru.init_gru(jax.random.key(0), input_size, hidden_size, spec=SPECS[reset])
     xs = jnp.zeros((num_steps, batch_size, input_size))
     hs = jnp.zeros((num_steps, batch_size, hidden_size))
     yield "forward", run, (params, xs, hs[0])

@@ -35,7 +35,7 @@ import oracle
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from jaxgru import training
+from jaxgru import CHO_2014, training
 from jaxgru.core.parameters import GRUParams
 
 # A shell starts its background jobs with SIGINT ignored, and `fit` goes on where it is ignored.
@@ -152,10 +152,11 @@ def make_problem(
         w_h=weights(hidden, 3 * hidden),
         b_x=weights(3 * hidden) if bias in ("both", "b_x") else None,
         b_h=weights(3 * hidden) if bias in ("both", "b_h") else None,
+        spec=CHO_2014,
     )
     if layer_norm:
         g_x, g_h = 1 + 0.5 * draw.standard_normal((2, 3 * hidden))
-        params = params._replace(g_x=cast(g_x), g_h=cast(g_h))
+        params = dataclasses.replace(params, g_x=cast(g_x), g_h=cast(g_h))
     mask = draw.random((steps, *batch)) < 0.7
     if batch and np.prod(batch):
         mask[(slice(None), *([0] * len(batch)))] = False
@@ -170,6 +171,28 @@ def make_problem(
             cast(draw.standard_normal((steps, *batch, hidden))),
         ),
     )
+
+
+def with_spec(tree, spec):
+    """The tree with that equation in every GRUParams."""
+
+    def change(leaf):
+        return dataclasses.replace(leaf, spec=spec) if isinstance(leaf, GRUParams) else leaf
+
+    return jax.tree.map(change, tree, is_leaf=lambda leaf: isinstance(leaf, GRUParams))
+
+
+def flat(function):
+    """A function of parameters that takes their spec as one more option.
+
+    Tests that run over products of equations and options write both alike.
+    """
+
+    def run(params, *arguments, spec=None, **options):
+        params = params if spec is None else with_spec(params, spec)
+        return function(params, *arguments, **options)
+
+    return run
 
 
 def oracle_pullback(
@@ -193,8 +216,9 @@ def oracle_pullback(
         held = 1.0 - np.asarray(jnp.stack(written))
     h_last, hs, tape = oracle.forward(params, equation, xs, h0, mask, resets, reverse, scale, held)
     packed, dxs, dh0 = oracle.backward(params, equation, xs, tape, *problem.cotangents, truncate)
-    dparams = (None if p is None else d for p, d in zip(params, packed))
-    return (h_last, hs), (type(params)(*dparams), dxs, dh0)
+    arrays = params.arrays()
+    dparams = {name: None if arrays[name] is None else d for name, d in zip(arrays, packed)}
+    return (h_last, hs), (dataclasses.replace(params, **dparams), dxs, dh0)
 
 
 def assert_close(got, want, tolerance, label=""):

@@ -38,6 +38,7 @@ class Weights:
     """W, U, b, c (biases of input and state), g, e (gains of W x and U h): dicts over r, z, n."""
 
     NAMES = ("W", "U", "b", "c", "g", "e")
+    ARRAYS = ("w_x", "w_h", "b_x", "b_h", "g_x", "g_h")  # what the package calls them
 
     def __init__(self, w_x, w_h, b_x, b_h, g_x=None, g_h=None):
         size = w_h.shape[0]
@@ -154,7 +155,7 @@ def forward(
     scale [..., H] multiplies what U reads of the state. zoneout is None, or the share of the old
     state that each unit keeps: a number, or 0s and 1s [T, ..., H].
     """
-    weights = Weights(*arrays)
+    weights = Weights(*(getattr(arrays, name) for name in Weights.ARRAYS))
     xs, h0 = np.array(xs, np.float64), np.array(h0, np.float64)
     hs = np.zeros((xs.shape[0], *h0.shape))
     kept = np.broadcast_to(np.float64(0.0 if zoneout is None else zoneout), hs.shape)
@@ -182,7 +183,7 @@ def backward(arrays, equation, xs, tape, dh_last, dhs, truncate=None):
     truncate cuts the gradient of the state between a real step and the one run before it where they
     are in different windows [0, truncate), [truncate, 2 truncate), ...
     """
-    weights = Weights(*arrays)
+    weights = Weights(*(getattr(arrays, name) for name in Weights.ARRAYS))
     total = weights.zeros()
     dxs, dh0 = np.zeros(np.shape(xs)), np.array(dh_last, np.float64)
     for row, steps in tape.items():
@@ -239,7 +240,7 @@ def stack_backward(layers, equation, tape, dlasts, dy, merge, residual, noise):
     for number in reversed(range(len(layers))):
         inputs, tapes = tape[number]
         factor, arrays = noise[number][0], directions(layers[number])
-        sizes = np.cumsum([a[1].shape[0] for a in arrays])[:-1]
+        sizes = np.cumsum([a.w_h.shape[0] for a in arrays])[:-1]
         douts = [dy] * len(arrays) if merge == "sum" else np.split(dy, sizes, axis=-1)
         results = [
             backward(a, equation, inputs, t, dlast, dout)

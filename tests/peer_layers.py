@@ -262,33 +262,6 @@ class Haiku(ByJax):
         return hk.without_apply_rng(hk.transform(unroll)).apply({"gru": dict(weights)}, xs)
 
 
-class Haste(ByJax):
-    """haste's equations, typed from its README and `gru.py`; the library itself needs CUDA."""
-
-    variants: ClassVar[dict[str, Any]] = {"typed": {}}
-    read = staticmethod(lambda weights, variant: interop.from_haste(weights))
-
-    def shapes(self, variant, inputs, hidden):
-        return {
-            "kernel": (inputs, 3 * hidden),
-            "recurrent_kernel": (hidden, 3 * hidden),
-            "bias": (3 * hidden,),
-            "recurrent_bias": (3 * hidden,),
-        }
-
-    def apply(self, variant, weights, xs):
-        hidden = weights["recurrent_kernel"].shape[0]
-        h, hs = jnp.zeros((xs.shape[1], hidden)), []
-        for x in xs:
-            v = x @ weights["kernel"] + weights["bias"]
-            u = h @ weights["recurrent_kernel"] + weights["recurrent_bias"]
-            (v_z, v_r, v_g), (u_z, u_r, u_g) = jnp.split(v, 3, -1), jnp.split(u, 3, -1)
-            z, r = jax.nn.sigmoid(v_z + u_z), jax.nn.sigmoid(v_r + u_r)
-            h = z * h + (1 - z) * jnp.tanh(v_g + r * u_g)
-            hs.append(h)
-        return jnp.stack(hs)
-
-
 class Onnx(ByJax):
     """The equations of ONNX's operator GRU-22, typed from its text, one node a layer.
 
@@ -334,7 +307,6 @@ PEERS = {
     "nnx": Nnx(),
     "equinox": Equinox(),
     "haiku": Haiku(),
-    "haste": Haste(),
     "onnx": Onnx(),
 }
 VARIANTS = [(name, variant) for name, peer in PEERS.items() for variant in peer.variants]

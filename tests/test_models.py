@@ -8,22 +8,32 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import assert_close, make_problem
+from conftest import assert_close, flat, make_problem
 from oracle import forward
 
-from jaxgru import CHO_2014, CHUNG_2014, PYTORCH, Bidirectional, gru_stack, init_state, length_mask
+from jaxgru import (
+    CHO_2014,
+    CHUNG_2014,
+    PYTORCH,
+    Bidirectional,
+    gru_stack,
+    init_state,
+    length_mask,
+    models,
+)
 from jaxgru.models import (
     SequenceParams,
     TokenParams,
     _generate,
     final_outputs,
-    generate,
     init_sequence_model,
     init_token_model,
     sequence_outputs,
-    token_logits,
     token_loss,
 )
+
+generate = flat(models.generate)
+token_logits = flat(models.token_logits)
 
 V, E, H, T, B = 7, 2, 3, 7, 3
 KEY = jax.random.key(0)

@@ -23,7 +23,7 @@ from experiments.benchmarks.problems import (
     compile_program,
     training_step,
 )
-from jaxgru import GRUParams, GRUSpec, gru, gru_cell
+from jaxgru import GRUParams, gru, gru_cell
 from jaxgru.models import generate
 
 Array = jax.Array
@@ -123,11 +123,10 @@ def _scan_cell(layer: Layer, model: CharModel):
 
 def our_layer(reset: Reset, **options: Any) -> Layer:
     """`jaxgru.gru`; with no options also `gru_cell` and `generate`."""
-    spec = GRUSpec(reset=reset)
 
     def write(model: CharModel):
         key, prompt = jax.random.key(0), jnp.full((1, 1), model.first, jnp.int32)
-        run = functools.partial(generate, temperature=0.0, spec=spec)
+        run = functools.partial(generate, temperature=0.0)
 
         def tokens(params):
             return run(params, key, prompt, model.num_tokens)[1][:, 0]
@@ -137,8 +136,8 @@ def our_layer(reset: Reset, **options: Any) -> Layer:
     return Layer(
         pack=lambda params: params,
         unpack=unpack_ours,
-        run=functools.partial(gru, spec=spec, **options),
-        cell=None if options else lambda params, x, h: gru_cell(params, x, h, spec=spec),
+        run=functools.partial(gru, **options),
+        cell=None if options else gru_cell,
         generate=None if options else write,
     )
 

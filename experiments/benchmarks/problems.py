@@ -4,6 +4,7 @@ A training step is the value of <h_last, dh_last> + <hs, dhs> for fixed random d
 all its gradients: weights, xs, h0. Everything is drawn in float32.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgru import GRUParams, init_gru
+from jaxgru import GRUParams, GRUSpec, init_gru
 from jaxgru.models import TokenParams, init_token_model
 
 Array = jax.Array
@@ -98,7 +99,8 @@ def draw_problem(size: Size, reset: Reset, seed: int) -> Problem:
     """
     num_steps, batch_size, input_size, hidden_size = size
     keys = jax.random.split(jax.random.key(seed), 5)
-    params = init_gru(keys[0], input_size, hidden_size, scheme="pytorch")
+    spec = GRUSpec(reset=reset)
+    params = init_gru(keys[0], input_size, hidden_size, spec=spec, scheme="pytorch")
     if reset == "after":
         params = _without_candidate_bias(params)
     h0 = jax.random.uniform(keys[2], (batch_size, hidden_size), minval=-1.0, maxval=1.0)
@@ -119,6 +121,7 @@ def draw_model(size: Size, reset: Reset, seed: int) -> CharModel:
         VOCABULARY,
         hidden_size,
         embedding_size=embedding_size,
+        spec=GRUSpec(reset=reset),
         scheme="pytorch",
     )
     (layer,) = params.layers
@@ -131,7 +134,7 @@ def draw_model(size: Size, reset: Reset, seed: int) -> CharModel:
 def _without_candidate_bias(params: GRUParams) -> GRUParams:
     """b_h with zeros in its block n."""
     assert params.b_h is not None
-    return params._replace(b_h=params.b_h.at[2 * params.w_h.shape[0] :].set(0))
+    return dataclasses.replace(params, b_h=params.b_h.at[2 * params.w_h.shape[0] :].set(0))
 
 
 def cast(problem: Any, dtype: Any) -> Any:

@@ -99,7 +99,7 @@ def allow_tf32(allowed: bool) -> None:
 def _load(module: Any, params: GRUParams, array: Callable[[Any], Any], suffix: str) -> Any:
     """The module with our weights, in the dtype and on the device of what array makes."""
     names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-    arrays = (np.asarray(v).T for v in params[: len(names)])
+    arrays = (np.asarray(v).T for v in (params.w_x, params.w_h, params.b_x, params.b_h))
     state = {name + suffix: array(v) for name, v in zip(names, arrays)}
     (like, *_) = state.values()
     module = module.to(device=like.device, dtype=like.dtype)

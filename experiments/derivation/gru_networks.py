@@ -271,14 +271,18 @@ def package_row(weights, xs, h0):
     w_h = [weights[gate][:, :HIDDEN_SIZE].T for gate in "rzh"]
     w_x = [weights[gate][:, HIDDEN_SIZE:].T for gate in "rzh"]
     arrays = [jnp.asarray(np.concatenate(blocks, axis=1)) for blocks in (w_x, w_h)]
-    params, product, h = jaxgru.GRUParams(arrays[0], arrays[1], None, None), np.eye(HIDDEN_SIZE), h0
+    params, product, h = (
+        jaxgru.GRUParams(arrays[0], arrays[1], None, None, spec=jaxgru.CHO_2014),
+        np.eye(HIDDEN_SIZE),
+        h0,
+    )
     for x in xs:
         v = values_of(weights, x, h)
         product = jacobian(weights, v) @ product
         h = v["z"] * h + v["rest"] * v["hc"]
 
     def last(h0):
-        return jaxgru.gru(params, jnp.asarray(xs), h0, spec=jaxgru.CHO_2014)[0]
+        return jaxgru.gru(params, jnp.asarray(xs), h0)[0]
 
     error = relative_error(product, jax.jit(jax.jacrev(last))(jnp.asarray(h0)))
     return Row("this package", "product = Jacobian of gru(spec=CHO_2014)", "OK", error)

@@ -303,11 +303,13 @@ def package_row(problem):
         return [jnp.concatenate([table[name] for name in row], axis=-1) for row in names]
 
     def loss_fn(params, h0):
-        hs = jaxgru.gru(params, jnp.asarray(xs), h0, spec=jaxgru.CHUNG_2014)[1]
+        hs = jaxgru.gru(params, jnp.asarray(xs), h0)[1]
         outputs = hs @ p["V"] + jnp.broadcast_to(p["c"], targets.shape)
         return 0.5 * jnp.sum((outputs - targets) ** 2)
 
-    params = jaxgru.GRUParams(**dict(zip(("w_x", "w_h", "b_x"), pack(p))), b_h=None)
+    params = jaxgru.GRUParams(
+        **dict(zip(("w_x", "w_h", "b_x"), pack(p))), b_h=None, spec=jaxgru.CHUNG_2014
+    )
     of_params, of_h0 = jax.jit(jax.grad(loss_fn, argnums=(0, 1)))(params, jnp.asarray(h0))
     got = {**dict(zip(("w_x", "w_h", "b_x"), pack(total))), "h0": dh0}
     true = {name: getattr(of_params, name) for name in ("w_x", "w_h", "b_x")}

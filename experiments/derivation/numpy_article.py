@@ -236,12 +236,14 @@ def package_row(problem, got):
 
     def loss_fn(params):
         xs_rows, h0 = (jnp.asarray(v).swapaxes(-1, -2) for v in (xs, a))
-        hs = jaxgru.gru(params, xs_rows, h0, spec=jaxgru.CHUNG_2014)[1]
+        hs = jaxgru.gru(params, xs_rows, h0)[1]
         logits = jnp.asarray(p["Wy"]) @ hs.swapaxes(-1, -2)
         logits = logits + jnp.broadcast_to(p["by"], logits.shape)
         return -jnp.sum(targets * jax.nn.log_softmax(logits, axis=1))
 
-    params = jaxgru.GRUParams(pack(p, "x"), pack(p, "h"), pack(p, "b"), None)
+    params = jaxgru.GRUParams(
+        pack(p, "x"), pack(p, "h"), pack(p, "b"), None, spec=jaxgru.CHUNG_2014
+    )
     gradient = jax.jit(jax.grad(loss_fn))(params)
     want = {"x": gradient.w_x, "h": gradient.w_h, "b": gradient.b_x}
     error = largest_error({part: pack(got[2], part) for part in "xhb"}, want)

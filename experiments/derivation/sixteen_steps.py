@@ -8,6 +8,7 @@ read more than once, over the steps of time too. Column vectors, no bias, any ac
     r = s(W_rh h_tm1 + W_rx x)            h_t = z * h_tm1 + (1 - z) * h~
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -328,13 +329,13 @@ def package_rows(problem):
     params = pack(problem.weights)
     keep = run_package(params, problem, jaxgru.CHO_2014)
     yield Row("this package", "h_t = gru(spec=CHO_2014)", "OK", relative_error(states, keep[0]))
-    error = relative_error(np.concatenate(pack(total)[:2]), keep[1])
+    error = relative_error(stacked(pack(total)), keep[1])
     yield Row("this package, dW", "dW = the gradient of gru(spec=CHO_2014)", "OK", error)
     names = ("W_zh", "W_zx")
     signs = {name: -1.0 if name in names else 1.0 for name in WEIGHTS}
     flip = pack({name: sign * problem.weights[name] for name, sign in signs.items()})
     write = run_package(flip, problem, jaxgru.CHUNG_2014)
-    turned = np.concatenate(pack({name: signs[name] * total[name] for name in WEIGHTS})[:2])
+    turned = stacked(pack({name: signs[name] * total[name] for name in WEIGHTS}))
     error = max(relative_error(write[0], states), relative_error(turned, write[1]))
     printed = relative_error(run_package(params, problem, jaxgru.CHUNG_2014)[0], states)
     cure = "the same with W_zh, W_zx negated"
@@ -352,7 +353,12 @@ def pack(weights):
     """The arrays of this package, [I, 3H] and [H, 3H] with blocks r | z | n, from columns."""
     w_x = np.concatenate([weights[name].T for name in ("W_rx", "W_zx", "W_x")], axis=1)
     w_h = np.concatenate([weights[name].T for name in ("W_rh", "W_zh", "W_h")], axis=1)
-    return jaxgru.GRUParams(jnp.asarray(w_x), jnp.asarray(w_h), None, None)
+    return jaxgru.GRUParams(jnp.asarray(w_x), jnp.asarray(w_h), None, None, spec=jaxgru.CHO_2014)
+
+
+def stacked(params):
+    """The weights of the input above those of the state."""
+    return jnp.concatenate([params.w_x, params.w_h])
 
 
 @functools.partial(jax.jit, static_argnames="spec")
@@ -360,8 +366,9 @@ def run_package(params, problem, spec):
     """The states [T, H] of `jaxgru.gru`, and the gradient of upstream . states, w_x over w_h."""
 
     def loss(params):
-        hs = jaxgru.gru(params, problem.xs, problem.h0, spec=spec)[1]
+        with_spec = dataclasses.replace(params, spec=spec)
+        hs = jaxgru.gru(with_spec, problem.xs, problem.h0)[1]
         return jnp.sum(hs * problem.upstream), hs
 
     gradient, hs = jax.grad(loss, has_aux=True)(params)
-    return hs, jnp.concatenate(gradient[:2])
+    return hs, stacked(gradient)

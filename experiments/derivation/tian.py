@@ -503,9 +503,9 @@ def package_row(weights, xs, h0, upstream):
         return {key: jnp.concatenate([table[w].T for w in row], 1) for key, row in blocks.items()}
 
     def loss(params, xs, h0):
-        return jnp.sum(jaxgru.gru(params, xs, h0, spec=jaxgru.CHUNG_2014)[1] * upstream)
+        return jnp.sum(jaxgru.gru(params, xs, h0)[1] * upstream)
 
-    params = jaxgru.GRUParams(**packed(weights), b_x=None, b_h=None)
+    params = jaxgru.GRUParams(**packed(weights), b_x=None, b_h=None, spec=jaxgru.CHUNG_2014)
     arguments = params, jnp.asarray(xs), jnp.asarray(h0)
     of_params, of_xs, of_h0 = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*arguments)
     want = {"w_x": of_params.w_x, "w_h": of_params.w_h, "x": of_xs, "h": of_h0}

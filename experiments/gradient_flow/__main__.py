@@ -28,7 +28,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import jaxgru
 from experiments import char_lm, data, memory_tasks, runs
 from experiments.gradient_flow import observe, report
 from jaxgru import models
@@ -164,7 +163,7 @@ def as_network(params):
     if isinstance(params, memory_tasks.VanillaParams):
         return observe.vanilla_network(params)
     (layer,) = params.layers
-    return observe.Network(layer, params.w, params.b, jaxgru.CHO_2014)
+    return observe.Network(layer, params.w, params.b)
 
 
 def text_task(text, num_steps):
@@ -208,10 +207,10 @@ def inspect_run(args):
         table = params_of.embedding
         table = jnp.eye(len(vocabulary)) if table is None else table
         (layer,) = params_of.layers
-        network = observe.Network(layer, params_of.w, params_of.b, spec)
+        network = observe.Network(layer, params_of.w, params_of.b)
         seen.append(observe.observe(network, table[passages[:-1]], loss_fn))
     tokens, targets = jnp.asarray(passages[:-1]), jnp.asarray(passages[1:])
-    loss = models.token_loss(params, tokens, targets, spec=spec)[0]
+    loss = models.token_loss(params, tokens, targets)[0]
     record = {"test_loss": float(loss), "baseline": math.log(len(vocabulary))}
     record |= {"before": seen[0], "after": seen[1]}
     return {

@@ -1,5 +1,6 @@
 """What is seen of a network on a batch: credit over distance, Jacobians, gates; and three cases."""
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -18,12 +19,16 @@ REACHES = (0.1, 0.01)
 
 
 class Network(NamedTuple):
-    """A layer and its head: a GRU's params with a spec, or a `memory_tasks.VanillaParams`."""
+    """A layer and its head: a `jaxgru.GRUParams`, or a `memory_tasks.VanillaParams`."""
 
     params: Any
     w: jax.Array  # [H, K]
     b: jax.Array  # [K]
-    spec: jaxgru.GRUSpec | None  # None for the tanh RNN
+
+    @property
+    def spec(self) -> jaxgru.GRUSpec | None:
+        """The equation; None for the tanh RNN."""
+        return self.params.spec if isinstance(self.params, jaxgru.GRUParams) else None
 
 
 def observe(network: Network, xs: Any, loss_fn: Any) -> dict[str, Any]:
@@ -62,20 +67,21 @@ def observe(network: Network, xs: Any, loss_fn: Any) -> dict[str, Any]:
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _look_gru(arrays, xs, static):
-    (params, w, b), (spec, loss_fn) = arrays, static
+def _look_gru(network, xs, loss_fn):
+    params, w, b = network
+    spec = params.spec
 
     def last_loss(h_last, hs):
         return loss_fn(hs[-1] @ w + b[None]).sum()
 
-    flow = diagnostics.gradient_flow(last_loss, params, xs, spec=spec)[1]
-    gates = diagnostics.gate_values(params, xs, spec=spec)
-    jacobians = diagnostics.sequence_jacobians(params, xs, spec=spec)
+    flow = diagnostics.gradient_flow(last_loss, params, xs)[1]
+    gates = diagnostics.gate_values(params, xs)
+    jacobians = diagnostics.sequence_jacobians(params, xs)
     seen = {
         "credit": flow.states,
         "paths": flow.paths._asdict(),
         "gates": {"reset": gates.reset, "kept": gates.kept},
-        "statistics": diagnostics.gate_statistics(params, xs, spec=spec),
+        "statistics": diagnostics.gate_statistics(params, xs),
     }
     if spec.reset == "before" and spec.activation == "tanh":
         off = jnp.linalg.norm(printed_jacobian(params, gates) - jacobians, axis=(-2, -1))
@@ -106,7 +112,7 @@ def _look_vanilla(params, xs, loss_fn):
 def _look(network, xs, loss_fn):
     if network.spec is None:
         return _look_vanilla(network.params, xs, loss_fn)
-    return _look_gru((network.params, network.w, network.b), xs, (network.spec, loss_fn))
+    return _look_gru(network, xs, loss_fn)
 
 
 def _spectra(jacobians):
@@ -158,10 +164,12 @@ def _case(params, x, h, signs, shift):
     """Three numbers of one case at one shift of the gates' biases."""
     size = h.shape[-1]
     moves = jnp.concatenate([jnp.full(size, sign * shift, h.dtype) for sign in (*signs, 0)])
-    params = params._replace(b_x=params.b_x + moves)
+    params = dataclasses.replace(params, b_x=params.b_x + moves)
     gates = jax.tree.map(lambda v: v[0], diagnostics.gate_values(params, x[None], h))
     full, printed = diagnostics.step_jacobian(params, x, h), printed_jacobian(params, gates)
-    open_ = params._replace(b_x=params.b_x + jnp.repeat(jnp.array([60.0, 0, 0], h.dtype), size))
+    open_ = dataclasses.replace(
+        params, b_x=params.b_x + jnp.repeat(jnp.array([60.0, 0, 0], h.dtype), size)
+    )
     candidate = diagnostics.gate_values(open_, x[None], h).candidate[0]
     limit = {
         (0, 1): jnp.eye(size, dtype=h.dtype)[None],
@@ -173,7 +181,7 @@ def _case(params, x, h, signs, shift):
 
 
 def vanilla_network(params: memory_tasks.VanillaParams) -> Network:
-    return Network(params, params.w, params.b, None)
+    return Network(params, params.w, params.b)
 
 
 def _quantiles(v):

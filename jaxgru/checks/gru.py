@@ -37,7 +37,7 @@ def check_gru(
       h0: [..., H]; None for zeros.
       mask: [T, ...] bool or None.
       resets: [T, ...] bool or None.
-      specs: equations to check, the three usual ones unless told.
+      specs: the equations to check with these arrays, by default the three usual ones.
       reverses: directions to check.
       policies: dicts of gradient, residuals, chunk_size and unroll, as `gru` takes them; unless
         told, every residuals of "bptt", whole and in chunks of two steps, and "tangent".
@@ -55,7 +55,7 @@ def check_gru(
     point, so minutes for the default grid of 42.
 
     >>> import jax.numpy as jnp
-    >>> params = GRUParams(jnp.ones((1, 3)), jnp.ones((1, 3)), None, None)
+    >>> params = GRUParams(jnp.ones((1, 3)), jnp.ones((1, 3)), spec=CHO_2014)
     >>> grid = {"specs": [CHO_2014], "reverses": [False], "policies": [{"residuals": "states"}]}
     >>> bool(check_gru(params, jnp.ones((2, 1)), **grid))
     True
@@ -63,12 +63,12 @@ def check_gru(
     policies = _POLICIES if policies is None else policies
     rows: list[GradientRow] = []
     for spec, reverse, policy in itertools.product(specs, reverses, policies):
-        choices = {"mask": mask, "resets": resets, "spec": spec, "reverse": reverse}
+        choices = {"mask": mask, "resets": resets, "reverse": reverse}
         choices |= gru_options or {}
         report = check_gradients(
             functools.partial(gru, **choices, **policy),
             functools.partial(gru, **choices, gradient="autodiff"),
-            params,
+            dataclasses.replace(params, spec=spec),
             xs,
             h0,
             **check_options,

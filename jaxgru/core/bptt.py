@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from jaxgru.core.cell import cut_recurrent, project, step
+from jaxgru.core.cell import project, split_recurrent, step
 from jaxgru.core.chunks import sweep
 from jaxgru.core.derivatives import (
     coefficients,
@@ -40,7 +40,7 @@ def _forward(static, params, steps, h0, scale, key):
 def _backward(static, residuals, cotangents):
     (params, steps, h0, scale, key), hs, gates, h_starts = residuals
     dh_last, dhs = (None if isinstance(ct, SymbolicZero) else ct for ct in cotangents)
-    dtype, recurrent = h_starts.dtype, cut_recurrent(params, static.spec)
+    dtype, recurrent = h_starts.dtype, split_recurrent(params)
     transposed, w_x_t = transpose_recurrent(recurrent), params.w_x.T
     dh_last = jnp.zeros_like(h0) if dh_last is None else dh_last
 
@@ -53,10 +53,10 @@ def _backward(static, residuals, cotangents):
             )
         h_tm1 = previous_states(static, h_start, hs, steps)
         if static.residuals == "states":
-            a = project(params, steps.xs, static.spec)
-            gates = step(recurrent, a, h_tm1, static.spec, scale)[1]
+            a = project(params, steps.xs)
+            gates = step(recurrent, a, h_tm1, scale)[1]
         steps = with_zoneout(static, steps, key, dh)
-        c = coefficients(gates, h_tm1, static.spec, scale)
+        c = coefficients(gates, h_tm1, params.spec, scale)
         if static.backend == "scan":
             dh, (dh_t, dp, dtap) = _backward_chunk(
                 static, transposed, dh, c, gates.norms, dhs, steps, scale
@@ -64,7 +64,7 @@ def _backward(static, residuals, cotangents):
         else:
             dh, (dh_t, dp, dtap) = _backward_fused(static, params, dh, c, dhs, steps, scale)
         da, du = gates_vjp(c, dh_t, dp)
-        of_chunk = params_vjp(params, steps.xs, gates, h_tm1, da, du, static.spec, scale)
+        of_chunk = params_vjp(params, steps.xs, gates, h_tm1, da, du, scale)
         dparams = jax.tree.map(jnp.add, dparams, of_chunk)
         dxs = inputs_vjp(params, w_x_t, steps.xs, da).astype(steps.xs.dtype)
         dtap = None if dtap is None else dtap.astype(steps.xs.dtype)

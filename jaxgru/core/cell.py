@@ -23,6 +23,8 @@ With half-precision parameters (bfloat16, float16) the operands of every product
 those of the weight gradients; sums, gates, the state and cotangents between products are float32.
 """
 
+import dataclasses
+import functools
 import math
 from typing import NamedTuple
 
@@ -32,7 +34,7 @@ import jax.numpy as jnp
 from jaxgru.core.checks import require_float
 from jaxgru.core.layer_norm import Norm, normalize
 from jaxgru.core.matmul import blocks, gates_and_candidate, like_row, matmul, state_dtype
-from jaxgru.core.parameters import CHO_2014, GRUParams, GRUSpec, require_params, require_spec
+from jaxgru.core.parameters import GRUParams, GRUSpec, require_params
 
 Array = jax.Array
 Norms = tuple[Norm | None, Norm | None, Norm | None]
@@ -58,22 +60,26 @@ class Gates(NamedTuple):
     norms: Norms = (None, None, None)
 
 
-class Recurrent(NamedTuple):
-    """What a step reads of the parameters, cut once: XLA would copy a slice at every step."""
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("w", "b_q", "g"), meta_fields=("spec",)
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Recurrent:
+    """What a step reads of the parameters, split once: XLA would copy a slice at every step."""
 
     w: tuple[Array, ...]  # (w_hr | w_hz, w_hn) for reset="before", (w_h,) for reset="after"
     b_q: Array | None  # [H], b_hn where it acts inside the reset gate
     g: tuple[Array | None, ...]  # the blocks of g_h
+    spec: GRUSpec
 
 
-def gru_cell(params: GRUParams, x: Array, h: Array, *, spec: GRUSpec = CHO_2014) -> Array:
+def gru_cell(params: GRUParams, x: Array, h: Array) -> Array:
     """One GRU step, h' from x and h; the module docstring has the equations.
 
     Args:
-      params: of one layer.
+      params: one layer's; its spec says which equation.
       x: [..., I], any leading axes, none included.
       h: [..., H], the same leading axes.
-      spec: which equation; Cho et al. 2014, eqs. 5-8, unless told.
 
     Returns:
       h' [..., H] in the dtype of the arguments. With half types the step computes in float32 and
@@ -93,7 +99,6 @@ def gru_cell(params: GRUParams, x: Array, h: Array, *, spec: GRUSpec = CHO_2014)
     input_size, hidden_size = require_params("gru_cell", params)
     require_float("gru_cell", "x", x, params.w_x.dtype)
     require_float("gru_cell", "h", h, params.w_x.dtype)
-    require_spec("gru_cell", spec)
     if x.ndim < 1 or x.shape[-1] != input_size:
         raise ValueError(
             f"gru_cell: x must have shape [..., I] with I={input_size} (rows of params.w_x), "
@@ -106,41 +111,41 @@ def gru_cell(params: GRUParams, x: Array, h: Array, *, spec: GRUSpec = CHO_2014)
             f"params.w_h), got {h.shape}."
         )
     params, x, h = jax.tree.map(jnp.asarray, (params, x, h))
-    a = project(params, x, spec)
+    a = project(params, x)
     h_wide = h.astype(state_dtype(h.dtype))
-    return step(cut_recurrent(params, spec), a, h_wide, spec)[0].astype(h.dtype)
+    return step(split_recurrent(params), a, h_wide)[0].astype(h.dtype)
 
 
-def project(params: GRUParams, xs: Array, spec: GRUSpec) -> tuple[Array, Array, Array]:
+def project(params: GRUParams, xs: Array) -> tuple[Array, Array, Array]:
     """a_r, a_z, a_n = N(x w_x) + every bias that acts outside the reset gate, in the state dtype.
 
     Three arrays rather than one of width 3H: a scan over them needs no slicing inside its loop.
     """
     a = [v for v, _ in input_products(params, xs)]
-    merged_biases = 3 if spec.reset == "before" else 2
+    merged_biases = 3 if params.spec.reset == "before" else 2
     for b, count in ((params.b_x, 3), (params.b_h, merged_biases)):
         if b is not None:
             a[:count] = [v + like_row(part, v) for v, part in zip(a, blocks(b)[:count])]
     return a[0], a[1], a[2]
 
 
-def cut_recurrent(params: GRUParams, spec: GRUSpec) -> Recurrent:
+def split_recurrent(params: GRUParams) -> Recurrent:
     """The weights, bias and gains that act on the state, in the pieces that `step` multiplies."""
-    before = spec.reset == "before"
+    before = params.spec.reset == "before"
     w = tuple(gates_and_candidate(params.w_h)) if before else (params.w_h,)
     b_q = None if before or params.b_h is None else blocks(params.b_h)[2]
-    return Recurrent(w, b_q, gain_blocks(params.g_h))
+    return Recurrent(w, b_q, gain_blocks(params.g_h), params.spec)
 
 
 def step(
     recurrent: Recurrent,
     a: tuple[Array, ...],
     h: Array,
-    spec: GRUSpec,
     scale: Array | None = None,
 ) -> tuple[Array, Gates]:
     """h' and the gates from the projected input a and the state h, all [..., H]."""
-    read, activation = read_state(h, scale), ACTIVATIONS[spec.activation]
+    spec, read = recurrent.spec, read_state(h, scale)
+    activation = ACTIVATIONS[spec.activation]
     if spec.reset == "before":
         w_rz, w_n = recurrent.w
         v_r, v_z = jnp.split(matmul(read, w_rz), 2, axis=-1)

@@ -3,6 +3,7 @@
 The equations and their symbols are those of `jaxgru.core.cell`.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -41,7 +42,7 @@ class Coefficients(NamedTuple):
 
 def transpose_recurrent(recurrent: Recurrent) -> Recurrent:
     """With w^T in place of w: what `step_vjp` reads, turned once and not at every step."""
-    return recurrent._replace(w=tuple(w.T for w in recurrent.w))
+    return dataclasses.replace(recurrent, w=tuple(w.T for w in recurrent.w))
 
 
 def coefficients(
@@ -103,7 +104,6 @@ def params_vjp(
     h_tm1: Array,
     da: Array,
     du: Array,
-    spec: GRUSpec,
     scale: Array | None = None,
 ) -> GRUParams:
     """The cotangents of all parameters, each one product over all leading axes (w_hn its own).
@@ -113,13 +113,14 @@ def params_vjp(
     sum of da or du, a gain that of its block times the normalized product.
     In the state dtype, whatever the parameters' own.
     """
-    (x, dv_x), of_w_h, rows = params_vjp_factors(params, xs, gates, h_tm1, da, du, spec, scale)
-    pieces = gates_and_candidate(params.w_h) if spec.reset == "before" else [params.w_h]
+    (x, dv_x), of_w_h, rows = params_vjp_factors(params, xs, gates, h_tm1, da, du, scale)
+    pieces = gates_and_candidate(params.w_h) if params.spec.reset == "before" else [params.w_h]
     dw_h = [weight_vjp(read, dv, w) for (read, dv), w in zip(of_w_h, pieces)]
     return GRUParams(
         weight_vjp(x, dv_x, params.w_x),
         dw_h[0] if len(dw_h) == 1 else jnp.concatenate(dw_h, axis=-1),
         *(None if d is None else sum_rows(d) for d in rows),
+        spec=params.spec,
     )
 
 
@@ -130,7 +131,6 @@ def params_vjp_factors(
     h_tm1: Array,
     da: Array,
     du: Array,
-    spec: GRUSpec,
     scale: Array | None = None,
 ) -> tuple[Pair, list[Pair], list[Array | None]]:
     """What `params_vjp` multiplies and sums over the leading axes.
@@ -142,8 +142,9 @@ def params_vjp_factors(
     input_norms = _input_norms(params, xs)
     dv_x = _normalize_vjp(gain_blocks(params.g_x), input_norms, da)
     dv_h = _normalize_vjp(gain_blocks(params.g_h), gates.norms, du)
-    reads = [read, gates.r * read] if spec.reset == "before" else [read]
-    dvs = gates_and_candidate(dv_h) if spec.reset == "before" else [dv_h]
+    before = params.spec.reset == "before"
+    reads = [read, gates.r * read] if before else [read]
+    dvs = gates_and_candidate(dv_h) if before else [dv_h]
     rows = [
         None if params.b_x is None else da,
         None if params.b_h is None else du,
@@ -190,7 +191,6 @@ def step_drive(
     txs: Array | None,
     gates: Gates,
     h_tm1: Array,
-    spec: GRUSpec,
     scale: Array | None = None,
 ) -> Array:
     """What the tangents of parameters and inputs add to th_t, in bulk over all leading axes.
@@ -200,8 +200,8 @@ def step_drive(
     after:   drive = (e_z + u_z) Z + (e_r + u_r) R + e_n A + u_n Q
     None stands for a tangent that is zero, and costs nothing.
     """
-    c, read = coefficients(gates, h_tm1, spec, scale), read_state(h_tm1, scale)
-    before = spec.reset == "before"
+    c, read = coefficients(gates, h_tm1, params.spec, scale), read_state(h_tm1, scale)
+    before = params.spec.reset == "before"
     c_r, c_z, *c_q = c.slopes if before else jnp.unstack(c.slopes[0], axis=-2)
     zero = jnp.zeros_like(h_tm1)
     e = [zero] * 3

@@ -1,7 +1,8 @@
 """The arrays of one GRU layer, and the static choice of its equation."""
 
 import dataclasses
-from typing import Any, Literal, NamedTuple, get_args
+import functools
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,22 +13,6 @@ from jaxgru.core.matmul import state_dtype
 Array = jax.Array
 Activation = Literal["tanh", "relu", "sigmoid", "softplus", "identity"]
 Scheme = Literal["orthogonal", "pytorch", "keras"]
-
-
-class GRUParams(NamedTuple):
-    """The arrays of one GRU layer, blocks r | z | n on the last axis.
-
-    An absent bias or gain is None, which is a legal pytree: optax, `jax.tree.map` and `jax.grad`
-    accept it. A gain, where there is one, normalizes its product gate by gate: see
-    `jaxgru.core.cell`.
-    """
-
-    w_x: Array  # [I, 3H]
-    w_h: Array  # [H, 3H]
-    b_x: Array | None  # [3H]
-    b_h: Array | None  # [3H]
-    g_x: Array | None = None  # [3H], of the normalized x w_x
-    g_h: Array | None = None  # [3H], of the normalized h w_h
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +48,55 @@ CHUNG_2014 = GRUSpec(reset="before", update="write")
 PYTORCH = GRUSpec(reset="after", update="keep")
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("w_x", "w_h", "b_x", "b_h", "g_x", "g_h"),
+    meta_fields=("spec",),
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class GRUParams:
+    """The arrays of one GRU layer, and the equation they belong to.
+
+    A pytree: its leaves are the arrays, blocks r | z | n (reset, update, candidate) on the last
+    axis. An array that is None has no leaf. `spec` is static: `jax.jit` compiles once for each, and
+    `jax.tree.map` over two GRUParams raises a ValueError unless their specs are equal.
+
+    To change a field, use `dataclasses.replace(params, spec=PYTORCH)`.
+
+    Attributes:
+      w_x: [I, 3H], the weights of the input.
+      w_h: [H, 3H], the weights of the state.
+      b_x: [3H] or None, the bias added to x w_x.
+      b_h: [3H] or None, the bias added to h w_h.
+      g_x: [3H] or None, the layer-norm scale of x w_x: with it, each gate's product is normalized.
+      g_h: [3H] or None, the layer-norm scale of h w_h.
+      spec: a `GRUSpec`. It has no default, so that weights of another library are never run with an
+        equation that nobody chose.
+
+    >>> params = init_gru(jax.random.key(0), 2, 3, spec=PYTORCH)
+    >>> params.spec.reset, len(jax.tree.leaves(params))
+    ('after', 4)
+    """
+
+    w_x: Array
+    w_h: Array
+    b_x: Array | None = None
+    b_h: Array | None = None
+    g_x: Array | None = None
+    g_h: Array | None = None
+    spec: GRUSpec = dataclasses.field(kw_only=True)
+
+    def arrays(self) -> dict[str, Array | None]:
+        """The arrays by name; None for what the layer does not have."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)[:-1]}
+
+
 def init_gru(
     key: Array,
     input_size: int,
     hidden_size: int,
     *,
+    spec: GRUSpec = CHO_2014,
     bias: bool = True,
     layer_norm: bool = False,
     scheme: Scheme = "orthogonal",
@@ -87,8 +116,10 @@ def init_gru(
       key: a `jax.random.key`.
       input_size: I, at least 1.
       hidden_size: H, at least 1.
+      spec: the equation, which the parameters keep: Cho et al. 2014 by default. Pass `PYTORCH` for
+        the GRU of PyTorch, cuDNN, Flax, Equinox and Keras.
       bias: False leaves both biases out (None).
-      layer_norm: True adds gains of one, so that every gate's products are normalized.
+      layer_norm: True adds layer-norm scales of one, so that every gate's products are normalized.
       scheme: "orthogonal" (default; Saxe et al. 2014, arXiv:1312.6120), "pytorch" or "keras".
       dtype: of every array; half types are drawn in float32 and rounded.
 
@@ -97,8 +128,8 @@ def init_gru(
 
     Raises:
       ValueError: a size is not positive, or the scheme is unknown.
-      TypeError: a size is no integer, or dtype is not one of float64 (which needs JAX's x64 mode),
-        float32, bfloat16 and float16.
+      TypeError: a size is no integer, spec is no GRUSpec, or dtype is not one of float64 (which
+        needs JAX's x64 mode), float32, bfloat16 and float16.
 
     Cost: the orthogonal schemes take three QR decompositions of [H, H] or one of [3H, H].
 
@@ -108,6 +139,7 @@ def init_gru(
     """
     require_count("init_gru", "input_size", input_size)
     require_count("init_gru", "hidden_size", hidden_size)
+    require_spec("init_gru", spec)
     require_choice("init_gru", "scheme", scheme, get_args(Scheme))
     dtype = require_dtype("init_gru", dtype)
     draw = state_dtype(dtype)
@@ -136,15 +168,15 @@ def init_gru(
         w_x = per_gate(init.lecun_normal(), key_x, input_size)
         w_h = per_gate(init.orthogonal(), key_h, hidden_size)
     biases = (b_x, b_h) if bias else (None, None)
-    gains = (jnp.ones(3 * hidden_size, draw),) * 2 if layer_norm else (None, None)
-    params = GRUParams(w_x, w_h, *biases, *gains)
+    scales = (jnp.ones(3 * hidden_size, draw),) * 2 if layer_norm else (None, None)
+    params = GRUParams(w_x, w_h, *biases, *scales, spec=spec)
     return jax.tree.map(lambda v: v.astype(dtype), params)
 
 
-def require_spec(function: str, spec: Any) -> None:
+def require_spec(function: str, spec: Any, argument: str = "spec") -> None:
     """TypeError unless spec is a GRUSpec."""
     if not isinstance(spec, GRUSpec):
-        raise TypeError(f"{function}: spec must be a GRUSpec, got {spec!r}.")
+        raise TypeError(f"{function}: {argument} must be a GRUSpec, got {spec!r}.")
 
 
 def require_params(function: str, params: Any, argument: str = "params") -> tuple[int, int]:
@@ -152,7 +184,8 @@ def require_params(function: str, params: Any, argument: str = "params") -> tupl
     if not isinstance(params, GRUParams):
         raise TypeError(f"{function}: {argument} must be a GRUParams, got {type(params).__name__}.")
     require_float(function, f"{argument}.w_x", params.w_x)
-    arrays: dict[str, Any] = params._asdict()
+    require_spec(function, params.spec, f"{argument}.spec")
+    arrays: dict[str, Any] = params.arrays()
     for name in ("w_x", "w_h"):
         value = arrays[name]
         require_float(function, f"{argument}.{name}", value, params.w_x.dtype)

@@ -32,7 +32,7 @@ from jaxgru.core.checks import (
 from jaxgru.core.chunks import default_chunk_size, default_residuals
 from jaxgru.core.flags import Steps, truncation_cuts
 from jaxgru.core.noise import draw_scale
-from jaxgru.core.parameters import CHO_2014, GRUParams, GRUSpec, require_params, require_spec
+from jaxgru.core.parameters import GRUParams, require_params
 from jaxgru.core.scan import Residuals, Static, scan_gru
 from jaxgru.core.sharding import vary_alike
 from jaxgru.core.tangent import gru_tangent
@@ -61,7 +61,6 @@ def gru(
     *,
     mask: Array | None = None,
     resets: Array | None = None,
-    spec: GRUSpec = CHO_2014,
     reverse: bool = False,
     gradient: Gradient = "bptt",
     residuals: Residuals | None = None,
@@ -88,19 +87,19 @@ def gru(
     deterministic.
 
     Args:
-      params: one layer's, in the dtype of xs and h0 (float64, float32, bfloat16 or float16).
+      params: one layer's, in the dtype of xs and h0 (float64, float32, bfloat16 or float16); its
+        spec says which equation.
       xs: [T, ..., I]: time, any batch axes or none, input. T may be 0.
       h0: [..., H]; None for zeros.
       mask: [T, ...] bool, True where a step is real. Whatever xs holds elsewhere, NaN included,
         changes no value and no gradient. `length_mask` makes one from lengths.
       resets: [T, ...] bool, True where the state is set to zero before step t, on held steps too.
-      spec: which equation; the default is Cho et al. 2014, eqs. 5-8.
       reverse: from the last step to the first; hs keeps the order of xs.
       gradient: "bptt" for reverse mode, the fastest. "tangent" for everything else: jvp, jacfwd,
         linearize, hessian, any order; **forward mode of "bptt" raises a TypeError in JAX: ask for
         gradient="tangent" there.** "autodiff" for the reference.
-      residuals: what "bptt" keeps for its backward sweep. "gates": hs and r, z, n (and q, where
-        spec.reset="after"). "states": hs; the gates are redone in bulk products. "boundaries": one
+      residuals: what "bptt" keeps for its backward sweep. "gates": hs and r, z, n (and q, for
+        reset="after"). "states": hs; the gates are redone in bulk products. "boundaries": one
         state a chunk; the chunk is run again. None picks by size between the first two: "states"
         for many rows of few numbers (T B H above 2^19 and I + H up to 256), whose gates are redone
         sooner than stored; "gates" where a size is symbolic.
@@ -173,7 +172,7 @@ def gru(
     >>> hs.shape, bool(jnp.all(h_last == hs[-1]))
     ((5, 4, 3), True)
     """
-    _require_choices(spec, reverse, gradient, residuals, chunk_size, unroll, truncate)
+    _require_choices(reverse, gradient, residuals, chunk_size, unroll, truncate)
     rates = {"recurrent_dropout": recurrent_dropout, "zoneout": zoneout}
     require_rates("gru", rates, key, deterministic)
     xs, mask, resets, axis = _require_arrays(params, xs, h0, mask, resets, axis)
@@ -204,7 +203,6 @@ def gru(
     if gradient == "bptt" and chunk_size is None and (residuals == "boundaries" or not fused):
         chunk_size = default_chunk_size(xs.shape[0], h0, residuals)
     static = Static(
-        spec,
         reverse,
         residuals,
         chunk_size,
@@ -226,12 +224,11 @@ def _zero_state(params, xs):
 
     Only their type comes from the product; no value of it is used and jit leaves it out.
     """
-    return jnp.zeros_like(project(params, xs.sum(axis=0), CHO_2014)[0], dtype=xs.dtype)
+    return jnp.zeros_like(project(params, xs.sum(axis=0))[0], dtype=xs.dtype)
 
 
-def _require_choices(spec, reverse, gradient, residuals, chunk_size, unroll, truncate):
+def _require_choices(reverse, gradient, residuals, chunk_size, unroll, truncate):
     """TypeError or ValueError naming the choice that is none."""
-    require_spec("gru", spec)
     require_choice("gru", "gradient", gradient, get_args(Gradient))
     if residuals is not None:
         require_choice("gru", "residuals", residuals, get_args(Residuals))

@@ -5,11 +5,10 @@ from typing import Any, Literal
 
 from jax import lax
 
-from jaxgru.core.cell import cut_recurrent, project, step
+from jaxgru.core.cell import project, split_recurrent, step
 from jaxgru.core.chunks import sweep
 from jaxgru.core.flags import add_tap, hold, stop_where, with_zoneout, zero_where
 from jaxgru.core.matmul import state_dtype
-from jaxgru.core.parameters import GRUSpec
 from jaxgru.experimental.fused.kernels import Backend, fused_forward
 
 Residuals = Literal["gates", "states", "boundaries"]
@@ -19,7 +18,6 @@ Residuals = Literal["gates", "states", "boundaries"]
 class Static:
     """The choices of a call that are not arrays."""
 
-    spec: GRUSpec
     reverse: bool
     residuals: Residuals
     chunk_size: int | None  # None: the whole sequence at once
@@ -43,7 +41,7 @@ def forward(static, params, steps, h0, scale, key, *, keep_gates):
         h_end, outputs = forward_chunk(static, params, recurrent, h, steps, scale, key, keep_gates)
         return h_end, outputs, h
 
-    h, recurrent = h0.astype(state_dtype(h0.dtype)), cut_recurrent(params, static.spec)
+    h, recurrent = h0.astype(state_dtype(h0.dtype)), split_recurrent(params)
     h, outputs, h_starts = sweep(static.chunk_size, chunk, h, steps, None, reverse=static.reverse)
     return h.astype(h0.dtype), outputs, h_starts
 
@@ -54,12 +52,12 @@ def forward_chunk(static, params, recurrent, h, steps, scale, key, keep_gates) -
     def body(h, inputs):
         a, mask, resets, cuts, tap = inputs
         h_tm1 = stop_where(cuts, zero_where(resets, h))
-        h_t, gates = step(recurrent, a, h_tm1, static.spec, scale)
+        h_t, gates = step(recurrent, a, h_tm1, scale)
         h_t = add_tap(hold(static, mask, h_t, h_tm1), tap)
         return h_t, (h_t.astype(steps.xs.dtype), gates if keep_gates else None)
 
     steps = with_zoneout(static, steps, key, h)
-    a = project(params, steps.xs, static.spec)
+    a = project(params, steps.xs)
     if static.backend != "scan":
         return fused_forward(static, params, h, a, steps, scale, keep_gates)
     inputs = (a, steps.mask, steps.resets, steps.cuts, steps.tap)

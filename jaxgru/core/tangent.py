@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from jaxgru.core.cell import cut_recurrent, project, step
+from jaxgru.core.cell import project, split_recurrent, step
 from jaxgru.core.derivatives import coefficients, step_drive, step_jvp
 from jaxgru.core.flags import add_tap, hold, previous_states, with_zoneout, zero_where
 from jaxgru.core.matmul import state_dtype
@@ -28,11 +28,11 @@ def _gru_tangent_jvp(static, primals, tangents):
         is_leaf=lambda t: isinstance(t, SymbolicZero),
     )
     h_last, hs = gru_tangent(static, *primals)  # itself differentiable: every order
-    spec, dtype = static.spec, state_dtype(h0.dtype)
+    dtype = state_dtype(h0.dtype)
     h_tm1 = previous_states(static, h0.astype(dtype), hs, steps)
-    recurrent = cut_recurrent(params, spec)
-    gates = step(recurrent, project(params, steps.xs, spec), h_tm1, spec, scale)[1]
-    drive = step_drive(params, tparams, steps.xs, txs, gates, h_tm1, spec, scale)
+    recurrent = split_recurrent(params)
+    gates = step(recurrent, project(params, steps.xs), h_tm1, scale)[1]
+    drive = step_drive(params, tparams, steps.xs, txs, gates, h_tm1, scale)
     th0 = (jnp.zeros_like(h0) if th0 is None else th0).astype(dtype)
     steps = with_zoneout(static, steps, key, th0)
 
@@ -43,7 +43,7 @@ def _gru_tangent_jvp(static, primals, tangents):
         th_t = add_tap(hold(static, mask, th_t, th_tm1), ttap)
         return th_t, th_t.astype(hs.dtype)
 
-    c = coefficients(gates, h_tm1, spec, scale)
+    c = coefficients(gates, h_tm1, params.spec, scale)
     inputs = (c, gates.norms, drive, steps.mask, steps.resets, steps.cuts, ttap)
     th, ths = lax.scan(body, th0, inputs, reverse=static.reverse, unroll=static.unroll)
     return (h_last, hs), (th.astype(h_last.dtype), ths)

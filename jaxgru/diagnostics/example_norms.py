@@ -11,7 +11,7 @@ from jax import lax
 from jaxgru.core.derivatives import gates_vjp, params_vjp_factors
 from jaxgru.core.layer_norm import normalize_vjp
 from jaxgru.core.matmul import blocks, matmul
-from jaxgru.core.parameters import CHO_2014, GRUParams, GRUSpec
+from jaxgru.core.parameters import GRUParams
 from jaxgru.diagnostics.traces import (
     by_gru,
     choose,
@@ -34,7 +34,6 @@ def example_gradient_norms(
     *,
     mask: Array | None = None,
     resets: Array | None = None,
-    spec: GRUSpec = CHO_2014,
     merge: Merge = "concat",
     residual: bool = False,
 ) -> tuple[Array, Any]:
@@ -57,7 +56,6 @@ def example_gradient_norms(
       h0: as in `gru_stack`.
       mask: [T, ...] bool.
       resets: [T, ...] bool.
-      spec: which equation.
       merge: as in `gru_stack`.
       residual: as in `gru_stack`.
 
@@ -79,20 +77,20 @@ def example_gradient_norms(
     >>> norms.w_x.shape
     (4,)
     """
-    options = {"mask": mask, "resets": resets, "spec": spec}
+    options = {"mask": mask, "resets": resets}
     require_sequence("example_gradient_norms", params, xs, h0, mask, resets, merge, residual)
     loss, (_, taps) = tapped(
         "example_gradient_norms", loss_fn, params, xs, h0, merge, residual, options
     )
-    layers = trace_layers(params, xs, h0, mask, resets, spec, merge, residual)
+    layers = trace_layers(params, xs, h0, mask, resets, merge, residual)
     norms = [
-        tuple(_example_norms(trace, tap.hs, spec) for trace, tap in zip(traces, of_layer))
+        tuple(_example_norms(trace, tap.hs) for trace, tap in zip(traces, of_layer))
         for traces, of_layer in zip(layers, by_gru(params, taps))
     ]
     return loss, like_params(params, norms)
 
 
-def _example_norms(trace, dhs, spec):
+def _example_norms(trace, dhs):
     """A GRUParams of norms [...], from dL/dh_t [T, ..., H]."""
     g = choose(trace.mask, dhs, jnp.zeros_like(dhs)).astype(trace.h_tm1.dtype)
     c, dp = trace.c, None
@@ -100,13 +98,14 @@ def _example_norms(trace, dhs, spec):
         dv = normalize_vjp(g * c.a, trace.recurrent.g[2], trace.gates.norms[2])
         dp = matmul(dv, blocks(trace.params.w_h)[2].T)
     of_w_x, of_w_h, rows = params_vjp_factors(
-        trace.params, trace.xs, trace.gates, trace.h_tm1, *gates_vjp(c, g, dp), spec
+        trace.params, trace.xs, trace.gates, trace.h_tm1, *gates_vjp(c, g, dp)
     )
     of_w_h = [_outer_square(*pair) for pair in of_w_h]
     return GRUParams(
         jnp.sqrt(_outer_square(*of_w_x)),
         jnp.sqrt(sum(of_w_h[1:], of_w_h[0])),
         *(None if d is None else norm(d.sum(axis=0)) for d in rows),
+        spec=trace.params.spec,
     )
 
 

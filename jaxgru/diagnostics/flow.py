@@ -28,7 +28,7 @@ from jax import lax
 from jaxgru.core.checks import require_flags, require_float
 from jaxgru.core.layer_norm import normalize_vjp
 from jaxgru.core.matmul import blocks, matmul
-from jaxgru.core.parameters import CHO_2014, GRUParams, GRUSpec
+from jaxgru.core.parameters import GRUParams
 from jaxgru.diagnostics.traces import (
     by_gru,
     choose,
@@ -69,7 +69,6 @@ def gradient_flow(
     *,
     mask: Array | None = None,
     resets: Array | None = None,
-    spec: GRUSpec = CHO_2014,
     merge: Merge = "concat",
     residual: bool = False,
 ) -> tuple[Array, Any]:
@@ -86,7 +85,6 @@ def gradient_flow(
       h0: as for those; None for zeros.
       mask: [T, ...] bool.
       resets: [T, ...] bool.
-      spec: which equation.
       merge: as in `gru_stack`.
       residual: as in `gru_stack`.
 
@@ -106,10 +104,10 @@ def gradient_flow(
     >>> flow.states.shape, bool(flow.states[0] < flow.states[-1])
     ((5,), True)
     """
-    options = {"mask": mask, "resets": resets, "spec": spec}
+    options = {"mask": mask, "resets": resets}
     require_sequence("gradient_flow", params, xs, h0, mask, resets, merge, residual)
     loss, (_, taps) = tapped("gradient_flow", loss_fn, params, xs, h0, merge, residual, options)
-    layers = trace_layers(params, xs, h0, mask, resets, spec, merge, residual)
+    layers = trace_layers(params, xs, h0, mask, resets, merge, residual)
     flows = []
     for traces, of_layer in zip(layers, by_gru(params, taps)):
         flows.append(
@@ -129,7 +127,6 @@ def gradient_paths(
     *,
     mask: Array | None = None,
     resets: Array | None = None,
-    spec: GRUSpec = CHO_2014,
     reverse: bool = False,
 ) -> Paths:
     """What every step sends back to the state before it, split by path; the module has equations.
@@ -141,7 +138,6 @@ def gradient_paths(
       h0: [..., H]; None for zeros.
       mask: [T, ...] bool; a held step sends everything along "kept".
       resets: [T, ...] bool; a reset step sends nothing.
-      spec: which equation.
       reverse: as in `gru`; "before" is then the step t + 1.
 
     Returns:
@@ -170,7 +166,7 @@ def gradient_paths(
     wanted = (*xs.shape[:-1], params.w_h.shape[0])
     if dhs.shape != wanted:
         raise ValueError(f"gradient_paths: dhs must have shape {wanted}, got {dhs.shape}.")
-    ((trace,),) = trace_layers(params, xs, h0, mask, resets, spec, reverse=reverse)
+    ((trace,),) = trace_layers(params, xs, h0, mask, resets, reverse=reverse)
     return _paths(trace, dhs)
 
 

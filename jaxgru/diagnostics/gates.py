@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxgru.core.parameters import CHO_2014, GRUSpec
 from jaxgru.diagnostics.traces import like_params, require_sequence, trace_layers
 from jaxgru.stacks import Merge
 
@@ -41,7 +40,6 @@ def gate_statistics(
     *,
     mask: Array | None = None,
     resets: Array | None = None,
-    spec: GRUSpec = CHO_2014,
     merge: Merge = "concat",
     residual: bool = False,
     low: float = 0.1,
@@ -60,7 +58,6 @@ def gate_statistics(
       h0: as in `gru_stack`.
       mask: [T, ...] bool; only real steps count.
       resets: [T, ...] bool.
-      spec: which equation.
       merge: as in `gru_stack`.
       residual: as in `gru_stack`.
       low: a gate below is closed.
@@ -87,7 +84,7 @@ def gate_statistics(
         raise ValueError(
             f"gate_statistics: low and high must satisfy 0 <= low < high <= 1, got {low}, {high}."
         )
-    layers = trace_layers(params, xs, h0, mask, resets, spec, merge, residual)
+    layers = trace_layers(params, xs, h0, mask, resets, merge, residual)
     return like_params(
         params, [tuple(_statistics(trace, low, high) for trace in traces) for traces in layers]
     )
@@ -100,7 +97,6 @@ def gate_values(
     *,
     mask: Array | None = None,
     resets: Array | None = None,
-    spec: GRUSpec = CHO_2014,
     merge: Merge = "concat",
     residual: bool = False,
 ) -> Any:
@@ -112,7 +108,6 @@ def gate_values(
       h0: as in `gru_stack`.
       mask: [T, ...] bool; gates of held steps act on nothing, and are those of an input of zeros.
       resets: [T, ...] bool.
-      spec: which equation.
       merge: as in `gru_stack`.
       residual: as in `gru_stack`.
 
@@ -131,7 +126,7 @@ def gate_values(
     (5, 3)
     """
     require_sequence("gate_values", params, xs, h0, mask, resets, merge, residual)
-    layers = trace_layers(params, xs, h0, mask, resets, spec, merge, residual)
+    layers = trace_layers(params, xs, h0, mask, resets, merge, residual)
 
     values = [tuple(GateValues(*t.gates[:3], t.c.k) for t in traces) for traces in layers]
     return like_params(params, values)

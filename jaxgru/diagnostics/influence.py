@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxgru.core.cell import Gates, cut_recurrent, project, step
+from jaxgru.core.cell import Gates, project, split_recurrent, step
 from jaxgru.core.checks import require_choice
 from jaxgru.core.derivatives import (
     Coefficients,
@@ -31,7 +31,6 @@ from jaxgru.core.derivatives import (
     transpose_recurrent,
 )
 from jaxgru.core.matmul import blocks, state_dtype
-from jaxgru.core.parameters import CHO_2014, GRUSpec
 from jaxgru.diagnostics.jacobians import own_slopes
 from jaxgru.diagnostics.traces import (
     as_stack,
@@ -56,7 +55,6 @@ def rtrl(
     *,
     mask: Array | None = None,
     resets: Array | None = None,
-    spec: GRUSpec = CHO_2014,
     residual: bool = False,
     influence: Influence = "exact",
 ) -> tuple[Array, Any]:
@@ -71,7 +69,6 @@ def rtrl(
       mask: [T, ...] bool; a held step keeps its state and its influence, and its loss counts: leave
         it out of loss_fn through the targets where it should not.
       resets: [T, ...] bool; a reset step forgets its influence as well.
-      spec: which equation.
       residual: as in `gru_stack`.
       influence: "exact", which is the gradient of backpropagation through time; or "snap-1", which
         keeps only those entries of P that are not zero after one step (Menick et al. 2021,
@@ -103,9 +100,7 @@ def rtrl(
     require_choice("rtrl", "influence", influence, get_args(Influence))
     layers = jax.tree.map(jnp.asarray, tuple(as_stack(params)))
     _require_forward(layers, influence)
-    _require_run(
-        layers, xs, h0 if h0 is None else as_states(params, h0), mask, resets, spec, residual
-    )
+    _require_run(layers, xs, h0 if h0 is None else as_states(params, h0), mask, resets, residual)
     lead, dtype = xs.shape[1:-1], state_dtype(xs.dtype)
     given = [None] * len(layers) if h0 is None else as_states(params, h0)
     states = [init_state(p, lead) if h is None else h for p, h in zip(layers, given)]
@@ -126,14 +121,14 @@ def rtrl(
         states, influences, loss, grads = carry
         x, target, *flags = inputs
         flags = [None if f is None else f[..., None] for f in flags]
-        states, influences, y, pull = follow(layers, x, states, influences, flags, spec, residual)
+        states, influences, y, pull = follow(layers, x, states, influences, flags, residual)
         value, dy = jax.value_and_grad(loss_fn)(y.astype(xs.dtype), target)
         grads = jax.tree.map(jnp.add, grads, pull(dy.astype(dtype)))
         return (states, influences, loss + value.astype(loss.dtype), grads), None
 
     grads = jax.tree.map(lambda v: jnp.zeros_like(v, dtype=dtype), layers)
     loss = jnp.zeros((), state_dtype(jax.eval_shape(loss_fn, output, first).dtype))
-    carry = (states, start(layers, lead, dtype, spec), loss, grads)
+    carry = (states, start(layers, lead, dtype), loss, grads)
     (_, _, loss, grads), _ = lax.scan(body, carry, (xs, targets, mask, resets))
     grads = jax.tree.map(lambda d, p: d.astype(p.dtype), grads, layers)
     return loss, jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(grads))
@@ -151,11 +146,11 @@ class _Linear(NamedTuple):
     du: Array  # [..., H, 3H]: dh'_i by h w_h + b_h
 
 
-def _linearize(params, x, h, spec):
+def _linearize(params, x, h):
     """The step from x and h, and `step_vjp` of every unit cotangent."""
-    recurrent, lead = cut_recurrent(params, spec), h.ndim - 1
-    h_t, gates = step(recurrent, project(params, x, spec), h, spec)
-    c = coefficients(gates, h, spec)
+    recurrent, lead = split_recurrent(params), h.ndim - 1
+    h_t, gates = step(recurrent, project(params, x), h)
+    c = coefficients(gates, h, params.spec)
     rows, norms, x = jax.tree.map(lambda v: jnp.expand_dims(v, lead), (c, gates.norms, x))
     units = jnp.eye(h.shape[-1], dtype=h.dtype)
     units = units.reshape((1,) * lead + units.shape)
@@ -164,7 +159,7 @@ def _linearize(params, x, h, spec):
     return _Linear(h_t, gates, c, by_state, inputs_vjp(params, params.w_x.T, x, da), da, du)
 
 
-def _immediate(params, x, h, gates, da, du, spec):
+def _immediate(params, x, h, gates, da, du):
     """I: x^T da, h^T du, ... of every row of da and du by itself, leaves [..., (H,) *shape].
 
     The leading axes of x are those of da, which may have one more, the unit of h'.
@@ -173,7 +168,7 @@ def _immediate(params, x, h, gates, da, du, spec):
     def of_row(x, gates, h, da, du):
         single: Any = jax.tree.map(lambda v: v[None], (x, gates, h, da, du))
         x, gates, h, da, du = single
-        return params_vjp(params, x, gates, h, da, du, spec)
+        return params_vjp(params, x, gates, h, da, du)
 
     if da.ndim > x.ndim:
         of_row = jax.vmap(of_row, (None, None, None, 0, 0))
@@ -182,7 +177,7 @@ def _immediate(params, x, h, gates, da, du, spec):
     return of_row(x, gates, h, da, du)
 
 
-def _start(layers, lead, dtype, spec):
+def _start(layers, lead, dtype):
     """P_0: for each layer a tuple, by the parameters of each layer up to it; leaves [..., H, *]."""
 
     def by(params, size):
@@ -192,7 +187,7 @@ def _start(layers, lead, dtype, spec):
     return tuple(tuple(by(p, size) for p in layers[: n + 1]) for n, size in enumerate(sizes))
 
 
-def _follow(layers, x, states, influences, flags, spec, residual):
+def _follow(layers, x, states, influences, flags, residual):
     """One step of states and influences: P^l = J^l P^l + (dh^l/dx^l) P of x^l + I^l."""
     mask, resets = flags
     new_states, new_influences = [], []
@@ -200,8 +195,8 @@ def _follow(layers, x, states, influences, flags, spec, residual):
     for params, h, of_h in zip(layers, states, influences):
         h, of_h = zero_where(resets, h), jax.tree.map(lambda p: zero_where(resets, p), of_h)
         x = choose(mask, y, jnp.zeros_like(y))
-        now = _linearize(params, x, h, spec)
-        own = _immediate(params, x, h, now.gates, now.da, now.du, spec)
+        now = _linearize(params, x, h)
+        own = _immediate(params, x, h, now.gates, now.da, now.du)
         moved = [_times(now.by_state, p) for p in of_h]
         through = [_times(now.by_input, p) for p in of_y]
         moved = [jax.tree.map(jnp.add, a, b) for a, b in zip(moved, (*through, own))]
@@ -220,36 +215,36 @@ def _follow(layers, x, states, influences, flags, spec, residual):
     return tuple(new_states), tuple(new_influences), y, pull
 
 
-def _start_snap(layers, lead, dtype, spec):
+def _start_snap(layers, lead, dtype):
     """P_0 of SnAp-1: for each parameter the unit it belongs to; and of the reset gate all units.
 
     The second, leaves [..., H, *shape of a block], is None for "after", where I is diagonal.
     """
     (params,) = layers
     own = jax.tree.map(lambda v: jnp.zeros((*lead, *v.shape), dtype), params)
-    if spec.reset == "after":
+    if params.spec.reset == "after":
         return own, None
     of_r = jax.tree.map(lambda v: blocks(v)[0], params)
     size = params.w_h.shape[0]
     return own, jax.tree.map(lambda v: jnp.zeros((*lead, size, *v.shape), dtype), of_r)
 
 
-def _follow_snap(layers, x, states, influences, flags, spec, _):
+def _follow_snap(layers, x, states, influences, flags, _):
     """One step of the state and of the entries of P that SnAp-1 keeps."""
     ((params,), (h,), (own, of_r), (mask, resets)) = layers, states, influences, flags
     h = zero_where(resets, h)
     held = jax.tree.map(lambda p: zero_where(resets, p), (own, of_r))
     x = choose(mask, x, jnp.zeros_like(x))
-    h_t, gates = step(cut_recurrent(params, spec), project(params, x, spec), h, spec)
-    c = coefficients(gates, h, spec)
+    h_t, gates = step(split_recurrent(params), project(params, x), h)
+    c = coefficients(gates, h, params.spec)
     itself = own_slopes(params, c)
     dp = None if of_r is None else jnp.zeros_like(h)
     da, du = gates_vjp(c, jnp.ones_like(h), dp)  # I is diagonal: all its rows at once
-    immediate = _immediate(params, x, h, gates, da, du, spec)
+    immediate = _immediate(params, x, h, gates, da, du)
     own = jax.tree.map(lambda p, i: _by_unit(itself, p) + i, held[0], immediate)
     if of_r is not None:
-        now = _linearize(params, x, h, spec)
-        immediate = _immediate(params, x, h, now.gates, now.da, now.du, spec)
+        now = _linearize(params, x, h)
+        immediate = _immediate(params, x, h, now.gates, now.da, now.du)
         moved = _times(now.by_state, held[1])
         of_r = jax.tree.map(lambda p, i: p + blocks(i)[0], moved, immediate)
     own, of_r = jax.tree.map(lambda a, b: choose(mask, a, b), (own, of_r), held)
@@ -304,11 +299,11 @@ def _require_forward(layers, influence):
         )
 
 
-def _require_run(layers, xs, h0, mask, resets, spec, residual):
+def _require_run(layers, xs, h0, mask, resets, residual):
     """The errors of `gru_stack`, by tracing it."""
 
     def run(layers, xs, h0, mask, resets):
-        options = {"mask": mask, "resets": resets, "spec": spec, "residual": residual}
+        options = {"mask": mask, "resets": resets, "residual": residual}
         return gru_stack(layers, xs, h0, **options)
 
     jax.eval_shape(run, layers, xs, h0, mask, resets)

@@ -17,12 +17,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxgru.core.cell import cut_recurrent, gru_cell, project, step
+from jaxgru.core.cell import gru_cell, project, split_recurrent, step
 from jaxgru.core.checks import require_flags, require_float
 from jaxgru.core.derivatives import Coefficients, coefficients, step_drive
 from jaxgru.core.layer_norm import Norm, normalize_jvp
 from jaxgru.core.matmul import blocks, like_row, matmul, state_dtype
-from jaxgru.core.parameters import CHO_2014, GRUParams, GRUSpec
+from jaxgru.core.parameters import GRUParams
 from jaxgru.diagnostics.traces import (
     Trace,
     as_stack,
@@ -36,7 +36,7 @@ from jaxgru.stacks import Bidirectional
 Array = jax.Array
 
 
-def step_jacobian(params: GRUParams, x: Array, h: Array, *, spec: GRUSpec = CHO_2014) -> Array:
+def step_jacobian(params: GRUParams, x: Array, h: Array) -> Array:
     """J = dh'/dh of one step, in closed form: J[i, j] = dh'_i / dh_j; the module has the equation.
 
     Args:
@@ -44,7 +44,6 @@ def step_jacobian(params: GRUParams, x: Array, h: Array, *, spec: GRUSpec = CHO_
       x: [..., I], any leading axes: with xs [T, ..., I] and the state before each step it gives
         every step of a sequence at once.
       h: [..., H], the state before the step.
-      spec: which equation.
 
     Returns:
       [..., H, H], in the state dtype (float32 for half types).
@@ -61,12 +60,10 @@ def step_jacobian(params: GRUParams, x: Array, h: Array, *, spec: GRUSpec = CHO_
     >>> bool(jnp.allclose(step_jacobian(params, x, h), wanted, atol=1e-6))
     True
     """
-    return jnp.swapaxes(_state_map(_trace_step(params, x, h, spec)), -1, -2)
+    return jnp.swapaxes(_state_map(_trace_step(params, x, h)), -1, -2)
 
 
-def step_jacobian_diagonal(
-    params: GRUParams, x: Array, h: Array, *, spec: GRUSpec = CHO_2014
-) -> Array:
+def step_jacobian_diagonal(params: GRUParams, x: Array, h: Array) -> Array:
     """The diagonal of dh'/dh: what each unit's own past does to it.
 
         after:   K + d(w_hz) Z + d(w_hr) R + d(w_hn) Q,    d the diagonal
@@ -76,7 +73,6 @@ def step_jacobian_diagonal(
       params: of one layer.
       x: [..., I].
       h: [..., H], the state before the step.
-      spec: which equation.
 
     Returns:
       [..., H], in the state dtype.
@@ -87,13 +83,13 @@ def step_jacobian_diagonal(
     Cost: H operations a row for "after", H^2 for "before"; with gains the whole Jacobian is made.
 
     >>> from jaxgru import PYTORCH, init_gru
-    >>> params, x, h = init_gru(jax.random.key(0), 2, 3), jnp.ones(2), jnp.zeros(3)
-    >>> whole = step_jacobian(params, x, h, spec=PYTORCH)
-    >>> own = step_jacobian_diagonal(params, x, h, spec=PYTORCH)
+    >>> params, x, h = init_gru(jax.random.key(0), 2, 3, spec=PYTORCH), jnp.ones(2), jnp.zeros(3)
+    >>> whole = step_jacobian(params, x, h)
+    >>> own = step_jacobian_diagonal(params, x, h)
     >>> bool(jnp.allclose(own, jnp.diagonal(whole), atol=1e-6))
     True
     """
-    trace = _trace_step(params, x, h, spec)
+    trace = _trace_step(params, x, h)
     if params.g_h is not None:
         return jnp.diagonal(_state_map(trace), axis1=-2, axis2=-1)
     return own_slopes(trace.params, trace.c)
@@ -110,9 +106,7 @@ def own_slopes(params: GRUParams, c: Coefficients) -> Array:
     return c.k + own_z * c_z + c.a * (c.reset * own_n + matmul(c_r, w_r.T * w_n))
 
 
-def step_jacobian_bound(
-    params: GRUParams, x: Array, h: Array, *, spec: GRUSpec = CHO_2014
-) -> Array:
+def step_jacobian_bound(params: GRUParams, x: Array, h: Array) -> Array:
     """An upper bound of the largest singular value of dh'/dh, from gates and spectral norms alone.
 
         after:   max K + max|Z| |w_hz| + max|R| |w_hr| + max|Q| |w_hn|
@@ -125,7 +119,6 @@ def step_jacobian_bound(
       params: of one layer.
       x: [..., I].
       h: [..., H], the state before the step.
-      spec: which equation.
 
     Returns:
       [...], in the state dtype.
@@ -141,7 +134,7 @@ def step_jacobian_bound(
     >>> bool(norm <= step_jacobian_bound(params, x, h))
     True
     """
-    trace = _trace_step(params, x, h, spec)
+    trace = _trace_step(params, x, h)
     c, dtype = trace.c, trace.h_tm1.dtype
     sizes = []
     for w, gain, norm in zip(blocks(trace.params.w_h), trace.recurrent.g, trace.gates.norms):
@@ -169,7 +162,6 @@ def sequence_jacobians(
     *,
     mask: Array | None = None,
     resets: Array | None = None,
-    spec: GRUSpec = CHO_2014,
     residual: bool = False,
     reverse: bool = False,
 ) -> Array:
@@ -186,7 +178,6 @@ def sequence_jacobians(
       h0: as `gru` or `gru_stack` takes it; None for zeros.
       mask: [T, ...] bool; a held step has J = I.
       resets: [T, ...] bool; a reset step has J = 0.
-      spec: which equation.
       residual: as in `gru_stack`.
       reverse: from the last step to the first: J[t] is then dh_t/dh_{t+1}, and what takes them in
         the order of time wants J[::-1].
@@ -213,11 +204,11 @@ def sequence_jacobians(
             "sequence_jacobians: params must hold layers of one direction, got a Bidirectional; "
             "look at its forward and, with reverse=True, its backward by themselves."
         )
-    layers = trace_layers(params, xs, h0, mask, resets, spec, residual=residual, reverse=reverse)
+    layers = trace_layers(params, xs, h0, mask, resets, residual=residual, reverse=reverse)
     ends = list(itertools.accumulate(trace.h_tm1.shape[-1] for (trace,) in layers))
     columns, of_output = [], None
     for (trace,), end in zip(layers, ends):
-        column = _state_column(trace, end, ends[-1], of_output, spec)
+        column = _state_column(trace, end, ends[-1], of_output)
         columns.append(column)
         of_output = column + of_output if residual and of_output is not None else column
     return jnp.swapaxes(jnp.concatenate(columns, axis=-1), -1, -2)
@@ -337,13 +328,13 @@ def _decompose(decomposition, matrices):
     return lax.platform_dependent(matrices, cpu=one_by_one, default=decomposition)
 
 
-def _trace_step(params, x, h, spec):
+def _trace_step(params, x, h):
     """The trace of one step from any state; `gru_cell` is asked for its errors alone."""
-    jax.eval_shape(lambda *args: gru_cell(*args, spec=spec), params, x, h)
+    jax.eval_shape(lambda *args: gru_cell(*args), params, x, h)
     params, x, h = jax.tree.map(jnp.asarray, (params, x, h))
-    recurrent, h = cut_recurrent(params, spec), h.astype(state_dtype(h.dtype))
-    gates = step(recurrent, project(params, x, spec), h, spec)[1]
-    return Trace(params, recurrent, x, h, gates, coefficients(gates, h, spec), None, None)
+    recurrent, h = split_recurrent(params), h.astype(state_dtype(h.dtype))
+    gates = step(recurrent, project(params, x), h)[1]
+    return Trace(params, recurrent, x, h, gates, coefficients(gates, h, params.spec), None, None)
 
 
 def _state_map(trace):
@@ -367,7 +358,7 @@ def _state_map(trace):
     return kept + of_gate(1, w_z, c_z) + of_gate(2, matmul(read, w_n), c.a)
 
 
-def _state_column(trace, end, size, of_input, spec):
+def _state_column(trace, end, size, of_input):
     """The map of all layers' states to one's, [..., S, H]: its own M, and what its input brings."""
     real = _state_map(trace)
     lead, hidden_size = real.ndim - 2, real.shape[-1]
@@ -376,18 +367,18 @@ def _state_column(trace, end, size, of_input, spec):
     pieces = (real, jnp.broadcast_to(held, real.shape))
     real, held = (jnp.pad(zero_where(trace.resets, v), rows) for v in pieces)
     if of_input is not None:
-        real = real + jnp.matmul(of_input, _input_map(trace, spec))
+        real = real + jnp.matmul(of_input, _input_map(trace))
     return choose(trace.mask, real, held)
 
 
-def _input_map(trace, spec):
+def _input_map(trace):
     """X [..., I, H] with th' = tx X: the drive of every unit of the input."""
     params, xs, gates, h_tm1 = trace.params, trace.xs, trace.gates, trace.h_tm1
     units = jnp.eye(xs.shape[-1], dtype=xs.dtype)
     units = units.reshape((1,) * (xs.ndim - 1) + units.shape)
     no_tangents = jax.tree.map(lambda _: None, params)
     xs, gates, h_tm1 = jax.tree.map(lambda v: v[..., None, :], (xs, gates, h_tm1))
-    return step_drive(params, no_tangents, xs, units, gates, h_tm1, spec)
+    return step_drive(params, no_tangents, xs, units, gates, h_tm1)
 
 
 def _identities(jacobians):

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxgru.checks.report import named_leaves, non_finite_entries
-from jaxgru.core.cell import Gates, Recurrent, cut_recurrent, project, step
+from jaxgru.core.cell import Gates, Recurrent, project, split_recurrent, step
 from jaxgru.core.checks import is_traced, require_flags
 from jaxgru.core.derivatives import Coefficients, coefficients
 from jaxgru.core.matmul import state_dtype
-from jaxgru.core.parameters import GRUParams, GRUSpec
+from jaxgru.core.parameters import GRUParams
 from jaxgru.core.recurrence import gru
 from jaxgru.stacks import (
     Bidirectional,
@@ -87,11 +87,10 @@ def trace_gru(
     h0: Array | None,
     mask: Array | None,
     resets: Array | None,
-    spec: GRUSpec,
     reverse: bool = False,
 ) -> tuple[tuple[Array, Array], Trace]:
     """(h_last, hs) of `gru`, and the trace of its steps; time is the leading axis."""
-    options: Any = {"mask": mask, "resets": resets, "spec": spec, "reverse": reverse}
+    options: Any = {"mask": mask, "resets": resets, "reverse": reverse}
     h_last, hs = gru(params, xs, h0, gradient="tangent", **options)  # differentiable in every mode
     params = jax.tree.map(jnp.asarray, params)
     mask, resets = (
@@ -103,9 +102,9 @@ def trace_gru(
     h_tm1 = jnp.concatenate(joined)[1:] if reverse else jnp.concatenate(joined)[:-1]
     h_tm1 = zero_where(resets, h_tm1.astype(dtype))
     xs = xs if mask is None else jnp.where(mask, xs, jnp.zeros_like(xs))
-    recurrent = cut_recurrent(params, spec)
-    gates = step(recurrent, project(params, xs, spec), h_tm1, spec)[1]
-    c = coefficients(gates, h_tm1, spec)
+    recurrent = split_recurrent(params)
+    gates = step(recurrent, project(params, xs), h_tm1)[1]
+    c = coefficients(gates, h_tm1, params.spec)
     return (h_last, hs), Trace(params, recurrent, xs, h_tm1, gates, c, mask, resets)
 
 
@@ -115,7 +114,6 @@ def trace_layers(
     h0: Any,
     mask: Array | None,
     resets: Array | None,
-    spec: GRUSpec,
     merge: Merge = "concat",
     residual: bool = False,
     reverse: bool = False,
@@ -129,7 +127,7 @@ def trace_layers(
         starts = pair if isinstance(layer, Bidirectional) else (h,)
         flags = (resets, reverse_resets(resets, 0))
         runs = [
-            trace_gru(direction, ys, start, mask, flags[back], spec, bool(back) != reverse)
+            trace_gru(direction, ys, start, mask, flags[back], bool(back) != reverse)
             for back, (direction, start) in enumerate(zip(directions_of(layer), starts))
         ]
         outputs = [hs for (_, hs), _ in runs]

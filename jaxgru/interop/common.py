@@ -3,6 +3,7 @@
 No array is cast, broadcast or dropped: what does not fit raises, with the whole list.
 """
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, get_args
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple, get_args
 import jax
 import numpy as np
 
-from jaxgru.core.parameters import Activation, GRUParams, GRUSpec, require_params, require_spec
+from jaxgru.core.parameters import Activation, GRUParams, GRUSpec, require_params
 from jaxgru.stacks import Bidirectional, directions_of
 
 ONE_BIAS = "r and z have one bias in the source: b_h is zero there, and learns beside b_x from now"
@@ -23,13 +24,12 @@ class Imported(NamedTuple):
     """Another library's weights, as this package's.
 
     Attributes:
-      params: a `GRUParams`, a `Bidirectional` or a stack, of NumPy arrays in the source's dtype.
-      spec: the equation that they are for: pass it on wherever they go.
+      params: a `GRUParams`, a `Bidirectional` or a stack, of NumPy arrays in the source's dtype and
+        with its equation as their spec: `gru` and `gru_stack` run them as they are.
       notes: what stands otherwise than in the source, one sentence each; empty for an identity.
     """
 
     params: Any
-    spec: GRUSpec
     notes: tuple[str, ...]
 
 
@@ -211,28 +211,14 @@ def require_fit(function: str, argument: str, params: Any) -> Any:
     return params
 
 
-def require_exportable(
-    function: str, params: Any, spec: Any, target: Target
-) -> tuple[Any, list[str]]:
+def require_exportable(function: str, params: Any, target: Target) -> tuple[Any, list[str]]:
     """The parameters as NumPy arrays with the target's meaning of z, and notes of what changed.
 
     Raises:
       ValueError: the target cannot compute this equation, and why.
-      TypeError: params or spec are of another kind.
+      TypeError: params are of another kind.
     """
-    require_spec(function, spec)
-    if spec.reset not in target.resets:
-        raise ValueError(
-            f"{function}: spec.reset must be {' or '.join(map(repr, target.resets))}, which is all "
-            f"that {target.name} computes, got {spec.reset!r}: no weights make the one of the "
-            "other, so the model has to be trained anew with it."
-        )
-    if spec.activation not in target.activations:
-        known = ", ".join(map(repr, target.activations))
-        raise ValueError(
-            f"{function}: spec.activation must be one of {known}, which is all that "
-            f"{target.name} computes, got {spec.activation!r}."
-        )
+    negated = []
 
     def read(name, cell):
         with jax.enable_x64(True):  # float64 is for the caller to enable, where it is computed
@@ -243,27 +229,53 @@ def require_exportable(
                     + (f"; its layers are {name}.layers." if has_layers else ".")
                 )
             require_params(function, cell, name)
+        _require_equation(function, name, cell.spec, target)
         if cell.g_x is not None or cell.g_h is not None:
             raise ValueError(
                 f"{function}: {name} must have no gains, as {target.name} has no layer "
                 "normalization of the gates' products, got g_x or g_h."
             )
         arrays = {k: as_float_array(function, f"{name}.{k}", v) for k, v in _present(cell)}
-        cell = cell._replace(**arrays)
-        return cell if spec.update == target.update else negate_update(cell)
+        cell = dataclasses.replace(cell, **arrays)
+        if cell.spec.update == target.update:
+            return cell
+        negated.append(name)
+        return negate_update(cell)
 
     converted = require_fit(function, "params", map_layers(function, "params", params, read))
+    for number, layer in enumerate(converted if is_stack(converted) else (converted,)):
+        if len({cell.spec for cell in directions_of(layer)}) > 1:
+            raise ValueError(
+                f"{function}: layer {number} of params must have one spec in both directions, as "
+                f"{target.name} has, got {' and '.join(str(c.spec) for c in directions_of(layer))}."
+            )
     notes = []
-    if spec.update != target.update:
+    if negated:
         notes.append(
             f"the update gate's weights and biases are negated: z {target.update}s in {target.name}"
         )
     return converted, notes
 
 
-def numpy_cell(w_x: Any, w_h: Any, b_x: Any = None, b_h: Any = None) -> GRUParams:
+def _require_equation(function, name, spec, target):
+    """ValueError where the target cannot compute this equation, and why."""
+    if spec.reset not in target.resets:
+        raise ValueError(
+            f"{function}: {name}.spec.reset must be {' or '.join(map(repr, target.resets))}, which "
+            f"is all that {target.name} computes, got {spec.reset!r}: no weights make one of the "
+            "two equal to the other; train the model again with the other equation."
+        )
+    if spec.activation not in target.activations:
+        known = ", ".join(map(repr, target.activations))
+        raise ValueError(
+            f"{function}: {name}.spec.activation must be one of {known}, which is all that "
+            f"{target.name} computes, got {spec.activation!r}."
+        )
+
+
+def numpy_cell(w_x: Any, w_h: Any, b_x: Any = None, b_h: Any = None, *, spec: GRUSpec) -> GRUParams:
     """GRUParams of NumPy arrays, which JAX takes wherever it takes its own."""
-    return GRUParams(w_x, w_h, b_x, b_h)
+    return GRUParams(w_x, w_h, b_x, b_h, spec=spec)
 
 
 def negate_update(params: GRUParams) -> GRUParams:
@@ -273,7 +285,9 @@ def negate_update(params: GRUParams) -> GRUParams:
         signs = _Z_AFTER_R.astype(v.dtype)
         return (v.reshape(*v.shape[:-1], 3, -1) * signs).reshape(v.shape)
 
-    return params._replace(**{k: flip(v) for k, v in _present(params)})
+    other = "write" if params.spec.update == "keep" else "keep"
+    spec = dataclasses.replace(params.spec, update=other)
+    return dataclasses.replace(params, **{k: flip(v) for k, v in _present(params)}, spec=spec)
 
 
 def reorder(v: Any) -> np.ndarray:
@@ -357,7 +371,7 @@ def read_layers(function: str, cell: Any, read: Callable[[str, Any], Any]) -> An
 
 def _present(params):
     """The (name, array) pairs of the fields that are not None."""
-    return [(k, v) for k, v in params._asdict().items() if v is not None]
+    return [(k, v) for k, v in params.arrays().items() if v is not None]
 
 
 def _flatten(function, source, separator):

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxgru.core.parameters import CHO_2014, PYTORCH, GRUSpec
+from jaxgru.core.parameters import PYTORCH
 from jaxgru.interop.common import (
     ONE_BIAS,
     Exported,
@@ -35,7 +35,7 @@ def from_equinox(cell: Any) -> Imported:
         `Bidirectional` of them a layer.
 
     Returns:
-      Imported: in the nesting of `cell`; spec is `PYTORCH`.
+      Imported: in the nesting of `cell`; their spec is `PYTORCH`.
 
     Raises:
       ValueError: names are missing, surplus or misshaped.
@@ -57,21 +57,22 @@ def from_equinox(cell: Any) -> Imported:
         bind("from_equinox", name, arrays, axes | ({"bias": "3H", "bias_n": "H"} if bias else {}))
         biased.append(bias)
         biases = (arrays["bias"], only_n(arrays["bias_n"])) if bias else (None, None)
-        return numpy_cell(arrays["weight_ih"].T, arrays["weight_hh"].T, *biases)
+        w_x, w_h = arrays["weight_ih"].T, arrays["weight_hh"].T
+        return numpy_cell(w_x, w_h, *biases, spec=PYTORCH)
 
     params = read_layers("from_equinox", cell, read)
-    return Imported(params, PYTORCH, (ONE_BIAS,) if any(biased) else ())
+    return Imported(params, (ONE_BIAS,) if any(biased) else ())
 
 
-def to_equinox(params: Any, *, spec: GRUSpec = CHO_2014) -> Exported:
+def to_equinox(params: Any) -> Exported:
     """The fields of an `equinox.nn.GRUCell`; the two biases of r and of z are summed.
 
     Put them into a module with
     `equinox.tree_at(lambda c: [getattr(c, k) for k in weights], cell, list(weights.values()))`.
 
     Args:
-      params: a `GRUParams`, a `Bidirectional`, or a stack.
-      spec: of params; reset "after" and tanh.
+      params: a `GRUParams`, a `Bidirectional`, or a stack, whose spec has reset "after" and
+        tanh.
 
     Returns:
       Exported: {"weight_ih": ..., "weight_hh": ..., "bias": ..., "bias_n": ...} for each cell, in
@@ -79,12 +80,12 @@ def to_equinox(params: Any, *, spec: GRUSpec = CHO_2014) -> Exported:
 
     Raises:
       ValueError: Equinox has no such cell: reset before, another activation, or gains.
-      TypeError: params or spec are of another kind.
+      TypeError: params are of another kind.
 
     Cost: one copy of the arrays.
     """
     params, notes = require_exportable(
-        "to_equinox", params, spec, Target("equinox.nn.GRUCell", ("after",))
+        "to_equinox", params, Target("equinox.nn.GRUCell", ("after",))
     )
     bias = any(bias_counts(params))
     merged = "r and z have one bias in Equinox"

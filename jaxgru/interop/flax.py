@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxgru.core.parameters import CHO_2014, Activation, GRUSpec
+from jaxgru.core.parameters import Activation, GRUSpec
 from jaxgru.interop.common import (
     ALL_ACTIVATIONS,
     ONE_BIAS,
@@ -38,7 +38,7 @@ def from_linen(cell: Any, *, prefix: str = "", activation: Activation = "tanh") 
       activation: the cell's activation_fn.
 
     Returns:
-      Imported: in the nesting of `cell`; spec resets after and keeps.
+      Imported: in the nesting of `cell`; their spec resets after and keeps.
 
     Raises:
       ValueError: names are missing, surplus or misshaped, or prefix fits none.
@@ -46,6 +46,7 @@ def from_linen(cell: Any, *, prefix: str = "", activation: Activation = "tanh") 
 
     Cost: one copy of the arrays.
     """
+    spec = GRUSpec("after", "keep", activation)
 
     def read(name, source):
         arrays = named_arrays("from_linen", name, source, prefix=prefix, known_by=("hn/kernel",))
@@ -57,18 +58,17 @@ def from_linen(cell: Any, *, prefix: str = "", activation: Activation = "tanh") 
             np.concatenate([arrays[f"{side}{gate}/{kind}"] for gate in "rzn"], axis=-1)
             for side, kind in (("i", "kernel"), ("h", "kernel"), ("i", "bias"))
         )
-        return numpy_cell(w_x, w_h, b_x, only_n(arrays["hn/bias"]))
+        return numpy_cell(w_x, w_h, b_x, only_n(arrays["hn/bias"]), spec=spec)
 
     params = read_layers("from_linen", cell, read)
-    return Imported(params, GRUSpec("after", "keep", activation), (ONE_BIAS,))
+    return Imported(params, (ONE_BIAS,))
 
 
-def to_linen(params: Any, *, spec: GRUSpec = CHO_2014) -> Exported:
+def to_linen(params: Any) -> Exported:
     """The parameters of a `flax.linen.GRUCell`; the two biases of r and of z are summed.
 
     Args:
-      params: a `GRUParams`, a `Bidirectional`, or a stack.
-      spec: of params; reset "after".
+      params: a `GRUParams`, a `Bidirectional`, or a stack, whose spec has reset "after".
 
     Returns:
       Exported: {"ir": {"kernel": ..., "bias": ...}, ...} for each cell, in the nesting of params,
@@ -77,19 +77,18 @@ def to_linen(params: Any, *, spec: GRUSpec = CHO_2014) -> Exported:
 
     Raises:
       ValueError: linen has no such cell: reset before, or gains.
-      TypeError: params or spec are of another kind.
+      TypeError: params are of another kind.
 
     Cost: one copy of the arrays.
 
     >>> import jax
     >>> from jaxgru import PYTORCH, init_gru
-    >>> sorted(to_linen(init_gru(jax.random.key(0), 2, 3), spec=PYTORCH).weights)
+    >>> sorted(to_linen(init_gru(jax.random.key(0), 2, 3, spec=PYTORCH)).weights)
     ['hn', 'hr', 'hz', 'in', 'ir', 'iz']
     """
     params, notes = require_exportable(
         "to_linen",
         params,
-        spec,
         Target("flax.linen.GRUCell", ("after",), activations=ALL_ACTIVATIONS),
     )
     merged = "r and z have one bias in linen"
@@ -107,7 +106,7 @@ def to_linen(params: Any, *, spec: GRUSpec = CHO_2014) -> Exported:
         return weights
 
     def options(name, cell):
-        return {"features": cell.w_h.shape[0], "activation_fn": spec.activation}
+        return {"features": cell.w_h.shape[0], "activation_fn": cell.spec.activation}
 
     return exported_cells("to_linen", params, write, options, notes)
 
@@ -122,7 +121,7 @@ def from_nnx(cell: Any, *, prefix: str = "", activation: Activation = "tanh") ->
       activation: the cell's activation_fn.
 
     Returns:
-      Imported: in the nesting of `cell`, b_h None; spec resets after and keeps.
+      Imported: in the nesting of `cell`, b_h None; their spec resets after and keeps.
 
     Raises:
       ValueError: names are missing, surplus or misshaped, or prefix fits none.
@@ -130,24 +129,24 @@ def from_nnx(cell: Any, *, prefix: str = "", activation: Activation = "tanh") ->
 
     Cost: one copy of the arrays.
     """
+    spec = GRUSpec("after", "keep", activation)
 
     def read(name, source):
         arrays = named_arrays("from_nnx", name, source, prefix=prefix, known_by=("dense_h/kernel",))
         axes = {"dense_h/kernel": "H 3H", "dense_i/kernel": "I 3H", "dense_i/bias": "3H"}
         w_h, w_x, b_x = (bind("from_nnx", name, arrays, axes)[key] for key in axes)
-        return numpy_cell(w_x, w_h, b_x, None)
+        return numpy_cell(w_x, w_h, b_x, spec=spec)
 
     params = read_layers("from_nnx", cell, read)
-    return Imported(params, GRUSpec("after", "keep", activation), ())
+    return Imported(params, ())
 
 
-def to_nnx(params: Any, *, spec: GRUSpec = CHO_2014) -> Exported:
+def to_nnx(params: Any) -> Exported:
     """The parameters of a `flax.nnx.GRUCell`; the two biases of r and of z are summed.
 
     Args:
       params: a `GRUParams`, a `Bidirectional`, or a stack, whose b_h has an n block of zeros, or
-        that have no b_h.
-      spec: of params; reset "after".
+        that have no b_h. Their spec must have reset "after".
 
     Returns:
       Exported: {"dense_i": {"kernel": ..., "bias": ...}, "dense_h": {"kernel": ...}} for each cell,
@@ -156,12 +155,12 @@ def to_nnx(params: Any, *, spec: GRUSpec = CHO_2014) -> Exported:
 
     Raises:
       ValueError: nnx has no such cell: a bias that r multiplies, reset before, or gains.
-      TypeError: params or spec are of another kind.
+      TypeError: params are of another kind.
 
     Cost: one copy of the arrays.
     """
     params, notes = require_exportable(
-        "to_nnx", params, spec, Target("flax.nnx.GRUCell", ("after",), activations=ALL_ACTIVATIONS)
+        "to_nnx", params, Target("flax.nnx.GRUCell", ("after",), activations=ALL_ACTIVATIONS)
     )
     merged = "r and z have one bias in nnx"
     notes += bias_notes([bias_counts(params)], 1, always=True, merged=merged)
@@ -181,6 +180,6 @@ def to_nnx(params: Any, *, spec: GRUSpec = CHO_2014) -> Exported:
 
     def options(name, cell):
         sizes = {"in_features": cell.w_x.shape[0], "hidden_features": cell.w_h.shape[0]}
-        return sizes | {"activation_fn": spec.activation}
+        return sizes | {"activation_fn": cell.spec.activation}
 
     return exported_cells("to_nnx", params, write, options, notes)

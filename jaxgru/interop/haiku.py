@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from jaxgru.core.parameters import CHO_2014, CHUNG_2014, GRUSpec
+from jaxgru.core.parameters import CHUNG_2014
 from jaxgru.interop.common import (
     Exported,
     Imported,
@@ -21,7 +21,7 @@ from jaxgru.interop.common import (
 
 
 def from_haiku(cell: Any, *, prefix: str = "") -> Imported:
-    """The weights of a `haiku.GRU`: identical, reordered; spec is `CHUNG_2014`.
+    """The weights of a `haiku.GRU`: identical, reordered; their spec is `CHUNG_2014`.
 
     w_i [I, 3H], w_h [H, 3H] and b [3H] in blocks z | r | a. Reset before, and z writes.
 
@@ -40,26 +40,25 @@ def from_haiku(cell: Any, *, prefix: str = "") -> Imported:
     Cost: one copy of the arrays.
 
     >>> import numpy as np
-    >>> from_haiku({"w_i": np.ones((2, 9)), "w_h": np.ones((3, 9)), "b": np.ones(9)}).spec.update
-    'write'
+    >>> from_haiku({"w_i": np.ones((2, 9)), "w_h": np.ones((3, 9)), "b": np.ones(9)}).params.spec
+    GRUSpec(reset='before', update='write', activation='tanh')
     """
 
     def read(name, source):
         arrays = named_arrays("from_haiku", name, source, prefix=prefix, known_by=("w_h",))
         axes = {"w_h": "H 3H", "w_i": "I 3H", "b": "3H"}
         w_h, w_x, b_x = (reorder(bind("from_haiku", name, arrays, axes)[key]) for key in axes)
-        return numpy_cell(w_x, w_h, b_x, None)
+        return numpy_cell(w_x, w_h, b_x, spec=CHUNG_2014)
 
-    return Imported(read_layers("from_haiku", cell, read), CHUNG_2014, ())
+    return Imported(read_layers("from_haiku", cell, read), ())
 
 
-def to_haiku(params: Any, *, spec: GRUSpec = CHO_2014) -> Exported:
+def to_haiku(params: Any) -> Exported:
     """The parameters of a `haiku.GRU`; b_x and b_h are summed.
 
     Args:
-      params: a `GRUParams`, a `Bidirectional`, or a stack.
-      spec: of params; reset "before" and tanh. An update that keeps is turned by the sign of z's
-        weights.
+      params: a `GRUParams`, a `Bidirectional`, or a stack, whose spec has reset "before" and
+        tanh. Where the update gate keeps, its weights and biases are negated.
 
     Returns:
       Exported: {"w_i": ..., "w_h": ..., "b": ...} for each cell, in the nesting of params, and the
@@ -67,12 +66,12 @@ def to_haiku(params: Any, *, spec: GRUSpec = CHO_2014) -> Exported:
 
     Raises:
       ValueError: Haiku has no such cell: reset after, another activation, or gains.
-      TypeError: params or spec are of another kind.
+      TypeError: params are of another kind.
 
     Cost: one copy of the arrays.
     """
     target = Target("haiku.GRU", ("before",), update="write")
-    params, notes = require_exportable("to_haiku", params, spec, target)
+    params, notes = require_exportable("to_haiku", params, target)
     merged = "Haiku has one bias"
     notes += bias_notes([bias_counts(params)], 1, always=True, merged=merged)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxgru.core.parameters import CHO_2014, Activation, GRUSpec
+from jaxgru.core.parameters import Activation, GRUSpec
 from jaxgru.interop.common import (
     ALL_ACTIVATIONS,
     Exported,
@@ -50,15 +50,15 @@ def from_keras(
 
     Raises:
       ValueError: arrays are missing, surplus or misshaped; reset_after is not given where nothing
-        else tells, or belies the bias; or the layers of a stack differ in it.
+        else tells, or contradicts the bias.
       TypeError: an array is not floating.
 
     Cost: one copy of the arrays.
 
-    >>> from_keras([np.ones((2, 9)), np.ones((3, 9)), np.ones((2, 9))]).spec.reset
+    >>> from_keras([np.ones((2, 9)), np.ones((3, 9)), np.ones((2, 9))]).params.spec.reset
     'after'
     """
-    function, resets = "from_keras", set()
+    function = "from_keras"
     if reset_after is not None and not isinstance(reset_after, bool):
         raise TypeError(f"from_keras: reset_after must be a bool or None, got {reset_after!r}.")
 
@@ -76,14 +76,14 @@ def from_keras(
                 f"from_keras: reset_after must be {after} for a bias of shape {bias.shape}, got "
                 f"{reset_after}."
             )
-        resets.add("after" if after else "before")
         if bias is not None:
             axes["bias"] = "2 3H" if after else "3H"
         arrays = {k: reorder(v) for k, v in bind(function, name, arrays, axes).items()}
         biases = (None, None)
         if bias is not None:
             biases = tuple(arrays["bias"]) if after else (arrays["bias"], None)
-        return numpy_cell(arrays["kernel"], arrays["recurrent_kernel"], *biases)
+        spec = GRUSpec("after" if after else "before", "keep", activation)
+        return numpy_cell(arrays["kernel"], arrays["recurrent_kernel"], *biases, spec=spec)
 
     def layer(name, source):
         if isinstance(source, Mapping):
@@ -107,13 +107,8 @@ def from_keras(
             f"got {type(weights).__name__}."
         )
     params = map_layers(function, "weights", weights, layer, _is_keras_layer)
-    if len(resets) > 1:
-        raise ValueError(
-            "from_keras: weights must be of layers with one reset_after, got both; import each "
-            "with its own spec."
-        )
     require_fit(function, "weights", params)
-    return Imported(params, GRUSpec(resets.pop(), "keep", activation), ())
+    return Imported(params, ())
 
 
 def _is_keras_layer(source):
@@ -121,14 +116,14 @@ def _is_keras_layer(source):
     return isinstance(source, Mapping) or any(hasattr(v, "shape") for v in source)
 
 
-def to_keras(params: Any, *, spec: GRUSpec = CHO_2014) -> Exported:
+def to_keras(params: Any) -> Exported:
     """What `set_weights` of a Keras 3 `GRU` or `Bidirectional(GRU)` takes.
 
     With reset "before" Keras has one bias [3H]: b_x + b_h.
 
     Args:
-      params: a `GRUParams`, a `Bidirectional`, or a stack.
-      spec: of params; any. An update that writes is turned by the sign of z's weights.
+      params: a `GRUParams`, a `Bidirectional`, or a stack, of any spec. Where the update gate
+        writes, its weights and biases are negated.
 
     Returns:
       Exported: a list of arrays in the order of `get_weights`, and the arguments of `keras.layers.
@@ -136,41 +131,47 @@ def to_keras(params: Any, *, spec: GRUSpec = CHO_2014) -> Exported:
 
     Raises:
       ValueError: params have gains.
-      TypeError: params or spec are of another kind.
+      TypeError: params are of another kind.
 
     Cost: one copy of the arrays.
 
-    >>> from jaxgru import PYTORCH
     >>> source = [np.ones((2, 9)), np.ones((3, 9)), np.ones((2, 9))]
-    >>> exported = to_keras(from_keras(source).params, spec=PYTORCH)
+    >>> exported = to_keras(from_keras(source).params)
     >>> [v.shape for v in exported.weights], exported.options["units"]
     ([(2, 9), (3, 9), (2, 9)], 3)
     """
     params, notes = require_exportable(
         "to_keras",
         params,
-        spec,
         Target("keras.layers.GRU", ("before", "after"), activations=ALL_ACTIVATIONS),
     )
-    after = spec.reset == "after"
     layers = params if is_stack(params) else (params,)
-    merged = "" if after else "Keras has one bias where reset_after is False"
-    notes += bias_notes(list(map(bias_counts, layers)), 2 if after else 1, merged=merged)
+    for after in (True, False):
+        counts = [bias_counts(layer) for layer in layers if _resets_after(layer) == after]
+        merged = "" if after else "Keras has one bias where reset_after is False"
+        notes += [n for n in bias_notes(counts, 2 if after else 1, merged=merged) if n not in notes]
 
     def arrays(cell, bias):
+        after = cell.spec.reset == "after"
         b = np.stack(filled_biases(cell)) if after else merged_bias(cell, "before")[0]
         kernels = [reorder(cell.w_x), reorder(cell.w_h)]
         return kernels + ([reorder(b)] if bias else [])
 
     def layer(params):
-        bias = any(bias_counts(params))
+        bias, first = any(bias_counts(params)), directions_of(params)[0]
+        activation = first.spec.activation
         options = {
-            "units": directions_of(params)[0].w_h.shape[0],
-            "activation": "linear" if spec.activation == "identity" else spec.activation,
-            "reset_after": after,
+            "units": first.w_h.shape[0],
+            "activation": "linear" if activation == "identity" else activation,
+            "reset_after": _resets_after(params),
             "use_bias": bias,
         }
         return [v for cell in directions_of(params) for v in arrays(cell, bias)], options
 
     weights, options = each_layer(params, layer)
     return Exported(weights, options, tuple(notes))
+
+
+def _resets_after(layer):
+    """Whether the reset gate of a layer acts after the product."""
+    return directions_of(layer)[0].spec.reset == "after"

@@ -5,6 +5,7 @@ over all names, dtypes, shapes and bytes. Other programs read the arrays by name
 checks every one of these before it returns anything.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -16,12 +17,12 @@ import numpy as np
 
 from jaxgru.atomic_files import write_whole
 from jaxgru.core.checks import require_extra
-from jaxgru.core.parameters import CHO_2014, GRUParams, GRUSpec, require_params, require_spec
+from jaxgru.core.parameters import GRUParams, GRUSpec, require_params
 from jaxgru.interop.common import as_float_array, is_stack
 from jaxgru.models import SequenceParams, TokenParams
 from jaxgru.stacks import Bidirectional
 
-_FORMAT = "jaxgru weights 1"
+_FORMAT = "jaxgru weights 2"
 _MOST_HEADER = 8 * 2**20  # bytes; a header of a layer takes about 100 an array
 _KINDS = {kind.__name__: kind for kind in (GRUParams, Bidirectional, SequenceParams, TokenParams)}
 # The fields of each kind that hold further layers; all others hold an array, or None.
@@ -37,13 +38,11 @@ class LoadedWeights(NamedTuple):
     """What `load_weights` read.
 
     Attributes:
-      params: as they were saved, of NumPy arrays.
-      spec: their equation.
+      params: as they were saved, of NumPy arrays, each `GRUParams` with its spec.
       metadata: the caller's own.
     """
 
     params: Any
-    spec: GRUSpec
     metadata: dict[str, Any]
 
 
@@ -51,10 +50,9 @@ def save_weights(
     path: str | os.PathLike,
     params: Any,
     *,
-    spec: GRUSpec = CHO_2014,
     metadata: dict[str, Any] | None = None,
 ) -> None:
-    """Writes a layer, a stack or a model, and its spec, into one safetensors file.
+    """Writes a layer, a stack or a model, and the spec of every GRU, into one safetensors file.
 
     The file appears whole or not at all, and one that exists is replaced. Arrays are named by where
     they stand: "w_x" of a `GRUParams`, "0.forward.w_x" of a stack, "layers.0.w_x" and "embedding"
@@ -63,7 +61,6 @@ def save_weights(
     Args:
       path: of the file.
       params: a `GRUParams`, `Bidirectional`, stack, `SequenceParams` or `TokenParams`.
-      spec: of params.
       metadata: a dict of JSON values to keep with it, its keys strings.
 
     Raises:
@@ -76,13 +73,11 @@ def save_weights(
     Cost: two copies of the arrays.
     """
     safetensors = require_extra("save_weights", "safetensors", "safetensors.numpy")
-    require_spec("save_weights", spec)
     if metadata is not None and not isinstance(metadata, dict):
         raise TypeError(f"save_weights: metadata must be a dict or None, got {metadata!r}.")
     structure, arrays = _take_apart("save_weights", params, "")
     description = {
         "format": _FORMAT,
-        "spec": json.dumps({k: getattr(spec, k) for k in GRUSpec.__dataclass_fields__}),
         "structure": json.dumps(structure),
         "sizes": json.dumps({name: list(array.shape) for name, array in arrays.items()}),
         "metadata": json.dumps({} if metadata is None else metadata, allow_nan=False),
@@ -99,8 +94,8 @@ def load_weights(path: str | os.PathLike) -> LoadedWeights:
       path: of the file.
 
     Returns:
-      LoadedWeights: params in the structure they were saved in (a stack as a tuple), their spec,
-      and the metadata.
+      LoadedWeights: params in the structure they were saved in (a stack as a tuple), and the
+      metadata.
 
     Raises:
       ImportError: safetensors is not installed.
@@ -115,7 +110,7 @@ def load_weights(path: str | os.PathLike) -> LoadedWeights:
         raise ValueError(
             f"load_weights: {path} must be a file of {_FORMAT!r}, got format "
             f"{description.get('format')!r}; arrays of other libraries go through "
-            "jaxgru.from_torch and the like."
+            "jaxgru.interop.from_torch and the like."
         )
     if description.get("sha256") != _digest(description, arrays):
         raise ValueError(
@@ -126,11 +121,10 @@ def load_weights(path: str | os.PathLike) -> LoadedWeights:
         if json.loads(description["sizes"]) != sizes:
             raise ValueError("its sizes are not those of its arrays")
         params = _put_together(json.loads(description["structure"]), dict(arrays))
-        spec = GRUSpec(**json.loads(description["spec"]))
         again = _take_apart("load_weights", params, "")[1]
         if again.keys() != arrays.keys():
             raise ValueError("its structure does not use all of its arrays")
-        return LoadedWeights(params, spec, _metadata("load_weights", description["metadata"]))
+        return LoadedWeights(params, _metadata("load_weights", description["metadata"]))
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"load_weights: {path} must describe parameters of this package, got {error!r}."
@@ -221,7 +215,9 @@ def _take_apart(function: str, params: Any, prefix: str) -> tuple[Any, dict[str,
     if isinstance(params, GRUParams):
         with jax.enable_x64(True):  # float64 is for the caller to enable, where it is computed
             require_params(function, params, name)
-    if _KINDS.get(kind) is type(params):
+    if isinstance(params, GRUParams):
+        fields = params.arrays()
+    elif _KINDS.get(kind) is type(params):
         fields = params._asdict()
     elif is_stack(params) and params:
         kind, fields = "stack", {str(i): layer for i, layer in enumerate(params)}
@@ -238,7 +234,10 @@ def _take_apart(function: str, params: Any, prefix: str) -> tuple[Any, dict[str,
         else:
             structure[field], inner = _take_apart(function, value, f"{place}.")
         arrays |= inner
-    return {"kind": kind, "fields": structure}, arrays
+    described = {"kind": kind, "fields": structure}
+    if isinstance(params, GRUParams):
+        described["spec"] = dataclasses.asdict(params.spec)
+    return described, arrays
 
 
 def _take_array(function, value, name):
@@ -255,4 +254,8 @@ def _put_together(structure, arrays):
     fields = {k: _put_together(v, arrays) for k, v in structure["fields"].items()}
     if structure["kind"] == "stack":
         return tuple(fields.values())
+    if structure["kind"] == "GRUParams":
+        spec = structure["spec"]  # no default stands for what it leaves out
+        told = {field.name: spec[field.name] for field in dataclasses.fields(GRUSpec)}
+        return GRUParams(**fields, spec=GRUSpec(**(told | spec)))
     return _KINDS[structure["kind"]](**fields)

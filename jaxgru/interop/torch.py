@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxgru.core.parameters import CHO_2014, PYTORCH, GRUParams, GRUSpec
+from jaxgru.core.parameters import PYTORCH, GRUParams
 from jaxgru.interop.common import (
     Exported,
     Imported,
@@ -33,7 +33,7 @@ def from_torch(state_dict: Mapping[str, Any], *, prefix: str = "") -> Imported:
 
     Returns:
       Imported: a stack (a tuple, of one layer too) for a GRU, its layers `Bidirectional` where
-      there are `_reverse` names; one `GRUParams` for a GRUCell. spec is `PYTORCH`.
+      there are `_reverse` names; one `GRUParams` for a GRUCell. their spec is `PYTORCH`.
 
     Raises:
       ValueError: names are missing, surplus or misshaped, all of them listed; or prefix fits none;
@@ -59,11 +59,12 @@ def from_torch(state_dict: Mapping[str, Any], *, prefix: str = "") -> Imported:
 
     def cell(suffix):
         biases = [arrays.get(f"bias_{side}{suffix}") for side in ("ih", "hh")]
-        return numpy_cell(arrays[f"weight_ih{suffix}"].T, arrays[f"weight_hh{suffix}"].T, *biases)
+        kernels = (arrays[f"weight_{side}{suffix}"].T for side in ("ih", "hh"))
+        return numpy_cell(*kernels, *biases, spec=PYTORCH)
 
     if any(f"weight_{side}" in arrays for side in ("ih", "hh")):
         bind(function, "state_dict", arrays, _torch_axes("", "I", bias))
-        return Imported(cell(""), PYTORCH, ())
+        return Imported(cell(""), ())
     count = max(1, sum(name.startswith("weight_hh") and "rev" not in name for name in arrays))
     both = any(name.endswith("_reverse") for name in arrays)
     suffixes = [[f"_l{k}", f"_l{k}_reverse"][: 1 + both] for k in range(count)]
@@ -75,10 +76,10 @@ def from_torch(state_dict: Mapping[str, Any], *, prefix: str = "") -> Imported:
     layers = tuple(
         Bidirectional(*map(cell, layer)) if both else cell(layer[0]) for layer in suffixes
     )
-    return Imported(layers, PYTORCH, ())
+    return Imported(layers, ())
 
 
-def to_torch(params: Any, *, spec: GRUSpec = CHO_2014) -> Exported:
+def to_torch(params: Any) -> Exported:
     """The state dict of a `torch.nn.GRU`, or of a `torch.nn.GRUCell` for a single `GRUParams`.
 
     The transpose of `from_torch`; nothing is merged. Load it with
@@ -86,9 +87,8 @@ def to_torch(params: Any, *, spec: GRUSpec = CHO_2014) -> Exported:
 
     Args:
       params: a stack of one size, whose directions are side by side; or a `GRUParams` or a
-        `Bidirectional`.
-      spec: of params; reset "after" and tanh. An update that writes is turned by the sign of the
-        update gate's weights.
+        `Bidirectional`. Their spec must have reset "after" and tanh; where the update gate writes,
+        its weights and biases are negated.
 
     Returns:
       Exported: names to arrays, and the arguments of the module's constructor.
@@ -96,16 +96,16 @@ def to_torch(params: Any, *, spec: GRUSpec = CHO_2014) -> Exported:
     Raises:
       ValueError: PyTorch has no such cell (reset before, another activation, gains), or the layers
         differ in size or direction.
-      TypeError: params or spec are of another kind.
+      TypeError: params are of another kind.
 
     Cost: one copy of the arrays.
 
     >>> params = from_torch({"weight_ih": np.ones((9, 2)), "weight_hh": np.ones((9, 3))}).params
-    >>> exported = to_torch((params,), spec=PYTORCH)
+    >>> exported = to_torch((params,))
     >>> sorted(exported.weights), exported.options["num_layers"]
     (['weight_hh_l0', 'weight_ih_l0'], 1)
     """
-    params, notes = require_exportable("to_torch", params, spec, Target("torch.nn.GRU", ("after",)))
+    params, notes = require_exportable("to_torch", params, Target("torch.nn.GRU", ("after",)))
     bias = any(bias_counts(params))
     notes += bias_notes([bias_counts(params)], 2)
     if isinstance(params, GRUParams):

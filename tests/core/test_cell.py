@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from conftest import assert_close, make_problem
+from conftest import assert_close, flat, make_problem, with_spec
 
 from jaxgru.core import cell, derivatives
-from jaxgru.core.cell import Gates, gru_cell
+from jaxgru.core.cell import Gates
 from jaxgru.core.parameters import CHO_2014, CHUNG_2014, PYTORCH, GRUParams, GRUSpec, init_gru
 
+gru_cell = flat(cell.gru_cell)
 EXACT = 1e-12  # float64, relative to the largest entry: rounding of different orders of summation
 ACTIVATIONS = ("tanh", "relu", "sigmoid", "softplus", "identity")
 BIASES = ("both", "none", "b_x", "b_h")
@@ -45,21 +46,23 @@ def oracle_step(params, x, h, spec):
 
 def whole_step(params, x, h, spec, scale=None):
     """h' and the gates from the parameters and the input."""
-    a, recurrent = cell.project(params, x, spec), cell.cut_recurrent(params, spec)
-    return cell.step(recurrent, a, h, spec, scale)
+    params = with_spec(params, spec)
+    a, recurrent = cell.project(params, x), cell.split_recurrent(params)
+    return cell.step(recurrent, a, h, scale)
 
 
 @functools.partial(jax.jit, static_argnames="spec")
 def step_and_rules(params, x, h, dh, spec, scale=None):
     """The step's value, its handwritten VJP, and JAX's."""
-    a, recurrent = cell.project(params, x, spec), cell.cut_recurrent(params, spec)
+    params = with_spec(params, spec)
+    a, recurrent = cell.project(params, x), cell.split_recurrent(params)
     transposed = derivatives.transpose_recurrent(recurrent)
-    h_t, gates = cell.step(recurrent, a, h, spec, scale)
+    h_t, gates = cell.step(recurrent, a, h, scale)
     c = derivatives.coefficients(gates, h, spec, scale)
     dh_tm1, dp = derivatives.step_vjp(transposed, c, gates.norms, dh, scale)
     da, du = derivatives.gates_vjp(c, dh, dp)
     by_hand = (
-        derivatives.params_vjp(params, x, gates, h, da, du, spec, scale),
+        derivatives.params_vjp(params, x, gates, h, da, du, scale),
         derivatives.inputs_vjp(params, params.w_x.T, x, da),
         dh_tm1,
     )
@@ -68,7 +71,7 @@ def step_and_rules(params, x, h, dh, spec, scale=None):
         return whole_step(params, x, h, spec, scale)[0]
 
     _, pull = jax.vjp(whole, params, x, h)
-    _, pull_a = jax.vjp(lambda a, h: cell.step(recurrent, a, h, spec, scale)[0], a, h)
+    _, pull_a = jax.vjp(lambda a, h: cell.step(recurrent, a, h, scale)[0], a, h)
     return h_t, by_hand, pull(dh), (tuple(jnp.split(da, 3, -1)), dh_tm1), pull_a(dh)
 
 
@@ -102,7 +105,7 @@ def test_zero_parameters_halve_the_state():
 @in_float64
 def test_one_unit_matches_numbers_worked_out_by_hand():
     """All weights 1, biases (b_x, b_h) = (0, 1), x = 0, h = 1: gates are sigmoid(2)."""
-    params = GRUParams(jnp.ones((1, 3)), jnp.ones((1, 3)), jnp.zeros(3), jnp.ones(3))
+    params = GRUParams(jnp.ones((1, 3)), jnp.ones((1, 3)), jnp.zeros(3), jnp.ones(3), spec=CHO_2014)
     x, h = jnp.zeros(1), jnp.ones(1)
     gate = 1 / (1 + np.exp(-2.0))
     before, after = np.tanh(gate + 1), np.tanh(gate * 2)
@@ -166,14 +169,19 @@ def test_parameter_cotangents_sum_over_all_leading_axes(spec, batch):
 @functools.partial(jax.jit, static_argnames="spec")
 def tangents_by_hand_and_by_jax(params, tparams, x, tx, h, th, spec, scale=None):
     """None among the tangents stands for zero."""
+    params, tparams = with_spec((params, tparams), spec)
     _, gates = whole_step(params, x, h, spec, scale)
-    drive = derivatives.step_drive(params, tparams, x, tx, gates, h, spec, scale)
-    recurrent = cell.cut_recurrent(params, spec)
+    drive = derivatives.step_drive(params, tparams, x, tx, gates, h, scale)
+    recurrent = cell.split_recurrent(params)
     by_hand = derivatives.step_jvp(
         recurrent, derivatives.coefficients(gates, h, spec, scale), gates.norms, th, drive, scale
     )
     zeros = jax.tree.map(jnp.zeros_like, (params, x))
-    filled = GRUParams(*(zero if t is None else t for t, zero in zip(tparams, zeros[0])))
+    tangents = {
+        k: zero if t is None else t
+        for (k, t), zero in zip(tparams.arrays().items(), zeros[0].arrays().values())
+    }
+    filled = dataclasses.replace(tparams, **tangents)
 
     def whole(params, x, h):
         return whole_step(params, x, h, spec, scale)[0]
@@ -198,7 +206,8 @@ def test_step_tangent_is_the_jvp_of_the_step(spec):
 def test_drive_takes_none_for_a_tangent_that_is_zero(spec, only):
     params, x, h = one_step_problem(60)
     tparams, tx, _ = one_step_problem(61)
-    tparams = GRUParams(*(t if n == only else None for n, t in zip(GRUParams._fields, tparams)))
+    absent = [name for name in tparams.arrays() if name != only]
+    tparams = dataclasses.replace(tparams, **dict.fromkeys(absent))
     tx = tx if only == "x" else None
     th = jnp.zeros_like(h)
     by_hand, by_jax = tangents_by_hand_and_by_jax(params, tparams, x, tx, h, th, spec)
@@ -219,7 +228,7 @@ def test_normalized_step_with_a_scaled_read_has_its_value_and_rules(spec, gains)
     def problem(seed):
         params, xs, h = make_problem(seed, steps=1, batch=(4,), layer_norm=True)[:3]
         absent = {"both": (), "g_x": ("g_h",), "g_h": ("g_x",)}[gains]
-        return params._replace(**dict.fromkeys(absent)), xs[0], h
+        return dataclasses.replace(params, **dict.fromkeys(absent)), xs[0], h
 
     (params, x, h), (tparams, tx, th) = problem(62), problem(63)
     scale = jax.random.bernoulli(jax.random.key(64), 0.6, h.shape).astype(h.dtype) / 0.6
@@ -235,8 +244,8 @@ def test_normalized_step_with_a_scaled_read_has_its_value_and_rules(spec, gains)
 def test_normalized_product_has_mean_zero_and_variance_one_in_every_gate():
     """Large weights change nothing: with gains of one and no bias, a is of unit size."""
     params = init_gru(jax.random.key(0), 5, 64, bias=False, layer_norm=True)
-    params = params._replace(w_x=100 * params.w_x + 7)
-    for a in cell.project(params, jax.random.normal(jax.random.key(1), (3, 5)), CHO_2014):
+    params = dataclasses.replace(params, w_x=100 * params.w_x + 7)
+    for a in cell.project(params, jax.random.normal(jax.random.key(1), (3, 5))):
         np.testing.assert_allclose(a.mean(-1), 0, atol=1e-5)
         np.testing.assert_allclose(a.std(-1), 1, atol=1e-3)
 
@@ -263,7 +272,7 @@ def test_relu_at_its_kink_has_derivative_zero(reset):
 @each_spec
 def test_derivatives_hold_where_gates_saturate(spec):
     params, x, h = one_step_problem(80)
-    params = params._replace(b_x=jnp.tile(jnp.array([-30.0, 0.5, 30.0]), 3))
+    params = dataclasses.replace(params, b_x=jnp.tile(jnp.array([-30.0, 0.5, 30.0]), 3))
     dh = jnp.ones_like(h)
     _, by_hand, by_jax, _, _ = step_and_rules(params, x, h, dh, spec)
     # Where 1 - sigmoid is the difference of nearly equal numbers a few units in its last place
@@ -300,7 +309,7 @@ def test_half_precision_step_adds_in_float32(dtype):
     """With w_h = 0 no product sees the state, so the step is the float32 one, rounded once."""
     problem = make_problem(101, steps=1, hidden=64, dtype=dtype)
     params, x, h = problem.params, problem.xs[0], problem.h0
-    params = params._replace(w_h=jnp.zeros_like(params.w_h))
+    params = dataclasses.replace(params, w_h=jnp.zeros_like(params.w_h))
     wide = jax.tree.map(lambda v: v.astype(jnp.float32), (params, x, h))
     got = np.asarray(gru_cell(params, x, h)).astype(np.float32)
     want = np.asarray(gru_cell(*wide))
@@ -370,7 +379,9 @@ def test_biases_start_at_zero(scheme):
 def test_initialisation_follows_its_arguments(scheme):
     make = functools.partial(init_gru, input_size=2, hidden_size=3, scheme=scheme)
     params = make(jax.random.key(5))
-    assert jax.tree.map(jnp.shape, params) == GRUParams((2, 9), (3, 9), (9,), (9,))
+    wanted = {"w_x": (2, 9), "w_h": (3, 9), "b_x": (9,), "b_h": (9,), "g_x": None, "g_h": None}
+    assert {k: v if v is None else v.shape for k, v in params.arrays().items()} == wanted
+    assert params.spec == CHO_2014 and make(jax.random.key(5), spec=PYTORCH).spec == PYTORCH
     normalized = make(jax.random.key(5), layer_norm=True)
     np.testing.assert_array_equal(normalized.g_x, np.ones(9))
     np.testing.assert_array_equal(normalized.g_h, np.ones(9))
@@ -405,8 +416,10 @@ KEY = jax.random.key(0)
 
 def bad_params(**changes):
     """Parameters for I=2, H=3 with some arrays exchanged."""
-    good = GRUParams(jnp.zeros((2, 9)), jnp.zeros((3, 9)), jnp.zeros(9), jnp.zeros(9))
-    return good._replace(**changes)
+    good = GRUParams(
+        jnp.zeros((2, 9)), jnp.zeros((3, 9)), jnp.zeros(9), jnp.zeros(9), spec=CHO_2014
+    )
+    return dataclasses.replace(good, **changes)
 
 
 def call_cell(x=(4, 2), h=(4, 3), params=None, dtype=jnp.float32, **choices):
@@ -469,7 +482,7 @@ BAD_CALLS = {
         "jax.config.update('jax_enable_x64', True) or cast to float32.",
     ),
     "params_kind": (
-        lambda: call_cell(params=tuple(bad_params())),
+        lambda: call_cell(params=tuple(bad_params().arrays().values())),
         TypeError,
         "gru_cell: params must be a GRUParams, got tuple.",
     ),
@@ -586,7 +599,7 @@ BAD_CALLS = {
     "spec_kind": (
         lambda: call_cell(spec="before"),
         TypeError,
-        "gru_cell: spec must be a GRUSpec, got 'before'.",
+        "gru_cell: params.spec must be a GRUSpec, got 'before'.",
     ),
 }
 

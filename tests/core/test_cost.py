@@ -11,10 +11,13 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import HAS_EMITTERS
+from conftest import HAS_EMITTERS, flat
 
-from jaxgru import CHO_2014, PYTORCH, gru, init_gru
+import jaxgru
+from jaxgru import CHO_2014, PYTORCH, init_gru
 from jaxgru.diagnostics import rtrl
+
+gru = flat(jaxgru.gru)
 
 T, B, I_SIZE, H = 64, 4, 8, 16
 STATES = T * B * H  # numbers in hs

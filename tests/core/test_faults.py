@@ -1,14 +1,16 @@
 """Seeded faults: every one of these wrong backward passes is caught, in float64 and in float32."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import pytest
+from conftest import flat
 
 from jaxgru.checks.gradients import check_gradients
 from jaxgru.core import bptt, derivatives, recurrence, scan, tangent
-from jaxgru.core.parameters import CHO_2014, CHUNG_2014, PYTORCH, GRUParams, init_gru
+from jaxgru.core.parameters import CHO_2014, CHUNG_2014, PYTORCH, init_gru
 
 # One of each kind of place; the fast tier leaves the others to the slow one.
 FAST = {
@@ -120,8 +122,8 @@ def of_params(change):
     """A fault of params_vjp: change(xs, gates, h_tm1, da, du) before it."""
 
     def mutate(original):
-        def faulty(params, xs, gates, h_tm1, da, du, spec, scale):
-            return original(params, *change(xs, gates, h_tm1, da, du), spec, scale)
+        def faulty(params, xs, gates, h_tm1, da, du, scale):
+            return original(params, *change(xs, gates, h_tm1, da, du), scale)
 
         return faulty
 
@@ -151,15 +153,15 @@ def bias_inside_the_gate(xs, gates, h_tm1, da, du):
 def scaled_recurrent_weights(original):
     def faulty(*args):
         dparams = original(*args)
-        return dparams._replace(w_h=dparams.w_h * 1.001)
+        return dataclasses.replace(dparams, w_h=dparams.w_h * 1.001)
 
     return faulty
 
 
 def bias_of_one_row(original):
-    def faulty(params, xs, gates, h_tm1, da, du, spec, scale):
-        dparams = original(params, xs, gates, h_tm1, da, du, spec, scale)
-        return dparams._replace(b_h=du[:, 0].sum(axis=0))
+    def faulty(params, xs, gates, h_tm1, da, du, scale):
+        dparams = original(params, xs, gates, h_tm1, da, du, scale)
+        return dataclasses.replace(dparams, b_h=du[:, 0].sum(axis=0))
 
     return faulty
 
@@ -251,21 +253,25 @@ def no_reset_gate_in_tangent(original):
     def faulty(recurrent, c, norms, th, drive, scale):
         first, *others = recurrent.w
         first = first.at[:, : th.shape[-1]].set(0)
-        return original(recurrent._replace(w=(first, *others)), c, norms, th, drive, scale)
+        return original(
+            dataclasses.replace(recurrent, w=(first, *others)), c, norms, th, drive, scale
+        )
 
     return faulty
 
 
 def no_recurrent_weights_in_drive(original):
-    def faulty(params, tparams, xs, txs, gates, h_tm1, spec, scale):
-        return original(params, tparams._replace(w_h=None), xs, txs, gates, h_tm1, spec, scale)
+    def faulty(params, tparams, xs, txs, gates, h_tm1, scale):
+        return original(
+            params, dataclasses.replace(tparams, w_h=None), xs, txs, gates, h_tm1, scale
+        )
 
     return faulty
 
 
 def drive_of_half_the_inputs(original):
-    def faulty(params, tparams, xs, txs, gates, h_tm1, spec, scale):
-        return original(params, tparams, 0.5 * xs, txs, gates, h_tm1, spec, scale)
+    def faulty(params, tparams, xs, txs, gates, h_tm1, scale):
+        return original(params, tparams, 0.5 * xs, txs, gates, h_tm1, scale)
 
     return faulty
 
@@ -290,8 +296,8 @@ def scale_ignored(original):
 
 
 def scale_ignored_by_weights(original):
-    def faulty(params, xs, gates, h_tm1, da, du, spec, scale):
-        return original(params, xs, gates, h_tm1, da, du, spec, None)
+    def faulty(params, xs, gates, h_tm1, da, du, scale):
+        return original(params, xs, gates, h_tm1, da, du, None)
 
     return faulty
 
@@ -320,7 +326,7 @@ def norms_of_the_wrong_gate(original):
 
 def gain_of_inputs_ignored(original):
     def faulty(params, w_x_t, xs, da):
-        return original(params._replace(g_x=None), w_x_t, xs, da)
+        return original(dataclasses.replace(params, g_x=None), w_x_t, xs, da)
 
     return faulty
 
@@ -390,7 +396,7 @@ def run_check(fn, spec=CHO_2014, layer_norm=False, inside=None, **options):
 def plain(params, xs, h0, **choices):
     mask = jnp.array([[1, 1], [1, 0], [1, 1], [0, 1], [1, 1]], bool)
     resets = jnp.array([[0, 0], [0, 0], [1, 0], [0, 1], [0, 0]], bool)
-    return recurrence.gru(params, xs, h0, mask=mask, resets=resets, **choices)
+    return flat(recurrence.gru)(params, xs, h0, mask=mask, resets=resets, **choices)
 
 
 def test_faults_of_the_fast_tier_are_faults():
@@ -463,7 +469,7 @@ def broken_rule(change):
 
 
 def rounded(dparams, dxs, dh0):
-    return dparams._replace(w_h=dparams.w_h.astype(jnp.float16)), dxs, dh0
+    return dataclasses.replace(dparams, w_h=dparams.w_h.astype(jnp.float16)), dxs, dh0
 
 
 def initial_state_forgotten(dparams, dxs, dh0):
@@ -471,11 +477,15 @@ def initial_state_forgotten(dparams, dxs, dh0):
 
 
 def swapped_biases_scaled(dparams, dxs, dh0):
-    return GRUParams(dparams.w_x, dparams.w_h, dparams.b_x, 2 * dparams.b_h), dxs, dh0
+    return (
+        dataclasses.replace(dparams, b_h=2 * dparams.b_h),
+        dxs,
+        dh0,
+    )
 
 
 def not_a_number(dparams, dxs, dh0):
-    return dparams._replace(w_x=dparams.w_x.at[0, 0].set(jnp.nan)), dxs, dh0
+    return dataclasses.replace(dparams, w_x=dparams.w_x.at[0, 0].set(jnp.nan)), dxs, dh0
 
 
 @pytest.mark.parametrize(
@@ -498,7 +508,7 @@ def test_wrong_result_of_the_rule_is_caught_in_both_precisions(change, reason, m
 
 def test_float32_gradient_of_a_bfloat16_parameter_is_caught(monkeypatch):
     def widened(dparams, dxs, dh0):
-        return dparams._replace(w_x=dparams.w_x.astype(jnp.float32)), dxs, dh0
+        return dataclasses.replace(dparams, w_x=dparams.w_x.astype(jnp.float32)), dxs, dh0
 
     monkeypatch.setattr(recurrence, "gru_bptt", broken_rule(widened))
     report = run_check(plain, dtypes=("bfloat16",))
@@ -525,8 +535,8 @@ def test_grid_names_the_case_that_fails(monkeypatch):
 
     original = bptt.step
 
-    def faulty(recurrent, a, h, spec, scale):
-        h, gates = original(recurrent, a, h, spec, scale)
+    def faulty(recurrent, a, h, scale):
+        h, gates = original(recurrent, a, h, scale)
         bulk = a[0].ndim == 3
         return h, gates._replace(r=gates.r * 0.9) if bulk else gates
 

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import assert_close, make_problem, oracle_pullback
+from conftest import assert_close, flat, make_problem, oracle_pullback
 from jax.extend import core as jex
 from jax.flatten_util import ravel_pytree
 
+import jaxgru
 from jaxgru.core.parameters import CHO_2014, PYTORCH, GRUSpec
-from jaxgru.core.recurrence import gru
 
 # float64, relative to the largest entry of a leaf. Rounding reaches about 1e-14 here.
 EXACT = 1e-11
@@ -28,6 +28,8 @@ mostly_before = pytest.mark.parametrize(
 mostly_after = pytest.mark.parametrize(
     "spec", [pytest.param(CHO_2014, id="before", marks=slow), AFTER]
 )
+
+gru = flat(jaxgru.gru)
 
 AUTODIFF = {"gradient": "autodiff"}
 TANGENT = {"gradient": "tangent"}
@@ -294,7 +296,7 @@ def test_wholly_masked_data_gives_weight_gradients_of_exactly_zero(spec):
     nothing = jnp.zeros_like(problem.mask)
     dh_last, dhs = problem.cotangents
     for _, (dparams, dxs, dh0) in pullbacks(problem, [TANGENT, *POLICIES], spec=spec, mask=nothing):
-        assert not any(np.any(d) for d in dparams)
+        assert not any(np.any(d) for d in jax.tree.leaves(dparams))
         assert not np.any(dxs)
         assert_close(dh0, dh_last + dhs.sum(axis=0), EXACT)
 
@@ -522,20 +524,21 @@ def test_tangent_takes_any_part_of_the_arguments(spec):
     """The others' tangents are symbolic zeros, which the rule leaves out of its drive."""
     problem, direction = make_problem(29, layer_norm=True), make_problem(30, layer_norm=True)
     case = {"spec": spec, "mask": problem.mask, "resets": problem.resets}
-    names = (*problem.params._fields, "xs", "h0")
+    names = (*problem.params.arrays(), "xs", "h0")
 
     @jax.jit
     def every_part(values, tangents):
         def along(name, **variant):
             def run(value):
-                *params, xs, h0 = (value if n == name else values[n] for n in names)
-                return gru(type(problem.params)(*params), xs, h0, **case, **variant)
+                *arrays, xs, h0 = (value if n == name else values[n] for n in names)
+                params = dataclasses.replace(problem.params, **dict(zip(names, arrays)))
+                return gru(params, xs, h0, **case, **variant)
 
             return jax.jvp(run, (values[name],), (tangents[name],))
 
         return [(along(name, **AUTODIFF), along(name, **TANGENT)) for name in names]
 
-    values, tangents = (dict(zip(names, (*p.params, p.xs, p.h0))) for p in (problem, direction))
+    values, tangents = (p.params.arrays() | {"xs": p.xs, "h0": p.h0} for p in (problem, direction))
     for name, (wanted, got) in zip(names, every_part(values, tangents)):
         assert np.abs(np.asarray(wanted[1][1])).max() > 1e-3, name
         assert_close(got, wanted, EXACT, name)

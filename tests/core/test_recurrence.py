@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from conftest import assert_close, make_problem
+from conftest import assert_close, flat, make_problem
 
-from jaxgru.core.cell import gru_cell
+import jaxgru
 from jaxgru.core.masks import length_mask
 from jaxgru.core.parameters import CHO_2014, CHUNG_2014, PYTORCH, GRUParams, GRUSpec
-from jaxgru.core.recurrence import gru
+
+gru = flat(jaxgru.gru)
+gru_cell = flat(jaxgru.gru_cell)
 
 EXACT = 1e-12  # float64, relative to the largest entry: rounding of different orders of summation
 GRADIENTS = ("bptt", "tangent", "autodiff")
@@ -330,7 +332,9 @@ def test_state_of_half_types_is_carried_in_float32(dtype):
     steps, hidden = 200, 8
     problem = make_problem(22, steps=steps, hidden=hidden, dtype=dtype)
     slow = jnp.concatenate([jnp.zeros(hidden), jnp.full(hidden, 4.0), jnp.full(hidden, 0.7)])
-    params = problem.params._replace(w_h=jnp.zeros_like(problem.params.w_h), b_x=slow.astype(dtype))
+    params = dataclasses.replace(
+        problem.params, w_h=jnp.zeros_like(problem.params.w_h), b_x=slow.astype(dtype)
+    )
     wide_params, wide_xs = jax.tree.map(lambda v: v.astype(jnp.float32), (params, problem.xs))
     _, want = jax.jit(gru)(wide_params, wide_xs)
     _, hs = jax.jit(gru)(params, problem.xs)
@@ -364,7 +368,7 @@ def test_cotangent_of_the_state_of_half_types_is_carried_in_float32(dtype, gradi
 
         return jax.vjp(run, h0)[1](dh_last)[0]
 
-    arguments = zero._replace(b_x=z_bias.astype(dtype)), problem.xs, problem.h0
+    arguments = dataclasses.replace(zero, b_x=z_bias.astype(dtype)), problem.xs, problem.h0
     dh_last = problem.cotangents[0]
     got = cotangent(*arguments, dh_last)
     assert got.dtype == dtype
@@ -500,7 +504,9 @@ LENGTH_ERRORS = {
 def call_gru(xs=(5, 4, 2), h0=None, mask=None, resets=None, params=None, **choices):
     """gru on zeros of the given shapes, or on the values themselves."""
     if params is None:
-        params = GRUParams(jnp.zeros((2, 9)), jnp.zeros((3, 9)), jnp.zeros(9), jnp.zeros(9))
+        params = GRUParams(
+            jnp.zeros((2, 9)), jnp.zeros((3, 9)), jnp.zeros(9), jnp.zeros(9), spec=CHO_2014
+        )
     xs, h0 = (jnp.zeros(v) if isinstance(v, tuple) else v for v in (xs, h0))
     mask, resets = (jnp.zeros(v, bool) if isinstance(v, tuple) else v for v in (mask, resets))
     return gru(params, xs, h0, mask=mask, resets=resets, **choices)
@@ -510,7 +516,7 @@ GRU_ERRORS = {
     "spec": (
         lambda: call_gru(spec="pytorch"),
         TypeError,
-        "gru: spec must be a GRUSpec, got 'pytorch'.",
+        "gru: params.spec must be a GRUSpec, got 'pytorch'.",
     ),
     "gradient": (
         lambda: call_gru(gradient="rtrl"),
@@ -565,7 +571,7 @@ GRU_ERRORS = {
         "gru: params must be a GRUParams, got dict.",
     ),
     "params_w_x_kind": (
-        lambda: call_gru(params=GRUParams(1.0, jnp.zeros((3, 9)), None, None)),
+        lambda: call_gru(params=GRUParams(1.0, jnp.zeros((3, 9)), None, None, spec=CHO_2014)),
         TypeError,
         "gru: params.w_x must be an array, got float; convert it with jnp.asarray.",
     ),

@@ -6,13 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import assert_close, make_problem
+from conftest import assert_close, flat, make_problem
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import jaxgru
 from jaxgru.core.parameters import CHO_2014, PYTORCH, init_gru
-from jaxgru.core.recurrence import gru
-from jaxgru.stacks import gru_stack, init_stack
+from jaxgru.stacks import init_stack
+
+gru = flat(jaxgru.gru)
+gru_stack = flat(jaxgru.gru_stack)
 
 EXACT = 1e-11  # float64, relative to the largest entry: sums in another order
 pytestmark = pytest.mark.usefixtures("x64")

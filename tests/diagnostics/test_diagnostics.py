@@ -1,5 +1,6 @@
 """Observers beyond the agreement table: forms, transformations, known values, and errors."""
 
+import dataclasses
 import functools
 import re
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import assert_close, make_problem
+from conftest import assert_close, make_problem, with_spec
 
 import jaxgru
 from jaxgru import CHUNG_2014, PYTORCH, Bidirectional, GRUSpec, Tap, diagnostics, models
@@ -27,8 +28,8 @@ def pairs_of(*sizes):
     return tuple(Bidirectional(*pair) for pair in cells)
 
 
-def options_of(problem, spec=jaxgru.CHO_2014):
-    return {"mask": problem.mask, "resets": problem.resets, "spec": spec}
+def options_of(problem):
+    return {"mask": problem.mask, "resets": problem.resets}
 
 
 # The tap.
@@ -111,8 +112,8 @@ def test_tap_goes_through_a_model_with_dropout_to_any_loss():
 
 
 def test_flow_of_a_bidirectional_stack_has_the_form_of_its_parameters(x64, uncompiled):
-    problem, layers = make_problem(5), pairs_of(2, 6)
-    options = options_of(problem, CHUNG_2014)
+    problem, layers = make_problem(5), with_spec(pairs_of(2, 6), CHUNG_2014)
+    options = options_of(problem)
     with pytest.raises(ValueError, match=r"^gradient_flow: params\[1\].w_x must have 3 rows"):
         diagnostics.gradient_flow(squares, layers, problem.xs, merge="sum", **options)
     loss, flow = diagnostics.gradient_flow(squares, layers, problem.xs, **options)
@@ -132,8 +133,9 @@ def test_flow_of_a_bidirectional_stack_has_the_form_of_its_parameters(x64, uncom
 
 def test_rtrl_of_a_residual_stack_with_gains_is_autodiffs(x64):
     problem = make_problem(6)
-    options = options_of(problem, PYTORCH)
+    options = options_of(problem)
     layers = stack_of(make_problem(0, layer_norm=True), make_problem(1, inputs=3, layer_norm=True))
+    layers = with_spec(layers, PYTORCH)
 
     def step_loss(y, target):
         return ((y - target) ** 2).sum()
@@ -162,20 +164,20 @@ def test_norms_of_a_layer_with_scales_are_those_of_each_examples_gradient(x64, p
 
     @jax.jit
     def of_all(params, xs, mask, resets):
-        flags = {"mask": mask, "resets": resets, "spec": PYTORCH}
+        flags = {"mask": mask, "resets": resets}
         return diagnostics.example_gradient_norms(squares, params, xs, **flags)[1]
 
     @jax.jit
     @functools.partial(jax.vmap, in_axes=(None, 1, 1, 1))
     def of_each(params, xs, mask, resets):
-        flags = {"mask": mask, "resets": resets, "spec": PYTORCH}
+        flags = {"mask": mask, "resets": resets}
 
         def loss(params):
             return squares(*run(params, xs, gradient="autodiff", **flags))
 
         return jax.tree.map(jnp.linalg.norm, jax.grad(loss)(params))
 
-    arguments = (layer, problem.xs, problem.mask, problem.resets)
+    arguments = (with_spec(layer, PYTORCH), problem.xs, problem.mask, problem.resets)
     assert_close(of_all(*arguments), of_each(*arguments), 1e-10)
 
 
@@ -264,12 +266,10 @@ def test_lyapunov_exponents_of_a_rotation_that_shrinks_and_of_skipped_steps(x64)
 
 def test_statistics_are_numpys_over_real_steps(x64, uncompiled):
     problem = make_problem(10)
-    spec = GRUSpec("after", "write")
-    options = options_of(problem, spec)
-    gates = diagnostics.gate_values(problem.params, problem.xs, problem.h0, **options)
-    got = diagnostics.gate_statistics(
-        problem.params, problem.xs, problem.h0, low=0.4, high=0.6, **options
-    )
+    options = options_of(problem)
+    params = with_spec(problem.params, GRUSpec("after", "write"))
+    gates = diagnostics.gate_values(params, problem.xs, problem.h0, **options)
+    got = diagnostics.gate_statistics(params, problem.xs, problem.h0, low=0.4, high=0.6, **options)
     real = np.asarray(problem.mask)
     r, z, k = (np.asarray(v)[real] for v in (gates.reset, gates.update, gates.kept))
     np.testing.assert_allclose(k, 1 - z, rtol=1e-14)
@@ -298,7 +298,8 @@ def test_bound_is_its_formula_in_gates_and_spectral_norms(x64, uncompiled):
     norm_r, norm_z, norm_n = (np.linalg.norm(u, 2) for u in (u_r, u_z, u_n))
     b_n = np.asarray(problem.params.b_h)[6:]
     for spec in (GRUSpec("before", "write"), GRUSpec("after", "keep")):
-        gates = diagnostics.gate_values(problem.params, x[None], h, spec=spec)
+        params = with_spec(problem.params, spec)
+        gates = diagnostics.gate_values(params, x[None], h)
         r, z, n, k = (np.asarray(v[0]) for v in gates)
         k_z, k_a = np.abs(np.asarray(h) - n) * z * (1 - z), (1 - k) * (1 - n**2)
         largest = [np.abs(v).max(axis=-1) for v in (k, k_z, k_a, r)]
@@ -309,7 +310,7 @@ def test_bound_is_its_formula_in_gates_and_spectral_norms(x64, uncompiled):
         else:
             k_r = np.abs(k_a * (np.asarray(h) @ u_n + b_n) * r * (1 - r)).max(axis=-1)
             wanted += k_r * norm_r + np.abs(k_a * r).max(axis=-1) * norm_n
-        got = diagnostics.step_jacobian_bound(problem.params, x, h, spec=spec)
+        got = diagnostics.step_jacobian_bound(params, x, h)
         assert_close(got, wanted, 1e-13)
 
 
@@ -319,7 +320,7 @@ def test_norms_of_gradients_that_cancel_or_are_tiny_keep_their_digits():
     xs = np.ones_like(problem.xs)
     weights = np.asarray(problem.cotangents[1])
     weights = weights - weights.mean(axis=0, keepdims=True)
-    params = problem.params._replace(w_h=np.zeros((3, 9), np.float32), b_h=None)
+    params = dataclasses.replace(problem.params, w_h=np.zeros((3, 9), np.float32), b_h=None)
 
     def loss(h_last, hs):
         return 1e-25 * (hs * weights).sum()
@@ -341,23 +342,24 @@ def test_norms_of_gradients_that_cancel_or_are_tiny_keep_their_digits():
 
 def test_residual_and_merged_stacks_are_seen_as_gru_stack_runs_them(x64, uncompiled):
     problem = make_problem(14)
-    options = options_of(problem, PYTORCH)
+    options = options_of(problem)
     layers = stack_of(*(make_problem(seed, inputs=size) for seed, size in ((0, 2), (1, 3), (2, 3))))
+    layers = with_spec(layers, PYTORCH)
 
     def states(h, t, layers):
         per_layer = tuple(jnp.split(h, 3, axis=-1))
-        flags = {"mask": problem.mask[t], "resets": problem.resets[t], "spec": PYTORCH}
+        flags = {"mask": problem.mask[t], "resets": problem.resets[t]}
         h, _ = jaxgru.gru_stack_cell(layers, problem.xs[t], per_layer, residual=True, **flags)
         return jnp.concatenate(h, axis=-1)
 
-    first = {"mask": problem.mask[:3], "resets": problem.resets[:3], "spec": PYTORCH}
+    first = {"mask": problem.mask[:3], "resets": problem.resets[:3]}
     h = jnp.concatenate(jaxgru.gru_stack(layers, problem.xs[:3], residual=True, **first)[0], -1)
     whole = jax.jacrev(states)(h, 3, layers)
     wanted = jnp.stack([whole[b, :, b] for b in range(3)])
     got = diagnostics.sequence_jacobians(layers, problem.xs, residual=True, **options)
     assert_close(got[3], wanted, 1e-12)
 
-    pairs = pairs_of(2, 3, 3)
+    pairs = with_spec(pairs_of(2, 3, 3), PYTORCH)
     merged = {"merge": "sum", "residual": True, **options}
 
     def plain(tap):
@@ -451,7 +453,7 @@ EYES = jnp.asarray(np.stack([np.eye(3, dtype=np.float32)] * 2))
         (ValueError, "gate_values: params must be finite, got params.w_h[0, 0] = inf; replace "
                      "the entry.",
          lambda: diagnostics.gate_values(
-             PARAMS._replace(w_h=np.full((3, 9), np.inf, np.float32)), XS)),
+             dataclasses.replace(PARAMS, w_h=np.full((3, 9), np.inf, np.float32)), XS)),
         (ValueError, "rtrl: params must hold layers of one direction, got a Bidirectional, whose "
                      "outputs depend on later inputs; use jax.grad of gru_stack.",
          lambda: diagnostics.rtrl(squares, PAIR, XS, XS)),

@@ -4,6 +4,7 @@ Here JAX's interpreter of GPU kernels runs them, and looks for races; on a machi
 `pytest -m gpu` runs the same tests compiled.
 """
 
+import dataclasses
 import functools
 import itertools
 import re
@@ -14,12 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import Problem, assert_close, oracle_pullback
+from conftest import Problem, assert_close, flat, oracle_pullback
 from jaxlib.mlir import ir
 
+import jaxgru
 from jaxgru.core import recurrence
 from jaxgru.core.parameters import CHO_2014, CHUNG_2014, PYTORCH, GRUParams, GRUSpec
-from jaxgru.core.recurrence import gru
 from jaxgru.experimental.fused import hopper as chip_module
 from jaxgru.experimental.fused import kernels, tiling
 from jaxgru.experimental.fused.exchange import Board, ClusterBoard, MemoryBoard, board_kind
@@ -37,6 +38,8 @@ in_newer_jax = pytest.mark.skipif(
     jax.__version_info__ < (0, 11),
     reason="the interpreter of JAX 0.10 knows no clusters",
 )
+
+gru = flat(jaxgru.gru)
 
 
 @pytest.fixture(params=["interpreted", pytest.param("fused", marks=pytest.mark.gpu)])
@@ -77,6 +80,7 @@ def small_problem(
         weights(3 * hidden) if bias in ("both", "b_x") else None,
         weights(3 * hidden) if bias in ("both", "b_h") else None,
         *([weights(3 * hidden)] * 2 if gains else []),
+        spec=CHO_2014,
     )
     return Problem(
         params,
@@ -373,7 +377,7 @@ def test_state_of_half_types_is_carried_in_float32(backend):
         return jnp.asarray(np.zeros(shape, jnp.bfloat16))
 
     b_x = np.asarray([0.0, 4.0, 20.0], jnp.bfloat16)  # 1/56 of the way to the candidate, 1, a step
-    params = GRUParams(zeros(1, 3), zeros(1, 3), jnp.asarray(b_x), None)
+    params = GRUParams(zeros(1, 3), zeros(1, 3), jnp.asarray(b_x), None, spec=CHO_2014)
     h0 = jnp.asarray(np.full((1, 1), 0.9, jnp.bfloat16))
     run = jax.jit(functools.partial(gru, spec=PYTORCH, backend=backend))
     h_last, _ = run(params, zeros(steps, 1, 1), h0)
@@ -898,7 +902,7 @@ def test_what_the_kernels_lack_is_refused_with_its_cure(choices, kind, message):
 @pytest.mark.parametrize("gain", ["g_x", "g_h"])
 def test_either_gain_is_refused(gain):
     problem = small_problem(25, gains=True)
-    params = problem.params._replace(**{gain: None})
+    params = dataclasses.replace(problem.params, **{gain: None})
     error = refusal(functools.partial(gru, backend="fused"), params, problem.xs)
     assert "must have no gains" in str(error)
 

@@ -11,7 +11,7 @@ from jax import export
 
 import jaxgru
 from experiments.convert import main
-from jaxgru import CHUNG_2014, PYTORCH, GRUSpec, init_stack, interop
+from jaxgru import CHUNG_2014, PYTORCH, GRUSpec, init_gru, init_stack, interop
 from jaxgru.models import init_token_model
 
 st = pytest.importorskip("safetensors.numpy", reason="safetensors is an extra")
@@ -23,8 +23,8 @@ pytestmark = pytest.mark.usefixtures("uncompiled")
 
 def torch_file(path, prefix="", **stack):
     """A state dict as torch would have written it."""
-    layers = init_stack(jax.random.key(0), 2, 3, scheme="pytorch", **stack)
-    weights = interop.to_torch(layers, spec=PYTORCH).weights
+    layers = init_stack(jax.random.key(0), 2, 3, spec=PYTORCH, scheme="pytorch", **stack)
+    weights = interop.to_torch(layers).weights
     st.save_file({f"{prefix}{k}": v for k, v in weights.items()}, path)
     return layers
 
@@ -47,8 +47,8 @@ def same(got, wanted):
 def test_weights_that_went_through_every_format_are_the_same(tmp_path, capsys, both):
     """All that hold this cell as it is, one after the other, back to PyTorch."""
     layers = torch_file(tmp_path / "torch.safetensors", num_layers=2, bidirectional=both)
-    formats = ["onnx", "keras", "haste", "jaxgru", "torch"]
-    ends = {"onnx": "onnx", "jaxgru": "safetensors", "keras": "npz", "haste": "safetensors"}
+    formats = ["onnx", "keras", "jaxgru", "torch"]
+    ends = {"onnx": "onnx", "jaxgru": "safetensors"}
     source = ("torch", tmp_path / "torch.safetensors")
     for kind in formats:
         target = (kind, tmp_path / f"{kind}_2.{ends.get(kind, 'npz')}")
@@ -73,8 +73,8 @@ def test_merged_biases_are_told_and_the_function_is_kept(tmp_path, capsys, kind)
 
 
 def test_negated_update_is_told(tmp_path, capsys):
-    params = init_stack(jax.random.key(0), 2, 3)
-    interop.save_weights(tmp_path / "j", params, spec=CHUNG_2014)
+    params = init_stack(jax.random.key(0), 2, 3, spec=CHUNG_2014)
+    interop.save_weights(tmp_path / "j", params)
     code, printed = run(capsys, "--from", "jaxgru", tmp_path / "j", "--to", "onnx", tmp_path / "o")
     assert code == 0, printed
     assert "note     the update gate's weights and biases are negated" in printed
@@ -82,7 +82,27 @@ def test_negated_update_is_told(tmp_path, capsys):
         capsys, "--from", "onnx", tmp_path / "o", "--to", "haiku", tmp_path / "h.npz"
     )
     assert code == 0, printed
-    assert "I=2 H=3 float32; reset before, z keeps, tanh" in printed
+    assert "I=2 H=3 float32; reset before, z keeps, tanh\n" in printed
+
+
+def test_layers_of_several_equations_keep_each_its_own(tmp_path, capsys):
+    specs = CHUNG_2014, PYTORCH
+    layers = tuple(init_gru(jax.random.key(0), n, 3, spec=v) for n, v in zip((2, 3), specs))
+    interop.save_weights(tmp_path / "j", layers)
+    argv = ("--from", "jaxgru", tmp_path / "j", "--to")
+    for kind, target in (("onnx", tmp_path / "o"), ("keras", tmp_path / "k.npz")):
+        code, printed = run(capsys, *argv, kind, target)
+        assert code == 0, printed
+        assert "reset before, z writes, tanh / reset after, z keeps, tanh\n" in printed
+    code, printed = run(
+        capsys, "--from", "keras", tmp_path / "k.npz", "--to", "jaxgru", tmp_path / "k"
+    )
+    assert code == 0, printed
+    for params in (
+        interop.load_weights(tmp_path / "k").params,
+        [node.params for node in interop.read_onnx(tmp_path / "o")],
+    ):
+        assert [cell.spec for cell in params] == [GRUSpec("before"), PYTORCH]
 
 
 def test_layers_of_a_larger_model_are_chosen(tmp_path, capsys):
@@ -96,8 +116,8 @@ def test_layers_of_a_larger_model_are_chosen(tmp_path, capsys):
 
 
 def test_model_goes_to_onnx_whole_and_elsewhere_without_its_head(tmp_path, capsys):
-    model = init_token_model(jax.random.key(0), 5, 3, embedding_size=2)
-    interop.save_weights(tmp_path / "j", model, spec=PYTORCH)
+    model = init_token_model(jax.random.key(0), 5, 3, embedding_size=2, spec=PYTORCH)
+    interop.save_weights(tmp_path / "j", model)
     argv = ("--from", "jaxgru", tmp_path / "j", "--to")
     code, printed = run(capsys, *argv, "onnx", tmp_path / "m.onnx")
     assert code == 0, printed
@@ -125,17 +145,16 @@ def test_weights_file_of_keras_is_read(tmp_path, capsys, bias):
     layers = ("--layer", "layers/gru/", "--layer", "layers/gru_1/")
     code, printed = run(capsys, *argv, *layers, *(() if bias else ("--reset", "before")))
     assert code == 0, printed
-    loaded = interop.load_weights(tmp_path / "j")
-    same(loaded.params, interop.from_keras([arrays, upper], reset_after=False).params)
-    assert loaded.spec == GRUSpec("before")
+    params = interop.load_weights(tmp_path / "j").params
+    same(params, interop.from_keras([arrays, upper], reset_after=False).params)
 
 
 def test_layers_of_numbered_names_come_in_their_order(tmp_path, capsys):
     """Ten and more: 10/ after 9/."""
-    layers = init_stack(jax.random.key(0), 3, [3] * 11, scheme="pytorch")
-    interop.save_weights(tmp_path / "j", layers, spec=PYTORCH)
+    layers = init_stack(jax.random.key(0), 3, [3] * 11, spec=PYTORCH, scheme="pytorch")
+    interop.save_weights(tmp_path / "j", layers)
     code, printed = run(
-        capsys, "--from", "jaxgru", tmp_path / "j", "--to", "haste", tmp_path / "h.npz"
+        capsys, "--from", "jaxgru", tmp_path / "j", "--to", "keras", tmp_path / "k.npz"
     )
     assert code == 0, printed
     assert "0.0e+00  read again" in printed
@@ -188,7 +207,7 @@ def test_state_that_an_onnx_file_holds_is_not_dropped(tmp_path, capsys):
 
 def test_rest_of_an_onnx_graph_is_told(tmp_path, capsys):
     model = init_token_model(jax.random.key(0), 5, 3, embedding_size=2)
-    interop.write_onnx(tmp_path / "m.onnx", model, spec=PYTORCH, lengths=True, state=True)
+    interop.write_onnx(tmp_path / "m.onnx", model, lengths=True, state=True)
     argv = ("--from", "onnx", tmp_path / "m.onnx", "--to", "jaxgru", tmp_path / "j")
     code, printed = run(capsys, *argv)
     assert code == 0, printed
@@ -197,8 +216,8 @@ def test_rest_of_an_onnx_graph_is_told(tmp_path, capsys):
 
 
 def test_names_of_flax_are_found_in_a_larger_model(tmp_path, capsys):
-    cell = init_stack(jax.random.key(0), 2, 3)[0]
-    weights = interop.to_linen(cell, spec=PYTORCH).weights
+    cell = init_gru(jax.random.key(0), 2, 3, spec=PYTORCH)
+    weights = interop.to_linen(cell).weights
     flat = {f"params/cell/{m}/{k}": v for m, own in weights.items() for k, v in own.items()}
     st.save_file(flat, tmp_path / "f.safetensors")
     argv = ("--from", "linen", tmp_path / "f.safetensors", "--to", "jaxgru", tmp_path / "j")
@@ -210,8 +229,8 @@ def test_names_of_flax_are_found_in_a_larger_model(tmp_path, capsys):
 
 def test_layers_that_do_not_fit_leave_no_file(tmp_path, capsys):
     """Two directions that were summed, read as if side by side."""
-    layers = init_stack(jax.random.key(0), 2, 3, 2, bidirectional=True, merge="sum")
-    interop.save_weights(tmp_path / "j", layers, spec=PYTORCH)
+    layers = init_stack(jax.random.key(0), 2, 3, 2, bidirectional=True, merge="sum", spec=PYTORCH)
+    interop.save_weights(tmp_path / "j", layers)
     argv = ("--from", "jaxgru", tmp_path / "j", "--to", "keras", tmp_path / "new.npz")
     code, printed = run(capsys, *argv)
     assert (code, "params[1].w_x must have 6 rows" in printed) == (2, True)
@@ -282,13 +301,13 @@ REFUSED = {
     "no_file": (lambda path: ("onnx", path / "none.onnx"), "No such file or directory"),
     "truncated_npz": (lambda path: ("keras", bad(path / "m.npz", b"PK\x03\x04")), "whole .npz"),
     "pickled_npz": (
-        lambda path: (np.savez(path / "m.npz", w=np.array([{}])), ("haste", path / "m.npz"))[1],
+        lambda path: (np.savez(path / "m.npz", w=np.array([{}])), ("haiku", path / "m.npz"))[1],
         "Object arrays cannot be loaded when allow_pickle=False",
     ),
     "no_model": (lambda path: ("onnx", bad(path / "m", b"no model")), "a whole ONNX model"),
     "other_names": (
-        lambda path: (np.savez(path / "m.npz", w=np.ones(3)), ("haste", path / "m.npz"))[1],
-        "must hold recurrent_kernel, kernel, bias, recurrent_bias, got missing:",
+        lambda path: (np.savez(path / "m.npz", w=np.ones(3)), ("haiku", path / "m.npz"))[1],
+        "must hold w_h, w_i, b, got missing:",
     ),
     "integers": (
         lambda path: (
@@ -367,12 +386,14 @@ def test_difference_beyond_rounding_is_exit_code_1(tmp_path, capsys, monkeypatch
 def test_program_with_its_weights_runs_without_the_package(tmp_path, capsys, kind):
     """Every length and batch, and step by step; the command itself compares one."""
     if kind == "tokens":
-        model = init_token_model(jax.random.key(0), 5, 3, embedding_size=2, num_layers=2)
+        model = init_token_model(
+            jax.random.key(0), 5, 3, embedding_size=2, num_layers=2, spec=PYTORCH
+        )
     else:
-        model = init_stack(jax.random.key(0), 2, 3, num_layers=2)
+        model = init_stack(jax.random.key(0), 2, 3, num_layers=2, spec=PYTORCH)
         if kind == "float64":
             model = jax.tree.map(np.float64, model)
-    interop.save_weights(tmp_path / "j", model, spec=PYTORCH)
+    interop.save_weights(tmp_path / "j", model)
     for options in ((), ("--step",)):
         target = tmp_path / f"m{len(options)}"
         argv = ("--from", "jaxgru", tmp_path / "j", "--to", "stablehlo", target)
@@ -383,7 +404,7 @@ def test_program_with_its_weights_runs_without_the_package(tmp_path, capsys, kin
     if kind == "stack":
         xs = np.random.default_rng(1).normal(size=(7, 2, 2)).astype(np.float32)
         h, ys = export.deserialize((tmp_path / "m0").read_bytes()).call(xs, np.ones((7, 2), bool))
-        wanted = jaxgru.gru_stack(model, jnp.asarray(xs), spec=PYTORCH)
+        wanted = jaxgru.gru_stack(model, jnp.asarray(xs))
         np.testing.assert_allclose(ys, wanted[1], atol=1e-6)
         step = export.deserialize((tmp_path / "m1").read_bytes())
         h, y = step.call(xs[0], jaxgru.init_state(model, (2,)))
@@ -407,8 +428,8 @@ def test_unknown_format_is_refused(capsys):
 
 
 def test_half_types_keep_their_bits(tmp_path, capsys):
-    layers = init_stack(jax.random.key(0), 2, 3, dtype=jnp.bfloat16)
-    interop.save_weights(tmp_path / "j", layers, spec=PYTORCH)
+    layers = init_stack(jax.random.key(0), 2, 3, spec=PYTORCH, dtype=jnp.bfloat16)
+    interop.save_weights(tmp_path / "j", layers)
     argv = ("--from", "jaxgru", tmp_path / "j", "--to", "torch", tmp_path / "t.safetensors")
     code, printed = run(capsys, *argv)
     assert code == 0, printed

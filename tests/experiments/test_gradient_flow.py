@@ -63,7 +63,9 @@ def test_cases_tend_to_their_limits_and_the_printed_jacobian_is_wrong_in_between
 def test_printed_jacobian_is_autodiffs_with_gates_held_fixed(x64):
     draw = np.random.default_rng(0)
     shapes = ((2, 9), (3, 9), (9,), (9,))
-    params = jaxgru.GRUParams(*(jnp.asarray(draw.uniform(-0.6, 0.6, shape)) for shape in shapes))
+    params = jaxgru.GRUParams(
+        *(jnp.asarray(draw.uniform(-0.6, 0.6, shape)) for shape in shapes), spec=jaxgru.CHO_2014
+    )
     x, h = jnp.asarray(draw.normal(size=2)), jnp.array([0.3, -0.5, 0.8])
     gates = jax.tree.map(lambda v: v[0], diagnostics.gate_values(params, x[None], h))
     w_n, b_n = params.w_h[:, 6:], (params.b_x + params.b_h)[6:]

@@ -27,7 +27,7 @@ def gather(peer, of):
     def direction(layer, suffix):
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
         arrays = [of(getattr(peer, f"{name}_l{layer}{suffix}")) for name in names]
-        return GRUParams(*(jnp.asarray(np.array(v).T) for v in arrays))
+        return GRUParams(*(jnp.asarray(np.array(v).T) for v in arrays), spec=PYTORCH)
 
     if not peer.bidirectional:
         return tuple(direction(layer, "") for layer in range(peer.num_layers))
@@ -40,7 +40,7 @@ def gather(peer, of):
 def gather_state(peer, h):
     """torch's [layers * directions, B, H] in the form of our state."""
     h = [jnp.asarray(np.array(v)) for v in h]
-    return tuple(zip(h[::2], h[1::2])) if peer.bidirectional else tuple(h)
+    return tuple(map(Bidirectional, h[::2], h[1::2])) if peer.bidirectional else tuple(h)
 
 
 @pytest.mark.usefixtures("x64")
@@ -65,9 +65,7 @@ def test_torch_gru_has_the_same_values_and_gradients(num_layers, bidirectional, 
     ((their_ys * torch.tensor(dys)).sum() + (their_h * torch.tensor(dh)).sum()).backward()
 
     def run(layers, xs, h0):
-        h_last, ys = gru_stack(
-            layers, xs, h0, spec=PYTORCH, mask=None if lengths is None else jnp.asarray(mask)
-        )
+        h_last, ys = gru_stack(layers, xs, h0, mask=None if lengths is None else jnp.asarray(mask))
         return h_last, jnp.where(mask[..., None], ys, 0.0)
 
     layers = gather(peer, lambda p: p.detach().numpy())

@@ -1,5 +1,6 @@
 """Weights of other libraries: golden files of what they computed, round trips, refusals."""
 
+import dataclasses
 import pathlib
 import re
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import assert_close, make_problem
+from conftest import assert_close, make_problem, with_spec
 from peer_layers import PEERS, VARIANTS
 
 from jaxgru import (
@@ -45,11 +46,11 @@ def as_stack(params):
     return jax.tree.map(jnp.asarray, (params,) if single else params)
 
 
-def outputs_and_gradients(params, spec, xs, cotangents):
+def outputs_and_gradients(params, xs, cotangents):
     """hs, and the gradients of sum(hs * cotangents) in the parameters and inputs."""
 
     def loss(params, xs):
-        hs = gru_stack(params, xs, spec=spec)[1]
+        hs = gru_stack(params, xs)[1]
         return jnp.sum(hs * cotangents), hs
 
     grad = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
@@ -64,7 +65,7 @@ def without_merged(grads, notes):
 
     def visit(cell):
         keep = jnp.arange(cell.b_h.size) >= 2 * (cell.b_h.size // 3)
-        return cell._replace(b_h=jnp.where(keep, cell.b_h, jnp.zeros_like(cell.b_h)))
+        return dataclasses.replace(cell, b_h=jnp.where(keep, cell.b_h, jnp.zeros_like(cell.b_h)))
 
     return jax.tree.map(visit, grads, is_leaf=lambda v: isinstance(v, GRUParams))
 
@@ -72,12 +73,12 @@ def without_merged(grads, notes):
 @pytest.mark.usefixtures("x64", "uncompiled")
 @pytest.mark.parametrize(("name", "variant"), VARIANTS)
 def test_golden_values_and_gradients_are_the_peers(name, variant):
+    """What is read carries its equation: nothing else is told to `gru_stack`."""
     parts, arrays = load_golden(name, variant)
     imported = PEERS[name].read(parts["weights"], variant)
     stack = as_stack(imported.params)
-    got = outputs_and_gradients(stack, imported.spec, arrays["xs"], arrays["cotangents"])
+    hs, grads, dxs = outputs_and_gradients(stack, arrays["xs"], arrays["cotangents"])
     wanted = as_stack(PEERS[name].read(parts["grads"], variant).params)
-    hs, grads, dxs = got
     assert_close(hs, arrays["hs"], EXACT, "hs")
     assert_close(dxs, arrays["dxs"], EXACT, "dxs")
     assert_close(without_merged(grads, imported.notes), wanted, EXACT, "grads")
@@ -96,7 +97,7 @@ def flatten(name, weights):
 def test_round_trip_is_exact_to_the_bit(name, variant):
     weights = load_golden(name, variant)[0]["weights"]
     imported = PEERS[name].read(weights, variant)
-    exported = WRITERS[name](imported.params, spec=imported.spec)
+    exported = WRITERS[name](imported.params)
     got = flatten(name, exported.weights)
     wanted = dict(enumerate(weights.values())) if name == "keras" else weights
     assert set(got) == set(wanted)
@@ -109,12 +110,12 @@ def test_round_trip_is_exact_to_the_bit(name, variant):
 @pytest.mark.parametrize("reset", ["before", "after"])
 def test_negated_update_gate_is_the_other_convention(reset):
     problem = make_problem(0)
-    flipped = negate_update(jax.tree.map(np.asarray, problem.params))
-    writes = outputs_and_gradients(
-        (problem.params,), GRUSpec(reset, "write"), problem.xs, problem.cotangents[1]
-    )
-    keeps = outputs_and_gradients(
-        as_stack(flipped), GRUSpec(reset, "keep"), problem.xs, problem.cotangents[1]
+    cell = with_spec(problem.params, GRUSpec(reset, "write"))
+    flipped = negate_update(jax.tree.map(np.asarray, cell))
+    assert flipped.spec == GRUSpec(reset, "keep")
+    writes, keeps = (
+        outputs_and_gradients(as_stack(params), problem.xs, problem.cotangents[1])
+        for params in (cell, flipped)
     )
     assert_close(keeps[0], writes[0], EXACT)
     assert_close(keeps[2], writes[2], EXACT)
@@ -128,7 +129,6 @@ NOTES = {  # the peer, what its z does, and which biases it has once
     "nnx": ("flax.nnx.GRUCell", "z keeps", "r and z have one bias in nnx"),
     "equinox": ("equinox.nn.GRUCell", "z keeps", "r and z have one bias in Equinox"),
     "haiku": ("haiku.GRU", "z writes", "Haiku has one bias"),
-    "haste": ("haste.GRU", "z keeps", ""),
     "onnx": ("ONNX's GRU", "z keeps", ""),
 }
 
@@ -139,13 +139,12 @@ NOTES = {  # the peer, what its z does, and which biases it has once
 def test_export_of_every_equation_it_can_hold_comes_back_as_the_same_function(name, update):
     """Merged biases and a z of the other sense: other arrays, the same outputs."""
     for reset in ("before", "after"):
-        spec = GRUSpec(reset, update)
         problem = make_problem(1)
-        params = jax.tree.map(np.array, problem.params)
+        params = with_spec(jax.tree.map(np.array, problem.params), GRUSpec(reset, update))
         if name == "nnx":
             params.b_h[6:] = 0
         try:
-            exported = WRITERS[name](params, spec=spec)
+            exported = WRITERS[name](params)
         except ValueError as error:
             assert f"got {reset!r}" in str(error)
             continue
@@ -155,10 +154,11 @@ def test_export_of_every_equation_it_can_hold_comes_back_as_the_same_function(na
             imported = interop.from_onnx(*(weights[k] for k in "WRB"), linear_before_reset=lbr)
         else:
             imported = getattr(interop, f"from_{name}")(exported.weights)
-        hs = outputs_and_gradients(as_stack(params), spec, problem.xs, problem.cotangents[1])[0]
-        got = outputs_and_gradients(
-            as_stack(imported.params), imported.spec, problem.xs, problem.cotangents[1]
-        )[0]
+        assert imported.params.spec == GRUSpec(reset, "write" if name == "haiku" else "keep")
+        got, hs = (
+            outputs_and_gradients(as_stack(v), problem.xs, problem.cotangents[1])[0]
+            for v in (imported.params, params)
+        )
         assert_close(got, hs, EXACT)
         peer, sense, one_bias = NOTES[name]
         merges = one_bias and (name != "keras" or reset == "before")
@@ -173,7 +173,7 @@ def test_arrays_are_copies():
     params = interop.from_torch(weights).params
     weights["weight_ih"][:] = 7
     assert params.w_x.max() == 1
-    exported = interop.to_nnx(GRUParams(np.ones((2, 9)), np.ones((3, 9)), None, None), spec=PYTORCH)
+    exported = interop.to_nnx(GRUParams(np.ones((2, 9)), np.ones((3, 9)), spec=PYTORCH))
     params.w_h[:] = 5
     assert exported.weights["dense_h"]["kernel"].max() == 1
 
@@ -181,9 +181,9 @@ def test_arrays_are_copies():
 def test_part_of_a_larger_model_is_chosen_by_its_prefix():
     rnn = {f"rnn.{k}": v for k, v in load_golden("torch", "one_layer")[0]["weights"].items()}
     model = {"head.weight": np.ones((2, 3)), **rnn}
-    (layer,), spec, notes = interop.from_torch(model, prefix="rnn.")
+    (layer,), notes = interop.from_torch(model, prefix="rnn.")
     assert layer.w_x.shape == (4, 9)
-    assert (spec, notes) == (PYTORCH, ())
+    assert (layer.spec, notes) == (PYTORCH, ())
 
 
 def test_lists_are_stacks_and_pairs_are_layers_of_two_directions():
@@ -193,7 +193,7 @@ def test_lists_are_stacks_and_pairs_are_layers_of_two_directions():
     assert isinstance(params, tuple)
     assert isinstance(params[1], Bidirectional)
     assert params[1].backward.w_x.shape == (3, 9)
-    weights = interop.to_linen(params, spec=PYTORCH).weights
+    weights = interop.to_linen(params).weights
     assert isinstance(weights[1], Bidirectional)
     np.testing.assert_array_equal(weights[1].forward["hn"]["kernel"], cell["hn/kernel"])
 
@@ -212,7 +212,7 @@ def test_every_dtype_is_kept(dtype):
     cell = {"weight_ih": np.ones((9, 2), dtype), "weight_hh": np.ones((9, 3), dtype)}
     params = interop.from_torch(cell).params
     assert params.w_x.dtype == dtype
-    assert interop.to_haste(params, spec=PYTORCH).weights["kernel"].dtype == dtype
+    assert interop.to_equinox(params).weights["weight_ih"].dtype == dtype
 
 
 def torch_cell(**changes):
@@ -231,10 +231,19 @@ def keras_cell(*bias):
     return [np.ones((2, 9)), np.ones((3, 9)), *bias]
 
 
-def cell_of(hidden=3, inputs=2, **changes):
+def cell_of(hidden=3, inputs=2, spec=PYTORCH, **changes):
+    """A cell of ones."""
     arrays = {"w_x": (inputs, 3 * hidden), "w_h": (hidden, 3 * hidden)}
     arrays |= {"b_x": (3 * hidden,), "b_h": (3 * hidden,)}
-    return GRUParams(**({k: np.ones(v) for k, v in arrays.items()} | changes))
+    return GRUParams(**({k: np.ones(v) for k, v in arrays.items()} | changes), spec=spec)
+
+
+def spec_of(name):
+    """An equation that the peer computes."""
+    return CHUNG_2014 if name == "haiku" else PYTORCH
+
+
+BOTH_SPECS = Bidirectional(cell_of(spec=CHO_2014), cell_of())
 
 
 BAD_CALLS = {
@@ -278,9 +287,9 @@ BAD_CALLS = {
         "from_torch: prefix must begin a name of state_dict, got ''; the names are none.",
     ),
     "no_array": (
-        lambda: interop.from_haste({"kernel": Unreadable()}),
+        lambda: interop.from_haiku({"w_h": Unreadable()}),
         TypeError,
-        "from_haste: cell['kernel'] must be an array that NumPy can hold, got Unreadable (on a "
+        "from_haiku: cell['w_h'] must be an array that NumPy can hold, got Unreadable (on a "
         "device); move it to the CPU, detach it, and cast PyTorch's bfloat16 with .float().",
     ),
     "keras_misshaped": (
@@ -331,12 +340,6 @@ BAD_CALLS = {
         "from_keras: weights must hold 2 or 3 arrays, or 4 or 6 of a Bidirectional, got 1; of "
         "several layers give a list, [v.get_weights() for v in layers].",
     ),
-    "keras_mixed": (
-        lambda: interop.from_keras([keras_cell(np.ones(9)), keras_cell(np.ones((2, 9)))]),
-        ValueError,
-        "from_keras: weights must be of layers with one reset_after, got both; import each with "
-        "its own spec.",
-    ),
     "keras_layers_in_one_list": (
         lambda: interop.from_keras(
             [*keras_cell(np.ones((2, 9))), np.ones((3, 12)), np.ones((4, 12)), np.ones((2, 12))]
@@ -369,9 +372,9 @@ BAD_CALLS = {
         "from_haiku: prefix must be a string, got None.",
     ),
     "one_name_twice": (
-        lambda: interop.from_haste({"a": {"b": 1.0}, "a/b": 2.0}),
+        lambda: interop.from_haiku({"a": {"b": 1.0}, "a/b": 2.0}),
         ValueError,
-        "from_haste: two arrays have the name 'a/b'.",
+        "from_haiku: two arrays have the name 'a/b'.",
     ),
     "onnx_attribute": (
         lambda: interop.from_onnx(np.ones((1, 9, 2)), np.ones((1, 9, 3)), linear_before_reset="0"),
@@ -384,35 +387,33 @@ BAD_CALLS = {
         "from_equinox: cell must be a mapping of names to arrays, got float.",
     ),
     "list_in_a_list": (
-        lambda: interop.to_haste(((cell_of(),),), spec=PYTORCH),
+        lambda: interop.to_linen(((cell_of(),),)),
         TypeError,
-        "to_haste: params[0] must be one layer, got a list in a list.",
+        "to_linen: params[0] must be one layer, got a list in a list.",
     ),
     "model_for_its_layers": (
-        lambda: interop.to_torch(models.SequenceParams((cell_of(),), 0, 0), spec=PYTORCH),
+        lambda: interop.to_torch(models.SequenceParams((cell_of(),), 0, 0)),
         TypeError,
         "to_torch: params must be a GRUParams, got SequenceParams; its layers are params.layers.",
     ),
     "directions_of_two_sizes": (
-        lambda: interop.to_onnx(Bidirectional(cell_of(), cell_of(4)), spec=PYTORCH),
+        lambda: interop.to_onnx(Bidirectional(cell_of(), cell_of(4))),
         ValueError,
         "to_onnx: params must have two directions of the same I, H, got (2, 3) and (2, 4); layers "
         "that follow one another go into a list.",
     ),
     "layers_that_do_not_follow": (
-        lambda: interop.to_keras((cell_of(), cell_of(inputs=7)), spec=PYTORCH),
+        lambda: interop.to_keras((cell_of(), cell_of(inputs=7))),
         ValueError,
         "to_keras: params[1] must read the 3 outputs of the layer below it, got I=7.",
     ),
     "dtypes_of_directions": (
-        lambda: interop.to_onnx(
-            Bidirectional(cell_of(), jax.tree.map(np.float16, cell_of())), spec=PYTORCH
-        ),
+        lambda: interop.to_onnx(Bidirectional(cell_of(), jax.tree.map(np.float16, cell_of()))),
         TypeError,
         "to_onnx: params must be of one dtype, got float16, float64; cast them.",
     ),
     "bad_second_layer": (
-        lambda: interop.to_torch((cell_of(), cell_of(inputs=3, b_x=np.ones(2))), spec=PYTORCH),
+        lambda: interop.to_torch((cell_of(), cell_of(inputs=3, b_x=np.ones(2)))),
         ValueError,
         "to_torch: params[1].b_x must have shape (9,) (H=3, the rows of params[1].w_h), got (2,).",
     ),
@@ -433,31 +434,48 @@ BAD_CALLS = {
         "from_onnx: R must have one or two directions in front, got 3.",
     ),
     "nnx_has_no_bias_inside": (
-        lambda: interop.to_nnx((cell_of(),), spec=PYTORCH),
+        lambda: interop.to_nnx((cell_of(),)),
         ValueError,
         "to_nnx: the n block of params[0].b_h must be zero, as flax.nnx.GRUCell has no bias that "
         "the reset gate multiplies, got up to 1; flax.linen.GRUCell has one (to_linen).",
     ),
     "params_kind": (
-        lambda: interop.to_haste({"w_x": 1}, spec=PYTORCH),
+        lambda: interop.to_linen({"w_x": 1}),
         TypeError,
-        "to_haste: params must be a GRUParams, got dict.",
+        "to_linen: params must be a GRUParams, got dict.",
     ),
     "spec_kind": (
-        lambda: interop.to_onnx(cell_of(), spec="pytorch"),
+        lambda: interop.to_onnx(cell_of(spec="pytorch")),
         TypeError,
-        "to_onnx: spec must be a GRUSpec, got 'pytorch'.",
+        "to_onnx: params.spec must be a GRUSpec, got 'pytorch'.",
+    ),
+    "spec_of_a_second_layer": (
+        lambda: interop.to_torch((cell_of(), cell_of(inputs=3, spec=CHO_2014))),
+        ValueError,
+        "to_torch: params[1].spec.reset must be 'after', which is all that torch.nn.GRU computes, "
+        "got 'before': no weights make one of the two equal to the other; train the model again "
+        "with the other equation.",
+    ),
+    "specs_of_directions_keras": (
+        lambda: interop.to_keras(BOTH_SPECS),
+        ValueError,
+        "to_keras: layer 0 of params must have one spec in both directions, as keras.layers.GRU "
+        f"has, got {CHO_2014} and {PYTORCH}.",
+    ),
+    "specs_of_directions_onnx": (
+        lambda: interop.to_onnx((cell_of(hidden=2), BOTH_SPECS)),
+        ValueError,
+        "to_onnx: layer 1 of params must have one spec in both directions, as ONNX's GRU has, got "
+        f"{CHO_2014} and {PYTORCH}.",
     ),
     "torch_one_kind_of_layer": (
-        lambda: interop.to_torch(
-            (cell_of(), Bidirectional(cell_of(inputs=3), cell_of(inputs=3))), spec=PYTORCH
-        ),
+        lambda: interop.to_torch((cell_of(), Bidirectional(cell_of(inputs=3), cell_of(inputs=3)))),
         ValueError,
         "to_torch: params must have layers that are all Bidirectional or none, as torch.nn.GRU "
         "has, got another kind in layer 1.",
     ),
     "torch_one_size": (
-        lambda: interop.to_torch((cell_of(), cell_of(4, 3)), spec=PYTORCH),
+        lambda: interop.to_torch((cell_of(), cell_of(4, 3))),
         ValueError,
         "to_torch: params must have layers of one size H that read all outputs below, as "
         "torch.nn.GRU has, got I, H = (3, 4) in layer 1 for (3, 3).",
@@ -474,9 +492,8 @@ def test_bad_call_is_refused_with_its_reason(case):
 
 def mapping_of(name):
     """The weights of a cell by the peer's names."""
-    spec = CHUNG_2014 if name == "haiku" else PYTORCH
-    cell = cell_of(b_h=np.r_[np.ones(6), np.zeros(3)])
-    weights = flatten(name, WRITERS[name](cell, spec=spec).weights)
+    cell = cell_of(spec=spec_of(name), b_h=np.r_[np.ones(6), np.zeros(3)])
+    weights = flatten(name, WRITERS[name](cell).weights)
     if name == "keras":
         weights = dict(zip(("kernel", "recurrent_kernel", "bias"), weights.values()))
     return weights
@@ -493,7 +510,6 @@ AXES = {  # of each peer: how its error names the source, its arrays in order, a
     "nnx": ("cell", "dense_h/kernel [H 3H], dense_i/kernel [I 3H], dense_i/bias [3H]"),
     "equinox": ("cell", "weight_hh [3H H], weight_ih [3H I], bias [3H], bias_n [H]"),
     "haiku": ("cell", "w_h [H 3H], w_i [I 3H], b [3H]"),
-    "haste": ("cell", "recurrent_kernel [H 3H], kernel [I 3H], bias [3H], recurrent_bias [3H]"),
 }
 
 
@@ -524,7 +540,7 @@ def test_every_array_of_a_peer_has_its_axes_and_a_floating_dtype(name):
     )
 
 
-@pytest.mark.parametrize("name", ["torch", "linen", "nnx", "haiku", "haste"])
+@pytest.mark.parametrize("name", ["torch", "linen", "nnx", "haiku"])
 def test_prefix_that_is_missing_is_named(name):
     read, (source, _) = getattr(interop, f"from_{name}"), AXES[name]
     separator = "." if name == "torch" else "/"
@@ -540,28 +556,28 @@ def test_prefix_that_is_missing_is_named(name):
 
 @pytest.mark.parametrize("name", NOTES)
 def test_what_a_peer_does_not_compute_is_refused_in_its_name(name):
-    peer, spec = NOTES[name][0], CHUNG_2014 if name == "haiku" else PYTORCH
+    peer, spec = NOTES[name][0], spec_of(name)
     with pytest.raises(ValueError) as caught:
-        WRITERS[name](cell_of(g_x=np.ones(9)), spec=spec)
+        WRITERS[name](cell_of(spec=spec, g_x=np.ones(9)))
     assert str(caught.value) == (
         f"to_{name}: params must have no gains, as {peer} has no layer normalization of the gates' "
         "products, got g_x or g_h."
     )
-    if name in ("torch", "equinox", "haiku", "haste"):
+    if name in ("torch", "equinox", "haiku"):
         with pytest.raises(ValueError) as caught:
-            WRITERS[name](cell_of(), spec=GRUSpec(spec.reset, activation="relu"))
+            WRITERS[name](cell_of(spec=GRUSpec(spec.reset, activation="relu")))
         assert str(caught.value) == (
-            f"to_{name}: spec.activation must be one of 'tanh', which is all that {peer} computes, "
-            "got 'relu'."
+            f"to_{name}: params.spec.activation must be one of 'tanh', which is all that {peer} "
+            "computes, got 'relu'."
         )
     if name not in ("keras", "onnx"):
         other = "after" if name == "haiku" else "before"
         with pytest.raises(ValueError) as caught:
-            WRITERS[name](cell_of(), spec=GRUSpec(other))
+            WRITERS[name](cell_of(spec=GRUSpec(other)))
         assert str(caught.value) == (
-            f"to_{name}: spec.reset must be {spec.reset!r}, which is all that {peer} computes, got "
-            f"{other!r}: no weights make the one of the other, so the model has to be trained anew "
-            "with it."
+            f"to_{name}: params.spec.reset must be {spec.reset!r}, which is all that {peer} "
+            f"computes, got {other!r}: no weights make one of the two equal to the other; train "
+            "the model again with the other equation."
         )
 
 
@@ -573,7 +589,6 @@ FILLS = {
     "onnx": {"b_x", "b_h"},
     "equinox": {"b_x", "b_h"},
     "linen": {"b_x", "b_h", "both"},
-    "haste": {"b_x", "b_h", "both"},
     "nnx": {"both"},
     "haiku": {"both"},
 }
@@ -582,10 +597,10 @@ FILLS = {
 @pytest.mark.parametrize("absent", ABSENT)
 @pytest.mark.parametrize("name", FILLS)
 def test_absent_biases_that_are_written_as_zeros_are_told(name, absent):
-    cell, spec = ABSENT[absent], CHUNG_2014 if name == "haiku" else PYTORCH
+    cell = with_spec(ABSENT[absent], spec_of(name))
     if name == "nnx" and cell.b_h is not None:
-        cell = cell._replace(b_h=cell.b_h * (np.arange(9) < 6))
-    exported = WRITERS[name](cell, spec=spec)
+        cell = dataclasses.replace(cell, b_h=cell.b_h * (np.arange(9) < 6))
+    exported = WRITERS[name](cell)
     told = "absent biases are written as zeros" in exported.notes
     assert told == (absent in FILLS[name])
     assert exported.options.get("bias", exported.options.get("use_bias", True)) == (
@@ -596,10 +611,10 @@ def test_absent_biases_that_are_written_as_zeros_are_told(name, absent):
 def test_layer_without_bias_beside_one_with_it_is_told():
     bare, full = ABSENT["both"], cell_of()
     for name in ("keras", "onnx"):
-        exported = WRITERS[name](Bidirectional(full, bare), spec=PYTORCH)
+        exported = WRITERS[name](Bidirectional(full, bare))
         assert exported.notes == ("absent biases are written as zeros",)
-        upper = full._replace(w_x=np.ones((3, 9)))
-        assert WRITERS[name]((bare, upper), spec=PYTORCH).notes == ()
+        upper = dataclasses.replace(full, w_x=np.ones((3, 9)))
+        assert WRITERS[name]((bare, upper)).notes == ()
 
 
 OPTIONS = {
@@ -609,7 +624,6 @@ OPTIONS = {
     "nnx": {"in_features": 2, "hidden_features": 3, "activation_fn": "tanh"},
     "equinox": {"input_size": 2, "hidden_size": 3, "use_bias": True},
     "haiku": {"hidden_size": 3},
-    "haste": {"input_size": 2, "hidden_size": 3},
     "onnx": {
         "hidden_size": 3,
         "direction": "forward",
@@ -621,33 +635,55 @@ OPTIONS = {
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options_of_a_cell_build_the_target(name):
-    spec = CHUNG_2014 if name == "haiku" else PYTORCH
-    cell = cell_of(b_h=np.r_[np.ones(6), np.zeros(3)])
-    assert WRITERS[name](cell, spec=spec).options == OPTIONS[name]
+    cell = cell_of(spec=spec_of(name), b_h=np.r_[np.ones(6), np.zeros(3)])
+    assert WRITERS[name](cell).options == OPTIONS[name]
 
 
-def test_equation_is_cho_2014s_by_default():
-    for name, write in WRITERS.items():
-        if name in ("keras", "onnx", "haiku"):
-            assert write(cell_of()).notes == write(cell_of(), spec=CHO_2014).notes
-        else:
-            with pytest.raises(ValueError, match="got 'before'"):
-                write(cell_of())
-    assert interop.to_keras(cell_of()).options["reset_after"] is False
-    cell = load_golden("linen", "tanh")[0]["weights"]
-    for imported in (interop.from_linen(cell), interop.from_equinox(to_equinox_cell())):
-        assert imported.spec == PYTORCH
-        assert imported.notes == (
+def test_one_bias_of_the_source_for_two_is_told():
+    cells = load_golden("linen", "tanh")[0]["weights"], interop.to_equinox(cell_of()).weights
+    for read, cell in zip((interop.from_linen, interop.from_equinox), cells):
+        assert read(cell).notes == (
             "r and z have one bias in the source: b_h is zero there, and learns beside b_x from "
             "now",
         )
-    assert interop.from_onnx(np.ones((1, 9, 2)), np.ones((1, 9, 3))).spec == GRUSpec(
-        "before", "keep"
+
+
+def test_reset_of_onnx_is_before_unless_the_node_says_other():
+    imported = interop.from_onnx(np.ones((1, 9, 2)), np.ones((1, 9, 3)))
+    assert imported.params.spec == GRUSpec("before", "keep")
+
+
+def test_layers_of_several_equations_keep_each_its_own():
+    """Where the target tells the equation of every layer by itself."""
+    specs = (GRUSpec("after", activation="relu"), GRUSpec("before", "write", "softplus"))
+    stack = tuple(cell_of(inputs=n, spec=spec) for n, spec in zip((2, 3), specs))
+    keras = interop.to_keras(stack)
+    told = [(v["reset_after"], v["activation"]) for v in keras.options]
+    assert told == [(True, "relu"), (False, "softplus")]
+    assert keras.notes == (
+        NEGATED + "z keeps in keras.layers.GRU",
+        "b_x and b_h are summed: Keras has one bias where reset_after is False",
     )
+    again = interop.from_keras(keras.weights, activation="relu").params
+    assert [v.spec for v in again] == [GRUSpec(v.reset, "keep", "relu") for v in specs]
+    np.testing.assert_array_equal(again[1].w_x, negate_update(stack[1]).w_x)
+    nodes = interop.to_onnx(stack).options
+    assert [(v["linear_before_reset"], v["activations"][1]) for v in nodes] == [
+        (1, "Relu"), (0, "Softplus")
+    ]  # fmt: skip
+    after = (stack[0], with_spec(stack[1], PYTORCH))
+    told = [v["activation_fn"] for v in interop.to_linen(after).options]
+    assert told == ["relu", "tanh"]
 
 
-def to_equinox_cell():
-    return interop.to_equinox(cell_of(), spec=PYTORCH).weights
+def test_directions_that_differ_in_their_update_alone_are_exported():
+    """Negating the update gate of one makes their equations the same."""
+    writes = cell_of(spec=GRUSpec("after", "write"))
+    exported = interop.to_torch(Bidirectional(cell_of(), writes))
+    forward, backward = interop.from_torch(exported.weights).params[0]
+    np.testing.assert_array_equal(forward.w_h, writes.w_h)
+    np.testing.assert_array_equal(backward.w_h, negate_update(writes).w_h)
+    assert forward.spec == backward.spec == PYTORCH
 
 
 def test_options_build_the_target():
@@ -655,14 +691,14 @@ def test_options_build_the_target():
         Bidirectional(cell_of(), cell_of()),
         Bidirectional(cell_of(inputs=6), cell_of(inputs=6)),
     )
-    assert interop.to_torch(stack, spec=PYTORCH).options == {
+    assert interop.to_torch(stack).options == {
         "input_size": 2,
         "hidden_size": 3,
         "num_layers": 2,
         "bias": True,
         "bidirectional": True,
     }
-    onnx = interop.to_onnx(stack[0], spec=GRUSpec("before", activation="identity")).options
+    onnx = interop.to_onnx(with_spec(stack[0], GRUSpec("before", activation="identity"))).options
     assert onnx == {
         "hidden_size": 3,
         "direction": "bidirectional",
@@ -671,7 +707,7 @@ def test_options_build_the_target():
         "activation_alpha": [1.0, 1.0],
         "activation_beta": [0.0, 0.0],
     }
-    options = interop.to_keras(cell_of(), spec=GRUSpec(activation="identity")).options
+    options = interop.to_keras(cell_of(spec=GRUSpec(activation="identity"))).options
     assert options == {
         "units": 3,
         "activation": "linear",

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import assert_close
+from conftest import assert_close, with_spec
 from peer_layers import PEERS, VARIANTS, as_peers_like_it, draw_case
 from test_interop import as_stack, outputs_and_gradients, without_merged
 
@@ -50,8 +50,7 @@ def test_fresh_case_has_the_peers_values_and_gradients(name, variant):
         imported = PEERS[name].read(case.weights, variant)
         stack = as_stack(imported.params)
         with jax.disable_jit():
-            got = outputs_and_gradients(stack, imported.spec, case.xs, case.cotangents)
-        hs, grads, dxs = got
+            hs, grads, dxs = outputs_and_gradients(stack, case.xs, case.cotangents)
         wanted = as_stack(PEERS[name].read(case.grads, variant).params)
         assert_close(hs, case.hs, EXACT, "hs")
         assert_close(dxs, case.dxs, 10 * EXACT, "dxs")  # sums of a few entries cancel
@@ -79,9 +78,9 @@ def test_fresh_model_has_our_values_in_onnxruntime(tmp_path, reset, bidirectiona
         spec, rng = GRUSpec(reset, update, activation), np.random.default_rng(seed)
         stack = {"num_layers": 2, "bidirectional": bidirectional, "merge": merge}
         model = init_token_model(
-            jax.random.key(seed), inputs + 1, hidden, embedding_size=embedding, **stack
+            jax.random.key(seed), inputs + 1, hidden, embedding_size=embedding, spec=spec, **stack
         )
-        write_onnx(tmp_path / "m.onnx", model, spec=spec, merge=merge, lengths=True, state=True)
+        write_onnx(tmp_path / "m.onnx", model, merge=merge, lengths=True, state=True)
         session = runtime.InferenceSession(tmp_path / "m.onnx")
         tokens = rng.integers(0, inputs + 1, (steps, batch))
         counts = rng.integers(0, steps + 1, batch).astype(np.int32)
@@ -94,7 +93,7 @@ def test_fresh_model_has_our_values_in_onnxruntime(tmp_path, reset, bidirectiona
         )
         with jax.disable_jit():
             h_last, logits = models.token_logits(
-                model, jnp.asarray(tokens), h0, mask=mask, spec=spec, merge=merge
+                model, jnp.asarray(tokens), h0, mask=mask, merge=merge
             )
         # float32 on both sides, with their own exp and order of sums.
         np.testing.assert_allclose(results["outputs"], logits, atol=2e-5, rtol=2e-5)
@@ -137,9 +136,9 @@ def test_file_of_torchs_exporter_is_read(tmp_path, bidirectional):
         warnings.simplefilter("ignore")
         torch.onnx.export(module, (xs,), tmp_path / "m.onnx", dynamo=False, opset_version=17)
     nodes = interop.read_onnx(tmp_path / "m.onnx")
-    assert {node.spec for node in nodes} == {jaxgru.PYTORCH}
     stack = tuple(node.params for node in nodes)
-    _, hs = jaxgru.gru_stack(stack, jnp.asarray(xs.numpy()), spec=jaxgru.PYTORCH)
+    jax.tree.map(np.testing.assert_array_equal, stack, with_spec(stack, jaxgru.PYTORCH))
+    _, hs = jaxgru.gru_stack(stack, jnp.asarray(xs.numpy()))
     np.testing.assert_allclose(hs, module(xs)[0].detach().numpy(), atol=1e-6)
 
 
@@ -173,7 +172,7 @@ def test_training_handed_over_follows_torchs_own_loss_curve():
     def update(params, xs, ys):
         def loss(params):
             layers, w, b = params
-            outputs = jaxgru.gru_stack(layers, xs, spec=imported.spec)[1] @ w
+            outputs = jaxgru.gru_stack(layers, xs)[1] @ w
             return jnp.mean((outputs + b[None, None] - ys) ** 2)
 
         value, grads = jax.value_and_grad(loss)(params)
@@ -189,14 +188,15 @@ def test_training_handed_over_follows_torchs_own_loss_curve():
 
 
 def test_conversion_to_every_peer_and_on_to_the_next_keeps_the_function():
-    """torch -> linen -> equinox -> keras -> onnx -> haste -> torch: outputs to rounding."""
+    """torch -> linen -> equinox -> keras: outputs to rounding."""
     with jax.enable_x64(True):
-        (cell,) = init_stack(jax.random.key(0), 2, 3, scheme="pytorch", dtype=jnp.float64)
+        options = {"spec": jaxgru.PYTORCH, "scheme": "pytorch", "dtype": jnp.float64}
+        (cell,) = init_stack(jax.random.key(0), 2, 3, **options)
         xs = jax.random.normal(jax.random.key(1), (5, 4, 2), jnp.float64)
-        spec, params = jaxgru.PYTORCH, cell
-        for name in ("torch", "linen", "equinox", "keras", "haste"):
-            weights = getattr(interop, f"to_{name}")(params, spec=spec).weights
-            params, spec, _ = getattr(interop, f"from_{name}")(weights)
+        params = cell
+        for name in ("torch", "linen", "equinox", "keras"):
+            weights = getattr(interop, f"to_{name}")(params).weights
+            params = getattr(interop, f"from_{name}")(weights).params
         params = jax.tree.map(jnp.asarray, params)
-        got, wanted = (jaxgru.gru(p, xs, spec=spec)[1] for p in (params, cell))
+        got, wanted = (jaxgru.gru(p, xs)[1] for p in (params, cell))
         assert_close(got, wanted, EXACT)

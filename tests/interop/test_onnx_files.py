@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import assert_close, make_problem
+from conftest import assert_close, make_problem, with_spec
 
 import jaxgru
 from jaxgru import CHO_2014, PYTORCH, Bidirectional, GRUSpec, init_stack, interop, length_mask
-from jaxgru.interop import read_onnx, run_onnx_gru, write_onnx
+from jaxgru.interop import read_onnx, write_onnx
 from jaxgru.models import SequenceParams, TokenParams, final_outputs, sequence_outputs, token_logits
 
 onnx = pytest.importorskip("onnx", reason="onnx is an extra")
@@ -23,6 +23,29 @@ NODE_TESTS = [
     *("test_gru_defaults", "test_gru_with_initial_bias", "test_gru_seq_length"),
     *("test_gru_batchwise", "test_gru_reverse", "test_gru_bidirectional"),
 ]
+
+
+def run_node(node, xs):
+    """(Y, Y_h) of a node by `gru`, zero where ONNX has it so: on padding, and without a step."""
+    h0, lengths = node.initial_h, node.sequence_lens
+    if node.layout:
+        xs = jnp.swapaxes(xs, 0, 1)
+        h0 = None if h0 is None else np.swapaxes(h0, 0, 1)
+    mask = None if lengths is None else length_mask(lengths, len(xs))
+    if node.direction == "bidirectional":
+        h0 = None if h0 is None else tuple(map(jnp.asarray, h0))
+        h_last, hs = jaxgru.gru_bidirectional(node.params, xs, h0, mask=mask)
+        h_last, ys = jnp.stack(h_last), jnp.stack(jnp.split(hs, 2, axis=-1), axis=1)
+    else:
+        h0, reverse = None if h0 is None else jnp.asarray(h0[0]), node.direction == "reverse"
+        h_last, hs = jaxgru.gru(node.params, xs, h0, mask=mask, reverse=reverse)
+        h_last, ys = h_last[None], hs[:, None]
+    if mask is not None:
+        ys = jnp.where(mask[:, None, :, None], ys, 0.0)
+        h_last = jnp.where(mask.any(axis=0)[None, :, None], h_last, 0.0)
+    if node.layout:
+        return jnp.transpose(ys, (2, 0, 1, 3)), jnp.swapaxes(h_last, 0, 1)
+    return ys, h_last
 
 
 @functools.cache
@@ -48,7 +71,7 @@ def test_node_test_passes_through_read_onnx(tmp_path, name):
         given = dict(zip([i.name for i in case.model.graph.input], inputs))
         xs = jnp.asarray(given.pop("X"))
         (node,) = read_onnx(tmp_path / "node.onnx", inputs=given)
-        results = dict(zip(("Y", "Y_h"), run_onnx_gru(node, xs)))
+        results = dict(zip(("Y", "Y_h"), run_node(node, xs)))
         for output, wanted in zip(case.model.graph.output, outputs):
             np.testing.assert_allclose(results[output.name], wanted, rtol=case.rtol, atol=1e-6)
 
@@ -77,28 +100,16 @@ def kernels(directions=1):
 
 
 @pytest.mark.parametrize("layout", [0, 1])
-def test_what_a_file_holds_of_lengths_and_states_is_used(tmp_path, layout):
-    """Padded outputs are zero, and so is all of an empty sequence: ONNX's way, not `gru`'s."""
-    rng = np.random.default_rng(1)
-    h0, lengths = rng.normal(size=(2, 4, 3)).astype(np.float32), np.array([5, 2, 0, 3], np.int32)
-    xs = rng.normal(size=(5, 4, 2)).astype(np.float32)
+def test_what_a_file_holds_of_lengths_and_states_is_read(tmp_path, layout):
+    """initial_h in the axes of the layout, as the file has it."""
+    h0, lengths = np.random.default_rng(1).normal(size=(2, 4, 3)), np.array([5, 2, 0, 3], np.int32)
     held = np.swapaxes(h0, 0, 1) if layout else h0
     node = node_of("X", "W", "R", "", "lengths", "h0", direction="bidirectional", layout=layout)
     path = make_model([node], path=tmp_path / "m", lengths=lengths, h0=held, **kernels(2))
     (read,) = read_onnx(path)
-    assert read.computed == {}
-    ys, h_last = run_onnx_gru(read, jnp.asarray(np.swapaxes(xs, 0, 1) if layout else xs))
-    if layout:
-        ys, h_last = jnp.transpose(ys, (1, 2, 0, 3)), jnp.swapaxes(h_last, 0, 1)
-    for row, length in enumerate(lengths):
-        for d, params in enumerate(read.params):
-            wanted, hs = jaxgru.gru(
-                params, xs[:length, row], h0[d, row], spec=read.spec, reverse=d == 1
-            )
-            wanted = wanted if length else np.zeros(3)
-            np.testing.assert_allclose(h_last[d, row], wanted, atol=1e-6)
-            np.testing.assert_allclose(ys[:length, d, row], hs, atol=1e-6)
-            assert not np.any(ys[length:, d, row])
+    assert (read.direction, read.layout, read.computed) == ("bidirectional", layout, {})
+    np.testing.assert_array_equal(read.initial_h, held)
+    np.testing.assert_array_equal(read.sequence_lens, lengths)
 
 
 def test_weights_that_the_graph_makes_of_constants_are_found(tmp_path):
@@ -115,7 +126,8 @@ def test_weights_that_the_graph_makes_of_constants_are_found(tmp_path):
     (read,) = read_onnx(make_model(nodes, path=tmp_path / "m", R=arrays["R"]))
     wanted = interop.from_onnx(arrays["W"], arrays["R"], linear_before_reset=1)
     jax.tree.map(np.testing.assert_array_equal, read.params, wanted.params)
-    assert (read.spec, read.initial_h, read.computed) == (PYTORCH, None, {"initial_h": "h0"})
+    assert read.params.spec == PYTORCH
+    assert (read.initial_h, read.computed) == (None, {"initial_h": "h0"})
 
 
 def test_nodes_of_subgraphs_are_found(tmp_path):
@@ -126,17 +138,27 @@ def test_nodes_of_subgraphs_are_found(tmp_path):
     assert [node.name for node in read_onnx(path)] == ["gru", "gru"]
 
 
-@pytest.mark.parametrize("spec", [CHO_2014, GRUSpec("after", "write", "relu")], ids=str)
-def test_stack_comes_back_as_it_was_written(tmp_path, spec):
+SPECS = {
+    "before": (CHO_2014, CHO_2014),
+    "writes": (GRUSpec("after", "write", "relu"), GRUSpec("after", "write", "relu")),
+    "both": (CHO_2014, GRUSpec("after", "write", "identity")),
+}
+
+
+@pytest.mark.parametrize("kind", SPECS)
+def test_stack_comes_back_as_it_was_written(tmp_path, kind):
+    """Every layer with its own equation."""
     layers = init_stack(jax.random.key(0), 2, (3, 4), bidirectional=True, scheme="pytorch")
-    notes = write_onnx(tmp_path / "m.onnx", layers, spec=spec, lengths=True, state=True)
+    layers = tuple(map(with_spec, layers, SPECS[kind]))
+    notes = write_onnx(tmp_path / "m.onnx", layers, lengths=True, state=True)
     nodes = read_onnx(tmp_path / "m.onnx")
-    assert {node.spec for node in nodes} == {GRUSpec(spec.reset, "keep", spec.activation)}
-    assert len(notes) == (spec.update == "write")
-    wanted = interop.to_onnx(layers, spec=spec).weights
-    for node, weights in zip(nodes, wanted, strict=True):
+    assert len(notes) == (kind != "before")
+    wanted = interop.to_onnx(layers).weights
+    for node, weights, spec in zip(nodes, wanted, SPECS[kind], strict=True):
         assert isinstance(node.params, Bidirectional)
-        again = interop.to_onnx(node.params, spec=node.spec).weights
+        keeps = GRUSpec(spec.reset, "keep", spec.activation)
+        assert [cell.spec for cell in node.params] == [keeps, keeps]
+        again = interop.to_onnx(node.params).weights
         jax.tree.map(np.testing.assert_array_equal, again, weights)
     assert nodes[0].computed == {"sequence_lens": "lengths", "initial_h": "h0_0"}
 
@@ -149,11 +171,11 @@ class GRU(op_run.OpRun):
     def _run(self, x, w, r, b=None, lengths=None, h0=None, **attributes):
         del attributes["hidden_size"], attributes["clip"]
         after = attributes.pop("linear_before_reset")
-        params, spec, _ = interop.from_onnx(w, r, b, linear_before_reset=after)
+        params = interop.from_onnx(w, r, b, linear_before_reset=after).params
         names = {"direction": attributes["direction"], "layout": attributes["layout"]}
-        node = interop.OnnxGRU("gru", params, spec, **names, initial_h=h0, sequence_lens=lengths,
-                              computed={})  # fmt: skip
-        return tuple(np.asarray(v) for v in run_onnx_gru(node, jnp.asarray(x)))
+        given = {"initial_h": h0, "sequence_lens": lengths, "computed": {}}
+        node = interop.OnnxGRU("gru", params, **names, **given)
+        return tuple(np.asarray(v) for v in run_node(node, jnp.asarray(x)))
 
 
 def evaluate(path, operators=(GRU,), **inputs):
@@ -174,20 +196,20 @@ def test_written_token_model_has_our_values_in_the_reference_evaluator(tmp_path,
         make_problem(0, inputs=2 if embedding else 5).params,
         make_problem(1, inputs=3).params,
     )
+    layers = with_spec(layers, PYTORCH)
     model = TokenParams(draw(2, 5, 2) if embedding else None, layers, draw(3, 3, 5), draw(4, 5))
     tokens = np.random.default_rng(0).integers(0, 5, (7, 3))
-    options = {"spec": PYTORCH, "residual": True}
-    write_onnx(tmp_path / "m.onnx", model, **options)
+    write_onnx(tmp_path / "m.onnx", model, residual=True)
     results = evaluate(tmp_path / "m.onnx", operators=(), tokens=tokens)
-    states, wanted = token_logits(model, jnp.asarray(tokens), **options)
+    states, wanted = token_logits(model, jnp.asarray(tokens), residual=True)
     assert_close(results["outputs"], wanted, 1e-12)
     for number, state in enumerate(states):
         assert_close(results[f"h_last_{number}"][0], state, 1e-12)
-    write_onnx(tmp_path / "m.onnx", model, lengths=True, **options)
+    write_onnx(tmp_path / "m.onnx", model, lengths=True, residual=True)
     lengths = np.array([7, 0, 4], np.int32)
     results = evaluate(tmp_path / "m.onnx", tokens=tokens, lengths=lengths)
     mask = length_mask(lengths, 7)
-    states, wanted = token_logits(model, jnp.asarray(tokens), mask=mask, **options)
+    states, wanted = token_logits(model, jnp.asarray(tokens), mask=mask, residual=True)
     assert_close(results["outputs"], wanted, 1e-12)
     assert_close(results["h_last_1"][0], states[1], 1e-12)
 
@@ -207,7 +229,7 @@ def test_written_model_of_two_directions_holds_states_as_ours(tmp_path, outputs,
     )
     model = SequenceParams(layers, draw(4, size, 2), draw(5, 2))
     xs, states, lengths = draw(6, 7, 3, 2), draw(7, 2, 2, 3, 3), np.array([7, 0, 4], np.int32)
-    options = {"spec": CHO_2014, "merge": merge, "residual": residual}
+    options = {"merge": merge, "residual": residual}
     write_onnx(tmp_path / "m", model, outputs=outputs, lengths=True, state=True, **options)
     given = {"xs": np.asarray(xs), "lengths": lengths}
     given |= {f"h0_{number}": np.asarray(h0) for number, h0 in enumerate(states)}
@@ -393,7 +415,6 @@ def test_file_that_does_not_exist_is_named(tmp_path):
 
 
 CELL = make_problem(0, dtype=jnp.float32).params
-XS = np.ones((5, 4, 2), np.float32)
 BAD_CALLS = {
     "deep_nesting": (
         lambda path: read_onnx(
@@ -447,35 +468,6 @@ BAD_CALLS = {
         "write_onnx: params.w must have 3 rows (the outputs of the top layer, merge='concat'), got "
         "4; pass the merge that it was made with.",
     ),
-    "axes": (
-        lambda path: run_onnx_gru(node_of_file(path), XS[0]),
-        ValueError,
-        "run_onnx_gru: xs must have three axes, got (4, 2).",
-    ),
-    "no_array": (
-        lambda path: run_onnx_gru(node_of_file(path), [1]),
-        ValueError,
-        "run_onnx_gru: xs must have three axes, got list.",
-    ),
-    "initial_h": (
-        lambda path: run_onnx_gru(node_of_file(path), XS, initial_h=np.ones((3, 4, 3))),
-        ValueError,
-        "run_onnx_gru: initial_h must have shape (1, 4, 3) (directions, B, H; in layout 1 B "
-        "first), got (3, 4, 3).",
-    ),
-    **{
-        option: (
-            lambda path, option=option: run_onnx_gru(node_of_file(path), XS, **{option: 1}),
-            TypeError,
-            f"run_onnx_gru: {option} must be left out, as the node tells it.",
-        )
-        for option in ("mask", "spec", "reverse", "merge", "axis")
-    },
-    "no_node": (
-        lambda path: run_onnx_gru(CELL, XS),
-        TypeError,
-        "run_onnx_gru: node must be an OnnxGRU, got GRUParams.",
-    ),
     "no_input": (
         lambda path: read_onnx(
             make_model([node_of()], path=path, **kernels()), inputs={"b": 1, "a": 2}
@@ -486,12 +478,6 @@ BAD_CALLS = {
 }
 
 
-def node_of_file(path):
-    (node,) = read_onnx(make_model([node_of()], path=path, **kernels()))
-    path.unlink()
-    return node
-
-
 @pytest.mark.parametrize("case", BAD_CALLS)
 def test_bad_call_is_refused_and_leaves_no_file(tmp_path, case):
     call, kind, message = BAD_CALLS[case]
@@ -500,17 +486,3 @@ def test_bad_call_is_refused_and_leaves_no_file(tmp_path, case):
         call(path)
     assert str(caught.value) == message.replace("{path}", str(path))
     assert not path.exists() or message.startswith("read_onnx")
-
-
-@pytest.mark.usefixtures("x64", "uncompiled")
-def test_what_a_node_computes_has_autodiffs_gradient(tmp_path):
-    problem = make_problem(0, dtype=jnp.float64, bias="none")
-    write_onnx(tmp_path / "m.onnx", problem.params, spec=PYTORCH)
-    (read,) = read_onnx(tmp_path / "m.onnx")
-
-    def loss(xs, **options):
-        ys, h_last = run_onnx_gru(read, xs, jnp.array([7, 0, 3]), **options)
-        return jnp.sum(jnp.sin(ys)) + jnp.sum(h_last**2)
-
-    got = jax.grad(loss)(problem.xs)
-    assert_close(got, jax.grad(lambda xs: loss(xs, gradient="autodiff"))(problem.xs), 1e-12)

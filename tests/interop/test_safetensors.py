@@ -1,5 +1,6 @@
 """Weights in safetensors: the same bytes back, and nothing but them."""
 
+import dataclasses
 import json
 import pickle
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_problem
+from conftest import make_problem, with_spec
 
 from jaxgru import CHO_2014, PYTORCH, Bidirectional, GRUParams, GRUSpec
 from jaxgru.interop import load_weights, read_safetensors, save_weights
@@ -29,6 +30,10 @@ KINDS = {
     "cell": cell(),
     "gains": cell(layer_norm=True),
     "both_ways": Bidirectional(cell(), cell(1)),
+    "equations": (
+        with_spec(Bidirectional(cell(), cell(1)), PYTORCH),
+        with_spec(cell(inputs=6, hidden=4), GRUSpec("before", "write", "identity")),
+    ),
     "stack": (Bidirectional(cell(bias="none"), cell(1)), cell(inputs=6, hidden=4, bias="b_h")),
     "model": SequenceParams((cell(),), head(3, 1), head(1)),
     "tokens": TokenParams(head(5, 2), (cell(), cell(1, inputs=3)), head(3, 5), head(5)),
@@ -41,11 +46,14 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_was_saved_comes_back_to_the_bit(tmp_path, kind):
-    params, spec = KINDS[kind], GRUSpec("after", "write", "relu")
-    save_weights(tmp_path / "w", params, spec=spec, metadata={"epoch": 3})
+    """And with the equation of every GRU, which is a part of the structure."""
+    params = KINDS[kind]
+    if kind != "equations":
+        params = with_spec(params, GRUSpec("after", "write", "relu"))
+    save_weights(tmp_path / "w", params, metadata={"epoch": 3})
     loaded = load_weights(tmp_path / "w")
     assert jax.tree.structure(loaded.params) == jax.tree.structure(params)
-    assert (loaded.spec, loaded.metadata) == (spec, {"epoch": 3})
+    assert loaded.metadata == {"epoch": 3}
     for got, wanted in zip(jax.tree.leaves(loaded.params), jax.tree.leaves(params)):
         assert got.dtype == wanted.dtype
         np.testing.assert_array_equal(got, np.asarray(wanted))
@@ -54,9 +62,7 @@ def test_what_was_saved_comes_back_to_the_bit(tmp_path, kind):
 def test_other_programs_read_the_arrays_by_name(tmp_path):
     params = KINDS["tokens"]
     save_weights(tmp_path / "w", params)
-    assert (load_weights(tmp_path / "w").spec, load_weights(tmp_path / "w").metadata) == (
-        CHO_2014, {}
-    )  # fmt: skip
+    assert load_weights(tmp_path / "w").metadata == {}
     arrays = safetensors.load_file(tmp_path / "w")
     np.testing.assert_array_equal(arrays["layers.1.w_h"], params.layers[1].w_h)
     np.testing.assert_array_equal(arrays["embedding"], params.embedding)
@@ -64,8 +70,15 @@ def test_other_programs_read_the_arrays_by_name(tmp_path):
 
 def saved(tmp_path):
     path = tmp_path / "w"
-    save_weights(path, cell(), spec=PYTORCH)
+    save_weights(path, with_spec(cell(), PYTORCH))
     return path
+
+
+def structure_of(spec, **changes):
+    """The JSON of the structure that `saved` writes, with another spec or fields."""
+    names = ("w_x", "w_h", "b_x", "b_h", "g_x", "g_h")
+    fields = {k: k if k[0] != "g" else None for k in names} | changes
+    return json.dumps({"kind": "GRUParams", "fields": fields, "spec": spec})
 
 
 def test_every_flipped_bit_of_the_file_is_noticed(tmp_path):
@@ -98,11 +111,32 @@ def header_of(path, **changes):
     path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
 
 
-@pytest.mark.parametrize("field", ["spec", "structure", "sizes", "metadata"])
-def test_description_is_part_of_the_sha256(tmp_path, field):
+def test_spec_of_every_gru_is_in_the_structure(tmp_path):
     path = saved(tmp_path)
-    other = {"spec": json.dumps({"reset": "before", "update": "keep", "activation": "tanh"})}
-    header_of(path, **{field: other.get(field, '{"x": 1}')})
+    size = int.from_bytes(path.read_bytes()[:8], "little")
+    described = json.loads(path.read_bytes()[8 : 8 + size])["__metadata__"]
+    assert described["format"] == "jaxgru weights 2"
+    assert set(described) == {"format", "structure", "sizes", "metadata", "sha256"}
+    wanted = structure_of({"reset": "after", "update": "keep", "activation": "tanh"})
+    assert json.loads(described["structure"]) == json.loads(wanted)
+
+
+OTHER = {"reset": "before", "update": "keep", "activation": "tanh"}
+
+
+@pytest.mark.parametrize(
+    ("field", "text"),
+    [
+        ("structure", structure_of(OTHER)),
+        ("structure", '{"x": 1}'),
+        ("sizes", '{"x": 1}'),
+        ("metadata", '{"x": 1}'),
+    ],
+    ids=["spec", "structure", "sizes", "metadata"],
+)
+def test_description_is_part_of_the_sha256(tmp_path, field, text):
+    path = saved(tmp_path)
+    header_of(path, **{field: text})
     told = r"^load_weights: .* must hold what was saved, got another sha256: it is damaged\.$"
     with pytest.raises(ValueError, match=told):
         load_weights(path)
@@ -113,12 +147,15 @@ def test_description_is_part_of_the_sha256(tmp_path, field):
     [
         ("structure", '{"kind": "Foo", "fields": {}}', "KeyError"),
         ("structure", '{"kind": "GRUParams", "fields": {"w_x": "x"}}', "KeyError"),
-        ("structure", '{"kind": "GRUParams", "fields": {"w": "w_x"}}', "TypeError"),
+        ("structure", structure_of(OTHER, w="w_x"), "TypeError"),
         ("structure", "[1]", "TypeError"),
         ("structure", "null", "load_weights: params must be a GRUParams"),
         ("structure", "[" * 100_000 + "]" * 100_000, "RecursionError"),
-        ("spec", "[1]", "TypeError"),
-        ("spec", '{"x": 1}', "TypeError"),
+        ("structure", structure_of([1]), "TypeError"),
+        ("structure", structure_of(OTHER | {"x": 1}), "TypeError"),
+        ("structure", structure_of({"update": "keep", "activation": "tanh"}), "KeyError('reset')"),
+        ("structure", structure_of(OTHER | {"reset": "never"}), "GRUSpec: reset must be one of"),
+        ("structure", structure_of(OTHER).replace("spec", "equation"), "KeyError('spec')"),
         ("sizes", '{"w": [99]}', "ValueError('its sizes are not those of its arrays')"),
         ("metadata", "[1]", "load_weights: metadata must be a dict, got [1]."),
     ],
@@ -141,8 +178,7 @@ def test_description_that_describes_no_parameters_is_refused(
 def test_array_that_no_parameter_uses_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(weight_files, "_digest", lambda description, arrays: "same")
     path = saved(tmp_path)
-    fields = {"w_x": "w_x", "w_h": "w_h", "b_x": None, "b_h": None, "g_x": None, "g_h": None}
-    header_of(path, structure=json.dumps({"kind": "GRUParams", "fields": fields}))
+    header_of(path, structure=structure_of(OTHER, b_x=None))
     with pytest.raises(ValueError, match="its structure does not use all of its arrays"):
         load_weights(path)
 
@@ -227,9 +263,17 @@ def test_other_programs_files_are_pointed_to_the_converters(tmp_path):
     with pytest.raises(ValueError) as caught:
         load_weights(tmp_path / "w")
     assert str(caught.value) == (
-        f"load_weights: {tmp_path / 'w'} must be a file of 'jaxgru weights 1', got format None; "
-        "arrays of other libraries go through jaxgru.from_torch and the like."
+        f"load_weights: {tmp_path / 'w'} must be a file of 'jaxgru weights 2', got format None; "
+        "arrays of other libraries go through jaxgru.interop.from_torch and the like."
     )
+
+
+def test_file_of_the_format_before_this_one_is_refused(tmp_path):
+    path = saved(tmp_path)
+    header_of(path, format="jaxgru weights 1", spec=json.dumps(OTHER))
+    told = "must be a file of 'jaxgru weights 2', got format 'jaxgru weights 1'; "
+    with pytest.raises(ValueError, match=f"^load_weights: .* {told}"):
+        load_weights(path)
 
 
 KIND = "must be a GRUParams, Bidirectional, stack, SequenceParams or TokenParams, got"
@@ -243,15 +287,15 @@ BAD_CALLS = {
         (SequenceParams(None, head(3, 1), head(1)),), {}, TypeError, f"layers {KIND} NoneType."
     ),
     "set": (
-        ((GRUParams(np.ones((2, 9)), {1}, None, None),),), {}, TypeError,
+        ((GRUParams(np.ones((2, 9)), {1}, spec=CHO_2014),),), {}, TypeError,
         "0.w_h must be an array, got set; convert it with jnp.asarray.",
     ),
     "dtypes": (
-        (cell()._replace(b_x=np.ones(9, np.float16)),), {}, TypeError,
+        (dataclasses.replace(cell(), b_x=np.ones(9, np.float16)),), {}, TypeError,
         "params.b_x must have the dtype of params.w_x, float32, got float16; cast one of them.",
     ),
     "shapes": (
-        (cell()._replace(w_h=np.ones((7, 1), np.float32)),), {}, ValueError,
+        (dataclasses.replace(cell(), w_h=np.ones((7, 1), np.float32)),), {}, ValueError,
         "params.w_x must have shape (2, 21) (H=7, the rows of params.w_h), got (2, 9).",
     ),
     "integers_of_a_head": (
@@ -261,7 +305,9 @@ BAD_CALLS = {
     "metadata": (
         (cell(),), {"metadata": [1]}, TypeError, "metadata must be a dict or None, got [1].",
     ),
-    "spec": ((cell(),), {"spec": "cho"}, TypeError, "spec must be a GRUSpec, got 'cho'."),
+    "spec": (
+        (with_spec(cell(), "cho"),), {}, TypeError, "params.spec must be a GRUSpec, got 'cho'.",
+    ),
 }  # fmt: skip
 
 
@@ -278,7 +324,7 @@ def test_metadata_that_json_cannot_hold_is_refused_and_leaves_no_file(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         save_weights(tmp_path / "w", cell(), metadata={"x": float("nan")})
     with pytest.raises(TypeError, match="JSON serializable"):
-        save_weights(tmp_path / "w", cell(), spec=CHO_2014, metadata={"x": object()})
+        save_weights(tmp_path / "w", cell(), metadata={"x": object()})
     with pytest.raises(FileNotFoundError):
         load_weights(tmp_path / "w")
     assert list(tmp_path.iterdir()) == []
@@ -287,4 +333,6 @@ def test_metadata_that_json_cannot_hold_is_refused_and_leaves_no_file(tmp_path):
 def test_weights_that_are_not_finite_are_told(tmp_path):
     told = r"^save_weights: b_x holds 9 values that are not finite\.$"
     with pytest.warns(UserWarning, match=told):
-        save_weights(tmp_path / "w", cell()._replace(b_x=np.full(9, np.nan, np.float32)))
+        save_weights(
+            tmp_path / "w", dataclasses.replace(cell(), b_x=np.full(9, np.nan, np.float32))
+        )

@@ -66,7 +66,7 @@ def make_state(dtype=jnp.float32):
     draw = np.random.default_rng(1).normal
     w_x, w_h, w = (jnp.asarray(draw(0, 0.5, shape), dtype) for shape in shapes)
     bias = jnp.zeros(3 * HIDDEN_SIZE, dtype)
-    params = {"gru": jaxgru.GRUParams(w_x, w_h, bias, bias), "w": w}
+    params = {"gru": jaxgru.GRUParams(w_x, w_h, bias, bias, spec=jaxgru.CHO_2014), "w": w}
     h0 = jnp.zeros((BATCH_SIZE, HIDDEN_SIZE), dtype)
     return training.init_train_state(params, OPTIMIZER, key=jax.random.key(1), carry=h0)
 

@@ -118,7 +118,9 @@ def compiled(layout, num_steps=6, **gru_options):
         return jnp.mean(hs**2), (h_last, {})
 
     optimizer = optax.sgd(0.1, momentum=0.9)
-    params = jaxgru.GRUParams(*(jnp.ones(s) for s in ((4, 24), (8, 24), (24,), (24,))))
+    params = jaxgru.GRUParams(
+        *(jnp.ones(s) for s in ((4, 24), (8, 24), (24,), (24,))), spec=jaxgru.CHO_2014
+    )
     state = training.init_train_state(
         params, optimizer, key=jax.random.key(0), carry=jnp.zeros((8, 8))
     )

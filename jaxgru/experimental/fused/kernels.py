@@ -105,10 +105,10 @@ def fused_forward(
 ) -> tuple[Array, tuple[Array, Gates | None]]:
     """h_last and (hs, gates or None) as the scan of `step` over the projected inputs gives them.
 
-    static holds spec, kept, reverse, backend and terms, and steps the xs, mask, resets and tap.
+    static holds kept, reverse, backend and terms, and steps the xs, mask, resets and tap.
     The z of the gates is that of a step that holds wherever the mask does.
     """
-    before, keep = static.spec.reset == "before", static.spec.update == "keep"
+    before, keep = params.spec.reset == "before", params.spec.update == "keep"
     batch, num_steps = h0.shape[:-1], len(steps.xs)
     if steps.mask is not None:  # z = 1 (or 0, where z is the candidate's share) keeps the state
         held = jnp.full_like(a[1], jnp.inf if keep else -jnp.inf)
@@ -127,7 +127,7 @@ def fused_forward(
         outputs["gates"] = (_F32, (3 if before else 4,))
     found = _launch(
         "gru_forward",
-        functools.partial(_forward_body, static.spec, static.kept),
+        functools.partial(_forward_body, params.spec, static.kept),
         Chip(tiles, static.backend == "interpreted"),
         [1, 1] if before else [1],
         jnp.stack([w.T for w in blocks(params.w_h)]),

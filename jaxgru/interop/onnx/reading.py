@@ -1,10 +1,10 @@
-"""GRU nodes of ONNX files, and what such a node computes; extra `onnx`.
+"""GRU nodes of ONNX files; extra `onnx`.
 
 A node's sequence is [T, B, I] (layout 0) or [B, T, I] (layout 1), its outputs Y [T, D, B, H] or
 [B, T, D, H] and Y_h [D, B, H] or [B, D, H] for D directions (ONNX operator GRU-22). Where a
-sequence has ended Y is zero, and Y_h of one without a step is zero too, whatever initial_h was (so
-does onnxruntime); `jaxgru.gru` holds the state instead. Both are kept apart here: `run_onnx_gru`
-computes what a node does, the files of `write_onnx` what this package does.
+sequence has ended Y is zero, and Y_h of one without a step is zero too, whatever initial_h was
+(onnxruntime does the same). `jaxgru.gru` repeats the last state there instead, and so do the files
+of `write_onnx`.
 """
 
 import os
@@ -12,15 +12,10 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxgru.core.checks import require_choice, require_extra
-from jaxgru.core.masks import length_mask
-from jaxgru.core.parameters import GRUSpec
-from jaxgru.core.recurrence import gru
 from jaxgru.interop.onnx.weights import ONNX_ACTIVATIONS, from_onnx
-from jaxgru.stacks import Bidirectional, directions_of, gru_bidirectional
 
 Array = jax.Array
 _DIRECTIONS: Any = ("forward", "reverse", "bidirectional")
@@ -33,20 +28,18 @@ class OnnxGRU(NamedTuple):
     Attributes:
       name: the node's, or that of its first output.
       params: a `GRUParams`, or a `Bidirectional`, of NumPy arrays.
-      spec: their equation.
       direction: "forward", "reverse" (run it with reverse=True) or "bidirectional".
       layout: 0 for time first, 1 for batch first.
       initial_h: [D, B, H] ([B, D, H] in layout 1) where the file holds it, else None.
       sequence_lens: [B] where the file holds it, else None.
       computed: {"initial_h": name, "sequence_lens": name} of those that the graph is given or
-        computes: hand their values to `run_onnx_gru`.
+        computes. A run of this node needs their values.
       below: the name of the GRU node whose outputs, at most rearranged or held where a sequence has
         ended, are this one's inputs; "" where it reads anything else.
     """
 
     name: str
     params: Any
-    spec: GRUSpec
     direction: Literal["forward", "reverse", "bidirectional"]
     layout: int
     initial_h: np.ndarray | None
@@ -69,7 +62,7 @@ def read_onnx(
 
     Returns:
       OnnxGRU for each node. Nodes that follow one another (`below` tells) are a stack:
-      `tuple(node.params for node in nodes)`, with the spec that they have in common.
+      `tuple(node.params for node in nodes)`.
 
     Raises:
       ImportError: onnx is not installed.
@@ -106,73 +99,6 @@ def read_onnx(
     if not found:
         raise ValueError(f"read_onnx: {file} must hold a GRU node of ONNX, got none.")
     return found
-
-
-def run_onnx_gru(
-    node: OnnxGRU,
-    xs: Array,
-    sequence_lens: Array | None = None,
-    initial_h: Array | None = None,
-    **gru_options: Any,
-) -> tuple[Array, Array]:
-    """(Y, Y_h) of a node, by this package's `gru`: differentiable, under any transformation.
-
-    Args:
-      node: from `read_onnx`.
-      xs: X, [T, B, I], or [B, T, I] in layout 1.
-      sequence_lens: [B] integers; None for those of the file, or all T.
-      initial_h: [D, B, H], or [B, D, H] in layout 1; None for that of the file, or zeros.
-      **gru_options: gradient, residuals, chunk_size, unroll, backend, dropout, ... of `gru`; not
-        mask, spec, reverse, merge and axis, which the node itself tells.
-
-    Returns:
-      Y [T, D, B, H] and Y_h [D, B, H]; in layout 1 [B, T, D, H] and [B, D, H].
-
-    Raises:
-      ValueError: xs is not of three axes, initial_h not of its shape, or as `gru` and
-        `length_mask`.
-      TypeError: node is none, an option is the node's own, or as `gru`.
-
-    Cost: that of `gru`.
-    """
-    if not isinstance(node, OnnxGRU):
-        raise TypeError(f"run_onnx_gru: node must be an OnnxGRU, got {type(node).__name__}.")
-    if own := {"mask", "spec", "reverse", "merge", "axis"} & gru_options.keys():
-        raise TypeError(f"run_onnx_gru: {own.pop()} must be left out, as the node tells it.")
-    if getattr(xs, "ndim", None) != 3:
-        raise ValueError(
-            f"run_onnx_gru: xs must have three axes, got {getattr(xs, 'shape', type(xs).__name__)}."
-        )
-    lengths = node.sequence_lens if sequence_lens is None else sequence_lens
-    h0 = node.initial_h if initial_h is None else initial_h
-    if node.layout:
-        xs = jnp.swapaxes(xs, 0, 1)
-        h0 = None if h0 is None else jnp.swapaxes(h0, 0, 1)
-    cells = directions_of(node.params)
-    wanted = (len(cells), xs.shape[1], cells[0].w_h.shape[0])
-    if h0 is not None and h0.shape != wanted:
-        raise ValueError(
-            f"run_onnx_gru: initial_h must have shape {wanted} (directions, B, H; in layout 1 B "
-            f"first), got {h0.shape}."
-        )
-    mask = None if lengths is None else length_mask(lengths, xs.shape[0])
-    options = {"mask": mask, "spec": node.spec, **gru_options}
-    if isinstance(node.params, Bidirectional):
-        pair = None if h0 is None else (h0[0], h0[1])
-        h, hs = gru_bidirectional(node.params, xs, pair, **options)
-        h_last, ys = jnp.stack(h), jnp.stack(jnp.split(hs, 2, axis=-1), axis=1)
-    else:
-        reverse = node.direction == "reverse"
-        h0 = None if h0 is None else h0[0]
-        h, hs = gru(node.params, xs, h0, reverse=reverse, **options)
-        h_last, ys = h[None], hs[:, None]
-    if mask is not None:
-        ys = jnp.where(mask[:, None, :, None], ys, jnp.zeros_like(ys))
-        has_step = mask.any(axis=0)[None, :, None]
-        h_last = jnp.where(has_step, h_last, jnp.zeros_like(h_last))
-    if node.layout:
-        return jnp.transpose(ys, (2, 0, 1, 3)), jnp.swapaxes(h_last, 0, 1)
-    return ys, h_last
 
 
 # What weights of exporters come through; nothing here grows its inputs.
@@ -259,7 +185,7 @@ def _read_node(onnx, node, value_of, below):
             )
     direction, count, layout = _form(name, attributes, weights)
     activation = _activation(name, attributes, count)
-    params, spec, _ = from_onnx(
+    params, _ = from_onnx(
         weights["W"],
         weights["R"],
         weights.get("B"),
@@ -269,7 +195,7 @@ def _read_node(onnx, node, value_of, below):
     optional = {label: names[i] for i, label in _OPTIONAL_INPUTS.items()}
     held = {label: value_of(source) if source else None for label, source in optional.items()}
     computed = {k: source for k, source in optional.items() if source and held[k] is None}
-    return OnnxGRU(name, params, spec, direction, layout, **held, computed=computed, below=below)
+    return OnnxGRU(name, params, direction, layout, **held, computed=computed, below=below)
 
 
 def _form(name: str, attributes: dict[str, Any], weights: dict[str, Any]) -> tuple[Any, int, int]:

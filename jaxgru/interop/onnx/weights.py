@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxgru.core.parameters import CHO_2014, Activation, GRUSpec
+from jaxgru.core.parameters import Activation, GRUSpec
 from jaxgru.interop.common import (
     ALL_ACTIVATIONS,
     Exported,
@@ -73,23 +73,23 @@ def from_onnx(
         biases = (None, None)
         if b is not None:
             biases = [reorder(v) for v in np.split(arrays["B"][d], 2)]
-        return numpy_cell(reorder(arrays["W"][d].T), reorder(arrays["R"][d].T), *biases)
+        kernels = (reorder(arrays[name][d].T) for name in ("W", "R"))
+        return numpy_cell(*kernels, *biases, spec=spec)
 
-    params = cell(0) if count == 1 else Bidirectional(cell(0), cell(1))
     if linear_before_reset not in (0, 1):
         raise ValueError(
             f"from_onnx: linear_before_reset must be 0 or 1, got {linear_before_reset!r}."
         )
-    reset = "after" if linear_before_reset else "before"
-    return Imported(params, GRUSpec(reset, "keep", activation), ())
+    spec = GRUSpec("after" if linear_before_reset else "before", "keep", activation)
+    return Imported(cell(0) if count == 1 else Bidirectional(cell(0), cell(1)), ())
 
 
-def to_onnx(params: Any, *, spec: GRUSpec = CHO_2014) -> Exported:
+def to_onnx(params: Any) -> Exported:
     """The inputs of ONNX `GRU` nodes, one a layer; nothing is merged (`write_onnx` writes files).
 
     Args:
-      params: a `GRUParams`, a `Bidirectional`, or a stack.
-      spec: of params; any. An update that writes is turned by the sign of z's weights.
+      params: a `GRUParams`, a `Bidirectional`, or a stack, of any spec. Where the update gate
+        writes, its weights and biases are negated.
 
     Returns:
       Exported: {"W": [D, 3H, I], "R": [D, 3H, H], "B": [D, 6H]}, without B where there is no bias,
@@ -97,7 +97,7 @@ def to_onnx(params: Any, *, spec: GRUSpec = CHO_2014) -> Exported:
 
     Raises:
       ValueError: params have gains.
-      TypeError: params or spec are of another kind.
+      TypeError: params are of another kind.
 
     Cost: one copy of the arrays.
 
@@ -105,15 +105,14 @@ def to_onnx(params: Any, *, spec: GRUSpec = CHO_2014) -> Exported:
     >>> exported.options["hidden_size"], exported.options["linear_before_reset"]
     (3, 0)
     """
-    return onnx_nodes("to_onnx", params, spec)
+    return onnx_nodes("to_onnx", params)
 
 
-def onnx_nodes(function: str, params: Any, spec: GRUSpec) -> Exported:
+def onnx_nodes(function: str, params: Any) -> Exported:
     """The inputs and attributes of a node a layer, for the function that is named in errors."""
     params, notes = require_exportable(
         function,
         params,
-        spec,
         Target("ONNX's GRU", ("before", "after"), activations=ALL_ACTIVATIONS),
     )
     layers = params if is_stack(params) else (params,)
@@ -121,6 +120,7 @@ def onnx_nodes(function: str, params: Any, spec: GRUSpec) -> Exported:
 
     def layer(params):
         cells = directions_of(params)
+        spec = cells[0].spec
         weights = {
             "W": np.stack([reorder(cell.w_x).T for cell in cells]),
             "R": np.stack([reorder(cell.w_h).T for cell in cells]),

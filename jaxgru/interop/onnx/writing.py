@@ -8,7 +8,6 @@ import numpy as np
 
 from jaxgru.atomic_files import write_whole
 from jaxgru.core.checks import require_choice, require_extra
-from jaxgru.core.parameters import CHO_2014, GRUSpec
 from jaxgru.interop.common import is_stack
 from jaxgru.interop.onnx.weights import onnx_nodes
 from jaxgru.models import SequenceParams, TokenParams, require_head
@@ -22,7 +21,6 @@ def write_onnx(
     file: str | os.PathLike,
     params: Any,
     *,
-    spec: GRUSpec = CHO_2014,
     merge: Merge = "concat",
     residual: bool = False,
     outputs: Outputs = "every",
@@ -40,7 +38,6 @@ def write_onnx(
     Args:
       file: to write; one that exists is replaced, in one step.
       params: a `GRUParams`, `Bidirectional`, stack, `SequenceParams` or `TokenParams`.
-      spec: of params.
       merge: "concat" or "sum", as `gru_stack`.
       residual: as `gru_stack`.
       outputs: "every" step's, or the "last" one's.
@@ -68,7 +65,7 @@ def write_onnx(
         input_size = directions_of(layers[0])[0].w_x.shape[0]
         xs: Any = np.zeros((0, 1, input_size), directions_of(layers[0])[0].w_x.dtype)
         require_layers("write_onnx", layers, xs, merge, residual)
-    exported = onnx_nodes("write_onnx", layers, spec)
+    exported = onnx_nodes("write_onnx", layers)
     layers_dtype = exported.weights[0]["R"].dtype
     if model:
         require_head("write_onnx", params, type(params), merge)

@@ -452,7 +452,9 @@ def measure_memory(steps, batch=4, inputs=8, hidden=16):
     def bptt(residuals):
         def gradient(params, xs, targets):
             return jax.grad(
-                lambda params: loss_of(jaxgru.gru(params, xs, residuals=residuals)[1], targets)
+                lambda params: loss_of(
+                    jaxgru.gru(params, xs, gradient=jaxgru.BPTT(residuals))[1], targets
+                )
             )(params)
 
         return gradient

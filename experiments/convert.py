@@ -54,7 +54,6 @@ from experiments.data import DataError
 from experiments.runs import run_script
 from jaxgru import Bidirectional, GRUParams, interop, models
 from jaxgru.models import SequenceParams, TokenParams
-from jaxgru.stacks import directions_of
 
 CELLS = ("keras", "linen", "nnx", "equinox", "haiku")
 FORMATS = ("torch", *CELLS, "onnx", "jaxgru")
@@ -420,7 +419,7 @@ def first_cell(layers: Any) -> Any:
 
 def equations_of(layers):
     """The specs of all layers, each once, bottom first."""
-    cells = [cell for layer in layers for cell in directions_of(layer)]
+    cells = jax.tree.leaves(layers, is_leaf=lambda leaf: isinstance(leaf, GRUParams))
     return list(dict.fromkeys(cell.spec for cell in cells))
 
 

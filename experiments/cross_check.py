@@ -10,9 +10,9 @@ A function is named MODULE:NAME, with dots inside NAME for attributes; the curre
 importable. `--inputs` names a function of no argument, or of one `jax.random.key`, that returns the
 tuple of positional arguments of both functions. What is compared is in `jaxgru.check_gradients`.
 
-The package's grid is reset x update x activation x direction x policy of `gru`, with a mask that is
-ragged and has a hole and with resets, and again without either; by default all of it for tanh, and
-of the rest the default policy and the tangent forward in time, in float64 alone. `gru_cell` is
+The package's grid is reset x update x activation x direction x gradient of `gru`, with a mask that
+is ragged and has a hole and with resets, and again without either; by default all of it for tanh,
+and of the rest the default and the tangent forward in time, in float64 alone. `gru_cell` is
 compared with it, and a bidirectional `gru_stack` with JAX's own derivative.
 
 `--mutate` seeds one fault at a time into the rules (see `experiments.mutation`): those of `--rule`,
@@ -48,21 +48,23 @@ from jaxgru import checks
 
 DTYPES = ("caller", "float64", "float32", "bfloat16", "float16")
 ACTIVATIONS = ("tanh", "relu", "sigmoid", "softplus", "identity")
-CHUNKS: tuple[dict[str, Any], ...] = ({}, {"chunk_size": 2})
-POLICIES: tuple[dict[str, Any], ...] = (
-    *({"residuals": r, **c} for c in CHUNKS for r in ("gates", "states", "boundaries")),
-    {"gradient": "tangent"},
-)
-FEW_POLICIES = (POLICIES[0], POLICIES[-1])
+GRADIENTS: dict[str, Any] = {  # by the name of a point
+    f"residuals={residuals}{words}": jaxgru.BPTT(residuals, chunk_size)
+    for words, chunk_size in (("", None), (" chunk_size=2", 2))
+    for residuals in ("gates", "states", "boundaries")
+}
+GRADIENTS["gradient=tangent"] = jaxgru.Tangent()
+FEW_GRADIENTS = ("residuals=gates", "gradient=tangent")
 RULES = (
     *("coefficients", "step_vjp", "gates_vjp", "params_vjp", "params_vjp_factors", "inputs_vjp"),
-    *("step_jvp", "step_drive"),
+    *("step_jvp", "step_jvp_inputs"),
 )
 NORM_RULES = ("normalize_vjp", "normalize_jvp", "_project_out")
 OWN_RULES = [
     *(f"jaxgru.core.derivatives:{name}" for name in RULES),
     *(f"jaxgru.core.layer_norm:{name}" for name in NORM_RULES),
-    *("jaxgru.core.flags:hold_vjp", "jaxgru.core.bptt:_backward_chunk"),
+    "jaxgru.core.flags:Flags.leave_vjp",
+    "jaxgru.core.bptt:reverse_scan",
 ]
 
 
@@ -348,31 +350,31 @@ def specs_of(activation) -> list[jaxgru.GRUSpec]:
     return [jaxgru.GRUSpec(reset, update, activation) for reset, update in choices]
 
 
-def grid_choices(args) -> Iterator[tuple[jaxgru.GRUSpec, bool, dict[str, Any], bool]]:
-    """(spec, reverse, policy, masked) of every point."""
+def grid_choices(args) -> Iterator[tuple[jaxgru.GRUSpec, bool, str, bool]]:
+    """(spec, reverse, name of the gradient, masked) of every point."""
     if args.smoke:
-        yield jaxgru.CHO_2014, False, POLICIES[0], True
-        yield jaxgru.PYTORCH, True, POLICIES[-1], True
+        yield jaxgru.CHO_2014, False, FEW_GRADIENTS[0], True
+        yield jaxgru.PYTORCH, True, FEW_GRADIENTS[-1], True
         return
     if args.full:
         specs = [spec for activation in ACTIVATIONS for spec in specs_of(activation)]
-        yield from itertools.product(specs, (False, True), POLICIES, (True, False))
+        yield from itertools.product(specs, (False, True), GRADIENTS, (True, False))
         return
-    yield from itertools.product(specs_of("tanh"), (False, True), POLICIES, (True,))
-    yield from itertools.product(specs_of("tanh"), (False,), FEW_POLICIES, (False,))
+    yield from itertools.product(specs_of("tanh"), (False, True), GRADIENTS, (True,))
+    yield from itertools.product(specs_of("tanh"), (False,), FEW_GRADIENTS, (False,))
     others = [spec for activation in ACTIVATIONS[1:] for spec in specs_of(activation)]
-    yield from itertools.product(others, (False,), FEW_POLICIES, (True,))
+    yield from itertools.product(others, (False,), FEW_GRADIENTS, (True,))
 
 
 def grid_points(args) -> Iterator[Point]:
     arrays, options = draw_sequences(args.seed), check_options(args)
     flags = {"mask": arrays.mask, "resets": arrays.resets}
-    for spec, reverse, policy, masked in grid_choices(args):
-        grid = {"specs": [spec], "reverses": [reverse], "policies": [policy]}
+    for spec, reverse, gradient, masked in grid_choices(args):
+        grid = {"specs": [spec], "reverses": [reverse]}
+        grid["gradients"] = [GRADIENTS[gradient]]
         check = functools.partial(checks.check_gru, *arrays[:3], **grid, **options)
         words = [spec.reset, spec.update, spec.activation, "reverse" if reverse else "forward"]
-        words += [f"{name}={value}" for name, value in policy.items()]
-        name = " ".join([*words, "mask resets" if masked else "plain"])
+        name = " ".join([*words, gradient, "mask resets" if masked else "plain"])
         yield Point(name, functools.partial(check, **(flags if masked else {})))
     if not args.smoke:
         yield from cell_and_stack_points(args, arrays, options)
@@ -390,12 +392,11 @@ def cell_and_stack_points(args, arrays: Sequences, options) -> Iterator[Point]:
         check = functools.partial(checks.check_gradients, *pair, *inputs, **options)
         yield Point(f"{spec.reset} {spec.update} {spec.activation} gru_cell", check)
     stack = jaxgru.init_stack(jax.random.key(args.seed), 2, 3, 2, bidirectional=True)
-    for policy in FEW_POLICIES:
+    for gradient in FEW_GRADIENTS:
         run = functools.partial(jaxgru.gru_stack, mask=arrays.mask, resets=arrays.resets)
-        pair = functools.partial(run, **policy), functools.partial(run, gradient="autodiff")
+        pair = (functools.partial(run, gradient=g) for g in (GRADIENTS[gradient], "autodiff"))
         check = functools.partial(checks.check_gradients, *pair, stack, arrays.xs, **options)
-        words = [f"{name}={value}" for name, value in policy.items()]
-        yield Point(" ".join(["gru_stack bidirectional", *words]), check)
+        yield Point(f"gru_stack bidirectional {gradient}", check)
 
 
 def mutate(args, pair: Pair | None, rules) -> tuple[str, dict[str, Any]]:
@@ -438,7 +439,7 @@ def mutation_points(args, options) -> Iterator[Point]:
     params = jaxgru.init_gru(jax.random.key(args.seed), 2, 4, scheme="pytorch", layer_norm=True)
     gains = jnp.linspace(0.5, 1.5, 12)
     single = dataclasses.replace(params, g_x=gains, g_h=gains[::-1]), arrays.xs[2:, 0], arrays.h0[0]
-    inside: dict[str, Any] = {"recurrent_dropout": 0.4, "key": jax.random.key(args.seed)}
+    inside: dict[str, Any] = {"noise": jaxgru.Noise(0.4), "key": jax.random.key(args.seed)}
 
     def point(name, spec, gradient, run, inputs):
         pair = [functools.partial(run, spec, gradient=g) for g in (gradient, "autodiff")]
@@ -462,7 +463,7 @@ def mutation_points(args, options) -> Iterator[Point]:
     yield from (point("", spec, gradient, with_flags, several) for gradient, spec in choices)
     if args.smoke:
         return
-    held = {"zoneout": 0.3, "deterministic": True}
+    held = {"noise": jaxgru.Noise(zoneout=0.3), "deterministic": True}
     yield from (
         point("held", spec, gradient, functools.partial(with_flags, **held), several)
         for gradient, spec in choices[:2]

@@ -177,8 +177,8 @@ def make_loss(args):
         xs, lengths = batch
         mask = jaxgru.length_mask(lengths, xs.shape[0] - 1)
         _, logits = models.sequence_outputs(
-            params, xs[:-1], mask=mask, recurrent_dropout=args.recurrent_dropout,
-            output_dropout=args.output_dropout, key=key,
+            params, xs[:-1], mask=mask, noise=jaxgru.Noise(args.recurrent_dropout),
+            dropout=jaxgru.Dropout(output=args.output_dropout), key=key,
         )  # fmt: skip
         return jaxgru.losses.bernoulli_loss(logits, xs[1:], mask), (carry, {})
 

@@ -232,7 +232,7 @@ def make_loss(args):
     def loss_fn(params, carry, batch, key):
         inputs, targets = batch
         _, outputs = models.sequence_outputs(
-            params, inputs, recurrent_dropout=args.recurrent_dropout, key=key
+            params, inputs, noise=jaxgru.Noise(args.recurrent_dropout), key=key
         )
         loss = losses.squared_loss(outputs, targets, form="half_sum", reduction="batch_mean")
         return loss, (carry, {"training_mse": 2 * loss / len(inputs)})

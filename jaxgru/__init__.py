@@ -23,11 +23,14 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 from jaxgru.core.cell import gru_cell
+from jaxgru.core.gradient import BPTT, Autodiff, Tangent
 from jaxgru.core.masks import length_mask, resets_from_dones
+from jaxgru.core.noise import Noise
 from jaxgru.core.parameters import CHO_2014, CHUNG_2014, PYTORCH, GRUParams, GRUSpec, init_gru
 from jaxgru.core.recurrence import Tap, gru
 from jaxgru.stacks import (
     Bidirectional,
+    Dropout,
     gru_bidirectional,
     gru_stack,
     gru_stack_cell,
@@ -42,12 +45,17 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "BPTT",
     "CHO_2014",
     "CHUNG_2014",
     "PYTORCH",
+    "Autodiff",
     "Bidirectional",
+    "Dropout",
     "GRUParams",
     "GRUSpec",
+    "Noise",
+    "Tangent",
     "Tap",
     "checks",
     "diagnostics",

@@ -30,7 +30,7 @@ def make_programs(size, reset, residuals):
     """name -> (function, arguments) of the forward pass and the training step."""
 
     def run(params, xs, h0):
-        return jaxgru.gru(params, xs, h0, residuals=residuals)
+        return jaxgru.gru(params, xs, h0, gradient=jaxgru.BPTT(residuals))
 
     def loss(params, xs, h0, dh_last, dhs):
         h_last, hs = run(params, xs, h0)

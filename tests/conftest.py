@@ -36,7 +36,11 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from jaxgru import CHO_2014, training
+from jaxgru.core.gradient import BPTT, Autodiff, Tangent
+from jaxgru.core.noise import Noise
 from jaxgru.core.parameters import GRUParams
+from jaxgru.experimental.fused import HopperKernel
+from jaxgru.stacks.dropout import Dropout
 
 # A shell starts its background jobs with SIGINT ignored, and `fit` goes on where it is ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -182,15 +186,40 @@ def with_spec(tree, spec):
     return jax.tree.map(change, tree, is_leaf=lambda leaf: isinstance(leaf, GRUParams))
 
 
-def flat(function):
-    """A function of parameters that takes their spec as one more option.
+RULES = {"bptt": BPTT, "tangent": Tangent, "autodiff": Autodiff}
+DROPOUT = {"input_dropout": "input", "dropout": "between", "output_dropout": "output",
+           "variational": "variational"}  # fmt: skip
 
-    Tests that run over products of equations and options write both alike.
+
+def grouped(options):
+    """Options given one by one as the values that they belong to: gradient, noise and dropout."""
+    options = dict(options)
+
+    def take(*names):
+        return {name: options.pop(name) for name in names if name in options}
+
+    of_rule = take("residuals", "chunk_size", "unroll", "truncate")
+    backend = options.pop("backend", "scan")
+    if backend != "scan":
+        of_rule["kernel"] = HopperKernel(interpret=backend == "interpreted")
+    if of_rule:
+        options["gradient"] = RULES[options.get("gradient", "bptt")](**of_rule)
+    if noise := take("recurrent_dropout", "zoneout"):
+        options["noise"] = Noise(**noise)
+    if dropout := take(*DROPOUT):
+        options["dropout"] = Dropout(**{DROPOUT[name]: value for name, value in dropout.items()})
+    return options
+
+
+def flat(function):
+    """A function of parameters that takes their spec, and `grouped` options, one by one.
+
+    Tests that run over products of equations and options write them all alike.
     """
 
     def run(params, *arguments, spec=None, **options):
         params = params if spec is None else with_spec(params, spec)
-        return function(params, *arguments, **options)
+        return function(params, *arguments, **grouped(options))
 
     return run
 

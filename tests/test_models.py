@@ -16,6 +16,7 @@ from jaxgru import (
     CHUNG_2014,
     PYTORCH,
     Bidirectional,
+    Dropout,
     gru_stack,
     init_state,
     length_mask,
@@ -24,13 +25,13 @@ from jaxgru import (
 from jaxgru.models import (
     SequenceParams,
     TokenParams,
-    _generate,
     final_outputs,
     init_sequence_model,
     init_token_model,
     sequence_outputs,
     token_loss,
 )
+from jaxgru.models.generation import _generate
 
 generate = flat(models.generate)
 token_logits = flat(models.token_logits)
@@ -359,12 +360,12 @@ def test_dropout_before_the_head_scales_what_it_reads():
     params, xs, key = SequenceParams(layers, jnp.ones((H, 1)), b), draw(15, T, B, E), KEY
     h_last, clean = final_outputs(params, xs)
     assert_close(clean, h_last[0].sum(-1, keepdims=True) + b[None], 1e-13)
-    _, noisy = final_outputs(params, xs, output_dropout=0.75, key=key)
+    _, noisy = final_outputs(params, xs, dropout=Dropout(output=0.75), key=key)
     kept = np.asarray(jax.random.bernoulli(jax.random.split(key)[1], 0.25, (B, H)))
     wanted = np.where(kept, 4 * np.asarray(h_last[0]), 0.0).sum(-1, keepdims=True) + np.asarray(b)
     np.testing.assert_allclose(noisy, wanted, rtol=1e-13)
     for given in (None, key):
-        options = {"output_dropout": 0.75, "key": given, "deterministic": True}
+        options = {"dropout": Dropout(output=0.75), "key": given, "deterministic": True}
         np.testing.assert_array_equal(final_outputs(params, xs, **options)[1], clean)
 
 
@@ -458,8 +459,8 @@ BAD_CALLS = {
         "merge='concat'), got 3; pass the merge that it was made with.",
     ),
     "dropout_without_key": (
-        lambda p: final_outputs(SequenceParams(p.layers, p.w, p.b), 0, output_dropout=0.5),
-        "final_outputs: key must be a jax.random.key for output_dropout=0.5, got None; pass "
+        lambda p: final_outputs(SequenceParams(*p[1:]), 0, dropout=Dropout(output=0.5)),
+        "final_outputs: key must be a jax.random.key for dropout.output=0.5, got None; pass "
         "deterministic=True for evaluation.",
     ),
     "two_directions": (

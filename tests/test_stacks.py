@@ -9,14 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from conftest import assert_close, flat
+from conftest import assert_close, flat, grouped
 
 import jaxgru
 from jaxgru import (
+    BPTT,
     CHO_2014,
     PYTORCH,
     Bidirectional,
+    Dropout,
     GRUParams,
+    Noise,
     gru,
     gru_bidirectional,
     gru_cell,
@@ -24,8 +27,11 @@ from jaxgru import (
     init_stack,
     init_state,
     length_mask,
+    models,
     resets_from_dones,
 )
+from jaxgru.core.parameters import require_params
+from jaxgru.core.recurrence import run_gru
 
 gru_stack = flat(jaxgru.gru_stack)
 gru_stack_cell = flat(jaxgru.gru_stack_cell)
@@ -515,7 +521,8 @@ def test_truncated_gradient_is_that_of_chunks_with_a_stopped_state(reverse, grad
 
     def truncated(params, xs, h0):
         chunks = {} if gradient != "bptt" else {"chunk_size": 2}
-        return gru(params, xs, h0, truncate=cut, gradient=gradient, reverse=reverse, **chunks)
+        options = grouped({"truncate": cut, "gradient": gradient, **chunks})
+        return gru(params, xs, h0, reverse=reverse, **options)
 
     def stopped(params, xs, h):
         starts, hs = list(range(0, steps, cut)), {}
@@ -558,12 +565,12 @@ def test_dropout_keeps_the_mean_and_drops_its_share():
     layers = init_stack(jax.random.key(0), 1, 1)
     seen = []
 
-    def spy(params, xs, h0, **options):
+    def spy(params, xs, *arguments, **options):
         seen.append(xs)
-        return gru(params, xs, h0, **options)
+        return run_gru(params, xs, *arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jaxgru.stacks.gru", spy)
+        patch.setattr("jaxgru.stacks.run.run_gru", spy)
         for variational in (False, True):
             gru_stack(
                 layers, jnp.ones((20, 400, 1)), input_dropout=0.25, variational=variational,
@@ -643,10 +650,11 @@ def test_masks_do_not_depend_on_the_chunks(implementation):
     """Nor on the generator: the hardware ones draw a batch under vmap from its first key."""
     params = init_gru(jax.random.key(0), INPUTS, 8)
     xs = jax.random.normal(jax.random.key(1), (6, B, INPUTS))
-    options = {"key": jax.random.key(2, impl=implementation), "zoneout": 0.5}
-    whole = jax.jit(gru, static_argnames=("zoneout", "chunk_size"))(params, xs, **options)[1]
+    options = {"key": jax.random.key(2, impl=implementation), "noise": Noise(zoneout=0.5)}
+    run = jax.jit(gru, static_argnames=("noise", "gradient"))
+    whole = run(params, xs, **options)[1]
     for size in (1, 4):
-        hs = jax.jit(functools.partial(gru, chunk_size=size, **options))(params, xs)[1]
+        hs = run(params, xs, gradient=BPTT(chunk_size=size), **options)[1]
         np.testing.assert_allclose(hs, whole, atol=1e-6)
     held = whole[1:] == whole[:-1]
     assert 0.2 < held.mean() < 0.8
@@ -752,6 +760,33 @@ def test_stack_is_drawn_layer_by_layer_with_the_sizes_asked_for():
     np.testing.assert_array_equal(forward.w_h, init_gru(first_key, 2, 3).w_h)
 
 
+def test_public_call_checks_every_gru_once(monkeypatch):
+    """However many functions it goes through."""
+    checked = []
+
+    def counting(function, *arguments):
+        checked.append(function)
+        return require_params(function, *arguments)
+
+    for module in ("jaxgru.core.recurrence", "jaxgru.stacks.checks"):
+        monkeypatch.setattr(f"{module}.require_params", counting)
+    layers = make_stack(2, dtype=jnp.float32)
+    pair = make_stack(1, bidirectional=True, dtype=jnp.float32)[0]
+    model = models.init_token_model(jax.random.key(0), 5, H)
+    xs, tokens = jnp.ones((T, B, INPUTS)), jnp.ones((T, B), int)
+    for function, *arguments in (
+        (gru, layers[0], xs),
+        (gru_bidirectional, pair, xs),
+        (jaxgru.gru_stack, layers, xs),
+        (jaxgru.gru_stack_cell, layers, xs[0], init_state(layers, (B,))),
+        (models.token_loss, model, tokens, tokens),
+    ):
+        checked.clear()
+        jax.eval_shape(function, *arguments)
+        count = 1 if function in (gru, models.token_loss) else 2
+        assert checked == [function.__name__] * count
+
+
 # Errors: the message names the function, the argument, what it must be, and what came.
 
 
@@ -761,11 +796,15 @@ def call(**changes):
         "xs": jnp.ones((T, B, INPUTS)),
     }
     arguments.update(changes)
-    return gru_stack(arguments.pop("params"), arguments.pop("xs"), **arguments)
+    return jaxgru.gru_stack(**arguments)
 
 
 def two_way(num_layers=1):
     return init_stack(jax.random.key(0), INPUTS, H, num_layers, bidirectional=True)
+
+
+def cast_half(params):
+    return jax.tree.map(lambda v: v.astype(jnp.bfloat16), params)
 
 
 STATES_FORM = (
@@ -798,8 +837,8 @@ STATES_FORM = (
         (
             lambda: call(params=two_way(2), merge="sum"),
             ValueError,
-            "gru_stack: params[1].w_x must have 3 rows (the outputs of params[0], merge='sum'),"
-            " got 6.",
+            "gru_stack: params[1].forward.w_x must have 3 rows (the outputs of params[0], "
+            "merge='sum'), got 6.",
         ),
         (
             lambda: call(merge="mean"),
@@ -826,26 +865,27 @@ STATES_FORM = (
         (
             lambda: call(xs=jnp.ones((B, T, INPUTS)), h0=[jnp.zeros((B, H))] * 2),
             ValueError,
-            "gru: h0 must have shape (4, 3) (the batch axes of xs, then H=3 rows of "
-            "params.w_h), got (2, 3); for batch-major xs pass axis=1.",
+            "gru_stack: h0[0] must have shape (4, 3) (the batch axes of xs, then H=3 rows of "
+            "params[0].w_h), got (2, 3); for batch-major xs pass axis=1.",
         ),
         (lambda: call(h0=[jnp.zeros((B, H))]), ValueError, STATES_FORM.format("1 of them")),
         (
             lambda: call(h0=[jnp.zeros((B, H)), (jnp.zeros((B, H)),) * 2]),
             ValueError,
-            "gru_stack: h0[1] must be one array [..., H], as params[1] has one direction, got 2"
-            " of them.",
+            "gru_stack: h0[1] must be an array [..., H], as params[1] has one direction, got 2 of"
+            " them; init_state(params, batch_shape) has the form.",
         ),
         (
             lambda: call(params=two_way(), h0=[jnp.zeros((B, H))]),
             ValueError,
             "gru_stack: h0[0] must be a pair of states, forward and backward, got an array of "
-            "shape (2, 3).",
+            "shape (2, 3); init_state(params, batch_shape) has the form.",
         ),
         (
             lambda: call(h0=[jnp.zeros((B, H)), jnp.zeros((B, 4))]),
             ValueError,
-            "gru_stack: h0[1] must have shape [..., 3] (the rows of params[1]'s w_h), got (2, 4).",
+            "gru_stack: h0[1] must have shape (2, 3) (the batch axes of xs, then H=3 rows of "
+            "params[1].w_h), got (2, 4).",
         ),
         (
             lambda: call(mask=length_mask([1, 2, 3], T)),
@@ -863,19 +903,29 @@ STATES_FORM = (
             "gru_stack: dropout must be in [0, 1), got 1.0.",
         ),
         (
-            lambda: call(zoneout=-0.1, key=jax.random.key(0)),
+            lambda: Noise(recurrent_dropout=1.0),
             ValueError,
-            "gru_stack: zoneout must be in [0, 1), got -0.1.",
+            "Noise: recurrent_dropout must be in [0, 1), got 1.0.",
         ),
+        *(
+            (
+                functools.partial(Dropout, **{rate: "a"}),
+                TypeError,
+                f"Dropout: {rate} must be a Python float, got 'a'.",
+            )
+            for rate in ("input", "between", "output")
+        ),
+        (lambda: Dropout(variational=1), TypeError, "Dropout: variational must be a bool, got 1."),
         (
-            lambda: call(input_dropout="a"),
-            TypeError,
-            "gru_stack: input_dropout must be a Python float, got 'a'.",
+            lambda: call(dropout=Dropout(input=0.1, output=0.2), noise=Noise(zoneout=0.3)),
+            ValueError,
+            "gru_stack: key must be a jax.random.key for dropout.input=0.1, dropout.output=0.2, "
+            "zoneout=0.3, got None; pass deterministic=True for evaluation.",
         ),
         (
             lambda: call(dropout=0.5),
             ValueError,
-            "gru_stack: key must be a jax.random.key for dropout=0.5, got None; pass "
+            "gru_stack: key must be a jax.random.key for dropout.between=0.5, got None; pass "
             "deterministic=True for evaluation.",
         ),
         (
@@ -918,7 +968,6 @@ STATES_FORM = (
             "gru_stack: axis must name an axis of xs other than its last, got 2 for shape (4, "
             "2, 2).",
         ),
-        (lambda: call(truncate=0), ValueError, "gru: truncate must be at least 1, got 0."),
         (
             lambda: gru_stack_cell(two_way(), jnp.ones((B, INPUTS)), None),
             ValueError,
@@ -934,7 +983,7 @@ STATES_FORM = (
             lambda: gru_bidirectional(two_way()[0], jnp.ones((T, B, INPUTS)), jnp.zeros((B, H))),
             ValueError,
             "gru_bidirectional: h0 must be a pair of states, forward and backward, got an array"
-            " of shape (2, 3).",
+            " of shape (2, 3); init_state(params, batch_shape) has the form.",
         ),
         (
             lambda: gru_bidirectional(
@@ -949,14 +998,24 @@ STATES_FORM = (
             "merge='sum', got 3 and 4.",
         ),
         (
-            lambda: gru(
-                init_gru(jax.random.key(0), INPUTS, H),
+            lambda: gru_bidirectional(two_way()[0]._replace(backward=3), jnp.ones((T, B, INPUTS))),
+            TypeError,
+            "gru_bidirectional: params.backward must be a GRUParams, got int.",
+        ),
+        (
+            lambda: gru_bidirectional(
+                two_way()[0]._replace(backward=init_gru(jax.random.key(0), 4, H)),
                 jnp.ones((T, B, INPUTS)),
-                recurrent_dropout=0.1,
             ),
             ValueError,
-            "gru: key must be a jax.random.key for recurrent_dropout=0.1, got None; pass "
-            "deterministic=True for evaluation.",
+            "gru_bidirectional: params.backward.w_x must have 2 rows (as the other direction), "
+            "got 4.",
+        ),
+        (
+            lambda: call(params=(two_way()[0]._replace(backward=cast_half(two_way()[0][1])),)),
+            TypeError,
+            "gru_stack: params[0].backward must have the dtype of params[0].forward, float32, got "
+            "bfloat16; cast one of them.",
         ),
         (
             lambda: init_stack(jax.random.key(0), 2, (3, 4), 3),
@@ -983,7 +1042,6 @@ STATES_FORM = (
             TypeError,
             "init_state: batch_shape must be a sequence, got 8.",
         ),
-        (lambda: call(variational=1), TypeError, "gru_stack: variational must be a bool, got 1."),
         (
             lambda: call(first_step=-1),
             ValueError,
@@ -1001,8 +1059,9 @@ STATES_FORM = (
         ),
         (
             lambda: call(params=two_way(), reverse=True),
-            TypeError,
-            "gru_bidirectional: reverse must be left out, as both directions are run.",
+            ValueError,
+            "gru_stack: reverse must be False for a Bidirectional layer, which runs in both "
+            "directions, got True.",
         ),
         (
             lambda: call(
@@ -1017,10 +1076,19 @@ STATES_FORM = (
         ),
         (
             lambda: gru_stack_cell(
-                init_stack(jax.random.key(0), INPUTS, H), jnp.ones((B, INPUTS)), None, axis=1
+                init_stack(jax.random.key(0), INPUTS, H), jnp.ones((B, 4)), None
             ),
-            TypeError,
-            "gru_stack_cell: axis must be left out, as one step has no time.",
+            ValueError,
+            "gru_stack_cell: x must have shape [..., I] with I=2 (rows of params[0].w_x), got "
+            "(2, 4).",
+        ),
+        (
+            lambda: gru_stack_cell(
+                init_stack(jax.random.key(0), INPUTS, H), jnp.ones((B, INPUTS)), [jnp.ones((1, H))]
+            ),
+            ValueError,
+            "gru_stack_cell: h[0] must have shape (2, 3) (the batch axes of x, then H=3 rows of "
+            "params[0].w_h), got (1, 3).",
         ),
         (
             lambda: gru_stack_cell(

@@ -121,8 +121,8 @@ def _scan_cell(layer: Layer, model: CharModel):
     return write, (layer.pack(layer_params), params.embedding, params.w, params.b, first)
 
 
-def our_layer(reset: Reset, **options: Any) -> Layer:
-    """`jaxgru.gru`; with no options also `gru_cell` and `generate`."""
+def our_layer(reset: Reset, gradient: Any = "bptt") -> Layer:
+    """`jaxgru.gru`; with its default gradient also `gru_cell` and `generate`."""
 
     def write(model: CharModel):
         key, prompt = jax.random.key(0), jnp.full((1, 1), model.first, jnp.int32)
@@ -136,9 +136,9 @@ def our_layer(reset: Reset, **options: Any) -> Layer:
     return Layer(
         pack=lambda params: params,
         unpack=unpack_ours,
-        run=functools.partial(gru, **options),
-        cell=None if options else gru_cell,
-        generate=None if options else write,
+        run=functools.partial(gru, gradient=gradient),
+        cell=gru_cell if gradient == "bptt" else None,
+        generate=write if gradient == "bptt" else None,
     )
 
 

@@ -14,6 +14,7 @@ from experiments.benchmarks.jax_libraries import equinox, flax_linen, flax_nnx, 
 from experiments.benchmarks.layers import Layer, build, our_layer, plain_layer
 from experiments.benchmarks.problems import RESETS, TASKS, Program, Reset, Size, Task
 from experiments.benchmarks.torch_library import allow_tf32, torch_gru
+from jaxgru import BPTT
 
 OURS, GATES, STATES = "jaxgru", "jaxgru gates", "jaxgru states"
 LINEN, TORCH = "Flax linen", "torch.nn.GRU"
@@ -35,12 +36,12 @@ class Library(NamedTuple):
     packages: tuple[str, ...] = ()  # distributions whose versions are recorded
 
 
-def ours(tasks: tuple[Task, ...], **options: Any) -> Library:
-    """jaxgru with these options; a chunk_size of None is the whole sequence."""
+def ours(tasks: tuple[Task, ...], gradient: Any = "bptt", whole: bool = False) -> Library:
+    """jaxgru with this gradient; whole: with BPTT of the whole sequence in one chunk."""
 
     def make(reset, size, dtype):
-        whole = {"chunk_size": size.num_steps} if options == {"chunk_size": None} else options
-        return functools.partial(build, our_layer(reset, **whole))
+        chosen = BPTT(chunk_size=size.num_steps) if whole else gradient
+        return functools.partial(build, our_layer(reset, chosen))
 
     return Library(make, tasks=tasks)
 
@@ -83,11 +84,11 @@ PEERS: dict[str, Library] = {
 }
 LIBRARIES: dict[str, Library] = {
     OURS: ours(TASKS),
-    GATES: ours(TRAINING, residuals="gates"),  # forward, what is kept makes no difference
-    STATES: ours(TRAINING, residuals="states"),
-    "jaxgru boundaries": ours(TRAINING, residuals="boundaries"),
-    "jaxgru tangent": ours(SEQUENCES, gradient="tangent"),  # forward, the whole sequence at once
-    "jaxgru autodiff": ours(TRAINING, gradient="autodiff"),
+    GATES: ours(TRAINING, BPTT("gates")),  # forward, what is kept makes no difference
+    STATES: ours(TRAINING, BPTT("states")),
+    "jaxgru boundaries": ours(TRAINING, BPTT("boundaries")),
+    "jaxgru tangent": ours(SEQUENCES, "tangent"),  # forward, the whole sequence at once
+    "jaxgru autodiff": ours(TRAINING, "autodiff"),
     **PEERS,
 }
 
@@ -101,7 +102,7 @@ def choose(names: Sequence[str], chunks: Sequence[int | None] = ()) -> dict[str,
     chosen = {name: LIBRARIES[name] for name in dict.fromkeys((OURS, *names))}
     for chunk in chunks:
         name = "jaxgru whole sequence" if chunk is None else f"jaxgru chunk_size={chunk}"
-        chosen[name] = ours(SEQUENCES, chunk_size=chunk)
+        chosen[name] = ours(SEQUENCES, BPTT(chunk_size=chunk), whole=chunk is None)
     for name, library in chosen.items():
         if library.module is not None:
             _import(library.module, name)

@@ -38,6 +38,7 @@ from experiments.benchmarks.layers import Layer, build, our_layer, plain_layer
 from experiments.benchmarks.peers import check_equal, positive_number
 from experiments.benchmarks.problems import RESETS, Reset, Size, draw_problem, value_scale
 from experiments.benchmarks.timing import describe_machine, interleave, summarize
+from jaxgru import BPTT
 
 AXES = {"T": "num_steps", "B": "batch_size", "H": "hidden_size"}
 NAMES = {"T": "steps T", "B": "batch B", "H": "hidden size H"}
@@ -87,8 +88,8 @@ def make_layers(reset: Reset) -> dict[str, Layer]:
     """The contenders."""
     return {
         "jaxgru": our_layer(reset),
-        "jaxgru states": our_layer(reset, residuals="states"),
-        "jaxgru boundaries": our_layer(reset, residuals="boundaries"),
+        "jaxgru states": our_layer(reset, BPTT("states")),
+        "jaxgru boundaries": our_layer(reset, BPTT("boundaries")),
         "plain scan": plain_layer(reset, hoist=False),
     }
 

@@ -1,4 +1,13 @@
-"""Backpropagation through time, derived by hand, as a `custom_vjp`."""
+"""Backpropagation through time, derived by hand, as a `custom_vjp`.
+
+With g_t = dL/dh_t, the loop of the backward pass runs from the last step to the first and carries
+g alone; `jaxgru.core.derivatives` has the local derivatives c_t of the step and its transpose:
+
+    g_t-1 = step_vjp(c_t, g_t) + dL/dh_t-1 of the outputs
+
+All else is a bulk product over the steps of a chunk, before the loop (the coefficients) or after it
+(the gradients of weights, biases and inputs). `jaxgru/core/README.md` derives the equations.
+"""
 
 import functools
 
@@ -8,7 +17,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from jaxgru.core.cell import project, split_recurrent, step
-from jaxgru.core.chunks import sweep
+from jaxgru.core.chunks import scan_chunks
 from jaxgru.core.derivatives import (
     coefficients,
     gates_vjp,
@@ -17,96 +26,88 @@ from jaxgru.core.derivatives import (
     step_vjp,
     transpose_recurrent,
 )
-from jaxgru.core.flags import Steps, hold_vjp, previous_states, with_zoneout, zero_where
-from jaxgru.core.scan import forward, forward_chunk, scan_gru
-from jaxgru.experimental.fused.kernels import fused_backward
+from jaxgru.core.scan import Inputs, forward, forward_chunk, plain_scan
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def gru_bptt(static, params, steps, h0, scale, key):
-    """The plain recurrence, keeping nothing."""
-    return scan_gru(static, params, steps, h0, scale, key)
+def bptt(config, params, inputs, h0, dropout, key):
+    """The plain recurrence. It saves nothing where no gradient is taken."""
+    return plain_scan(config, params, inputs, h0, dropout, key)
 
 
-def _forward(static, params, steps, h0, scale, key):
-    primals = (params, steps, h0, scale, key)
+def _forward(config, params, inputs, h0, dropout, key):
+    """The results, and the residuals that config chooses. (It must not call `bptt` itself.)"""
+    primals = (params, inputs, h0, dropout, key)
     primals = jax.tree.map(lambda p: p.value, primals, is_leaf=lambda p: hasattr(p, "perturbed"))
-    keep_gates = static.residuals == "gates"
-    h_last, (hs, gates), h_starts = forward(static, *primals, keep_gates=keep_gates)
-    kept_hs = None if static.residuals == "boundaries" else hs
-    return (h_last, hs), (primals, kept_hs, gates, h_starts)
+    save_gates = config.residuals == "gates"
+    h_last, (hs, gates), h_starts = forward(config, *primals, save_gates=save_gates)
+    saved_hs = None if config.residuals == "boundaries" else hs
+    return (h_last, hs), (primals, saved_hs, gates, h_starts)
 
 
-def _backward(static, residuals, cotangents):
-    (params, steps, h0, scale, key), hs, gates, h_starts = residuals
+def _backward(config, residuals, cotangents):
+    """The cotangents of params, inputs and h0, chunk by chunk from the last to the first."""
+    (params, inputs, h0, dropout, key), hs, gates, h_starts = residuals
     dh_last, dhs = (None if isinstance(ct, SymbolicZero) else ct for ct in cotangents)
-    dtype, recurrent = h_starts.dtype, split_recurrent(params)
-    transposed, w_x_t = transpose_recurrent(recurrent), params.w_x.T
-    dh_last = jnp.zeros_like(h0) if dh_last is None else dh_last
+    recurrent, w_x_transposed = split_recurrent(params), params.w_x.T
+    transposed = transpose_recurrent(recurrent)
 
     def chunk(carry, per_step, h_start):
-        dh, dparams = carry
-        steps, hs, gates, dhs = per_step
-        if static.residuals == "boundaries":
-            _, (hs, gates) = forward_chunk(
-                static, params, recurrent, h_start, steps, scale, key, True
-            )
-        h_tm1 = previous_states(static, h_start, hs, steps)
-        if static.residuals == "states":
-            a = project(params, steps.xs)
-            gates = step(recurrent, a, h_tm1, scale)[1]
-        steps = with_zoneout(static, steps, key, dh)
-        c = coefficients(gates, h_tm1, params.spec, scale)
-        if static.backend == "scan":
-            dh, (dh_t, dp, dtap) = _backward_chunk(
-                static, transposed, dh, c, gates.norms, dhs, steps, scale
-            )
-        else:
-            dh, (dh_t, dp, dtap) = _backward_fused(static, params, dh, c, dhs, steps, scale)
-        da, du = gates_vjp(c, dh_t, dp)
-        of_chunk = params_vjp(params, steps.xs, gates, h_tm1, da, du, scale)
+        (g, dparams), (inputs, hs, gates, dhs) = carry, per_step
+        h_tm1, gates = recall(inputs, hs, gates, h_start)
+        flags = inputs.flags.with_zoneout(key, config.zoneout, inputs.numbers, g)
+        c = coefficients(gates, h_tm1, params.spec, dropout)
+        run = reverse_scan if config.kernel is None else config.kernel.backward
+        g, (g_t, dp, dtap) = run(
+            config, transposed, g, c, gates.norms, dhs, inputs._replace(flags=flags), dropout
+        )
+        da, du = gates_vjp(c, g_t, dp)
+        of_chunk = params_vjp(params, inputs.xs, gates, h_tm1, da, du, dropout)
         dparams = jax.tree.map(jnp.add, dparams, of_chunk)
-        dxs = inputs_vjp(params, w_x_t, steps.xs, da).astype(steps.xs.dtype)
-        dtap = None if dtap is None else dtap.astype(steps.xs.dtype)
-        return (dh, dparams), (dxs, dtap), None
+        dxs = inputs_vjp(params, w_x_transposed, inputs.xs, da).astype(inputs.xs.dtype)
+        dtap = None if dtap is None else dtap.astype(inputs.xs.dtype)
+        return (g, dparams), (dxs, dtap), None
 
+    def recall(inputs, hs, gates, h_start):
+        """The state that each step read, and its gates: saved, or recomputed."""
+        if config.residuals == "boundaries":
+            _, (hs, gates) = forward_chunk(
+                config, params, recurrent, h_start, inputs, dropout, key, save_gates=True
+            )
+        h_tm1 = inputs.flags.states_before(h_start, hs, config.reverse)
+        if config.residuals == "states":
+            gates = step(recurrent, project(params, inputs.xs), h_tm1, dropout)[1]
+        return h_tm1, gates
+
+    dtype = h_starts.dtype
+    g = (jnp.zeros_like(h0) if dh_last is None else dh_last).astype(dtype)
     dparams = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype), params)
-    (dh, dparams), (dxs, dtap), _ = sweep(
-        static.chunk_size,
-        chunk,
-        (dh_last.astype(dtype), dparams),
-        (steps, hs, gates, dhs),
-        h_starts,
-        reverse=not static.reverse,
-    )
+    (g, dparams), (dxs, dtap), _ = scan_chunks(
+        config.chunk_size, chunk, (g, dparams), (inputs, hs, gates, dhs), h_starts,
+        reverse=not config.reverse,
+    )  # fmt: skip
     dparams = jax.tree.map(lambda d, p: d.astype(p.dtype), dparams, params)
-    dsteps = Steps(dxs, None, None, None, None, dtap)
-    return dparams, dsteps, dh.astype(h0.dtype), None, None
+    return dparams, Inputs(dxs, None, None, dtap), g.astype(h0.dtype), None, None  # type: ignore
 
 
-gru_bptt.defvjp(_forward, _backward, symbolic_zeros=True)
+bptt.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _backward_chunk(static, transposed, dh, c, norms, dhs, steps, scale):
-    """dh before the chunk; and, of each step, the cotangents of h_t, of what w_hn reads, of a tap.
+def reverse_scan(config, transposed, g, c, norms, dhs, inputs, dropout):
+    """g before the chunk; and of each step g_t, dp (the cotangent of what w_hn reads) and dtap.
 
-    Those of h_t are what enters the step: a held step keeps its own from it, but not from a tap.
+    g_t is what enters the transposed step: a masked step passes its g on to h_tm1 instead, but its
+    tap still gets it.
     """
 
-    def body(dh, inputs):
-        c, norms, dh_t, mask, resets, cuts = inputs
-        dh = dh if dh_t is None else dh + dh_t.astype(dh.dtype)
-        dtap = None if steps.tap is None else dh
-        dh, held = hold_vjp(static, mask, dh)
-        dh_tm1, dp = step_vjp(transposed, c, norms, dh, scale)
-        dh_tm1 = dh_tm1 if held is None else dh_tm1 + held
-        return zero_where(resets, zero_where(cuts, dh_tm1)), (dh, dp, dtap)
+    def body(g, per_step):
+        c, norms, dh_t, flags = per_step
+        g = g if dh_t is None else g + dh_t.astype(g.dtype)
+        dtap = None if inputs.tap is None else g
+        g, passed = flags.leave_vjp(g)
+        g_tm1, dp = step_vjp(transposed, c, norms, g, dropout)
+        g_tm1 = g_tm1 if passed is None else g_tm1 + passed
+        return flags.enter_linear(g_tm1), (g, dp, dtap)
 
-    inputs = (c, norms, dhs, steps.mask, steps.resets, steps.cuts)
-    return lax.scan(body, dh, inputs, reverse=not static.reverse, unroll=static.unroll)
-
-
-def _backward_fused(static, params, dh, c, dhs, steps, scale):
-    """The same by the fused kernel, which gives the whole cotangent of every h_t, a tap's."""
-    dh, (dtap, dp) = fused_backward(static, params, dh, c, dhs, steps, scale)
-    return dh, (hold_vjp(static, steps.mask, dtap)[0], dp, None if steps.tap is None else dtap)
+    per_step = (c, norms, dhs, inputs.flags)
+    return lax.scan(body, g, per_step, reverse=not config.reverse, unroll=config.unroll)

@@ -1,7 +1,7 @@
-"""One GRU step: its equation, its transpose (VJP), its tangent (JVP), and nothing that loops.
+"""One GRU step: h' = step(x, h).
 
-Everything here is a pure function of arrays with any leading axes, so the same `step` that a scan
-runs on `[B, H]` also redoes a whole sequence of gates in bulk on `[T, B, H]`.
+Everything here is a pure function of arrays with any leading axes: a scan runs `step` on [B, H],
+and the backward pass recomputes a whole sequence of gates with it on [T, B, H].
 
 Blocks of `3H` are reset | update | candidate (r | z | n), PyTorch's order. With
 `a = N(x w_x) + b_x` split into `a_r, a_z, a_n`::
@@ -12,15 +12,15 @@ Blocks of `3H` are reset | update | candidate (r | z | n), PyTorch's order. With
     update="keep":   h' = z * h + (1 - z) * n
     update="write":  h' = (1 - z) * h + z * n
 
-N is the identity unless params hold gains. With them it is layer normalization (Ba et al. 2016,
-arXiv:1607.06450, eq. 4) of each gate's product by itself; the biases are added after it.
+N is layer normalization (Ba et al. 2016, arXiv:1607.06450, eq. 4) of each gate's product by itself
+where params have layer-norm scales g_x, g_h, else the identity. Biases are added after it.
 
-Recurrent dropout scales what the products read, not the state that is kept: in w_h's products h is
-then `scale * h` with a scale [..., H] that is the same at every step (Gal and Ghahramani 2016,
-arXiv:1512.05287, eq. 7).
+Recurrent dropout changes what the products read, not the state itself: the products with w_h read
+`d * h` with a d [..., H] that is the same at every step (Gal and Ghahramani 2016, arXiv:1512.05287,
+eq. 7).
 
-With half-precision parameters (bfloat16, float16) the operands of every product are half, but for
-those of the weight gradients; sums, gates, the state and cotangents between products are float32.
+With bfloat16 or float16 parameters the operands of every product have that dtype, but for those of
+the weight gradients; sums, gates, the state and cotangents between products are float32.
 """
 
 import dataclasses
@@ -116,7 +116,7 @@ def gru_cell(params: GRUParams, x: Array, h: Array) -> Array:
     return step(split_recurrent(params), a, h_wide)[0].astype(h.dtype)
 
 
-def project(params: GRUParams, xs: Array) -> tuple[Array, Array, Array]:
+def project(params, xs):
     """a_r, a_z, a_n = N(x w_x) + every bias that acts outside the reset gate, in the state dtype.
 
     Three arrays rather than one of width 3H: a scan over them needs no slicing inside its loop.
@@ -129,22 +129,17 @@ def project(params: GRUParams, xs: Array) -> tuple[Array, Array, Array]:
     return a[0], a[1], a[2]
 
 
-def split_recurrent(params: GRUParams) -> Recurrent:
-    """The weights, bias and gains that act on the state, in the pieces that `step` multiplies."""
+def split_recurrent(params):
+    """The weights, bias and layer-norm scales of the state, in the pieces that `step` uses."""
     before = params.spec.reset == "before"
     w = tuple(gates_and_candidate(params.w_h)) if before else (params.w_h,)
     b_q = None if before or params.b_h is None else blocks(params.b_h)[2]
-    return Recurrent(w, b_q, gain_blocks(params.g_h), params.spec)
+    return Recurrent(w, b_q, scale_blocks(params.g_h), params.spec)
 
 
-def step(
-    recurrent: Recurrent,
-    a: tuple[Array, ...],
-    h: Array,
-    scale: Array | None = None,
-) -> tuple[Array, Gates]:
-    """h' and the gates from the projected input a and the state h, all [..., H]."""
-    spec, read = recurrent.spec, read_state(h, scale)
+def step(recurrent, a, h, dropout=None):
+    """h' and the `Gates` from the projected input a and the state h, all [..., H]."""
+    spec, read = recurrent.spec, drop_state(h, dropout)
     activation = ACTIVATIONS[spec.activation]
     if spec.reset == "before":
         w_rz, w_n = recurrent.w
@@ -169,13 +164,15 @@ def _open_gates(recurrent, a, v_r, v_z):
     return (jax.nn.sigmoid(a[0] + u_r), norm_r), (jax.nn.sigmoid(a[1] + u_z), norm_z)
 
 
-def read_state(h, scale):
-    """What the products read of a state, or its transpose: scale h."""
-    return h if scale is None else h * scale.reshape((1,) * (h.ndim - scale.ndim) + scale.shape)
+def drop_state(h, dropout):
+    """d * h, what the products read of a state; it is its own transpose."""
+    if dropout is None:
+        return h
+    return h * dropout.reshape((1,) * (h.ndim - dropout.ndim) + dropout.shape)
 
 
-def gain_blocks(g):
-    """The three blocks of a gain, or None for each."""
+def scale_blocks(g):
+    """The three blocks of a layer-norm scale, or None for each."""
     return (None, None, None) if g is None else tuple(blocks(g))
 
 
@@ -185,11 +182,11 @@ _FEW_ROWS = 64
 def input_products(params, xs):
     """N(x w_x) and its norm, for each of the three blocks.
 
-    Of few rows one product is cut, of many w_x: an array that is cut is copied. In a loop of single
-    steps (H=256) three products took half as long again as one.
+    Slicing copies an array, so of few rows the product is sliced, of many rows w_x. In a loop of
+    single steps (H=256) three products took half as long again as one.
     """
     if all(isinstance(n, int) for n in xs.shape) and math.prod(xs.shape[:-1]) < _FEW_ROWS:
         products = blocks(matmul(xs, params.w_x))
     else:
         products = [matmul(xs, w) for w in blocks(params.w_x)]
-    return list(map(normalize, products, gain_blocks(params.g_x)))
+    return list(map(normalize, products, scale_blocks(params.g_x)))

@@ -97,17 +97,25 @@ def require_axis(function: str, axis: Any, shape: tuple[int, ...]) -> int:
     return axis % len(shape)
 
 
-def require_rates(function: str, rates: dict[str, Any], key: Any, deterministic: Any) -> None:
-    """TypeError or ValueError unless each rate is in [0, 1), and a key there where one acts."""
-    for argument, rate in rates.items():
-        if isinstance(rate, bool) or not isinstance(rate, int | float):
-            cure = "; inside jit, make it a static argument" if is_traced(rate) else ""
-            found = "a traced value" if is_traced(rate) else repr(rate)
-            raise TypeError(f"{function}: {argument} must be a Python float, got {found}{cure}.")
-        if not 0 <= rate < 1:
-            raise ValueError(f"{function}: {argument} must be in [0, 1), got {rate}.")
-    if not isinstance(deterministic, bool):
-        raise TypeError(f"{function}: deterministic must be a bool, got {deterministic!r}.")
+def require_bool(function: str, argument: str, value: Any) -> None:
+    """TypeError unless value is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{function}: {argument} must be a bool, got {value!r}.")
+
+
+def require_rate(function: str, argument: str, rate: Any) -> None:
+    """TypeError unless rate is a Python number, ValueError unless it is in [0, 1)."""
+    if isinstance(rate, bool) or not isinstance(rate, int | float):
+        cure = "; inside jit, make it a static argument" if is_traced(rate) else ""
+        found = "a traced value" if is_traced(rate) else repr(rate)
+        raise TypeError(f"{function}: {argument} must be a Python float, got {found}{cure}.")
+    if not 0 <= rate < 1:
+        raise ValueError(f"{function}: {argument} must be in [0, 1), got {rate}.")
+
+
+def require_key(function: str, rates: dict[str, float], key: Any, deterministic: Any) -> None:
+    """TypeError or ValueError unless key is a key; it may be None where no rate is above 0."""
+    require_bool(function, "deterministic", deterministic)
     acting = [f"{argument}={rate}" for argument, rate in rates.items() if rate > 0]
     if acting and key is None and not deterministic:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Scans over time in chunks, so that what a chunk makes stays in the caches."""
+"""Scans over time in chunks, so that the temporaries of a chunk stay in the caches."""
 
 import math
 
@@ -12,12 +12,12 @@ from jaxgru.core.sharding import on_auto_mesh
 # its --chunks, the others by "jaxgru gates" and "jaxgru states" there.
 _WHOLE_SEQUENCE = 1 << 18  # T * B * H up to which all of time is one chunk
 _CHUNK = 1 << 17  # chunk_size * B * H, where that is 8 steps or more
-_MANY_GATES = 1 << 19  # T * B * H above which writing and reading gates leaves the caches
-_CHEAP_PRODUCT = 256  # I + H up to which the gates' products then cost less than that
+_MANY_GATES = 1 << 19  # T * B * H above which saved gates no longer stay in the caches
+_CHEAP_PRODUCT = 256  # I + H up to which the gates' products then take less time
 
 
-def sweep(size, chunk, carry, per_step, per_chunk, *, reverse):
-    """Scans `chunk` over time, `size` steps at once; a last one takes the steps left over.
+def scan_chunks(size, chunk, carry, per_step, per_chunk, *, reverse):
+    """Scans `chunk` over time, `size` steps at once; a shorter last chunk takes the remainder.
 
     chunk(carry, per_step, per_chunk) -> carry, per_step outputs, per_chunk outputs. Leaves of
     per_step are [T, ...] and those of per_chunk [number of chunks, ...], in and out.
@@ -58,7 +58,7 @@ def sweep(size, chunk, carry, per_step, per_chunk, *, reverse):
 
 
 def default_chunk_size(num_steps, h0, residuals):
-    """The chunk whose temporaries stay in the caches; sqrt(T) where only its ends are kept.
+    """The chunk size whose temporaries stay in the caches; sqrt(T) for "boundaries".
 
     A divisor of T where one is near, so that no shorter last chunk is compiled. None, the whole
     sequence, where a size is symbolic (`jax.export`) and cannot be compared, and on a mesh of
@@ -77,10 +77,10 @@ def default_chunk_size(num_steps, h0, residuals):
 
 
 def default_residuals(xs, h0):
-    """What is quicker: "states" where redoing the gates beats keeping them, else "gates".
+    """The faster residuals: "states" where recomputing the gates is faster than saving them.
 
     Gates are 3H or 4H numbers a row, their products 3H(I + H) multiply-adds: the smaller I + H and
-    the larger the whole, the sooner redoing them wins.
+    the larger T B H, the sooner recomputing is faster.
     """
     sizes = (*xs.shape, *h0.shape)
     known = all(isinstance(size, int) for size in sizes)

@@ -1,6 +1,14 @@
-"""Masks, resets, truncation and zoneout: how they act on a state, and the transposes of that."""
+"""Masks, resets, truncation and zoneout: what they do to the state around each step.
 
-from typing import NamedTuple
+    h_tm1 = enter(h)                     0 where the step is reset; no gradient where it is cut
+    h_t   = leave(step(x_t, h_tm1), h_tm1)   h_tm1 where the step is masked or the unit zoned out
+
+Both are linear in the state. `enter_linear` is the derivative of `enter` and its own transpose;
+`leave` is its own derivative, and `leave_vjp` its transpose.
+"""
+
+import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,29 +19,83 @@ from jaxgru.core.noise import draw_kept_per_step
 Array = jax.Array
 
 
-class Steps(NamedTuple):
-    """What each step is given, [T, ...]; None where there is nothing."""
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("mask", "resets", "cuts"),
+    meta_fields=("zoneout_mean",),
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Flags:
+    """The flags of every step, or of one; None where there are none."""
 
-    xs: Array
-    mask: Array | None  # [T, ..., 1], or [T, ..., H] with zoneout drawn
-    resets: Array | None  # [T, ..., 1]
-    cuts: Array | None  # [T, ..., 1], or [T]: where the gradient of the state that is read ends
-    numbers: Array | None  # [T], what zoneout draws by
-    tap: Array | None  # [T, ..., H], added to h_t
+    mask: Array | None = None  # [T, ..., 1], True = valid step; [T, ..., H] with zoneout drawn
+    resets: Array | None = None  # [T, ..., 1]
+    cuts: Array | None = None  # [T, ..., 1] or [T]: the gradient of the state ends before the step
+    zoneout_mean: float = 0.0  # the share of h_tm1 in h_t of a valid step, where nothing is drawn
+
+    def enter(self, h: Array) -> Array:
+        """The state that the step reads."""
+        return _stop_where(self.cuts, zero_where(self.resets, h))
+
+    def enter_linear(self, dh: Array) -> Array:
+        """The tangent of what the step reads from that of h; or the cotangent, the other way."""
+        return zero_where(self.resets, zero_where(self.cuts, dh))
+
+    def leave(self, h_t: Array, h_tm1: Array) -> Array:
+        """The state after the step, or its tangent."""
+        if self.zoneout_mean:
+            h_t = (1 - self.zoneout_mean) * h_t + self.zoneout_mean * h_tm1
+        return choose(self.mask, h_t, h_tm1)
+
+    def leave_vjp(self, dh: Array) -> tuple[Array, Array | None]:
+        """The cotangents of h_t and of h_tm1, None for zero, from that of the state after."""
+        dh_tm1 = None
+        if self.mask is not None:
+            zero = jnp.zeros_like(dh)
+            dh, dh_tm1 = choose(self.mask, dh, zero), choose(self.mask, zero, dh)
+        if self.zoneout_mean:
+            share = self.zoneout_mean * dh
+            dh, dh_tm1 = (1 - self.zoneout_mean) * dh, share if dh_tm1 is None else dh_tm1 + share
+        return dh, dh_tm1
+
+    def states_before(self, h_start: Array, hs: Array, reverse: bool) -> Array:
+        """[T, ..., H], what every step reads; joined first and sliced after, so T may be 0."""
+        hs, h_start = hs.astype(h_start.dtype), h_start[None]
+        if reverse:
+            return self.enter(jnp.concatenate([hs, h_start])[1:])
+        return self.enter(jnp.concatenate([h_start, hs])[:-1])
+
+    def with_zoneout(self, key: Array | None, rate: float, numbers: Array, h: Array) -> "Flags":
+        """Flags whose mask keeps, at each step, the units that zoneout draws from the key."""
+        if key is None:
+            return self
+        written = draw_kept_per_step(key, rate, numbers, h.shape, h)
+        mask = written if self.mask is None else self.mask & written
+        return dataclasses.replace(self, mask=mask)
 
 
-def with_zoneout(static, steps, key, h):
-    """The steps with the units that zoneout holds, drawn again from the key, in their mask."""
-    if key is None:
-        return steps
-    written = draw_kept_per_step(key, static.zoneout, steps.numbers, h.shape, h)
-    return steps._replace(mask=written if steps.mask is None else steps.mask & written)
+def zero_where(flags: Array | None, h: Array) -> Array:
+    """0 where flagged, else h; flags may have fewer axes than h, for they go before h's last."""
+    return h if flags is None else choose(flags, jnp.zeros_like(h), h)
 
 
-def truncation_cuts(windows, mask, h0, reverse):
-    """Where a real step lies in another window [T] than the real step run before it: [T, ..., 1].
+def choose(flags: Array | None, where: Array, elsewhere: Array) -> Array:
+    """`where` at flagged steps, all for None; flags get unit axes behind their own."""
+    if flags is None:
+        return where
+    flags = flags.reshape(flags.shape + (1,) * (where.ndim - flags.ndim))
+    return jnp.where(flags, where, elsewhere)
 
-    Before the first real step there is none, so that no padding parts a sequence from its states.
+
+def _stop_where(cuts, h):
+    """h, without its gradient where cut: derivatives of a derivative need it too."""
+    return h if cuts is None else choose(cuts, lax.stop_gradient(h), h)
+
+
+def find_cuts(windows: Array, mask: Array | None, h0: Array, reverse: bool) -> Array:
+    """[T, ..., 1], where a valid step is in another window [T] than the valid step before it.
+
+    There is no cut before the first valid step, so padding does not cut a sequence from its h0.
     """
     shape = (windows.shape[0],) + (1,) * h0.ndim
     windows, mask = windows.reshape(shape), jnp.ones(shape, bool) if mask is None else mask
@@ -45,47 +107,3 @@ def truncation_cuts(windows, mask, h0, reverse):
     else:
         before = jnp.concatenate([edge, lax.cummax(passed, axis=0)])[:-1]
     return mask & (before != none) & (before != windows)
-
-
-def previous_states(static, h_start, hs, steps):
-    """h_{t-1} of every step, as the step saw it: joined first and sliced after, so T may be 0."""
-    hs, h_start = hs.astype(h_start.dtype), h_start[None]
-    if static.reverse:
-        h_tm1 = jnp.concatenate([hs, h_start])[1:]
-    else:
-        h_tm1 = jnp.concatenate([h_start, hs])[:-1]
-    return stop_where(steps.cuts, zero_where(steps.resets, h_tm1))
-
-
-def stop_where(cuts, h):
-    """h, without its gradient where cut: derivatives of a derivative need it too."""
-    return h if cuts is None else jnp.where(cuts, lax.stop_gradient(h), h)
-
-
-def zero_where(resets, h):
-    """0 where reset, else h."""
-    return h if resets is None else jnp.where(resets, jnp.zeros_like(h), h)
-
-
-def hold(static, mask, h_t, h_tm1):
-    """h_t on real steps, h_tm1 on the others; on real ones a share may be kept."""
-    if static.kept:
-        h_t = (1 - static.kept) * h_t + static.kept * h_tm1
-    return h_t if mask is None else jnp.where(mask, h_t, h_tm1)
-
-
-def add_tap(h_t, tap):
-    """h_t, with what a tap adds to it."""
-    return h_t if tap is None else h_t + tap.astype(h_t.dtype)
-
-
-def hold_vjp(static, mask, dh):
-    """The transpose of `_hold`: the cotangents of h_t and, None for zero, of h_tm1."""
-    held = None
-    if mask is not None:
-        zero = jnp.zeros_like(dh)
-        dh, held = jnp.where(mask, dh, zero), jnp.where(mask, zero, dh)
-    if static.kept:
-        kept = static.kept * dh
-        dh, held = (1 - static.kept) * dh, kept if held is None else held + kept
-    return dh, held

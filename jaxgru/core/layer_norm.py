@@ -1,4 +1,7 @@
-"""TODO"""
+"""Layer normalization of one gate's product (Ba et al. 2016, arXiv:1607.06450, eq. 4).
+
+N(v) = g * y,    y = (v - mean v) * i,    i = 1 / sqrt(var v + 1e-5)
+"""
 
 from typing import NamedTuple
 
@@ -18,24 +21,24 @@ class Norm(NamedTuple):
     i: Array  # [..., 1], the inverse of the standard deviation
 
 
-def normalize(v: Array, gain: Array | None) -> tuple[Array, Norm | None]:
-    """N(v) and what its derivatives need; v itself where there is no gain."""
-    if gain is None:
+def normalize(v: Array, scale: Array | None) -> tuple[Array, Norm | None]:
+    """N(v) and what its derivatives need; v itself for scale None."""
+    if scale is None:
         return v, None
     centered = v - v.mean(axis=-1, keepdims=True)
     i = lax.rsqrt((centered * centered).mean(axis=-1, keepdims=True) + _EPSILON)
     y = centered * i
-    return y * like_row(gain, y), Norm(y, i)
+    return y * like_row(scale, y), Norm(y, i)
 
 
-def normalize_vjp(d: Array, gain: Array | None, norm: Norm | None) -> Array:
+def normalize_vjp(d: Array, scale: Array | None, norm: Norm | None) -> Array:
     """The cotangent of v given d, that of N(v): (g d - mean(g d) - y mean(g d y)) i."""
-    return d if gain is None else _project_out(d * like_row(gain, d), norm)
+    return d if scale is None else _project_out(d * like_row(scale, d), norm)
 
 
-def normalize_jvp(t: Array, gain: Array | None, norm: Norm | None) -> Array:
+def normalize_jvp(t: Array, scale: Array | None, norm: Norm | None) -> Array:
     """The tangent of N(v) given t, that of v: g (t - mean t - y mean(t y)) i."""
-    return t if gain is None else _project_out(t, norm) * like_row(gain, t)
+    return t if scale is None else _project_out(t, norm) * like_row(scale, t)
 
 
 def _project_out(d, norm):

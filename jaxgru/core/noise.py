@@ -1,23 +1,75 @@
-"""Random masks: recurrent dropout, zoneout, and dropout between layers."""
+"""Random masks of the recurrence: recurrent dropout and zoneout."""
+
+import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxgru.core.checks import require_key, require_rate
 from jaxgru.core.matmul import state_dtype
 from jaxgru.core.sharding import place_like
 
 Array = jax.Array
 
 
-def draw_scale(key, rate, h0):
-    """1/(1 - rate) with probability 1 - rate, else 0, in the shape of h0 and the state dtype."""
+@dataclasses.dataclass(frozen=True)
+class Noise:
+    """Rates of the noise inside the recurrence; static.
+
+    With recurrent dropout the products with w_h read d * h_{t-1} in place of h_{t-1}; d has entries
+    0, with probability recurrent_dropout, and 1 / (1 - recurrent_dropout), and is the same at every
+    step (Gal and Ghahramani 2016, arXiv:1512.05287, eq. 7).
+
+    With zoneout each step keeps each unit of h_{t-1} with probability zoneout (Krueger et al. 2017,
+    arXiv:1606.01305, eq. 2). In evaluation (deterministic=True) its mean acts:
+    h_t = zoneout h_{t-1} + (1 - zoneout) step(x_t, h_{t-1}).
+
+    Attributes:
+      recurrent_dropout: in [0, 1).
+      zoneout: in [0, 1).
+
+    Raises:
+      ValueError: a rate is outside of [0, 1).
+      TypeError: a rate is no Python number.
+
+    >>> Noise(zoneout=0.1)
+    Noise(recurrent_dropout=0.0, zoneout=0.1)
+    """
+
+    recurrent_dropout: float = 0.0
+    zoneout: float = 0.0
+
+    def __post_init__(self):
+        require_rate("Noise", "recurrent_dropout", self.recurrent_dropout)
+        require_rate("Noise", "zoneout", self.zoneout)
+
+
+def require_noise(
+    function: str, noise: Any, key: Any, deterministic: Any, more: dict[str, float] | None = None
+) -> Noise:
+    """The noise, no noise for None; TypeError or ValueError where it needs a key and has none.
+
+    more: further rates of the function that need the key.
+    """
+    noise = Noise() if noise is None else noise
+    if not isinstance(noise, Noise):
+        raise TypeError(f"{function}: noise must be a Noise or None, got {noise!r}.")
+    require_key(function, {**(more or {}), **dataclasses.asdict(noise)}, key, deterministic)
+    return noise
+
+
+def draw_state_dropout(key: Array, rate: float, h0: Array) -> Array | None:
+    """1/(1 - rate) with probability 1 - rate, else 0, as h0 but in the state dtype; None for 0."""
+    if not rate:
+        return None
     kept = draw_kept(key, rate, h0.shape, h0)
     return kept.astype(state_dtype(h0.dtype)) / (1 - rate)
 
 
 def draw_kept(key: Array, rate: float, shape: tuple[int, ...], like: Array) -> Array:
-    """Bool of that shape, False with probability `rate`, laid out over a mesh as `like` is."""
+    """Bool of that shape, False with probability `rate`, sharded over a mesh as `like` is."""
     return place_like(jax.random.bernoulli(key, 1 - rate, shape), like)
 
 
@@ -34,32 +86,3 @@ def draw_kept_per_step(
     # Under vmap the hardware generators draw a whole batch from its first key.
     drawn = jax.vmap(draw)(numbers) if "threefry" in implementation else lax.map(draw, numbers)
     return place_like(drawn, like)
-
-
-def drop(key: Array | None, x: Array, rate: float) -> Array:
-    """x m / (1 - rate) with a mask m drawn from the key; x itself without one.
-
-    Under `jax.checkpoint` the key is all that is kept: the backward draws the mask again.
-    """
-    return _drop(key, x, rate, lambda key, x: draw_kept(key, rate, x.shape, x))
-
-
-def drop_steps(key, x, rate, numbers):
-    """`drop` of x [T, ...]: a mask a step, by its number, or one for all where there are none."""
-
-    def draw(key, x):
-        if numbers is None:
-            return draw_kept(key, rate, (1, *x.shape[1:]), x)
-        return draw_kept_per_step(key, rate, numbers, x.shape[1:], x)
-
-    return _drop(key, x, rate, draw)
-
-
-def _drop(key, x, rate, draw):
-    if key is None or rate == 0:
-        return x
-
-    def masked(key, x):
-        return jnp.where(draw(key, x), x / (1 - rate), jnp.zeros_like(x))
-
-    return jax.checkpoint(masked)(key, x)

@@ -2,9 +2,11 @@
 
 import dataclasses
 import functools
+import json
 from typing import Any, Literal, get_args
 
 import jax
+import jax.export
 import jax.numpy as jnp
 
 from jaxgru.core.checks import require_choice, require_count, require_dtype, require_float
@@ -89,6 +91,15 @@ class GRUParams:
     def arrays(self) -> dict[str, Array | None]:
         """The arrays by name; None for what the layer does not have."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)[:-1]}
+
+
+# `jax.export` writes functions of parameters to files; the spec is part of what it writes.
+jax.export.register_pytree_node_serialization(
+    GRUParams,
+    serialized_name="jaxgru.GRUParams",
+    serialize_auxdata=lambda specs: json.dumps([dataclasses.asdict(s) for s in specs]).encode(),
+    deserialize_auxdata=lambda data: tuple(GRUSpec(**fields) for fields in json.loads(data)),
+)
 
 
 def init_gru(

@@ -1,64 +1,89 @@
-"""The plain recurrence: `lax.scan` over the cell, in chunks of time."""
+"""The plain recurrence: `lax.scan` over the step, a chunk of time at once."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
+import jax
 from jax import lax
 
-from jaxgru.core.cell import project, split_recurrent, step
-from jaxgru.core.chunks import sweep
-from jaxgru.core.flags import add_tap, hold, stop_where, with_zoneout, zero_where
+from jaxgru.core.cell import Recurrent, project, split_recurrent, step
+from jaxgru.core.chunks import scan_chunks
+from jaxgru.core.flags import Flags
+from jaxgru.core.gradient import Kernel, Residuals
 from jaxgru.core.matmul import state_dtype
-from jaxgru.experimental.fused.kernels import Backend, fused_forward
 
-Residuals = Literal["gates", "states", "boundaries"]
+Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
-class Static:
-    """The choices of a call that are not arrays."""
+class Config:
+    """The static choices of a call, resolved."""
 
     reverse: bool
-    residuals: Residuals
+    zoneout: float  # the rate that a key draws; the mean is in the flags
+    residuals: Residuals | None
     chunk_size: int | None  # None: the whole sequence at once
     unroll: int
-    zoneout: float  # share of the units that a key holds at each step
-    kept: float  # share of every unit that is held at each step: the mean of the above
-    backend: Backend
-    terms: int  # of an operand of the fused kernels: the precision of the call, not of its backward
+    kernel: Kernel | None
 
 
-def scan_gru(static, params, steps, h0, scale, key):
-    """The plain recurrence, differentiated by JAX."""
-    h_last, (hs, _), _ = forward(static, params, steps, h0, scale, key, keep_gates=False)
+class Inputs(NamedTuple):
+    """What each step is given, [T, ...]; None where there is nothing."""
+
+    xs: Array
+    flags: Flags
+    numbers: Array | None  # [T], what zoneout draws by
+    tap: Array | None  # [T, ..., H], added to h_t
+
+
+def plain_scan(config, params, inputs, h0, dropout, key):
+    """(h_last, hs); dropout is the mask of recurrent dropout, key that of zoneout, or None."""
+    h_last, (hs, _), _ = forward(config, params, inputs, h0, dropout, key, save_gates=False)
     return h_last, hs
 
 
-def forward(static, params, steps, h0, scale, key, *, keep_gates):
+def forward(config, params, inputs, h0, dropout, key, *, save_gates):
     """h_last, (hs, gates or None), and the state at the start of each chunk [K, ..., H]."""
 
-    def chunk(h, steps, _):
-        h_end, outputs = forward_chunk(static, params, recurrent, h, steps, scale, key, keep_gates)
+    def chunk(h, inputs, _):
+        h_end, outputs = forward_chunk(
+            config, params, recurrent, h, inputs, dropout, key, save_gates=save_gates
+        )
         return h_end, outputs, h
 
     h, recurrent = h0.astype(state_dtype(h0.dtype)), split_recurrent(params)
-    h, outputs, h_starts = sweep(static.chunk_size, chunk, h, steps, None, reverse=static.reverse)
+    h, outputs, h_starts = scan_chunks(
+        config.chunk_size, chunk, h, inputs, None, reverse=config.reverse
+    )
     return h.astype(h0.dtype), outputs, h_starts
 
 
-def forward_chunk(static, params, recurrent, h, steps, scale, key, keep_gates) -> tuple[Any, Any]:
-    """A chunk's last state and (hs, gates or None): projection in bulk, then the scan."""
+def forward_chunk(config, params, recurrent, h, inputs, dropout, key, *, save_gates):
+    """(h_end, (hs, gates or None)) of a chunk: the projection in bulk, then the loop."""
+    flags = inputs.flags.with_zoneout(key, config.zoneout, inputs.numbers, h)
+    inputs, a = inputs._replace(flags=flags), project(params, inputs.xs)
+    run = scan_chunk if config.kernel is None else config.kernel.forward
+    return run(config, recurrent, h, a, inputs, dropout, save_gates=save_gates)
+
+
+def scan_chunk(
+    config: Config, recurrent: Recurrent, h: Array, a: Any, inputs: Inputs, dropout: Any, *,
+    save_gates: bool,
+) -> Any:  # fmt: skip
+    """h after the chunk, and (hs, gates or None), from the projected inputs a."""
 
     def body(h, inputs):
-        a, mask, resets, cuts, tap = inputs
-        h_tm1 = stop_where(cuts, zero_where(resets, h))
-        h_t, gates = step(recurrent, a, h_tm1, scale)
-        h_t = add_tap(hold(static, mask, h_t, h_tm1), tap)
-        return h_t, (h_t.astype(steps.xs.dtype), gates if keep_gates else None)
+        a, flags, tap = inputs
+        h_tm1 = flags.enter(h)
+        h_t, gates = step(recurrent, a, h_tm1, dropout)
+        h_t = add_tap(flags.leave(h_t, h_tm1), tap)
+        return h_t, (h_t.astype(dtype), gates if save_gates else None)
 
-    steps = with_zoneout(static, steps, key, h)
-    a = project(params, steps.xs)
-    if static.backend != "scan":
-        return fused_forward(static, params, h, a, steps, scale, keep_gates)
-    inputs = (a, steps.mask, steps.resets, steps.cuts, steps.tap)
-    return lax.scan(body, h, inputs, reverse=static.reverse, unroll=static.unroll)
+    dtype = inputs.xs.dtype
+    per_step = (a, inputs.flags, inputs.tap)
+    return lax.scan(body, h, per_step, reverse=config.reverse, unroll=config.unroll)
+
+
+def add_tap(h_t: Array, tap: Array | None) -> Array:
+    """h_t, with what a tap adds to it."""
+    return h_t if tap is None else h_t + tap.astype(h_t.dtype)

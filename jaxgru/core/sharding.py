@@ -12,7 +12,7 @@ def on_auto_mesh() -> bool:
     return any(mesh.shape[name] > 1 for name in mesh.auto_axes)
 
 
-def vary_alike(tree: Any, others: Any = None) -> Any:
+def cast_to_common_varying_axes(tree: Any, others: Any = None) -> Any:
     """The tree with every leaf varying over all mesh axes that any leaf of either varies over.
 
     Inside `jax.shard_map` the scan's carry and the cotangents then have one type, and JAX's own

@@ -12,16 +12,8 @@ from jaxgru.core.derivatives import gates_vjp, params_vjp_factors
 from jaxgru.core.layer_norm import normalize_vjp
 from jaxgru.core.matmul import blocks, matmul
 from jaxgru.core.parameters import GRUParams
-from jaxgru.diagnostics.traces import (
-    by_gru,
-    choose,
-    like_params,
-    norm,
-    require_sequence,
-    tapped,
-    trace_layers,
-)
-from jaxgru.stacks import Merge
+from jaxgru.diagnostics.traces import loss_and_taps, norm, require_sequence, trace_layers
+from jaxgru.stacks.forms import Merge, map_grus
 
 Array = jax.Array
 
@@ -77,22 +69,17 @@ def example_gradient_norms(
     >>> norms.w_x.shape
     (4,)
     """
-    options = {"mask": mask, "resets": resets}
-    require_sequence("example_gradient_norms", params, xs, h0, mask, resets, merge, residual)
-    loss, (_, taps) = tapped(
-        "example_gradient_norms", loss_fn, params, xs, h0, merge, residual, options
-    )
-    layers = trace_layers(params, xs, h0, mask, resets, merge, residual)
-    norms = [
-        tuple(_example_norms(trace, tap.hs) for trace, tap in zip(traces, of_layer))
-        for traces, of_layer in zip(layers, by_gru(params, taps))
-    ]
-    return loss, like_params(params, norms)
+    function = "example_gradient_norms"
+    require_sequence(function, params, xs, h0, mask, resets, merge, residual)
+    loss, taps = loss_and_taps(function, loss_fn, params, xs, h0, mask, resets, merge, residual)
+    traces = trace_layers(params, xs, h0, mask, resets, merge, residual)
+    norms = map_grus(lambda _, trace, tap: _example_norms(trace, tap.hs), params, traces, taps)
+    return loss, norms
 
 
 def _example_norms(trace, dhs):
     """A GRUParams of norms [...], from dL/dh_t [T, ..., H]."""
-    g = choose(trace.mask, dhs, jnp.zeros_like(dhs)).astype(trace.h_tm1.dtype)
+    g, _ = trace.flags.leave_vjp(dhs.astype(trace.h_tm1.dtype))
     c, dp = trace.c, None
     if c.reset is not None:
         dv = normalize_vjp(g * c.a, trace.recurrent.g[2], trace.gates.norms[2])

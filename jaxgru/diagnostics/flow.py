@@ -30,16 +30,13 @@ from jaxgru.core.layer_norm import normalize_vjp
 from jaxgru.core.matmul import blocks, matmul
 from jaxgru.core.parameters import GRUParams
 from jaxgru.diagnostics.traces import (
-    by_gru,
-    choose,
-    like_params,
+    loss_and_taps,
     norm,
     require_sequence,
-    tapped,
+    trace_gru,
     trace_layers,
-    zero_where,
 )
-from jaxgru.stacks import Merge
+from jaxgru.stacks.forms import Merge, map_grus
 
 Array = jax.Array
 
@@ -104,19 +101,17 @@ def gradient_flow(
     >>> flow.states.shape, bool(flow.states[0] < flow.states[-1])
     ((5,), True)
     """
-    options = {"mask": mask, "resets": resets}
     require_sequence("gradient_flow", params, xs, h0, mask, resets, merge, residual)
-    loss, (_, taps) = tapped("gradient_flow", loss_fn, params, xs, h0, merge, residual, options)
-    layers = trace_layers(params, xs, h0, mask, resets, merge, residual)
-    flows = []
-    for traces, of_layer in zip(layers, by_gru(params, taps)):
-        flows.append(
-            tuple(
-                GradientFlow(norm(tap.hs), norm(tap.xs), Paths(*map(norm, _paths(trace, tap.hs))))
-                for trace, tap in zip(traces, of_layer)
-            )
-        )
-    return loss, like_params(params, flows)
+    loss, taps = loss_and_taps(
+        "gradient_flow", loss_fn, params, xs, h0, mask, resets, merge, residual
+    )
+    traces = trace_layers(params, xs, h0, mask, resets, merge, residual)
+
+    def flow(_, trace, tap):
+        paths = Paths(*map(norm, _paths(trace, tap.hs)))
+        return GradientFlow(norm(tap.hs), norm(tap.xs), paths)
+
+    return loss, map_grus(flow, params, traces, taps)
 
 
 def gradient_paths(
@@ -166,8 +161,7 @@ def gradient_paths(
     wanted = (*xs.shape[:-1], params.w_h.shape[0])
     if dhs.shape != wanted:
         raise ValueError(f"gradient_paths: dhs must have shape {wanted}, got {dhs.shape}.")
-    ((trace,),) = trace_layers(params, xs, h0, mask, resets, reverse=reverse)
-    return _paths(trace, dhs)
+    return _paths(trace_gru(params, xs, h0, mask, resets, reverse)[1], dhs)
 
 
 def credit_reach(norms: Array, fraction: float = 0.01, *, mask: Array | None = None) -> Array:
@@ -210,19 +204,17 @@ def credit_reach(norms: Array, fraction: float = 0.01, *, mask: Array | None = N
 def _paths(trace, dhs):
     """`Paths` in the state dtype."""
     c, dhs = trace.c, dhs.astype(trace.h_tm1.dtype)
-    g = choose(trace.mask, dhs, jnp.zeros_like(dhs))
+    g, _ = trace.flags.leave_vjp(dhs)
 
     def back(gate, dv):
         dv = normalize_vjp(dv, trace.recurrent.g[gate], trace.gates.norms[gate])
         return matmul(dv, blocks(trace.params.w_h)[gate].T)
 
     if c.reset is None:
-        c_r, c_z, c_q = jnp.unstack(c.slopes[0], axis=-2)
-        reset, candidate = back(0, g * c_r), back(2, g * c_q)
+        reset, candidate = back(0, g * c.r), back(2, g * c.q)
     else:
-        c_r, c_z = c.slopes
         dp = back(2, g * c.a)
-        reset, candidate = back(0, dp * c_r), dp * c.reset
-    kept = choose(trace.mask, dhs * c.k, dhs)
-    paths = Paths(kept, back(1, g * c_z), reset, candidate)
-    return Paths(*(zero_where(trace.resets, v) for v in paths))
+        reset, candidate = back(0, dp * c.r), dp * c.reset
+    kept = trace.flags.leave(dhs * c.k, dhs)
+    paths = Paths(kept, back(1, g * c.z), reset, candidate)
+    return Paths(*map(trace.flags.enter_linear, paths))

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxgru.diagnostics.traces import like_params, require_sequence, trace_layers
-from jaxgru.stacks import Merge
+from jaxgru.diagnostics.traces import require_sequence, trace_layers
+from jaxgru.stacks.forms import Merge, map_grus
 
 Array = jax.Array
 
@@ -84,10 +84,8 @@ def gate_statistics(
         raise ValueError(
             f"gate_statistics: low and high must satisfy 0 <= low < high <= 1, got {low}, {high}."
         )
-    layers = trace_layers(params, xs, h0, mask, resets, merge, residual)
-    return like_params(
-        params, [tuple(_statistics(trace, low, high) for trace in traces) for traces in layers]
-    )
+    traces = trace_layers(params, xs, h0, mask, resets, merge, residual)
+    return map_grus(lambda _, trace: _statistics(trace, low, high), params, traces)
 
 
 def gate_values(
@@ -126,16 +124,14 @@ def gate_values(
     (5, 3)
     """
     require_sequence("gate_values", params, xs, h0, mask, resets, merge, residual)
-    layers = trace_layers(params, xs, h0, mask, resets, merge, residual)
-
-    values = [tuple(GateValues(*t.gates[:3], t.c.k) for t in traces) for traces in layers]
-    return like_params(params, values)
+    traces = trace_layers(params, xs, h0, mask, resets, merge, residual)
+    return map_grus(lambda _, t: GateValues(t.gates.r, t.gates.z, t.gates.n, t.c.k), params, traces)
 
 
 def _statistics(trace, low, high):
     """`GateStatistics` over all axes but the last."""
     r, z, *_ = trace.gates
-    real = jnp.ones_like(r[..., :1], bool) if trace.mask is None else trace.mask
+    real = jnp.ones_like(r[..., :1], bool) if trace.flags.mask is None else trace.flags.mask
     leading = tuple(range(r.ndim - 1))
     count = real.sum(axis=leading).astype(r.dtype)
 

@@ -30,17 +30,12 @@ from jaxgru.core.derivatives import (
     step_vjp,
     transpose_recurrent,
 )
+from jaxgru.core.flags import Flags, choose
 from jaxgru.core.matmul import blocks, state_dtype
 from jaxgru.diagnostics.jacobians import own_slopes
-from jaxgru.diagnostics.traces import (
-    as_stack,
-    as_states,
-    choose,
-    require_scalar_loss,
-    require_sequence,
-    zero_where,
-)
-from jaxgru.stacks import Bidirectional, gru_stack, init_state
+from jaxgru.diagnostics.traces import require_scalar_loss, require_sequence
+from jaxgru.stacks.forms import Bidirectional, as_stack
+from jaxgru.stacks.initializers import init_state
 
 Array = jax.Array
 Influence = Literal["exact", "snap-1"]
@@ -100,9 +95,9 @@ def rtrl(
     require_choice("rtrl", "influence", influence, get_args(Influence))
     layers = jax.tree.map(jnp.asarray, tuple(as_stack(params)))
     _require_forward(layers, influence)
-    _require_run(layers, xs, h0 if h0 is None else as_states(params, h0), mask, resets, residual)
     lead, dtype = xs.shape[1:-1], state_dtype(xs.dtype)
-    given = [None] * len(layers) if h0 is None else as_states(params, h0)
+    given = (h0,) if as_stack(params) is not params else h0
+    given = [None] * len(layers) if h0 is None else given
     states = [init_state(p, lead) if h is None else h for p, h in zip(layers, given)]
     states = tuple(jnp.asarray(h).astype(dtype) for h in states)
     for leaf in jax.tree.leaves(targets):
@@ -120,7 +115,8 @@ def rtrl(
     def body(carry, inputs):
         states, influences, loss, grads = carry
         x, target, *flags = inputs
-        flags = [None if f is None else f[..., None] for f in flags]
+        mask, resets = (None if f is None else f[..., None] for f in flags)
+        flags = Flags(mask, resets)
         states, influences, y, pull = follow(layers, x, states, influences, flags, residual)
         value, dy = jax.value_and_grad(loss_fn)(y.astype(xs.dtype), target)
         grads = jax.tree.map(jnp.add, grads, pull(dy.astype(dtype)))
@@ -189,19 +185,18 @@ def _start(layers, lead, dtype):
 
 def _follow(layers, x, states, influences, flags, residual):
     """One step of states and influences: P^l = J^l P^l + (dh^l/dx^l) P of x^l + I^l."""
-    mask, resets = flags
     new_states, new_influences = [], []
     y, of_y = x, ()
     for params, h, of_h in zip(layers, states, influences):
-        h, of_h = zero_where(resets, h), jax.tree.map(lambda p: zero_where(resets, p), of_h)
-        x = choose(mask, y, jnp.zeros_like(y))
+        h, of_h = flags.enter(h), jax.tree.map(flags.enter, of_h)
+        x = choose(flags.mask, y, jnp.zeros_like(y))
         now = _linearize(params, x, h)
         own = _immediate(params, x, h, now.gates, now.da, now.du)
         moved = [_times(now.by_state, p) for p in of_h]
         through = [_times(now.by_input, p) for p in of_y]
         moved = [jax.tree.map(jnp.add, a, b) for a, b in zip(moved, (*through, own))]
-        of_h = jax.tree.map(lambda a, b: choose(mask, a, b), tuple(moved), of_h)
-        h = choose(mask, now.h, h)
+        of_h = jax.tree.map(flags.leave, tuple(moved), of_h)
+        h = flags.leave(now.h, h)
         new_states.append(h)
         new_influences.append(of_h)
         skip = residual and len(new_states) > 1
@@ -231,10 +226,9 @@ def _start_snap(layers, lead, dtype):
 
 def _follow_snap(layers, x, states, influences, flags, _):
     """One step of the state and of the entries of P that SnAp-1 keeps."""
-    ((params,), (h,), (own, of_r), (mask, resets)) = layers, states, influences, flags
-    h = zero_where(resets, h)
-    held = jax.tree.map(lambda p: zero_where(resets, p), (own, of_r))
-    x = choose(mask, x, jnp.zeros_like(x))
+    ((params,), (h,), (own, of_r)) = layers, states, influences
+    h, held = flags.enter(h), jax.tree.map(flags.enter, (own, of_r))
+    x = choose(flags.mask, x, jnp.zeros_like(x))
     h_t, gates = step(split_recurrent(params), project(params, x), h)
     c = coefficients(gates, h, params.spec)
     itself = own_slopes(params, c)
@@ -247,8 +241,8 @@ def _follow_snap(layers, x, states, influences, flags, _):
         immediate = _immediate(params, x, h, now.gates, now.da, now.du)
         moved = _times(now.by_state, held[1])
         of_r = jax.tree.map(lambda p, i: p + blocks(i)[0], moved, immediate)
-    own, of_r = jax.tree.map(lambda a, b: choose(mask, a, b), (own, of_r), held)
-    h = choose(mask, h_t, h)
+    own, of_r = jax.tree.map(flags.leave, (own, of_r), held)
+    h = flags.leave(h_t, h)
 
     def pull(dy):
         def of_leaf(p):
@@ -297,13 +291,3 @@ def _require_forward(layers, influence):
             f"rtrl: params must be one layer without gains for influence='snap-1', got {found}: "
             "there every parameter moves many units at once; use influence='exact'."
         )
-
-
-def _require_run(layers, xs, h0, mask, resets, residual):
-    """The errors of `gru_stack`, by tracing it."""
-
-    def run(layers, xs, h0, mask, resets):
-        options = {"mask": mask, "resets": resets, "residual": residual}
-        return gru_stack(layers, xs, h0, **options)
-
-    jax.eval_shape(run, layers, xs, h0, mask, resets)

@@ -17,21 +17,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxgru.core.cell import gru_cell, project, split_recurrent, step
+from jaxgru.core.cell import gru_cell
 from jaxgru.core.checks import require_flags, require_float
-from jaxgru.core.derivatives import Coefficients, coefficients, step_drive
+from jaxgru.core.derivatives import Coefficients, step_jvp_inputs
+from jaxgru.core.flags import Flags
 from jaxgru.core.layer_norm import Norm, normalize_jvp
 from jaxgru.core.matmul import blocks, like_row, matmul, state_dtype
 from jaxgru.core.parameters import GRUParams
-from jaxgru.diagnostics.traces import (
-    Trace,
-    as_stack,
-    choose,
-    require_sequence,
-    trace_layers,
-    zero_where,
-)
-from jaxgru.stacks import Bidirectional
+from jaxgru.diagnostics.traces import require_sequence, trace_layers, trace_steps
+from jaxgru.stacks.forms import Bidirectional, as_stack
 
 Array = jax.Array
 
@@ -100,10 +94,8 @@ def own_slopes(params: GRUParams, c: Coefficients) -> Array:
     w_r, w_z, w_n = (w.astype(c.k.dtype) for w in blocks(params.w_h))
     own_r, own_z, own_n = (like_row(jnp.diagonal(w), c.k) for w in (w_r, w_z, w_n))
     if c.reset is None:
-        c_r, c_z, c_q = jnp.unstack(c.slopes[0], axis=-2)
-        return c.k + own_z * c_z + own_r * c_r + own_n * c_q
-    c_r, c_z = c.slopes
-    return c.k + own_z * c_z + c.a * (c.reset * own_n + matmul(c_r, w_r.T * w_n))
+        return c.k + own_z * c.z + own_r * c.r + own_n * c.q
+    return c.k + own_z * c.z + c.a * (c.reset * own_n + matmul(c.r, w_r.T * w_n))
 
 
 def step_jacobian_bound(params: GRUParams, x: Array, h: Array) -> Array:
@@ -148,11 +140,9 @@ def step_jacobian_bound(params: GRUParams, x: Array, h: Array) -> Array:
 
     size_r, size_z, size_n = sizes
     if c.reset is None:
-        c_r, c_z, c_q = jnp.unstack(c.slopes[0], axis=-2)
-        return largest(c.k) + largest(c_z) * size_z + largest(c_r) * size_r + largest(c_q) * size_n
-    c_r, c_z = c.slopes
-    through_n = largest(c.a) * size_n * (largest(c.reset) + largest(c_r) * size_r)
-    return largest(c.k) + largest(c_z) * size_z + through_n
+        return largest(c.k) + largest(c.z) * size_z + largest(c.r) * size_r + largest(c.q) * size_n
+    through_n = largest(c.a) * size_n * (largest(c.reset) + largest(c.r) * size_r)
+    return largest(c.k) + largest(c.z) * size_z + through_n
 
 
 def sequence_jacobians(
@@ -204,10 +194,11 @@ def sequence_jacobians(
             "sequence_jacobians: params must hold layers of one direction, got a Bidirectional; "
             "look at its forward and, with reverse=True, its backward by themselves."
         )
-    layers = trace_layers(params, xs, h0, mask, resets, residual=residual, reverse=reverse)
-    ends = list(itertools.accumulate(trace.h_tm1.shape[-1] for (trace,) in layers))
+    traces = trace_layers(params, xs, h0, mask, resets, residual=residual, reverse=reverse)
+    traces = traces if as_stack(params) is params else (traces,)
+    ends = list(itertools.accumulate(trace.h_tm1.shape[-1] for trace in traces))
     columns, of_output = [], None
-    for (trace,), end in zip(layers, ends):
+    for trace, end in zip(traces, ends):
         column = _state_column(trace, end, ends[-1], of_output)
         columns.append(column)
         of_output = column + of_output if residual and of_output is not None else column
@@ -330,11 +321,9 @@ def _decompose(decomposition, matrices):
 
 def _trace_step(params, x, h):
     """The trace of one step from any state; `gru_cell` is asked for its errors alone."""
-    jax.eval_shape(lambda *args: gru_cell(*args), params, x, h)
+    jax.eval_shape(gru_cell, params, x, h)
     params, x, h = jax.tree.map(jnp.asarray, (params, x, h))
-    recurrent, h = split_recurrent(params), h.astype(state_dtype(h.dtype))
-    gates = step(recurrent, project(params, x), h)[1]
-    return Trace(params, recurrent, x, h, gates, coefficients(gates, h, params.spec), None, None)
+    return trace_steps(params, x, h.astype(state_dtype(h.dtype)), Flags())
 
 
 def _state_map(trace):
@@ -351,11 +340,9 @@ def _state_map(trace):
     identity = jnp.eye(w_n.shape[0], dtype=dtype).reshape(lead + w_n.shape)
     kept = identity * c.k[..., None, :]
     if c.reset is None:
-        c_r, c_z, c_q = jnp.unstack(c.slopes[0], axis=-2)
-        return kept + of_gate(0, w_r, c_r) + of_gate(1, w_z, c_z) + of_gate(2, w_n, c_q)
-    c_r, c_z = c.slopes
-    read = identity * c.reset[..., None, :] + of_gate(0, w_r, c_r)
-    return kept + of_gate(1, w_z, c_z) + of_gate(2, matmul(read, w_n), c.a)
+        return kept + of_gate(0, w_r, c.r) + of_gate(1, w_z, c.z) + of_gate(2, w_n, c.q)
+    read = identity * c.reset[..., None, :] + of_gate(0, w_r, c.r)
+    return kept + of_gate(1, w_z, c.z) + of_gate(2, matmul(read, w_n), c.a)
 
 
 def _state_column(trace, end, size, of_input):
@@ -365,10 +352,10 @@ def _state_column(trace, end, size, of_input):
     held = jnp.eye(hidden_size, dtype=real.dtype).reshape((1,) * lead + real.shape[-2:])
     rows = [(0, 0)] * lead + [(end - hidden_size, size - end), (0, 0)]
     pieces = (real, jnp.broadcast_to(held, real.shape))
-    real, held = (jnp.pad(zero_where(trace.resets, v), rows) for v in pieces)
+    real, held = (jnp.pad(trace.flags.enter_linear(v), rows) for v in pieces)
     if of_input is not None:
         real = real + jnp.matmul(of_input, _input_map(trace))
-    return choose(trace.mask, real, held)
+    return trace.flags.leave(real, held)
 
 
 def _input_map(trace):
@@ -378,7 +365,7 @@ def _input_map(trace):
     units = units.reshape((1,) * (xs.ndim - 1) + units.shape)
     no_tangents = jax.tree.map(lambda _: None, params)
     xs, gates, h_tm1 = jax.tree.map(lambda v: v[..., None, :], (xs, gates, h_tm1))
-    return step_drive(params, no_tangents, xs, units, gates, h_tm1)
+    return step_jvp_inputs(params, no_tangents, xs, units, gates, h_tm1)
 
 
 def _identities(jacobians):

@@ -1,7 +1,7 @@
-"""What the GRUs of a layer or stack compute over a sequence, laid open for those who look at it.
+"""What the GRUs of a layer or stack compute over a sequence, for the functions that examine it.
 
-Everything that is sequential is `gru` itself; gates and local derivatives are made from its states
-in bulk, as residuals="states" makes them.
+Everything that is sequential is `gru` itself; gates and local derivatives are computed from its
+states in bulk, as residuals="states" does.
 """
 
 from collections.abc import Callable
@@ -12,52 +12,101 @@ import jax.numpy as jnp
 
 from jaxgru.checks.report import named_leaves, non_finite_entries
 from jaxgru.core.cell import Gates, Recurrent, project, split_recurrent, step
-from jaxgru.core.checks import is_traced, require_flags
+from jaxgru.core.checks import is_traced
 from jaxgru.core.derivatives import Coefficients, coefficients
+from jaxgru.core.flags import Flags
+from jaxgru.core.gradient import BPTT, Tangent
 from jaxgru.core.matmul import state_dtype
+from jaxgru.core.noise import Noise
 from jaxgru.core.parameters import GRUParams
-from jaxgru.core.recurrence import gru
-from jaxgru.stacks import (
-    Bidirectional,
-    Merge,
-    directions_of,
-    gru_bidirectional,
-    gru_stack,
-    init_taps,
-    require_layers,
-    require_states,
-    reverse_resets,
-)
+from jaxgru.core.recurrence import run_gru
+from jaxgru.stacks.checks import StackConfig, require_grus, require_layers
+from jaxgru.stacks.dropout import Dropout
+from jaxgru.stacks.forms import Bidirectional, Merge, as_stack
+from jaxgru.stacks.initializers import init_taps
+from jaxgru.stacks.run import merge_directions, reverse_resets, run_stack
 
 Array = jax.Array
 
 
-def tapped(function, loss_fn, params, xs, h0, merge, residual, options):
-    """The loss, and (results, its gradient by the taps) in the form of params."""
+class Trace(NamedTuple):
+    """One GRU over a sequence, in the state dtype."""
 
-    def run(tap):
-        if isinstance(params, GRUParams):
-            return gru(params, xs, h0, tap=tap, **options)
-        if isinstance(params, Bidirectional):
-            return gru_bidirectional(params, xs, h0, tap=tap, merge=merge, **options)
-        return gru_stack(params, xs, h0, tap=tap, merge=merge, residual=residual, **options)
+    params: GRUParams
+    recurrent: Recurrent
+    xs: Array  # [T, ..., I], zero at masked steps
+    h_tm1: Array  # [T, ..., H], the state that each step reads: zero where it is reset
+    gates: Gates
+    c: Coefficients
+    flags: Flags
 
-    def loss_of(tap):
-        results = run(tap)
-        return loss_fn(*results), results
+
+def trace_gru(
+    params: GRUParams, xs: Any, h0: Any, mask: Any, resets: Any, reverse: bool
+) -> tuple[Array, Trace]:
+    """hs of `gru`, and the trace of its steps."""
+    h_last, hs = run_gru(
+        params, xs, h0, mask, resets, None, 0, None,
+        reverse=reverse, rule=Tangent(), noise=Noise(), deterministic=True,
+    )  # fmt: skip
+    params = jax.tree.map(jnp.asarray, params)
+    mask, resets = (None if v is None else jnp.asarray(v)[..., None] for v in (mask, resets))
+    flags = Flags(mask, resets)
+    start = jnp.zeros_like(h_last) if h0 is None else jnp.asarray(h0)
+    h_tm1 = flags.states_before(start.astype(state_dtype(start.dtype)), hs, reverse)
+    xs = xs if flags.mask is None else jnp.where(flags.mask, xs, jnp.zeros_like(xs))
+    return hs, trace_steps(params, xs, h_tm1, flags)
+
+
+def trace_steps(params: GRUParams, xs: Array, h_tm1: Array, flags: Flags) -> Trace:
+    """The trace of steps that read these states."""
+    recurrent = split_recurrent(params)
+    gates = step(recurrent, project(params, xs), h_tm1)[1]
+    return Trace(
+        params, recurrent, xs, h_tm1, gates, coefficients(gates, h_tm1, params.spec), flags
+    )
+
+
+def trace_layers(
+    params: Any, xs: Any, h0: Any, mask: Any, resets: Any, merge: Merge = "concat",
+    residual: bool = False, reverse: bool = False,
+) -> Any:  # fmt: skip
+    """A `Trace` for every GRU, in the form of params."""
+    traces, ys = [], xs
+    h0 = (h0,) if as_stack(params) is not params else h0
+    for number, layer in enumerate(as_stack(params)):
+        h = None if h0 is None else h0[number]
+        if isinstance(layer, Bidirectional):
+            starts = (None, None) if h is None else h
+            flags = (resets, reverse_resets(resets))
+            runs = [trace_gru(layer[d], ys, starts[d], mask, flags[d], bool(d)) for d in range(2)]
+            traces.append(Bidirectional(*(trace for _, trace in runs)))
+        else:
+            runs = [trace_gru(layer, ys, h, mask, resets, reverse)]
+            traces.append(runs[0][1])
+        joined = merge_directions(merge, *(hs for hs, _ in runs))
+        ys = joined + ys if residual and number else joined
+    return tuple(traces) if as_stack(params) is params else traces[0]
+
+
+def loss_and_taps(
+    function: str, loss_fn: Callable[..., Any], params: Any, xs: Array, h0: Any, mask: Any,
+    resets: Any, merge: Merge, residual: bool,
+) -> tuple[Array, Any]:  # fmt: skip
+    """The loss of (h_last, ys) and its gradient by the taps, in the form of params."""
+    single = as_stack(params) is not params
+    h0 = (h0,) if single else h0
+    config = StackConfig(merge, residual, Dropout(), False, BPTT(), Noise(), True)
+
+    def run(taps):
+        taps = (taps,) if single else taps
+        h_last, ys = run_stack(config, as_stack(params), h0, None, 0, xs, mask, resets, taps)
+        return (h_last[0] if single else h_last), ys
 
     like_xs = jnp.zeros_like(xs[..., :1])  # sharded as xs, and varying where it does
     taps = jax.tree.map(lambda v: v + like_xs, init_taps(params, xs.shape[:-1]))
     require_scalar_loss(function, loss_fn, *jax.eval_shape(run, taps))
-    (loss, results), grads = jax.value_and_grad(loss_of, has_aux=True)(taps)
-    return loss, (results, grads)
-
-
-def by_gru(params, taps):
-    """The taps of each layer, one or two of them."""
-    taps = [taps] if is_layer(params) else taps
-    pairs = zip(as_stack(params), taps)
-    return [tap if isinstance(layer, Bidirectional) else (tap,) for layer, tap in pairs]
+    return jax.value_and_grad(lambda taps: loss_fn(*run(taps)))(taps)
 
 
 def norm(v):
@@ -66,114 +115,6 @@ def norm(v):
     largest = jnp.abs(v).max(axis=-1, keepdims=True)
     scale = jnp.where(largest > 0, largest, jnp.ones_like(largest))
     return (scale * jnp.linalg.norm(v / scale, axis=-1, keepdims=True))[..., 0]
-
-
-class Trace(NamedTuple):
-    """One GRU over a sequence, in the state dtype. Flags are [T, ..., 1], or None for none."""
-
-    params: GRUParams
-    recurrent: Recurrent
-    xs: Array  # [T, ..., I], zero where a step is held
-    h_tm1: Array  # [T, ..., H], what each step reads: zero where it is reset
-    gates: Gates
-    c: Coefficients
-    mask: Array | None
-    resets: Array | None
-
-
-def trace_gru(
-    params: GRUParams,
-    xs: Array,
-    h0: Array | None,
-    mask: Array | None,
-    resets: Array | None,
-    reverse: bool = False,
-) -> tuple[tuple[Array, Array], Trace]:
-    """(h_last, hs) of `gru`, and the trace of its steps; time is the leading axis."""
-    options: Any = {"mask": mask, "resets": resets, "reverse": reverse}
-    h_last, hs = gru(params, xs, h0, gradient="tangent", **options)  # differentiable in every mode
-    params = jax.tree.map(jnp.asarray, params)
-    mask, resets = (
-        None if flags is None else jnp.asarray(flags)[..., None] for flags in (mask, resets)
-    )
-    dtype = state_dtype(params.w_x.dtype)
-    start = jnp.zeros_like(h_last) if h0 is None else jnp.asarray(h0)
-    joined = [hs, start[None]] if reverse else [start[None], hs]
-    h_tm1 = jnp.concatenate(joined)[1:] if reverse else jnp.concatenate(joined)[:-1]
-    h_tm1 = zero_where(resets, h_tm1.astype(dtype))
-    xs = xs if mask is None else jnp.where(mask, xs, jnp.zeros_like(xs))
-    recurrent = split_recurrent(params)
-    gates = step(recurrent, project(params, xs), h_tm1)[1]
-    c = coefficients(gates, h_tm1, params.spec)
-    return (h_last, hs), Trace(params, recurrent, xs, h_tm1, gates, c, mask, resets)
-
-
-def trace_layers(
-    params: Any,
-    xs: Array,
-    h0: Any,
-    mask: Array | None,
-    resets: Array | None,
-    merge: Merge = "concat",
-    residual: bool = False,
-    reverse: bool = False,
-) -> list[tuple[Trace, ...]]:
-    """The traces of each layer of a stack, one or two of them; a single layer counts as a stack."""
-    traces, ys = [], xs
-    layers = as_stack(params)
-    states = [None] * len(layers) if h0 is None else as_states(params, h0)
-    for number, (layer, h) in enumerate(zip(layers, states)):
-        pair = (None, None) if h is None else h
-        starts = pair if isinstance(layer, Bidirectional) else (h,)
-        flags = (resets, reverse_resets(resets, 0))
-        runs = [
-            trace_gru(direction, ys, start, mask, flags[back], bool(back) != reverse)
-            for back, (direction, start) in enumerate(zip(directions_of(layer), starts))
-        ]
-        outputs = [hs for (_, hs), _ in runs]
-        joined = sum(outputs[1:], outputs[0]) if merge == "sum" else jnp.concatenate(outputs, -1)
-        ys = joined + ys if residual and number else joined
-        traces.append(tuple(trace for _, trace in runs))
-    return traces
-
-
-def is_layer(params: Any) -> bool:
-    """Whether params is a single layer, not a stack of them."""
-    return isinstance(params, GRUParams | Bidirectional)
-
-
-def as_stack(params: Any) -> Any:
-    """The layers; a single one in a tuple."""
-    return (params,) if is_layer(params) else params
-
-
-def as_states(params: Any, h0: Any) -> Any:
-    """The states of the layers; a single layer's in a tuple."""
-    return (h0,) if is_layer(params) else h0
-
-
-def like_params(params: Any, of_layers: list[tuple[Any, ...]]) -> Any:
-    """One value for each GRU in the form of params: itself, a Bidirectional, or a tuple of them."""
-    formed = [
-        Bidirectional(*values) if isinstance(layer, Bidirectional) else values[0]
-        for layer, values in zip(as_stack(params), of_layers)
-    ]
-    return formed[0] if is_layer(params) else tuple(formed)
-
-
-def zero_where(flags: Array | None, v: Array) -> Array:
-    """0 where flagged, else v; flags have v's leading axes, and as many axes as v or fewer."""
-    return v if flags is None else jnp.where(_align(flags, v), jnp.zeros_like(v), v)
-
-
-def choose(mask: Array | None, real: Array, held: Array) -> Array:
-    """real on real steps, held on the others."""
-    return real if mask is None else jnp.where(_align(mask, real), real, held)
-
-
-def _align(flags, v):
-    """[T, ..., 1] with unit axes behind it, as many axes as v."""
-    return flags.reshape(flags.shape + (1,) * (v.ndim - flags.ndim))
 
 
 def require_scalar_loss(function: str, loss_fn: Callable[..., Any], *args: Any) -> None:
@@ -214,20 +155,12 @@ def require_finite(function: str, subject: str, tree: Any, mask: Array | None = 
 
 
 def require_sequence(
-    function: str,
-    params: Any,
-    xs: Array,
-    h0: Any,
-    mask: Array | None,
-    resets: Array | None,
-    merge: Merge = "concat",
-    residual: bool = False,
-) -> None:
+    function: str, params: Any, xs: Any, h0: Any, mask: Any, resets: Any,
+    merge: Merge = "concat", residual: bool = False,
+) -> None:  # fmt: skip
     """TypeError or ValueError for a sequence that does not fit its layers or is not finite."""
-    layers = as_stack(params)
-    require_layers(function, layers, xs, merge, residual)
-    require_states(function, layers, None if h0 is None else as_states(params, h0))
-    require_flags(function, {"mask": mask, "resets": resets}, xs.shape[:-1])
+    require_grus(function, params)
+    require_layers(function, params, xs, h0, mask, resets, merge, residual)
     require_finite(function, "xs", xs, mask)
     require_finite(function, "params", params)
     require_finite(function, "h0", h0)

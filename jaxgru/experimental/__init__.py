@@ -1,1 +1,1 @@
-"""What has not been proven on the hardware that it is for; nothing else of jaxgru imports it."""
+"""Code that has not been proven on its hardware yet. No other room imports it."""

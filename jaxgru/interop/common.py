@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from jaxgru.core.parameters import Activation, GRUParams, GRUSpec, require_params
-from jaxgru.stacks import Bidirectional, directions_of
+from jaxgru.stacks.forms import Bidirectional, directions_of
 
 ONE_BIAS = "r and z have one bias in the source: b_h is zero there, and learns beside b_x from now"
 ALL_ACTIVATIONS = get_args(Activation)

@@ -26,7 +26,7 @@ from jaxgru.interop.common import (
     require_exportable,
     require_fit,
 )
-from jaxgru.stacks import Bidirectional, directions_of
+from jaxgru.stacks.forms import Bidirectional, directions_of
 
 
 def from_keras(

@@ -19,8 +19,8 @@ from jaxgru.atomic_files import write_whole
 from jaxgru.core.checks import require_extra
 from jaxgru.core.parameters import GRUParams, GRUSpec, require_params
 from jaxgru.interop.common import as_float_array, is_stack
-from jaxgru.models import SequenceParams, TokenParams
-from jaxgru.stacks import Bidirectional
+from jaxgru.models.parameters import SequenceParams, TokenParams
+from jaxgru.stacks.forms import Bidirectional
 
 _FORMAT = "jaxgru weights 2"
 _MOST_HEADER = 8 * 2**20  # bytes; a header of a layer takes about 100 an array

@@ -18,7 +18,7 @@ from jaxgru.interop.common import (
     numpy_cell,
     require_exportable,
 )
-from jaxgru.stacks import Bidirectional, directions_of
+from jaxgru.stacks.forms import Bidirectional, directions_of
 
 
 def from_torch(state_dict: Mapping[str, Any], *, prefix: str = "") -> Imported:

@@ -586,10 +586,10 @@ def test_mixed_dtypes_are_judged_by_the_loosest():
 
 def test_grid_of_nothing_is_refused():
     params, xs = Params(None, None), np.ones((2, 1))
-    for name in ("specs", "reverses", "policies"):
+    for name in ("specs", "reverses", "gradients"):
         with pytest.raises(ValueError) as caught:
             checks.check_gru(params, xs, **{name: []})
-        assert str(caught.value) == "check_gru: specs, reverses and policies must not be empty."
+        assert str(caught.value) == "check_gru: specs, reverses and gradients must not be empty."
 
 
 # Bad calls

@@ -9,13 +9,15 @@ import pytest
 
 from jaxgru.core.checks import (
     require_axis,
+    require_bool,
     require_choice,
     require_count,
     require_dtype,
     require_extra,
     require_first_step,
     require_float,
-    require_rates,
+    require_key,
+    require_rate,
 )
 
 
@@ -54,20 +56,21 @@ CHECKS = [
      "axis must name an axis of xs other than its last, got -1 for shape (2, 3)."),
     (ValueError, require_axis, (-3, (2, 3)),
      "axis must name an axis of xs other than its last, got -3 for shape (2, 3)."),
-    (TypeError, require_rates, ({"r": "a"}, None, False), "r must be a Python float, got 'a'."),
-    (TypeError, require_rates, ({"r": False}, None, False), "r must be a Python float, got False."),
-    (TypeError, traced(lambda function, x: require_rates(function, {"r": x}, None, False)), (0.5,),
+    (TypeError, require_rate, ("r", "a"), "r must be a Python float, got 'a'."),
+    (TypeError, require_rate, ("r", False), "r must be a Python float, got False."),
+    (TypeError, traced(lambda function, x: require_rate(function, "r", x)), (0.5,),
      "r must be a Python float, got a traced value; inside jit, make it a static argument."),
-    (ValueError, require_rates, ({"r": 1.0}, KEY, False), "r must be in [0, 1), got 1.0."),
-    (ValueError, require_rates, ({"r": -0.1}, KEY, False), "r must be in [0, 1), got -0.1."),
-    (TypeError, require_rates, ({"r": 0.1}, KEY, 1), "deterministic must be a bool, got 1."),
-    (ValueError, require_rates, ({"r": 0.1, "s": 0, "t": 0.5}, None, False),
+    (ValueError, require_rate, ("r", 1.0), "r must be in [0, 1), got 1.0."),
+    (ValueError, require_rate, ("r", -0.1), "r must be in [0, 1), got -0.1."),
+    (TypeError, require_bool, ("x", 0), "x must be a bool, got 0."),
+    (TypeError, require_key, ({"r": 0.1}, KEY, 1), "deterministic must be a bool, got 1."),
+    (ValueError, require_key, ({"r": 0.1, "s": 0, "t": 0.5}, None, False),
      "key must be a jax.random.key for r=0.1, t=0.5, got None; pass deterministic=True for "
      "evaluation."),
-    (TypeError, require_rates, ({}, 3, False), "key must be a jax.random.key, got 3."),
-    (ValueError, require_rates, ({}, jax.random.split(KEY), False),
+    (TypeError, require_key, ({}, 3, False), "key must be a jax.random.key, got 3."),
+    (ValueError, require_key, ({}, jax.random.split(KEY), False),
      "key must be one jax.random.key, got shape (2,)."),
-    (ValueError, require_rates, ({}, np.zeros((2, 2), np.uint32), False),
+    (ValueError, require_key, ({}, np.zeros((2, 2), np.uint32), False),
      "key must be one jax.random.key, got shape (2, 2)."),
     (ValueError, require_first_step, (-1,), "first_step must be at least 0, got -1."),
     (TypeError, require_first_step, (1.0,), "first_step must be an integer, got 1.0."),
@@ -98,10 +101,13 @@ def test_checks_let_good_arguments_pass():
         assert require_dtype("f", name) == jnp.dtype(name)
     assert [require_axis("f", axis, (2, 3, 4)) for axis in (0, 1, -3, -2)] == [0, 1, 0, 1]
     assert require_axis("f", 0, (2, 3)) == 0
-    require_rates("f", {"r": 0.5}, KEY, False)
-    require_rates("f", {"r": 0.5}, None, True)
-    require_rates("f", {"r": 0, "s": 0.0}, None, False)
-    require_rates("f", {"r": 0.5}, jax.random.PRNGKey(0), False)
+    require_bool("f", "x", False)
+    require_rate("f", "r", 0)
+    require_rate("f", "r", 0.999)
+    require_key("f", {"r": 0.5}, KEY, False)
+    require_key("f", {"r": 0.5}, None, True)
+    require_key("f", {"r": 0, "s": 0.0}, None, False)
+    require_key("f", {"r": 0.5}, jax.random.PRNGKey(0), False)
     for value in (0, 3, np.int32(2), jnp.int32(0)):
         require_first_step("f", value)
     traced(require_first_step)("f", -1)

@@ -171,7 +171,7 @@ def tangents_by_hand_and_by_jax(params, tparams, x, tx, h, th, spec, scale=None)
     """None among the tangents stands for zero."""
     params, tparams = with_spec((params, tparams), spec)
     _, gates = whole_step(params, x, h, spec, scale)
-    drive = derivatives.step_drive(params, tparams, x, tx, gates, h, scale)
+    drive = derivatives.step_jvp_inputs(params, tparams, x, tx, gates, h, scale)
     recurrent = cell.split_recurrent(params)
     by_hand = derivatives.step_jvp(
         recurrent, derivatives.coefficients(gates, h, spec, scale), gates.norms, th, drive, scale

@@ -6,10 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_problem
+from conftest import flat, make_problem
 from jax import export
 
-from jaxgru import Bidirectional, gru, gru_stack, init_stack
+import jaxgru
+from jaxgru import BPTT, Bidirectional, Noise, gru_stack, init_stack
+
+gru = flat(jaxgru.gru)
 
 
 def loss(params, xs, **options):
@@ -59,7 +62,7 @@ def test_exported_stack_of_two_directions_serves_every_length_and_batch(num_laye
         layers = init_stack(jax.random.key(0), 2, 3, 2, bidirectional=True, layer_norm=True)
 
     def run(layers, xs):
-        options = {"truncate": 3, "zoneout": 0.2, "deterministic": True}
+        options = {"gradient": BPTT(truncate=3), "noise": Noise(zoneout=0.2), "deterministic": True}
         return jnp.sum(jnp.sin(gru_stack(layers, xs, **options)[1]))
 
     steps, batch = export.symbolic_shape("t, b")

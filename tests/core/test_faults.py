@@ -2,14 +2,16 @@
 
 import dataclasses
 import functools
+import pkgutil
 
 import jax
 import jax.numpy as jnp
 import pytest
 from conftest import flat
 
+from jaxgru import BPTT
 from jaxgru.checks.gradients import check_gradients
-from jaxgru.core import bptt, derivatives, recurrence, scan, tangent
+from jaxgru.core import bptt, recurrence, scan
 from jaxgru.core.parameters import CHO_2014, CHUNG_2014, PYTORCH, init_gru
 
 # One of each kind of place; the fast tier leaves the others to the slow one.
@@ -181,33 +183,34 @@ def neighbour_state(original):
     return faulty
 
 
-def of_sweep(change):
-    """A fault of the backward chunk: change(dh, dhs, steps) before it."""
+def of_loop(change):
+    """A fault of the loop of the backward pass: change(g, dhs, flags) before it."""
 
     def mutate(original):
-        def faulty(static, transposed, dh, c, norms, dhs, steps, scale):
-            dh, dhs, steps = change(dh, dhs, steps)
-            return original(static, transposed, dh, c, norms, dhs, steps, scale)
+        def faulty(config, transposed, g, c, norms, dhs, inputs, scale):
+            g, dhs, flags = change(g, dhs, inputs.flags)
+            inputs = inputs._replace(flags=flags)
+            return original(config, transposed, g, c, norms, dhs, inputs, scale)
 
         return faulty
 
     return mutate
 
 
-def final_state_ignored(dh, dhs, steps):
-    return jnp.zeros_like(dh), dhs, steps
+def final_state_ignored(g, dhs, flags):
+    return jnp.zeros_like(g), dhs, flags
 
 
-def outputs_one_step_late(dh, dhs, steps):
-    return dh, jnp.roll(dhs, 1, axis=0), steps
+def outputs_one_step_late(g, dhs, flags):
+    return g, jnp.roll(dhs, 1, axis=0), flags
 
 
-def mask_ignored(dh, dhs, steps):
-    return dh, dhs, steps._replace(mask=None)
+def mask_ignored(g, dhs, flags):
+    return g, dhs, dataclasses.replace(flags, mask=None)
 
 
-def resets_ignored(dh, dhs, steps):
-    return dh, dhs, steps._replace(resets=None)
+def resets_ignored(g, dhs, flags):
+    return g, dhs, dataclasses.replace(flags, resets=None)
 
 
 def faults_of(name, seed, *changes):
@@ -237,10 +240,10 @@ FAULTS = {
     "scaled_recurrent_weights": ("params_vjp", scaled_recurrent_weights),
     "bias_of_one_row": ("params_vjp", bias_of_one_row),
     "wrong_block_of_inputs": ("inputs_vjp", wrong_block_of_inputs),
-    "neighbour_state": ("previous_states", neighbour_state),
+    "neighbour_state": ("Flags.states_before", neighbour_state),
     **faults_of(
-        "_backward_chunk",
-        of_sweep,
+        "reverse_scan",
+        of_loop,
         final_state_ignored,
         outputs_one_step_late,
         mask_ignored,
@@ -305,15 +308,16 @@ def scale_ignored_by_weights(original):
 def held_units_written(original):
     """The backward that takes the mask without the units that zoneout holds."""
 
-    def faulty(static, transposed, dh, c, norms, dhs, steps, scale):
-        steps = steps._replace(mask=steps.mask.any(axis=-1, keepdims=True))
-        return original(static, transposed, dh, c, norms, dhs, steps, scale)
+    def faulty(config, transposed, g, c, norms, dhs, inputs, scale):
+        mask = inputs.flags.mask.any(axis=-1, keepdims=True)
+        inputs = inputs._replace(flags=dataclasses.replace(inputs.flags, mask=mask))
+        return original(config, transposed, g, c, norms, dhs, inputs, scale)
 
     return faulty
 
 
-def cut_ignored(dh, dhs, steps):
-    return dh, dhs, steps._replace(cuts=None)
+def cut_ignored(g, dhs, flags):
+    return g, dhs, dataclasses.replace(flags, cuts=None)
 
 
 def norms_of_the_wrong_gate(original):
@@ -333,7 +337,7 @@ def gain_of_inputs_ignored(original):
 
 def mean_of_zoneout_not_kept(original):
     """The share of the old state gets no cotangent."""
-    return lambda static, mask, dh: (original(static, mask, dh)[0], None)
+    return lambda flags, dh: (original(flags, dh)[0], None)
 
 
 def norm_without_its_mean(original):
@@ -365,22 +369,29 @@ DROPOUT, ZONEOUT = KEY | {"recurrent_dropout": 0.4}, KEY | {"zoneout": 0.3}
 MEAN = {"zoneout": 0.3, "deterministic": True}
 EVERYTHING = DROPOUT | ZONEOUT | {"truncate": 2}
 INSIDE = {
-    "mean_of_zoneout_not_kept": ("bptt.hold_vjp", mean_of_zoneout_not_kept, MEAN),
+    "mean_of_zoneout_not_kept": ("flags.Flags.leave_vjp", mean_of_zoneout_not_kept, MEAN),
     "norm_without_its_mean": ("derivatives.normalize_vjp", norm_without_its_mean, "layer_norm"),
-    "gain_not_normalized": ("derivatives._gain_rows", gain_not_normalized, "layer_norm"),
+    "gain_not_normalized": ("derivatives._scale_rows", gain_not_normalized, "layer_norm"),
     "scale_ignored_by_tangent": ("tangent.step_jvp", scale_ignored_by_tangent, DROPOUT),
     "scale_ignored": ("bptt.step_vjp", scale_ignored, DROPOUT),
     "scale_ignored_by_weights": ("bptt.params_vjp", scale_ignored_by_weights, DROPOUT),
-    "held_units_written": ("bptt._backward_chunk", held_units_written, ZONEOUT),
-    "cut_ignored": ("bptt._backward_chunk", of_sweep(cut_ignored), {"truncate": 2}),
+    "held_units_written": ("bptt.reverse_scan", held_units_written, ZONEOUT),
+    "cut_ignored": ("bptt.reverse_scan", of_loop(cut_ignored), {"truncate": 2}),
     "norms_of_the_wrong_gate": ("bptt.step_vjp", norms_of_the_wrong_gate, "layer_norm"),
     "gain_of_inputs_ignored": ("bptt.inputs_vjp", gain_of_inputs_ignored, "layer_norm"),
 }
 TANGENT = {
     "no_reset_gate_in_tangent": ("step_jvp", no_reset_gate_in_tangent),
-    "no_recurrent_weights_in_drive": ("step_drive", no_recurrent_weights_in_drive),
-    "drive_of_half_the_inputs": ("step_drive", drive_of_half_the_inputs),
+    "no_recurrent_weights_in_drive": ("step_jvp_inputs", no_recurrent_weights_in_drive),
+    "drive_of_half_the_inputs": ("step_jvp_inputs", drive_of_half_the_inputs),
 }
+
+
+def break_rule(monkeypatch, place, mutate):
+    """Replaces what is at a place in `jaxgru.core` by its mutation."""
+    monkeypatch.setattr(
+        f"jaxgru.core.{place}", mutate(pkgutil.resolve_name(f"jaxgru.core.{place}"))
+    )
 
 
 def run_check(fn, spec=CHO_2014, layer_norm=False, inside=None, **options):
@@ -412,7 +423,7 @@ def test_unbroken_rule_passes(chunk_size):
 @pytest.mark.parametrize("fault", cases(FAULTS))
 def test_fault_is_caught_in_both_precisions(fault, monkeypatch):
     name, mutate = FAULTS[fault]
-    monkeypatch.setattr(bptt, name, mutate(getattr(bptt, name)))
+    break_rule(monkeypatch, f"{'flags' if 'Flags' in name else 'bptt'}.{name}", mutate)
     report = run_check(plain)
     assert {row.dtype for row in report.failures if row.reason == "value"} == {"float32", "float64"}
 
@@ -434,8 +445,7 @@ def test_fault_is_caught_in_both_precisions(fault, monkeypatch):
 )
 def test_fault_of_another_equation_or_rule_is_caught(spec, gradient, fault, monkeypatch):
     name, mutate = fault[1]
-    module = {"bptt": bptt, "tangent": tangent}[gradient]
-    monkeypatch.setattr(module, name, mutate(getattr(module, name)))
+    break_rule(monkeypatch, f"{gradient}.{name}", mutate)
     report = run_check(functools.partial(plain, gradient=gradient), spec=spec)
     assert {row.dtype for row in report.failures if row.reason == "value"} == {"float32", "float64"}
 
@@ -447,10 +457,8 @@ def test_unbroken_rule_with_all_that_acts_inside_passes():
 @pytest.mark.parametrize("fault", cases(INSIDE))
 def test_fault_of_what_acts_inside_the_recurrence_is_caught(fault, monkeypatch):
     place, mutate, inside = INSIDE[fault]
-    module, name = place.split(".")
-    module = {"bptt": bptt, "derivatives": derivatives, "tangent": tangent}[module]
-    monkeypatch.setattr(module, name, mutate(getattr(module, name)))
-    fn = functools.partial(plain, gradient="tangent") if name == "step_jvp" else plain
+    break_rule(monkeypatch, place, mutate)
+    fn = functools.partial(plain, gradient="tangent") if "step_jvp" in place else plain
     layer_norm = inside == "layer_norm"
     report = run_check(fn, layer_norm=layer_norm, inside=None if layer_norm else inside)
     assert {row.dtype for row in report.failures if row.reason == "value"} == {"float32", "float64"}
@@ -458,7 +466,7 @@ def test_fault_of_what_acts_inside_the_recurrence_is_caught(fault, monkeypatch):
 
 def broken_rule(change):
     """The "bptt" rule with its results passed through change(cotangents of params, xs, h0)."""
-    rule = jax.custom_vjp(scan.scan_gru, nondiff_argnums=(0,))
+    rule = jax.custom_vjp(scan.plain_scan, nondiff_argnums=(0,))
 
     def bwd(static, residuals, cotangents):
         dparams, dxs, dh0, *rest = bptt._backward(static, residuals, cotangents)
@@ -501,7 +509,7 @@ def not_a_number(dparams, dxs, dh0):
     ),
 )
 def test_wrong_result_of_the_rule_is_caught_in_both_precisions(change, reason, monkeypatch):
-    monkeypatch.setattr(recurrence, "gru_bptt", broken_rule(change))
+    monkeypatch.setattr(recurrence, "bptt", broken_rule(change))
     report = run_check(plain)
     assert {row.dtype for row in report.failures if row.reason == reason} == {"float32", "float64"}
 
@@ -510,7 +518,7 @@ def test_float32_gradient_of_a_bfloat16_parameter_is_caught(monkeypatch):
     def widened(dparams, dxs, dh0):
         return dataclasses.replace(dparams, w_x=dparams.w_x.astype(jnp.float32)), dxs, dh0
 
-    monkeypatch.setattr(recurrence, "gru_bptt", broken_rule(widened))
+    monkeypatch.setattr(recurrence, "bptt", broken_rule(widened))
     report = run_check(plain, dtypes=("bfloat16",))
     assert [row.leaf for row in report.failures if row.reason == "dtype"] == (
         ["params.w_x"] * sum(row.reason == "dtype" for row in report.failures)
@@ -519,12 +527,12 @@ def test_float32_gradient_of_a_bfloat16_parameter_is_caught(monkeypatch):
 
 
 def test_lost_carry_between_chunks_is_caught(monkeypatch):
-    original = bptt._backward_chunk
+    original = bptt.reverse_scan
 
-    def faulty(static, transposed, dh, *rest):
-        return original(static, transposed, jnp.zeros_like(dh), *rest)
+    def faulty(config, transposed, g, *rest):
+        return original(config, transposed, jnp.zeros_like(g), *rest)
 
-    monkeypatch.setattr(bptt, "_backward_chunk", faulty)
+    monkeypatch.setattr(bptt, "reverse_scan", faulty)
     report = run_check(functools.partial(plain, chunk_size=2))
     assert {row.dtype for row in report.failures if row.reason == "value"} == {"float32", "float64"}
 
@@ -545,8 +553,8 @@ def test_grid_names_the_case_that_fails(monkeypatch):
     xs = jax.random.normal(jax.random.key(1), (4, 2, 2))
     report = check_gru(
         params, xs, specs=[CHO_2014], reverses=[False],
-        policies=[{"residuals": "gates"}, {"residuals": "states"}],
+        gradients=[BPTT("gates"), BPTT("states")],
         dtypes=("float64",), finite_differences=False, num_cotangents=1,
     )  # fmt: skip
-    assert {row.case for row in report.failures} == {"before keep tanh residuals=states"}
+    assert {row.case for row in report.failures} == {"before keep tanh BPTT residuals=states"}
     assert "residuals=states" in str(report)

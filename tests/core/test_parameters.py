@@ -141,6 +141,7 @@ def test_exported_function_of_parameters_runs_their_equation():
     pytest.importorskip("flatbuffers", reason="flatbuffers is an extra")
     params, xs = draw()
     exported = export.export(jax.jit(run))(params, xs)
+    exported = export.deserialize(exported.serialize())
     assert_close(exported.call(params, xs), run(params, xs), 1e-6)
     with pytest.raises(ValueError, match="pytree structure"):
         exported.call(with_spec(params, CHO_2014), xs)

@@ -13,6 +13,7 @@ import pytest
 from conftest import assert_close, flat, make_problem
 
 import jaxgru
+from jaxgru.core.gradient import Kernel
 from jaxgru.core.masks import length_mask
 from jaxgru.core.parameters import CHO_2014, CHUNG_2014, PYTORCH, GRUParams, GRUSpec
 
@@ -523,47 +524,84 @@ GRU_ERRORS = {
         ValueError,
         "gru: gradient must be one of 'bptt', 'tangent', 'autodiff', got 'rtrl'.",
     ),
+    "gradient_kind": (
+        lambda: call_gru(gradient=1),
+        TypeError,
+        "gru: gradient must be one of 'bptt', 'tangent', 'autodiff', or a BPTT, a Tangent or an "
+        "Autodiff, got 1.",
+    ),
+    "gradient_class": (
+        lambda: call_gru(gradient=jaxgru.BPTT),
+        TypeError,
+        "gru: gradient must be one of 'bptt', 'tangent', 'autodiff', or a BPTT, a Tangent or an "
+        "Autodiff, got <class 'jaxgru.core.gradient.BPTT'>; call it: BPTT().",
+    ),
     "residuals": (
-        lambda: call_gru(residuals="all"),
+        lambda: jaxgru.BPTT(residuals="all"),
         ValueError,
-        "gru: residuals must be one of 'gates', 'states', 'boundaries', got 'all'.",
+        "BPTT: residuals must be one of 'gates', 'states', 'boundaries', got 'all'.",
     ),
     "unroll_kind": (
-        lambda: call_gru(unroll=True),
+        lambda: jaxgru.Tangent(unroll=True),
         TypeError,
-        "gru: unroll must be an integer, got True.",
+        "Tangent: unroll must be an integer, got True.",
+    ),
+    "unroll_none": (
+        lambda: jaxgru.BPTT(unroll=None),
+        TypeError,
+        "BPTT: unroll must be an integer, got None.",
     ),
     "unroll_zero": (
-        lambda: call_gru(unroll=0),
+        lambda: jaxgru.Autodiff(unroll=0),
         ValueError,
-        "gru: unroll must be at least 1, got 0.",
+        "Autodiff: unroll must be at least 1, got 0.",
+    ),
+    "truncate_zero": (
+        lambda: jaxgru.Tangent(truncate=0),
+        ValueError,
+        "Tangent: truncate must be at least 1, got 0.",
+    ),
+    "chunk_zero": (
+        lambda: jaxgru.BPTT(chunk_size=0),
+        ValueError,
+        "BPTT: chunk_size must be at least 1, got 0.",
+    ),
+    "chunk_kind": (
+        lambda: jaxgru.BPTT(chunk_size=2.0),
+        TypeError,
+        "BPTT: chunk_size must be an integer, got 2.0.",
+    ),
+    "kernel_kind": (
+        lambda: jaxgru.BPTT(kernel="fused"),
+        TypeError,
+        "BPTT: kernel must be a Kernel of jaxgru.experimental or None, got 'fused'.",
+    ),
+    "kernel_unroll": (
+        lambda: jaxgru.BPTT(kernel=Kernel(), unroll=2),
+        ValueError,
+        "BPTT: unroll must be 1 with a kernel, which has no loop of XLA to unroll, got 2; leave it "
+        "out.",
+    ),
+    "noise_kind": (
+        lambda: call_gru(noise=0.1),
+        TypeError,
+        "gru: noise must be a Noise or None, got 0.1.",
+    ),
+    "noise_range": (
+        lambda: jaxgru.Noise(zoneout=1.0),
+        ValueError,
+        "Noise: zoneout must be in [0, 1), got 1.0.",
+    ),
+    "noise_without_key": (
+        lambda: call_gru(noise=jaxgru.Noise(recurrent_dropout=0.1)),
+        ValueError,
+        "gru: key must be a jax.random.key for recurrent_dropout=0.1, got None; pass "
+        "deterministic=True for evaluation.",
     ),
     "reverse": (
         lambda: call_gru(reverse=1),
         TypeError,
         "gru: reverse must be a bool, got 1.",
-    ),
-    "chunk_zero": (
-        lambda: call_gru(chunk_size=0),
-        ValueError,
-        "gru: chunk_size must be at least 1, got 0.",
-    ),
-    "chunk_kind": (
-        lambda: call_gru(chunk_size=2.0),
-        TypeError,
-        "gru: chunk_size must be an integer, got 2.0.",
-    ),
-    "chunk_without_bptt": (
-        lambda: call_gru(gradient="tangent", chunk_size=2),
-        ValueError,
-        "gru: residuals and chunk_size belong to gradient='bptt' and must be left out with "
-        "gradient='tangent', got residuals=None, chunk_size=2.",
-    ),
-    "residuals_without_bptt": (
-        lambda: call_gru(gradient="autodiff", residuals="states"),
-        ValueError,
-        "gru: residuals and chunk_size belong to gradient='bptt' and must be left out with "
-        "gradient='autodiff', got residuals='states', chunk_size=None.",
     ),
     "params_kind": (
         lambda: call_gru(params={"w_x": jnp.zeros((2, 9))}),

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import assert_close, make_problem, with_spec
+from conftest import assert_close, flat, make_problem, with_spec
 
 import jaxgru
 from jaxgru import CHUNG_2014, PYTORCH, Bidirectional, GRUSpec, Tap, diagnostics, models
@@ -55,7 +55,7 @@ def test_tap_has_autodiffs_gradient_and_moves_the_states_it_is_added_to(policy, 
 
     def loss(tap, params, **policy):
         options = {**options_of(problem), **policy}
-        return squares(*jaxgru.gru(params, problem.xs, problem.h0, tap=tap, **options))
+        return squares(*flat(jaxgru.gru)(params, problem.xs, problem.h0, tap=tap, **options))
 
     plain = {k: v for k, v in policy.items() if k not in ("residuals", "chunk_size")}
     wanted = jax.grad(loss, (0, 1))(tap, problem.params, **plain | {"gradient": "autodiff"})
@@ -114,7 +114,9 @@ def test_tap_goes_through_a_model_with_dropout_to_any_loss():
 def test_flow_of_a_bidirectional_stack_has_the_form_of_its_parameters(x64, uncompiled):
     problem, layers = make_problem(5), with_spec(pairs_of(2, 6), CHUNG_2014)
     options = options_of(problem)
-    with pytest.raises(ValueError, match=r"^gradient_flow: params\[1\].w_x must have 3 rows"):
+    with pytest.raises(
+        ValueError, match=r"^gradient_flow: params\[1\].forward.w_x must have 3 rows"
+    ):
         diagnostics.gradient_flow(squares, layers, problem.xs, merge="sum", **options)
     loss, flow = diagnostics.gradient_flow(squares, layers, problem.xs, **options)
 
@@ -478,21 +480,23 @@ EYES = jnp.asarray(np.stack([np.eye(3, dtype=np.float32)] * 2))
         (TypeError, "gate_values: params must be a sequence of layers, GRUParams or "
                     "Bidirectional, got str.",
          lambda: diagnostics.gate_values("layers", XS)),
-        (ValueError, "gru: h0 must have shape (4, 3) (the batch axes of xs, then H=3 rows of "
-                     "params.w_h), got (7, 3).",
-         lambda: diagnostics.rtrl(squares, PARAMS, XS, XS, jnp.ones((7, 3)))),
-        (TypeError, "gru: h0 must have the dtype of params.w_x, float32, got float16; cast one "
+        (ValueError, "rtrl: h0 must have shape (4, 3) (the batch axes of xs, then H=3 rows of "
+                     "params.w_h), got (5, 3).",
+         lambda: diagnostics.rtrl(squares, PARAMS, XS, XS, jnp.ones((5, 3)))),
+        (TypeError, "rtrl: h0 must have the dtype of params.w_x, float32, got float16; cast one "
                     "of them.",
          lambda: diagnostics.rtrl(squares, PARAMS, XS, XS, jnp.ones((4, 3), jnp.float16))),
         (TypeError, "gradient_paths: params must be one GRUParams, got tuple; of a stack pass "
                     "each layer with its own input and tap.",
          lambda: diagnostics.gradient_paths(LAYERS, XS, XS)),
         (ValueError, "gru_bidirectional: tap must be a pair of taps, forward and backward, got "
-                     "one Tap.",
+                     "one Tap; init_taps(params, lead_shape) has the form.",
          lambda: jaxgru.gru_bidirectional(PAIR, XS, tap=jaxgru.init_taps(PARAMS, (5, 4)))),
-        (ValueError, "gru_stack: tap must be a sequence of 1 taps, one for each layer, got str "
-                     "for layer 0; init_taps(params, lead_shape) has the form.",
+        (TypeError, "gru_stack: tap[0] must be a Tap of two arrays, got str; init_taps makes one.",
          lambda: jaxgru.gru_stack((PARAMS,), XS, tap=["a"])),
+        (ValueError, "gru_stack: tap[0] must be one Tap, as params[0] has one direction, got 2 of "
+                     "them; init_taps(params, lead_shape) has the form.",
+         lambda: jaxgru.gru_stack((PARAMS,), XS, tap=[["a", "b"]])),
         (ValueError, "gradient_paths: dhs must have shape (5, 4, 3), got (5, 4, 2).",
          lambda: diagnostics.gradient_paths(PARAMS, XS, XS)),
         (ValueError, "gate_statistics: low and high must satisfy 0 <= low < high <= 1, got 0.9, "
@@ -571,12 +575,10 @@ EYES = jnp.asarray(np.stack([np.eye(3, dtype=np.float32)] * 2))
                      "Tap; init_taps(params, lead_shape) has the form.",
          lambda: jaxgru.gru_stack((PARAMS,), XS, tap=jaxgru.init_taps(PARAMS, (5, 4)))),
         (ValueError, "gru_bidirectional: tap must be a pair of taps, forward and backward, got 1 "
-                     "of them.",
+                     "of them; init_taps(params, lead_shape) has the form.",
          lambda: jaxgru.gru_bidirectional(PAIR, XS, tap=[1])),
         (TypeError, "init_taps: lead_shape must be a sequence of sizes, xs.shape[:-1], got int.",
          lambda: jaxgru.init_taps(PARAMS, 5)),
-        (TypeError, "gru_stack_cell: tap must be left out, as one step has no time.",
-         lambda: jaxgru.gru_stack_cell((PARAMS,), XS[0], (jnp.ones((4, 3)),), tap=None)),
     ],
 )  # fmt: skip
 def test_bad_input_is_named_with_its_cure(kind, message, call):

@@ -1,4 +1,4 @@
-"""The cut of a layer for the fused kernels: nothing is lost, and what does not fit is refused."""
+"""How the fused kernels divide a layer: no number is lost, and what does not fit is refused."""
 
 import jax
 import jax.numpy as jnp
@@ -7,34 +7,34 @@ import pytest
 from jax import lax
 
 from jaxgru.experimental.fused import tiling
-from jaxgru.experimental.fused.tiling import UNITS, cut
+from jaxgru.experimental.fused.tiling import UNITS, choose_tiles
 
 HALF = jnp.dtype(jnp.bfloat16)
 
 
 def test_tiles_hold_every_number_once_and_zeros_elsewhere():
-    a_cut = cut(70, 19, HALF, 1)
+    tiles = choose_tiles(70, 19, HALF, 1)
     v = np.arange(1, 1 + 2 * 19 * 70, dtype=np.float32).reshape(2, 19, 70)
-    packed = np.asarray(tiling.to_tiles(v, a_cut))
+    packed = np.asarray(tiling.to_tiles(v, tiles))
     assert packed.shape == (2, 3, 2, UNITS, 8)
     assert packed[1, 2, 1, 5, 1] == v[1, 2 * 8 + 1, UNITS + 5]
     assert np.count_nonzero(packed) == v.size
-    np.testing.assert_array_equal(tiling.from_tiles(packed, a_cut), v)
+    np.testing.assert_array_equal(tiling.from_tiles(packed, tiles), v)
 
 
-def test_flags_are_cut_as_the_rows_of_the_batch():
-    a_cut = cut(4, 9, HALF, 1)
+def test_flags_are_divided_as_the_rows_of_the_batch():
+    tiles = choose_tiles(4, 9, HALF, 1)
     flags = np.arange(1, 19, dtype=np.float32).reshape(2, 9)
-    packed = np.asarray(tiling.flags_to_tiles(flags, a_cut))
+    packed = np.asarray(tiling.flags_to_tiles(flags, tiles))
     assert packed.shape == (2, 2, 8)
     assert packed[1, 1, 0] == flags[1, 8]
     assert np.count_nonzero(packed) == flags.size
 
 
 def test_weights_are_blocks_by_slices_of_out_and_of_in():
-    a_cut = cut(100, 1, HALF, 1)
+    tiles = choose_tiles(100, 1, HALF, 1)
     w = np.random.default_rng(0).normal(size=(3, 100, 100)).astype(HALF)
-    packed = np.asarray(tiling.weights_to_tiles(jnp.asarray(w), a_cut))
+    packed = np.asarray(tiling.weights_to_tiles(jnp.asarray(w), tiles))
     assert packed.shape == (2, 1, 3, 2, UNITS, UNITS)
     for out, gate, into in [(0, 0, 0), (1, 2, 0), (0, 1, 1), (1, 1, 1)]:
         block = w[gate, out * UNITS :, into * UNITS :][:UNITS, :UNITS]
@@ -43,22 +43,24 @@ def test_weights_are_blocks_by_slices_of_out_and_of_in():
     assert np.count_nonzero(packed) == np.count_nonzero(w)
 
 
-TERMS = {  # of float32, by what jax.default_matmul_precision may be
+SPLITS = {  # of float32, by what jax.default_matmul_precision may be
     1: ["bfloat16", "BF16_BF16_F32"],
     2: [None, "default", "high", "tensorfloat32", "BF16_BF16_F32_X3"],
     3: ["highest", "float32", "BF16_BF16_F32_X6", "BF16_BF16_F32_X9", "F32_F32_F32"],
 }
 
 
-@pytest.mark.parametrize("precision", [name for names in TERMS.values() for name in names], ids=str)
-def test_terms_are_what_the_precision_of_the_call_asks_for(precision):
+@pytest.mark.parametrize(
+    "precision", [name for names in SPLITS.values() for name in names], ids=str
+)
+def test_splits_are_what_the_precision_of_the_call_asks_for(precision):
     with jax.default_matmul_precision(precision):
-        assert precision in TERMS[tiling.count_terms(jnp.float32)]
+        assert precision in SPLITS[tiling.count_terms(jnp.float32)]
         assert tiling.count_terms(HALF) == tiling.count_terms(jnp.float16) == 1
 
 
 @pytest.mark.parametrize("bits", [8, 16, 24])
-def test_terms_add_up_to_as_many_bits_as_they_have(bits):
+def test_splits_add_up_to_as_many_bits_as_they_have(bits):
     """Compiled, too: XLA may leave out a rounding that only conversions ask for."""
     v = np.random.default_rng(1).normal(size=1000) * np.repeat(10.0 ** np.arange(-3.0, 7.0), 100)
     v = v.astype(np.float32)
@@ -66,28 +68,28 @@ def test_terms_add_up_to_as_many_bits_as_they_have(bits):
     @jax.jit
     def split(v):
         round_off = lambda v: lax.reduce_precision(v, 8, 7)  # noqa: E731
-        return tiling.split_terms(v, a_cut, round_off)
+        return tiling.split_operand(v, tiles, round_off)
 
-    a_cut = cut(64, 1, jnp.float32, bits // 8)
-    terms = split(v)
-    assert {t.dtype for t in terms} == {HALF}
-    assert len(terms) == bits // 8
-    total = sum(np.asarray(t, np.float64) for t in terms)
+    tiles = choose_tiles(64, 1, jnp.float32, bits // 8)
+    splits = split(v)
+    assert {t.dtype for t in splits} == {HALF}
+    assert len(splits) == bits // 8
+    total = sum(np.asarray(t, np.float64) for t in splits)
     error = np.abs(total / np.asarray(v, np.float64) - 1).max()
     assert error <= 2.0**-bits
-    assert bits == 24 or error > 2.0 ** -(bits + 3)  # no more terms than asked for
+    assert bits == 24 or error > 2.0 ** -(bits + 3)  # no more splits than asked for
 
 
-def test_passes_leave_out_only_what_is_below_the_last_term():
-    passes = cut(64, 1, jnp.float32, 3).passes
+def test_passes_leave_out_only_what_is_below_the_last_split():
+    passes = choose_tiles(64, 1, jnp.float32, 3).passes
     assert sorted(passes) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 0)]
     assert passes[-1] == (0, 0)  # the largest last: less is rounded away
-    assert cut(64, 1, HALF, 1).passes == [(0, 0)]
+    assert choose_tiles(64, 1, HALF, 1).passes == [(0, 0)]
 
 
 @pytest.mark.parametrize(
     "hidden, batch, dtype, want",
-    [  # slices, rows, count of tiles, cluster, terms
+    [  # slices, rows, count of tiles, cluster, splits
         (1, 1, HALF, (1, 8, 1, 1, 1)),
         (64, 1056, HALF, (1, 8, 132, 1, 1)),
         (64, 1057, HALF, (1, 16, 67, 1, 1)),
@@ -103,16 +105,16 @@ def test_passes_leave_out_only_what_is_below_the_last_term():
         (512, 256, HALF, (8, 8, 32, 8, 1)),  # no room for operands of more rows
     ],
 )
-def test_cut_is_the_smallest_cluster_and_one_wave_of_blocks(hidden, batch, dtype, want):
-    found = cut(hidden, batch, dtype, want[-1])
-    got = (found.slices, found.rows, found.count, found.cluster, found.terms)
+def test_division_has_the_smallest_cluster_and_one_wave_of_blocks(hidden, batch, dtype, want):
+    found = choose_tiles(hidden, batch, dtype, want[-1])
+    got = (found.slices, found.rows, found.count, found.cluster, found.splits)
     assert got == want
     assert found.slices == found.cluster * found.warpgroups
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_operands_of_half_types_keep_their_dtype(dtype):
-    assert cut(8, 8, dtype, 1).dtype == jnp.dtype(dtype)
+    assert choose_tiles(8, 8, dtype, 1).dtype == jnp.dtype(dtype)
 
 
 BFLOAT16 = ", or jax.default_matmul_precision('bfloat16')"
@@ -120,7 +122,7 @@ HIGH = ", or jax.default_matmul_precision('high')"
 
 
 @pytest.mark.parametrize(
-    "hidden, dtype, terms, limit, cure",
+    "hidden, dtype, splits, limit, cure",
     [
         (513, HALF, 1, 512, ""),
         (257, jnp.float32, 2, 256, BFLOAT16),
@@ -131,14 +133,14 @@ HIGH = ", or jax.default_matmul_precision('high')"
     ],
 )
 def test_layer_that_does_not_fit_is_refused_with_its_limit_and_cure(
-    hidden, dtype, terms, limit, cure
+    hidden, dtype, splits, limit, cure
 ):
     with pytest.raises(ValueError) as caught:
-        cut(hidden, 8, dtype, terms)
+        choose_tiles(hidden, 8, dtype, splits)
+    numbers = "1 number" if splits == 1 else f"{splits} numbers"
     assert str(caught.value) == (
-        f"gru: params.w_h must have at most {limit} rows where backend='fused' takes "
-        f"{jnp.dtype(dtype)} as {terms} {'term' if terms == 1 else 'terms'} of 16 bits, since it "
-        f"keeps w_h in shared memory (230400 bytes a block), got {hidden}; use "
-        f"backend='scan'{cure}."
+        f"HopperKernel: params.w_h must have at most {limit} rows where it stores each "
+        f"{jnp.dtype(dtype)} number as {numbers} of 16 bits, since w_h must fit into shared memory "
+        f"(230400 bytes a block), got {hidden}; leave BPTT's kernel out{cure}."
     )
-    assert cut(limit, 8, dtype, terms).hidden_size == limit
+    assert choose_tiles(limit, 8, dtype, splits).hidden_size == limit

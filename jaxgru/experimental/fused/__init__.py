@@ -1,1 +1,5 @@
-"""The recurrence as one kernel for NVIDIA's Hopper GPUs."""
+"""The recurrence as one kernel for NVIDIA's Hopper GPUs: `BPTT(kernel=HopperKernel())`."""
+
+from jaxgru.experimental.fused.recurrence import HopperKernel
+
+__all__ = ["HopperKernel"]

@@ -1,10 +1,10 @@
-"""Where the slices of a layer lay the operands that all of them multiply, once a step.
+"""The shared-memory buffers through which the slices of a layer exchange operands at each step.
 
-A board is shared memory of blocks [64, N], one for each term, group of operands and slice. `put`
-waits until everyone has read what was there, `product` until everyone has put. Which board a kernel
-has follows from where its slices are: in one block, or in a cluster of blocks that store on each
-other's boards. JAX's interpreter knows no such stores; there a cluster's operands go round by the
-device's memory.
+Every slice multiplies its weights by the operands of all slices. A buffer holds one block [64, N]
+for each split, group of operands and slice. `write` first waits until every slice has read the
+previous operands; `multiply` first waits until every slice has written. The class depends on where
+the slices are: in one block, or in a cluster whose blocks store into each other's shared memory.
+JAX's interpreter does not support those stores; there, operands pass through the device's memory.
 """
 
 import itertools
@@ -13,162 +13,162 @@ from typing import Any
 
 import jax
 
-from jaxgru.experimental.fused.hopper import Chip
-from jaxgru.experimental.fused.tiling import UNITS, split_terms
+from jaxgru.experimental.fused.hopper import HopperOps
+from jaxgru.experimental.fused.tiling import UNITS, split_operand
 
 
-class Board:
-    """The board of slices that share one block."""
+class OperandBuffer:
+    """The buffer of slices that share one block."""
 
-    def __init__(self, chip: Chip, weights: Any, *, buffer: Any, ready: Any, free: Any):
-        self.chip, self.weights = chip, weights
-        self.buffer, self.ready, self.free = buffer, ready, free
+    def __init__(self, ops: HopperOps, weights: Any, *, operands: Any, ready: Any, free: Any):
+        self.ops, self.weights = ops, weights
+        self.operands, self.ready, self.free = operands, ready, free
 
     @staticmethod
-    def barrier(chip: Chip) -> Any:
-        """Of everyone who puts and reads."""
-        return chip.barrier(chip.tiles.warpgroups)
+    def barrier(ops: HopperOps) -> Any:
+        """An mbarrier at which every writer and reader arrives."""
+        return ops.barrier(ops.tiles.warpgroups)
 
     @classmethod
-    def scratch(cls, chip: Chip, groups: int) -> dict[str, Any]:
-        """What a board of so many operands a slice needs of shared memory."""
-        shape = (chip.tiles.terms, groups, chip.tiles.slices)
+    def scratch(cls, ops: HopperOps, groups: int) -> dict[str, Any]:
+        """The shared memory and mbarriers of a buffer with that many operands a slice."""
+        shape = (ops.tiles.splits, groups, ops.tiles.slices)
         return {
-            "buffer": chip.operands(shape),
-            "ready": cls.barrier(chip),
-            "free": cls.barrier(chip),
+            "operands": ops.operand_buffer(shape),
+            "ready": cls.barrier(ops),
+            "free": cls.barrier(ops),
         }
 
     @classmethod
-    def wire(cls, chip: Chip, groups: int) -> jax.ShapeDtypeStruct | None:
-        """What it needs of the device's memory."""
-        del chip, groups
+    def global_memory(cls, ops: HopperOps, groups: int) -> jax.ShapeDtypeStruct | None:
+        """The device memory that the buffer needs, if any."""
+        del ops, groups
 
     def open(self) -> None:
-        """Nothing is there that anyone would have to read."""
-        self.chip.arrive(self.free)
+        """Marks the buffer as free: it holds nothing to be read yet."""
+        self.ops.arrive(self.free)
 
     def close(self) -> None:
-        """No block ends while others read its operands, or write theirs into it."""
-        self.chip.wait(self.free)
+        """Waits until no slice reads from this block's memory, or writes to it, any more."""
+        self.ops.wait(self.free)
 
-    def put(self, values: Sequence[Any]) -> None:
-        """Lays down this slice's operands [64, N], one of each group."""
-        _, s, _ = self.chip.place()
-        self.chip.wait(self.free)
+    def write(self, values: Sequence[Any]) -> None:
+        """Writes this slice's operands [64, N], one for each group."""
+        _, s, _ = self.ops.indices()
+        self.ops.wait(self.free)
         for g, v in enumerate(values):
-            for p, term in enumerate(split_terms(v, self.chip.tiles, self.chip.round_off)):
-                self._send(self.chip.by_rows(term), self.buffer.at[p, g, s])
-        self._publish()
+            for p, split in enumerate(split_operand(v, self.ops.tiles, self.ops.round_to_split)):
+                self._store(self.ops.operand_layout(split), self.operands.at[p, g, s])
+        self._signal_ready()
 
-    def product(
+    def multiply(
         self, gates: Sequence[Sequence[int]], fetch: Callable[[], Any] | None = None
     ) -> tuple[list[Any], Any]:
-        """For each list of gates the sum of weights times operands, [64, N]; and fetch().
+        """Sums of weights times operands, [64, N], one for each list of gates; and fetch().
 
-        gates[i][g] is the gate whose weights multiply group g in sum i. What fetch() loads is under
-        way while the tensor cores work.
+        gates[i][g] is the gate whose weights multiply group g in sum i. What fetch() loads arrives
+        while the tensor cores work.
         """
-        chip, tiles = self.chip, self.chip.tiles
-        *_, own = chip.place()
-        self._collect()
-        chip.show_reads(self.buffer)
+        ops, tiles = self.ops, self.ops.tiles
+        *_, own = ops.indices()
+        self._wait_ready()
+        ops.report_reads(self.operands)
 
-        def multiply(*sums):
+        def accumulate(*sums):
             fetched = fetch() if fetch is not None else ()
             for p_w, p_v in tiles.passes:
                 for k in range(tiles.slices):
                     for total, of_groups in zip(sums, gates):
                         for g, gate in enumerate(of_groups):
                             w = self.weights.at[own, p_w, gate, k]
-                            chip.multiply(total, w, self.buffer.at[p_v, g, k])
+                            ops.multiply(total, w, self.operands.at[p_v, g, k])
             return [total[...] for total in sums], fetched
 
-        found, fetched = chip.accumulate(multiply, len(gates))
-        self._release()
+        found, fetched = ops.accumulate(accumulate, len(gates))
+        self._signal_free()
         return found, fetched
 
-    def _send(self, term, slot):
-        """Puts a term where its readers look."""
-        self.chip.store(term, slot)
+    def _store(self, split, slot):
+        """Stores a split where its readers expect it."""
+        self.ops.store(split, slot)
 
-    def _publish(self):
-        """Says that this slice's operands are there."""
-        self.chip.commit()
-        self.chip.arrive(self.ready)
+    def _signal_ready(self):
+        """Signals that this slice has written its operands."""
+        self.ops.commit()
+        self.ops.arrive(self.ready)
 
-    def _collect(self):
-        """Waits until the operands of all slices are there."""
-        self.chip.wait(self.ready)
+    def _wait_ready(self):
+        """Waits until all slices have written their operands."""
+        self.ops.wait(self.ready)
 
-    def _release(self):
-        """Says that this slice has read them."""
-        self.chip.arrive(self.free)
+    def _signal_free(self):
+        """Signals that this slice has read the operands of all slices."""
+        self.ops.arrive(self.free)
 
 
-class ClusterBoard(Board):
-    """A block's own copy of the board of its cluster, on which all of its blocks store."""
+class ClusterBuffer(OperandBuffer):
+    """Each block of a cluster has its own copy of the operands, into which all blocks store."""
 
     @staticmethod
-    def barrier(chip: Chip) -> Any:
-        return chip.cluster_barrier()
+    def barrier(ops: HopperOps) -> Any:
+        return ops.cluster_barrier()
 
-    def _send(self, term, slot):
-        self.chip.store_in_cluster(term, slot)
+    def _store(self, split, slot):
+        self.ops.store_in_cluster(split, slot)
 
-    def _publish(self):
-        self.chip.fence_cluster()
-        super()._publish()
+    def _signal_ready(self):
+        self.ops.fence_cluster()
+        super()._signal_ready()
 
-    def _collect(self):
-        super()._collect()
-        self.chip.commit()  # what other blocks stored is then the tensor cores' to read
+    def _wait_ready(self):
+        super()._wait_ready()
+        self.ops.commit()  # makes what other blocks stored visible to the tensor cores
 
-    def _release(self):
-        # A single thread of the four warps tells each block, and all of them must be done.
-        self.chip.commit()
-        super()._release()
+    def _signal_free(self):
+        # One thread of the four warps signals each block, so all four must have finished.
+        self.ops.commit()
+        super()._signal_free()
 
 
-class MemoryBoard(ClusterBoard):
-    """The same for the interpreter: operands go round by the device's memory, the wire."""
+class InterpretedClusterBuffer(ClusterBuffer):
+    """The same for JAX's interpreter: operands pass through the device's memory."""
 
-    def __init__(self, chip: Chip, weights: Any, *, wire: Any, arrived: Any, **scratch: Any):
-        super().__init__(chip, weights, **scratch)
-        self.by_memory, self.arrived = wire, arrived
-
-    @classmethod
-    def scratch(cls, chip: Chip, groups: int) -> dict[str, Any]:
-        count = chip.tiles.terms * groups * chip.tiles.slices
-        return {**super().scratch(chip, groups), "arrived": chip.barrier(count)}
+    def __init__(self, ops: HopperOps, weights: Any, *, gmem: Any, copied: Any, **scratch: Any):
+        super().__init__(ops, weights, **scratch)
+        self.gmem, self.copied = gmem, copied
 
     @classmethod
-    def wire(cls, chip: Chip, groups: int) -> jax.ShapeDtypeStruct:
-        tiles = chip.tiles
-        shape = (tiles.count, tiles.terms, groups, tiles.slices, tiles.rows, UNITS)
+    def scratch(cls, ops: HopperOps, groups: int) -> dict[str, Any]:
+        count = ops.tiles.splits * groups * ops.tiles.slices
+        return {**super().scratch(ops, groups), "copied": ops.barrier(count)}
+
+    @classmethod
+    def global_memory(cls, ops: HopperOps, groups: int) -> jax.ShapeDtypeStruct:
+        tiles = ops.tiles
+        shape = (tiles.count, tiles.splits, groups, tiles.slices, tiles.rows, UNITS)
         return jax.ShapeDtypeStruct(shape, tiles.dtype)
 
-    def _send(self, term, slot):
-        self.chip.store(term, slot)
+    def _store(self, split, slot):
+        self.ops.store(split, slot)
 
-    def _publish(self):
-        tile, s, _ = self.chip.place()
-        self.chip.commit()
-        for at in itertools.product(*map(range, self.buffer.shape[:2])):
-            self.chip.send_out(self.buffer.at[(*at, s)], self.by_memory.at[(tile, *at, s)])
-        self.chip.await_sent()
-        self.chip.arrive(self.ready)
+    def _signal_ready(self):
+        tile, s, _ = self.ops.indices()
+        self.ops.commit()
+        for at in itertools.product(*map(range, self.operands.shape[:2])):
+            self.ops.copy_out(self.operands.at[(*at, s)], self.gmem.at[(tile, *at, s)])
+        self.ops.wait_copied_out()
+        self.ops.arrive(self.ready)
 
-    def _collect(self):
-        tile, *_ = self.chip.place()
-        self.chip.wait(self.ready)
-        for at in itertools.product(*map(range, self.buffer.shape[:3])):
-            self.chip.fetch(self.by_memory.at[(tile, *at)], self.buffer.at[at], self.arrived)
-        self.chip.wait(self.arrived)
+    def _wait_ready(self):
+        tile, *_ = self.ops.indices()
+        self.ops.wait(self.ready)
+        for at in itertools.product(*map(range, self.operands.shape[:3])):
+            self.ops.copy_in(self.gmem.at[(tile, *at)], self.operands.at[at], self.copied)
+        self.ops.wait(self.copied)
 
 
-def board_kind(chip: Chip) -> type[Board]:
-    """The board of a chip's kernels."""
-    if chip.tiles.cluster == 1:
-        return Board
-    return MemoryBoard if chip.interpreted else ClusterBoard
+def buffer_class(ops: HopperOps) -> type[OperandBuffer]:
+    """The buffer that kernels with these operations need."""
+    if ops.tiles.cluster == 1:
+        return OperandBuffer
+    return InterpretedClusterBuffer if ops.interpreted else ClusterBuffer

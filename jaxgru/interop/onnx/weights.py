@@ -21,7 +21,7 @@ from jaxgru.interop.common import (
     reorder,
     require_exportable,
 )
-from jaxgru.stacks import Bidirectional, directions_of
+from jaxgru.stacks.forms import Bidirectional, directions_of
 
 
 def from_onnx(

@@ -10,8 +10,9 @@ from jaxgru.atomic_files import write_whole
 from jaxgru.core.checks import require_choice, require_extra
 from jaxgru.interop.common import is_stack
 from jaxgru.interop.onnx.weights import onnx_nodes
-from jaxgru.models import SequenceParams, TokenParams, require_head
-from jaxgru.stacks import Merge, directions_of, output_size_of, require_layers, require_stack
+from jaxgru.models.parameters import SequenceParams, TokenParams, require_model
+from jaxgru.stacks.checks import require_layers, require_stack
+from jaxgru.stacks.forms import Merge, directions_of, output_size_of
 
 Outputs = Literal["every", "last"]
 _OPSET, _IR_VERSION = 17, 8  # of 2022: any onnxruntime from 1.12 on runs them
@@ -64,11 +65,11 @@ def write_onnx(
         require_stack("write_onnx", layers)
         input_size = directions_of(layers[0])[0].w_x.shape[0]
         xs: Any = np.zeros((0, 1, input_size), directions_of(layers[0])[0].w_x.dtype)
-        require_layers("write_onnx", layers, xs, merge, residual)
+        require_layers("write_onnx", layers, xs, merge=merge, residual=residual)
     exported = onnx_nodes("write_onnx", layers)
     layers_dtype = exported.weights[0]["R"].dtype
     if model:
-        require_head("write_onnx", params, type(params), merge)
+        require_model("write_onnx", params, type(params), merge)
         for name, value in params._asdict().items():
             if name != "layers" and value is not None and value.dtype != layers_dtype:
                 raise TypeError(

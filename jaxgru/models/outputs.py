@@ -1,0 +1,258 @@
+"""The outputs of models: of every step, of the last one, and the loss of token models."""
+
+import dataclasses
+import functools
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+
+from jaxgru.core.checks import require_choice
+from jaxgru.core.gradient import Gradient
+from jaxgru.core.noise import Noise, require_noise
+from jaxgru.losses import Reduction, categorical_loss, require_labels
+from jaxgru.models.parameters import (
+    SequenceParams,
+    TokenParams,
+    apply_head,
+    embed,
+    require_model,
+)
+from jaxgru.stacks.dropout import Dropout, drop, require_dropout
+from jaxgru.stacks.forms import Bidirectional, Merge
+from jaxgru.stacks.run import check_and_run, merge_directions
+
+Array = jax.Array
+
+
+def sequence_outputs(
+    params: SequenceParams,
+    xs: Array,
+    h0: Any = None,
+    *,
+    mask: Array | None = None,
+    resets: Array | None = None,
+    merge: Merge = "concat",
+    residual: bool = False,
+    dropout: float | Dropout = 0.0,
+    reverse: bool = False,
+    axis: int = 0,
+    gradient: Gradient = "bptt",
+    noise: Noise | None = None,
+    key: Array | None = None,
+    deterministic: bool = False,
+    first_step: int | Array = 0,
+    tap: Any = None,
+) -> tuple[Any, Array]:
+    """Runs a model with one output for each step, many to many, and returns (h_last, outputs).
+
+    Args:
+      params: of the model.
+      xs: [T, ..., I].
+      h0: in the form of `init_state`; None for zeros.
+      mask, resets, merge, residual, dropout, reverse, axis, gradient, noise, key, deterministic,
+        first_step, tap: as in `gru_stack`.
+
+    Returns:
+      h_last, as `gru_stack`, and outputs [T, ..., K], float32 for half types.
+
+    Raises:
+      ValueError, TypeError: as `gru_stack`.
+
+    >>> from jaxgru.models import init_sequence_model
+    >>> params = init_sequence_model(jax.random.key(0), 2, 3, 1)
+    >>> h_last, outputs = sequence_outputs(params, jnp.ones((5, 4, 2)))
+    >>> outputs.shape
+    (5, 4, 1)
+    """
+    require_model("sequence_outputs", params, SequenceParams, merge)
+    h_last, ys = check_and_run(
+        "sequence_outputs", params.layers, xs, h0, mask, resets, merge, residual, dropout, noise,
+        key, deterministic, reverse, axis, gradient, first_step, tap,
+    )  # fmt: skip
+    return h_last, apply_head(params, ys)
+
+
+def final_outputs(
+    params: SequenceParams,
+    xs: Array,
+    h0: Any = None,
+    *,
+    mask: Array | None = None,
+    resets: Array | None = None,
+    merge: Merge = "concat",
+    residual: bool = False,
+    dropout: float | Dropout = 0.0,
+    reverse: bool = False,
+    axis: int = 0,
+    gradient: Gradient = "bptt",
+    noise: Noise | None = None,
+    key: Array | None = None,
+    deterministic: bool = False,
+    first_step: int | Array = 0,
+    tap: Any = None,
+) -> tuple[Any, Array]:
+    """Runs a model with one output for each sequence, many to one, and returns (h_last, outputs).
+
+    The head reads the last state of the top layer (of both directions: forward's after the last
+    valid step beside, or plus, backward's after the first). With residual it reads the sum of the
+    last states of all layers.
+
+    Args:
+      params: of the model.
+      xs: [T, ..., I].
+      h0: in the form of `init_state`; None for zeros.
+      mask, resets, merge, residual, dropout, reverse, axis, gradient, noise, key, deterministic,
+        first_step, tap: as in `gru_stack`; the output rate of dropout acts on what the head
+        reads.
+
+    Returns:
+      h_last, as `gru_stack`, and outputs [..., K], float32 for half types.
+
+    Raises:
+      ValueError, TypeError: as `gru_stack`.
+
+    >>> from jaxgru.models import init_sequence_model
+    >>> params = init_sequence_model(jax.random.key(0), 2, 3, 1, bidirectional=True)
+    >>> h_last, outputs = final_outputs(params, jnp.ones((5, 4, 2)))
+    >>> outputs.shape
+    (4, 1)
+    """
+    function = "final_outputs"
+    require_model(function, params, SequenceParams, merge)
+    dropout = require_dropout(function, dropout)
+    require_noise(function, noise, key, deterministic, dropout.rates())
+    stack_key = head_key = None
+    if key is not None and not deterministic:
+        stack_key, head_key = jax.random.split(key)
+    inner = dataclasses.replace(dropout, output=0.0)
+    h_last, _ = check_and_run(
+        function, params.layers, xs, h0, mask, resets, merge, residual, inner, noise, stack_key,
+        deterministic, reverse, axis, gradient, first_step, tap,
+    )  # fmt: skip
+    finals = [merge_directions(merge, *h) if isinstance(h, Bidirectional) else h for h in h_last]
+    final = functools.reduce(jnp.add, finals) if residual else finals[-1]
+    return h_last, apply_head(params, drop(head_key, final, dropout.output))
+
+
+def token_logits(
+    params: TokenParams,
+    tokens: Array,
+    h0: Any = None,
+    *,
+    mask: Array | None = None,
+    resets: Array | None = None,
+    merge: Merge = "concat",
+    residual: bool = False,
+    dropout: float | Dropout = 0.0,
+    reverse: bool = False,
+    axis: int = 0,
+    gradient: Gradient = "bptt",
+    noise: Noise | None = None,
+    key: Array | None = None,
+    deterministic: bool = False,
+    first_step: int | Array = 0,
+    tap: Any = None,
+) -> tuple[Any, Array]:
+    """Runs a token model and returns (h_last, logits of the token after each token).
+
+    Args:
+      params: of the model.
+      tokens: [T, ...] integers in [0, V). Inside jit JAX clamps an index outside of it; check
+        tokens where they are made.
+      h0: in the form of `init_state`; None for zeros.
+      mask, resets, merge, residual, dropout, reverse, axis, gradient, noise, key, deterministic,
+        first_step, tap: as in `gru_stack`.
+
+    Returns:
+      h_last, as `gru_stack`, and logits [T, ..., V], float32 for half types.
+
+    Raises:
+      TypeError: tokens are no integers.
+      ValueError, TypeError: as `gru_stack`.
+
+    Cost: that of `gru_stack`, and HV multiply-adds a token for the head.
+
+    >>> from jaxgru.models import init_token_model
+    >>> params = init_token_model(jax.random.key(0), 5, 3)
+    >>> h_last, logits = token_logits(params, jnp.array([1, 2, 0, 4]))
+    >>> h_last[0].shape, logits.shape
+    ((3,), (4, 5))
+    """
+    function = "token_logits"
+    require_model(function, params, TokenParams, merge)
+    require_labels(function, "tokens", tokens)
+    xs = embed(params, tokens)
+    h_last, ys = check_and_run(
+        function, params.layers, xs, h0, mask, resets, merge, residual, dropout, noise, key,
+        deterministic, reverse, axis, gradient, first_step, tap,
+    )  # fmt: skip
+    return h_last, apply_head(params, ys)
+
+
+def token_loss(
+    params: TokenParams,
+    tokens: Array,
+    targets: Array,
+    h0: Any = None,
+    *,
+    reduction: Reduction = "mean",
+    mask: Array | None = None,
+    resets: Array | None = None,
+    merge: Merge = "concat",
+    residual: bool = False,
+    dropout: float | Dropout = 0.0,
+    reverse: bool = False,
+    axis: int = 0,
+    gradient: Gradient = "bptt",
+    noise: Noise | None = None,
+    key: Array | None = None,
+    deterministic: bool = False,
+    first_step: int | Array = 0,
+    tap: Any = None,
+) -> tuple[Array, Any]:
+    """The cross-entropy of the next token, -log softmax(logits)[target], in nats: (loss, h_last).
+
+    Args:
+      params: of the model.
+      tokens: [T, ...] integers in [0, V).
+      targets: [T, ...] integers in [0, V): the token that follows each token.
+      h0: in the form of `init_state`; None for zeros. For truncated backpropagation through time,
+        pass the last call's h_last, from outside of what is differentiated.
+      reduction: "mean" over the counted targets (0 if there are none), "sum", ... as in
+        `jaxgru.losses`.
+      mask, resets, merge, residual, dropout, reverse, axis, gradient, noise, key, deterministic,
+        first_step, tap: as in `gru_stack`; targets at masked steps are not counted.
+
+    Returns:
+      loss, a scalar ([T, ...] for reduction="none"; float32 for half types), and h_last, as
+      `gru_stack`: the order that `jax.value_and_grad(..., has_aux=True)` wants.
+
+    Raises:
+      ValueError: targets do not have the shape of tokens, or the reduction is unknown.
+      TypeError: tokens or targets are no integers.
+
+    >>> from jaxgru.models import init_token_model
+    >>> params = init_token_model(jax.random.key(0), 5, 3)
+    >>> params = params._replace(w=jnp.zeros((3, 5)))
+    >>> loss, _ = token_loss(params, jnp.array([1, 2]), jnp.array([2, 3]))
+    >>> round(float(loss), 4)  # log 5
+    1.6094
+    """
+    function = "token_loss"
+    require_model(function, params, TokenParams, merge)
+    require_choice(function, "reduction", reduction, get_args(Reduction))
+    require_labels(function, "tokens", tokens)
+    require_labels(function, "targets", targets)
+    if targets.shape != tokens.shape:
+        raise ValueError(
+            f"{function}: targets must have the shape of tokens, {tokens.shape}, "
+            f"got {targets.shape}."
+        )
+    xs = embed(params, tokens)
+    h_last, ys = check_and_run(
+        function, params.layers, xs, h0, mask, resets, merge, residual, dropout, noise, key,
+        deterministic, reverse, axis, gradient, first_step, tap,
+    )  # fmt: skip
+    logits = apply_head(params, ys)
+    return categorical_loss(logits, targets, mask, reduction=reduction, axis=axis), h_last

@@ -1,0 +1,174 @@
+"""The parameters of models: a stack, and a linear head on its outputs."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxgru.core.checks import require_count, require_dtype
+from jaxgru.core.matmul import state_dtype
+from jaxgru.core.parameters import CHO_2014, GRUSpec, Scheme
+from jaxgru.stacks.forms import Layer, Merge, output_size_of
+from jaxgru.stacks.initializers import init_stack
+
+Array = jax.Array
+
+
+class SequenceParams(NamedTuple):
+    """The arrays of a model with K outputs."""
+
+    layers: tuple[Layer, ...]
+    w: Array  # [H, K], H the size of the top layer's outputs
+    b: Array  # [K]
+
+
+class TokenParams(NamedTuple):
+    """The arrays of a token model with V tokens; embedding None feeds one-hot rows of size V."""
+
+    embedding: Array | None  # [V, E]
+    layers: tuple[Layer, ...]
+    w: Array  # [H, V]
+    b: Array  # [V]
+
+
+def init_sequence_model(
+    key: Array,
+    input_size: int,
+    hidden_size: int | Sequence[int],
+    output_size: int,
+    *,
+    num_layers: int | None = None,
+    spec: GRUSpec = CHO_2014,
+    bidirectional: bool = False,
+    merge: Merge = "concat",
+    bias: bool = True,
+    layer_norm: bool = False,
+    scheme: Scheme = "orthogonal",
+    dtype: Any = jnp.float32,
+) -> SequenceParams:
+    """Draws a model: `init_stack`, and a head drawn LeCun normal with zero bias.
+
+    Args:
+      key: a `jax.random.key`.
+      input_size: I.
+      hidden_size: H of every layer, or a sequence with the H of each.
+      output_size: K.
+      num_layers: as in `init_stack`, and so are the following.
+      spec: the equation of every layer.
+      bidirectional: True makes every layer a `Bidirectional`.
+      merge: how the directions will be joined.
+      bias: False leaves the biases of the layers out.
+      layer_norm: True adds layer-norm scales.
+      scheme: how the layers are drawn.
+      dtype: of every array.
+
+    Returns:
+      SequenceParams: layers, w [H, K] ([2H, K] for two directions side by side), b [K].
+
+    Raises:
+      ValueError, TypeError: a size is no positive integer, or as `init_stack`.
+
+    >>> params = init_sequence_model(jax.random.key(0), 2, 3, 1, bidirectional=True)
+    >>> params.w.shape
+    (6, 1)
+    """
+    require_count("init_sequence_model", "output_size", output_size)
+    key_layers, key_head = jax.random.split(key)
+    layers = init_stack(
+        key_layers, input_size, hidden_size, num_layers, spec=spec, bidirectional=bidirectional,
+        merge=merge, bias=bias, layer_norm=layer_norm, scheme=scheme, dtype=dtype,
+    )  # fmt: skip
+    return SequenceParams(layers, *_init_head(key_head, layers, output_size, merge, dtype))
+
+
+def init_token_model(
+    key: Array,
+    vocab_size: int,
+    hidden_size: int | Sequence[int],
+    *,
+    embedding_size: int | None = None,
+    num_layers: int | None = None,
+    spec: GRUSpec = CHO_2014,
+    bidirectional: bool = False,
+    merge: Merge = "concat",
+    bias: bool = True,
+    layer_norm: bool = False,
+    scheme: Scheme = "orthogonal",
+    dtype: Any = jnp.float32,
+) -> TokenParams:
+    """Draws a token model: embedding N(0, 1), `init_stack`, head LeCun normal with zero bias.
+
+    Args:
+      key: a `jax.random.key`.
+      vocab_size: V.
+      hidden_size: H of every layer, or a sequence with the H of each.
+      embedding_size: E; None feeds the tokens as one-hot rows.
+      num_layers: as in `init_stack`, and so are the following.
+      spec: the equation of every layer.
+      bidirectional: True makes every layer a `Bidirectional`.
+      merge: how the directions will be joined.
+      bias: False leaves the biases of the layers out.
+      layer_norm: True adds layer-norm scales.
+      scheme: how the layers are drawn.
+      dtype: of every array.
+
+    Returns:
+      TokenParams: embedding [V, E] or None, layers, w [H, V], b [V].
+
+    Raises:
+      ValueError, TypeError: a size is no positive integer, or as `init_stack`.
+
+    >>> params = init_token_model(jax.random.key(0), 5, 3, embedding_size=2)
+    >>> params.embedding.shape, params.layers[0].w_x.shape, params.w.shape
+    ((5, 2), (2, 9), (3, 5))
+    """
+    require_count("init_token_model", "vocab_size", vocab_size)
+    dtype = require_dtype("init_token_model", dtype)
+    key_embedding, key_layers, key_head = jax.random.split(key, 3)
+    embedding = None
+    if embedding_size is not None:
+        require_count("init_token_model", "embedding_size", embedding_size)
+        embedding = jax.random.normal(key_embedding, (vocab_size, embedding_size), dtype)
+    input_size = vocab_size if embedding_size is None else embedding_size
+    layers = init_stack(
+        key_layers, input_size, hidden_size, num_layers, spec=spec, bidirectional=bidirectional,
+        merge=merge, bias=bias, layer_norm=layer_norm, scheme=scheme, dtype=dtype,
+    )  # fmt: skip
+    return TokenParams(embedding, layers, *_init_head(key_head, layers, vocab_size, merge, dtype))
+
+
+def _init_head(key, layers, output_size, merge, dtype):
+    """w, LeCun normal, and b, zero, on the outputs of the top layer."""
+    shape = (output_size_of(layers[-1], merge), output_size)
+    return jax.nn.initializers.lecun_normal()(key, shape, dtype), jnp.zeros(output_size, dtype)
+
+
+def apply_head(params: SequenceParams | TokenParams, hs: Array) -> Array:
+    """h w + b, summed in the state dtype: float32 for half types."""
+    contract = (((hs.ndim - 1,), (0,)), ((), ()))
+    wide = state_dtype(params.w.dtype)
+    outputs = lax.dot_general(hs, params.w, contract, preferred_element_type=wide)
+    return outputs + params.b.astype(wide).reshape((1,) * (outputs.ndim - 1) + params.b.shape)
+
+
+def embed(params: TokenParams, tokens: Array) -> Array:
+    """x = embedding[token], or the one-hot row."""
+    if params.embedding is None:
+        return jax.nn.one_hot(tokens, params.w.shape[1], dtype=params.w.dtype)
+    return jnp.asarray(params.embedding)[tokens]  # NumPy cannot be indexed by traced arrays
+
+
+def require_model(function: str, params: Any, kind: type, merge: Merge) -> None:
+    """TypeError or ValueError unless params are of that kind and their head fits their layers."""
+    if not isinstance(params, kind):
+        raise TypeError(
+            f"{function}: params must be a {kind.__name__}, got {type(params).__name__}."
+        )
+    size = output_size_of(params.layers[-1], merge)
+    if params.w.shape[0] != size:
+        raise ValueError(
+            f"{function}: params.w must have {size} rows (the outputs of the top layer, "
+            f"merge={merge!r}), got {params.w.shape[0]}; pass the merge that it was made with."
+        )

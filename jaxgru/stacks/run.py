@@ -1,0 +1,310 @@
+"""Runs layers of one or two directions, and stacks of them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxgru.core.gradient import Gradient
+from jaxgru.core.noise import Noise
+from jaxgru.core.parameters import GRUParams
+from jaxgru.core.recurrence import run_gru
+from jaxgru.stacks.checks import (
+    StackConfig,
+    require_call,
+    require_grus,
+    require_options,
+    require_stack,
+    require_step,
+)
+from jaxgru.stacks.dropout import Dropout, drop_steps
+from jaxgru.stacks.forms import Bidirectional, Layer, Merge
+
+Array = jax.Array
+
+
+def gru_bidirectional(
+    params: Bidirectional,
+    xs: Array,
+    h0: Bidirectional | tuple[Array, Array] | None = None,
+    *,
+    mask: Array | None = None,
+    resets: Array | None = None,
+    merge: Merge = "concat",
+    axis: int = 0,
+    gradient: Gradient = "bptt",
+    noise: Noise | None = None,
+    key: Array | None = None,
+    deterministic: bool = False,
+    first_step: int | Array = 0,
+    tap: Any = None,
+) -> tuple[Bidirectional, Array]:
+    """Runs one GRU forward and one backward over a sequence and returns (h_last, ys).
+
+    ys_t = [forward_t | backward_t], or their sum (Schuster and Paliwal 1997; `torch.nn.GRU` and
+    Keras's `Bidirectional` concatenate).
+
+    Args:
+      params: of both directions.
+      xs: [T, ..., I].
+      h0: forward's state [..., H] before the first step and backward's after the last, a pair or
+        `Bidirectional`; None for zeros.
+      mask: [T, ...] bool, True = valid step. Backward starts with the last valid step.
+      resets: [T, ...] bool. True at t separates step t from step t - 1 in both directions: forward
+        is reset before step t, backward before step t - 1.
+      merge: "concat" or "sum".
+      axis: the axis of time, as in `gru`.
+      gradient: as in `gru`.
+      noise: as in `gru`; each direction draws its own masks.
+      key: as in `gru`.
+      deterministic: as in `gru`.
+      first_step: as in `gru`.
+      tap: a pair of taps, from `init_taps`; see `gru`.
+
+    Returns:
+      h_last, a `Bidirectional` of forward's state after the last step and backward's after the
+      first; and ys [T, ..., 2H], or [T, ..., H] for "sum".
+
+    Raises:
+      ValueError: merge is unknown, h0 is no pair, or as `gru`.
+      TypeError: params is no `Bidirectional`, or as `gru`.
+
+    Cost: twice that of `gru`.
+
+    >>> from jaxgru import init_stack
+    >>> (layer,) = init_stack(jax.random.key(0), 2, 3, bidirectional=True)
+    >>> h_last, ys = gru_bidirectional(layer, jnp.ones((5, 4, 2)))
+    >>> h_last.forward.shape, ys.shape
+    ((4, 3), (5, 4, 6))
+    """
+    function = "gru_bidirectional"
+    if not isinstance(params, Bidirectional):
+        found = type(params).__name__
+        raise TypeError(f"{function}: params must be a Bidirectional, got {found}.")
+    require_grus(function, params)
+    config, axis = require_call(
+        function, params, xs, h0, mask, resets, merge, False, 0.0, noise, key, deterministic,
+        False, axis, gradient, first_step, tap,
+    )  # fmt: skip
+    arrays = time_first(axis, xs, mask, resets, tap)
+    h_last, ys = _run_layer(config, params, h0, key, first_step, *arrays)
+    return h_last, jnp.moveaxis(ys, 0, axis)
+
+
+def gru_stack(
+    params: Sequence[Layer],
+    xs: Array,
+    h0: Sequence[Any] | None = None,
+    *,
+    mask: Array | None = None,
+    resets: Array | None = None,
+    merge: Merge = "concat",
+    residual: bool = False,
+    dropout: float | Dropout = 0.0,
+    reverse: bool = False,
+    axis: int = 0,
+    gradient: Gradient = "bptt",
+    noise: Noise | None = None,
+    key: Array | None = None,
+    deterministic: bool = False,
+    first_step: int | Array = 0,
+    tap: Sequence[Any] | None = None,
+) -> tuple[tuple[Any, ...], Array]:
+    """Runs a stack of GRU layers over a sequence and returns (h_last, ys).
+
+        y^0 = drop(xs),   x^l = drop(y^{l-1}) for l > 1,   y^l = layer_l(x^l)
+        residual:  y^l = layer_l(x^l) + y^{l-1} for l > 1
+        ys = drop(y^L)
+
+    With parameters of spec=PYTORCH that is `torch.nn.GRU(num_layers=..., bidirectional=...,
+    dropout=...)`, but for outputs on padding: here they repeat the last state, and there an
+    unpacked sequence has zeros.
+
+    Args:
+      params: a sequence of `GRUParams` and `Bidirectional` layers; each may have its own spec.
+      xs: [T, ..., I].
+      h0: a sequence with the initial state of each layer, in the form of `init_state`; None for
+        zeros.
+      mask: [T, ...] bool, True = valid step, in every layer and direction.
+      resets: [T, ...] bool, in every layer; see `gru_bidirectional`.
+      merge: how the directions of a `Bidirectional` are joined, "concat" or "sum".
+      residual: True adds each layer's input to its output, from the second layer on (Wu et al.
+        2016, arXiv:1609.08144, eq. 6).
+      dropout: the rate in [0, 1) between layers, or a `Dropout`.
+      reverse: as in `gru`, where no layer is `Bidirectional`.
+      axis: the axis of time, as in `gru`.
+      gradient: as in `gru`, for every layer.
+      noise: as in `gru`, for every layer.
+      key: as in `gru`; dropout needs it too.
+      deterministic: True for evaluation: no dropout, and zoneout's mean.
+      first_step: as in `gru`; for dropout, too.
+      tap: a sequence with the tap of each layer, from `init_taps`; see `gru`.
+
+    Returns:
+      h_last, a tuple with the last state of each layer, in the form of `init_state`; and ys
+      [T, ..., H], the outputs of the top layer ([T, ..., 2H] if bidirectional and "concat").
+
+    Raises:
+      ValueError: the sizes of layers or states do not fit, a rate is above 0 without a key, a
+        choice is unknown, or as `gru`.
+      TypeError: params is no sequence of layers, or as `gru`.
+
+    Cost: the sum of the layers'. Dropout saves its key; the backward pass draws its masks again.
+    Batch-major xs are transposed once, and ys once back.
+
+    >>> from jaxgru import init_stack
+    >>> layers = init_stack(jax.random.key(0), 2, 3, num_layers=2, bidirectional=True)
+    >>> h_last, ys = gru_stack(layers, jnp.ones((5, 4, 2)), dropout=0.2, key=jax.random.key(1))
+    >>> ys.shape, h_last[1].forward.shape
+    ((5, 4, 6), (4, 3))
+    """
+    return check_and_run(
+        "gru_stack", params, xs, h0, mask, resets, merge, residual, dropout, noise, key,
+        deterministic, reverse, axis, gradient, first_step, tap,
+    )  # fmt: skip
+
+
+def gru_stack_cell(
+    params: Sequence[Layer],
+    x: Array,
+    h: Sequence[Array],
+    *,
+    mask: Array | None = None,
+    resets: Array | None = None,
+    residual: bool = False,
+    dropout: float | Dropout = 0.0,
+    noise: Noise | None = None,
+    key: Array | None = None,
+    deterministic: bool = False,
+    gradient: Gradient = "bptt",
+    first_step: int | Array = 0,
+) -> tuple[tuple[Array, ...], Array]:
+    """Runs a stack for one step and returns (h, y): for streams.
+
+    Args:
+      params: a sequence of `GRUParams`.
+      x: [..., I].
+      h: a sequence with the state [..., H] of each layer; the first from `init_state`.
+      mask: [...] bool.
+      resets: [...] bool.
+      residual: as in `gru_stack`.
+      dropout: as in `gru_stack`.
+      noise: as in `gru_stack`.
+      key: as in `gru_stack`. Give every step of a stream the same key and its own first_step.
+      deterministic: as in `gru_stack`.
+      gradient: as in `gru_stack`.
+      first_step: the number of the step.
+
+    Returns:
+      h, the states after the step, and y [..., H], the output of the top layer.
+
+    Raises:
+      ValueError: a layer is `Bidirectional`, or as `gru_stack`.
+      TypeError: as `gru_stack`.
+
+    Cost: that of one step; XLA removes the loop of length 1.
+
+    >>> from jaxgru import init_stack, init_state
+    >>> layers = init_stack(jax.random.key(0), 2, 3, num_layers=2)
+    >>> h, y = gru_stack_cell(layers, jnp.ones((4, 2)), init_state(layers, (4,)))
+    >>> y.shape
+    (4, 3)
+    """
+    function = "gru_stack_cell"
+    require_stack(function, params)
+    if any(isinstance(layer, Bidirectional) for layer in params):
+        raise ValueError(
+            f"{function}: params must hold layers of one direction, got a Bidirectional, whose "
+            "outputs depend on later inputs; use gru_stack on whole sequences."
+        )
+    config = require_options(
+        function, params, "concat", residual, dropout, noise, key, deterministic, False, gradient,
+        first_step,
+    )  # fmt: skip
+    require_step(function, params, x, h, mask, resets, residual)
+    xs, mask, resets = (None if v is None else jnp.asarray(v)[None] for v in (x, mask, resets))
+    h_next, ys = run_stack(config, params, h, key, first_step, xs, mask, resets)
+    return h_next, ys[0]
+
+
+def check_and_run(
+    function: str, params: Any, xs: Any, h0: Any, mask: Any, resets: Any, merge: Any,
+    residual: Any, dropout: Any, noise: Any, key: Any, deterministic: Any, reverse: Any, axis: Any,
+    gradient: Any, first_step: Any, tap: Any,
+) -> tuple[tuple[Any, ...], Array]:  # fmt: skip
+    """`gru_stack` under the name of the function that its errors are to begin with."""
+    require_stack(function, params)
+    config, axis = require_call(
+        function, params, xs, h0, mask, resets, merge, residual, dropout, noise, key,
+        deterministic, reverse, axis, gradient, first_step, tap,
+    )  # fmt: skip
+    arrays = time_first(axis, xs, mask, resets, tap)
+    h_last, ys = run_stack(config, params, h0, key, first_step, *arrays)
+    return h_last, jnp.moveaxis(ys, 0, axis)
+
+
+def run_stack(
+    config: StackConfig, params: Any, h0: Any, key: Any, first_step: Any, xs: Any, mask: Any,
+    resets: Any, tap: Any = None,
+) -> tuple[tuple[Any, ...], Array]:  # fmt: skip
+    """`gru_stack` of checked arguments, with time in front."""
+    dropout, count = config.dropout, 2 * len(params) + 1
+    keys: Any = [None] * count
+    if key is not None and not config.deterministic:
+        keys = jax.random.split(key, count)
+    numbers = None
+    if not dropout.variational:
+        numbers = first_step + lax.broadcasted_iota(jnp.int32, (xs.shape[0],), 0)
+    ys, h_last = xs, []
+    for n, layer in enumerate(params):
+        inputs = drop_steps(keys[2 * n], ys, dropout.between if n else dropout.input, numbers)
+        h, hs = _run_layer(
+            config, layer, _entry(h0, n), keys[2 * n + 1], first_step, inputs, mask, resets,
+            _entry(tap, n),
+        )  # fmt: skip
+        ys = hs + ys if config.residual and n else hs
+        h_last.append(h)
+    return tuple(h_last), drop_steps(keys[-1], ys, dropout.output, numbers)
+
+
+def _run_layer(config, layer, h0, key, first_step, xs, mask, resets, tap) -> Any:
+    """(h_last, ys) of one layer, in one direction or both."""
+    options = {"rule": config.rule, "noise": config.noise, "deterministic": config.deterministic}
+    if isinstance(layer, GRUParams):
+        return run_gru(
+            layer, xs, h0, mask, resets, key, first_step, tap, reverse=config.reverse, **options
+        )
+    keys = (None, None) if key is None else jax.random.split(key)
+    flags = (resets, reverse_resets(resets))
+    (forward, hs), (backward, reverse_hs) = (
+        run_gru(
+            layer[d], xs, _entry(h0, d), mask, flags[d], keys[d], first_step, _entry(tap, d),
+            reverse=bool(d), **options,
+        )
+        for d in range(2)
+    )  # fmt: skip
+    return Bidirectional(forward, backward), merge_directions(config.merge, hs, reverse_hs)
+
+
+def merge_directions(merge: Merge, *outputs: Array) -> Array:
+    """The outputs of one or two directions side by side, or their sum."""
+    return sum(outputs[1:], outputs[0]) if merge == "sum" else jnp.concatenate(outputs, axis=-1)
+
+
+def reverse_resets(resets: Array | None) -> Array | None:
+    """Resets of the backward direction: what separates t - 1 from t comes before step t - 1."""
+    if resets is None:
+        return None
+    none = jnp.zeros_like(resets, shape=(1, *resets.shape[1:]))
+    return jnp.concatenate([resets, none])[1:]
+
+
+def time_first(axis: int, *trees: Any) -> Any:
+    """Every array of the trees with its axis of time in front."""
+    return jax.tree.map(lambda v: jnp.moveaxis(v, axis, 0), trees)
+
+
+def _entry(tree, n):
+    return None if tree is None else tree[n]

@@ -11,7 +11,7 @@
 It first proves its gradient against `jax.grad` on its own model and first batch, then trains on
 contiguous streams with the state carried from batch to batch and cut (truncated BPTT). The batch is
 divided over all devices, of all processes. A run folder holds config.json, metrics.jsonl,
-checkpoints, loss.png, samples.txt, cross_check.txt and weights.npz.
+checkpoints, loss.png, samples.txt, cross_check.txt and weights.safetensors.
 """
 
 import argparse
@@ -32,9 +32,10 @@ import optax
 
 import jaxgru
 from experiments import data, distributed, runs
-from jaxgru import checks, models, training
+from jaxgru import checks, interop, models, training
 
 HEADING = "--- update"  # of a sample
+WEIGHTS = "weights.safetensors"
 SPECS = {"cho": jaxgru.CHO_2014, "chung": jaxgru.CHUNG_2014, "pytorch": jaxgru.PYTORCH}
 PRESETS = {
     "default": {},
@@ -106,7 +107,9 @@ def parse_args(argv):
 
 def main(argv=None):
     args = parse_args(argv)
-    return runs.run_script("char_lm", lambda: sample(args) if args.sample else train(args))
+    return runs.run_script(
+        "char_lm", lambda: sample(args) if args.sample else train(args), ("safetensors",)
+    )
 
 
 def train(args):
@@ -143,15 +146,16 @@ def train(args):
     h0 = jaxgru.init_state(params.layers, (args.batch_size,))
     checked = (run / runs.CHECKPOINTS).exists()  # before the run was stopped
     mine = jax.tree.map(lambda h: h[rows], h0)
-    passed = checked or not main or cross_check(args, run, params, mine, inputs[0], targets[0])
-    if not distributed.agree(passed):
+    passed = training.on_process_zero(
+        lambda: checked or cross_check(args, run, params, mine, inputs[0], targets[0])
+    )
+    if not training.broadcast_from_process_zero(passed):
         return 1
     optimizer = make_optimizer(args, num_updates)
     state = training.init_train_state(params, optimizer, key=key_state, carry=h0)
     state = layout.place_state(state)
     evaluate = functools.partial(evaluate_streams, args, streams=validation)
     train_step = training.make_train_step(make_loss(args), optimizer, layout=layout)
-    metadata = {"config": runs.config_of(args), "vocabulary_sha256": digest(vocabulary)}
     every = args.evaluate_every or len(inputs)
 
     def draw_batches(start):
@@ -177,12 +181,12 @@ def train(args):
     except training.NonFiniteError as error:
         if not main:
             return 1
-        training.save_arrays(run / "weights.npz", error.state.params, metadata)
+        save_weights(run, args, error.state.params, vocabulary)
         print(f"char_lm: {error} They are in {run}.", file=sys.stderr)
         return 1
     if not main:
         return 0
-    training.save_arrays(run / "weights.npz", state.params, metadata)
+    save_weights(run, args, state.params, vocabulary)
     records = runs.read_records(run)
     plot(run / "loss.png", records)
     last = {k: v for k, v in records[-1].items() if "bits" in k or k in ("seconds",)}
@@ -208,20 +212,34 @@ def sample(args):
 
 
 def load_run(run):
-    """(its options, vocabulary, params) of a run folder; DataError where it is not whole."""
+    """(its options, vocabulary, params) of a run folder; DataError where it is not intact."""
     try:
         config = json.loads((run / "config.json").read_text("utf-8"))
         vocabulary = config["vocabulary"]
         trained = argparse.Namespace(**config)
         like = jax.eval_shape(lambda: init_params(trained, jax.random.key(0), len(vocabulary)))
-        if training.read_metadata(run / "weights.npz")["vocabulary_sha256"] != digest(vocabulary):
+        params, metadata = interop.load_weights(run / WEIGHTS)
+        if metadata["vocabulary_sha256"] != digest(vocabulary):
             raise data.DataError(f"{run} holds weights of another vocabulary than its config.json")
-        return trained, vocabulary, training.load_arrays(run / "weights.npz", like)
+        if sizes(params) != sizes(like):
+            raise data.DataError(f"{run} holds weights of another model than its config.json")
+        return trained, vocabulary, jax.tree.map(jnp.asarray, params)
     except (FileNotFoundError, KeyError) as error:
         missing = getattr(error, "filename", None) or error
         raise data.DataError(f"{run} is no run folder of char_lm: it has no {missing}") from None
     except (ValueError, TypeError, AttributeError) as error:
-        raise data.DataError(f"{run} is no whole run folder: {error}") from None
+        raise data.DataError(f"{run} is no intact run folder: {error}") from None
+
+
+def save_weights(run, args, params, vocabulary):
+    """weights.safetensors of a run, with what it takes to know whose they are."""
+    metadata = {"config": runs.config_of(args), "vocabulary_sha256": digest(vocabulary)}
+    interop.save_weights(run / WEIGHTS, params, metadata=metadata)
+
+
+def sizes(params):
+    """The structure of parameters, with the shape and dtype of each."""
+    return jax.tree.structure(params), [(v.shape, v.dtype) for v in jax.tree.leaves(params)]
 
 
 def init_params(args, key, vocab_size):
@@ -259,7 +277,7 @@ def make_loss(args, **gru_options):
 
 def make_optimizer(args, num_updates):
     clips = [optax.clip(args.clip_value)] if args.clip_value else []
-    clips += [optax.clip_by_global_norm(args.clip_norm)] if args.clip_norm else []
+    clips += [training.clip_by_global_norm(args.clip_norm)] if args.clip_norm else []
     if args.optimizer == "sgd":
         return optax.chain(*clips, optax.sgd(args.learning_rate))
     warm_up = min(args.warm_up, num_updates // 2)

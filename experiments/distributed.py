@@ -4,7 +4,6 @@ In several processes every one runs the whole script. What they do with the devi
 together; process 0 alone writes and prints.
 """
 
-import hashlib
 import math
 import pathlib
 from collections.abc import Callable
@@ -12,7 +11,6 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from experiments.data import DataError
 from jaxgru import training
@@ -56,7 +54,7 @@ def is_main() -> bool:
 def make_layout(batch_size: int, **choices: Any) -> training.Layout:
     """A layout over all devices; some stay idle where a lone process's batch does not divide.
 
-    `choices` are those of `jaxgru.Layout`. The devices stand in their own order, so that every
+    `choices` are those of `training.Layout`. The devices stand in their own order, so that every
     process reads rows without gaps.
     """
     devices = jax.devices()
@@ -70,56 +68,22 @@ def make_layout(batch_size: int, **choices: Any) -> training.Layout:
     return training.Layout(jax.sharding.Mesh(np.array(devices), ("data",)), **choices)
 
 
-def together(run: Callable[[], Result], *, main_only: bool = False) -> Any:
-    """What run() returns here; where it fails in one process, all of them stop.
-
-    With main_only it runs in process 0 alone and the others wait for it, with None.
-    """
-    result = error = None
-    if is_main() or not main_only:
-        try:
-            result = run()
-        except (DataError, OSError) as caught:
-            error = caught
-    if not agree(error is None) and error is None:
-        error = DataError("another process stopped; its own message tells why")
-    if error is not None:
-        raise error
-    return result
-
-
 def share_path(run: Callable[[], pathlib.Path]) -> pathlib.Path:
     """The path that run() returns in process 0, in all of them: a folder that they share."""
-    path = together(run, main_only=True)
-    if jax.process_count() == 1:
-        return path
-    buffer = np.zeros(4096, np.uint8)
-    if is_main():
-        name = str(path.absolute()).encode()
-        buffer[: len(name)] = np.frombuffer(name, np.uint8)
-    found = multihost_utils.broadcast_one_to_all(buffer)
-    return pathlib.Path(np.asarray(found).tobytes().rstrip(b"\0").decode())
+    path = training.on_process_zero(lambda: str(run().absolute()))
+    return pathlib.Path(training.broadcast_from_process_zero(path))
 
 
 def main_first(run: Callable[[], Result]) -> Result:
     """What run() returns, which runs in process 0 before it does in the others."""
-    first = together(run, main_only=True)
-    return together(lambda: first if is_main() else run())
-
-
-def agree(value: bool) -> bool:
-    """True where it is true in all processes."""
-    if jax.process_count() == 1:
-        return value
-    return bool(multihost_utils.process_allgather(np.array(value)).all())
+    first = training.on_process_zero(run)
+    return training.on_all_processes(run if first is None else lambda: first)
 
 
 def require_same(subject: str, content: str) -> None:
     """DataError in every process unless all of them hold the same content."""
-    if jax.process_count() > 1:
-        digest = np.frombuffer(hashlib.sha256(content.encode()).digest(), np.uint8)
-        if (multihost_utils.process_allgather(digest) != digest).any():
-            raise DataError(f"{subject} differs between processes")
+    if not training.same_on_all_processes(content):
+        raise DataError(f"{subject} differs between processes")
 
 
 def describe(layout: training.Layout) -> str:

@@ -158,7 +158,7 @@ def train_model(args, run, fields, task, num_updates, seed):
 
     learning_rate = args.gru_learning_rate if model == "GRU" else args.rnn_learning_rate
     schedule = optax.cosine_decay_schedule(learning_rate, num_updates)
-    optimizer = optax.chain(optax.clip_by_global_norm(args.clip_norm), optax.adam(schedule))
+    optimizer = optax.chain(training.clip_by_global_norm(args.clip_norm), optax.adam(schedule))
     before = init_params(key_params, task, args, len(test[0]))
     params = jax.tree.map(jnp.copy, before)  # the train step takes its buffers over
     state = training.init_train_state(params, optimizer, key=key_state)

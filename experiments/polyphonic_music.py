@@ -11,9 +11,9 @@ averaged over all predicted steps. A recurrent mask of a sequence drops units fr
 with w_h (Gal and Ghahramani 2016, arXiv:1512.05287), a fresh one each step from what the head
 reads. The epoch that is best on validation is kept and tested once.
 
-A run folder holds config.json, metrics.jsonl, checkpoints, result.json, weights.npz, loss.png and
-pianoroll.png: a test piece, its prediction one step ahead, and a piece that the model goes on with
-by itself.
+A run folder holds config.json, metrics.jsonl, checkpoints, result.json, weights.safetensors,
+loss.png and pianoroll.png: a test piece, its prediction one step ahead, and a piece that the model
+goes on with by itself.
 """
 
 import argparse
@@ -31,7 +31,7 @@ import optax
 
 import jaxgru
 from experiments import data, runs
-from jaxgru import models, training
+from jaxgru import interop, models, training
 
 SPEC = jaxgru.PYTORCH
 SMOKE = {
@@ -80,7 +80,8 @@ def parse_args(argv):
 
 def main(argv=None):
     args = parse_args(argv)
-    return runs.run_script("polyphonic_music", lambda: train(args), ("scipy.io",))
+    extras = ("scipy.io", "safetensors")
+    return runs.run_script("polyphonic_music", lambda: train(args), extras)
 
 
 def train(args):
@@ -95,7 +96,8 @@ def train(args):
     print(f"{counts} pieces; {runs.describe_device()}")
     updates_per_epoch = math.ceil(len(train_rolls) / args.batch_size)
     best = fit_model(args, run, updates_per_epoch, train_rolls, valid_rolls, digest)
-    training.save_arrays(run / "weights.npz", best.params, {"config": runs.config_of(args)})
+    metadata = {"config": runs.config_of(args)}
+    interop.save_weights(run / "weights.safetensors", best.params, metadata=metadata)
     records = training.read_json_lines(run / runs.METRICS)
     scores = score_best(best, updates_per_epoch, train_rolls, valid_rolls, test_rolls)
     runs.write_json(run / "result.json", scores)
@@ -126,7 +128,7 @@ def fit_model(args, run, updates_per_epoch, train_rolls, valid_rolls, digest):
     params = init_params(args, key_params, train_rolls)
     num_updates = args.epochs * updates_per_epoch
     schedule = optax.cosine_decay_schedule(args.learning_rate, num_updates)
-    optimizer = optax.chain(optax.clip_by_global_norm(args.clip_norm), optax.adam(schedule))
+    optimizer = optax.chain(training.clip_by_global_norm(args.clip_norm), optax.adam(schedule))
     state = training.init_train_state(params, optimizer, key=key_state)
     batches = cut_batches(valid_rolls)
 

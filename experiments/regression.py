@@ -14,7 +14,7 @@ The series is split in time. The training part alone sets the scale and trains, 
 chooses among the updates, and the test part is scored once, at the end: one step ahead, beside the
 last value and a linear autoregression; and free-running, where the model reads all before the test
 part and from there on its own predictions. A run folder holds config.json, metrics.jsonl (the last
-line is of the test part), loss.png, forecast.png and weights.npz.
+line is of the test part), loss.png, forecast.png and weights.safetensors.
 """
 
 import argparse
@@ -33,7 +33,7 @@ import optax
 
 import jaxgru
 from experiments import data, runs
-from jaxgru import losses, models
+from jaxgru import interop, losses, models
 
 SPEC = jaxgru.CHUNG_2014  # the update gate writes, the reset gate comes before the product
 AR_ORDER = 9  # of the linear autoregression beside it
@@ -104,7 +104,7 @@ def parse_args(argv):
 def main(argv=None):
     args = parse_args(argv)
     extras = () if args.csv or args.series == "sine" else ("statsmodels.datasets",)
-    return runs.run_script("regression", lambda: train(args), extras)
+    return runs.run_script("regression", lambda: train(args), ("safetensors", *extras))
 
 
 def train(args):
@@ -130,7 +130,8 @@ def train(args):
     ).best
     assert best is not None  # there was an evaluation
     update = int(best.step)
-    jaxgru.training.save_arrays(run / "weights.npz", best.params, {"config": runs.config_of(args)})
+    metadata = {"config": runs.config_of(args)}
+    interop.save_weights(run / "weights.safetensors", best.params, metadata=metadata)
     scores, curves = score_test(series, best.params)
     runs.write_json(run / "result.json", {"update": update, **scores})
     plot_loss(run / "loss.png", series, runs.read_records(run), update)

@@ -37,9 +37,7 @@ def run_script(name: str, run: Callable[[], int], extras: tuple[str, ...] = ()) 
         warnings.showwarning = lambda message, *place: fail(name, message)
         try:
             return run()
-        except (DataError, OSError, training.CheckpointError) as error:
-            return fail(name, error)
-        except ImportError as error:
+        except (DataError, OSError, ImportError, training.CheckpointError) as error:
             return fail(name, error)
         except training.NonFiniteError as error:
             fail(name, error)
@@ -155,10 +153,8 @@ def write_json(path: pathlib.Path, record: Any) -> None:
 
 
 def replace_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file that appears whole or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    """Writes a text file atomically, in the place of one that exists."""
+    training.write_atomically(path, text.encode())
 
 
 def describe_device() -> str:

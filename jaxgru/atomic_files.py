@@ -1,22 +1,25 @@
-"""Files that appear whole or not at all."""
+"""Atomic writes: a file appears complete, or not at all."""
 
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
-from typing import BinaryIO
 
 
-def write_whole(path: str | os.PathLike, write: Callable[[BinaryIO], object]) -> None:
-    """Lets `write` fill a temporary file in the same folder, flushes it to the disk and renames it.
+def write_atomically(path: str | os.PathLike, data: bytes) -> None:
+    """Writes a temporary file in the same folder, flushes it to the disk and renames it.
 
-    An existing file is replaced, in one step; after an error the folder is as it was.
+    Args:
+      path: of the file; one that exists is replaced, in one step.
+      data: what it is to hold.
+
+    Raises:
+      OSError: it cannot be written; the folder is as it was.
     """
     folder = os.path.dirname(os.path.abspath(path))
     descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=PREFIX, suffix=SUFFIX)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            write(file)
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
@@ -24,9 +27,14 @@ def write_whole(path: str | os.PathLike, write: Callable[[BinaryIO], object]) ->
     except BaseException:
         os.unlink(temporary)
         raise
+    flush_folder(folder)
+
+
+def flush_folder(folder: str | os.PathLike) -> None:
+    """The names in a folder are on the disk after it."""
     opened = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(opened)  # the new name, too, is on the disk
+        os.fsync(opened)
     finally:
         os.close(opened)
 

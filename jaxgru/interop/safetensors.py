@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgru.atomic_files import write_whole
+from jaxgru.atomic_files import write_atomically
 from jaxgru.core.checks import require_extra
 from jaxgru.core.parameters import GRUParams, GRUSpec, require_params
 from jaxgru.interop.common import as_float_array, is_stack
@@ -84,7 +84,7 @@ def save_weights(
     }
     description["sha256"] = _digest(description, arrays)
     data = safetensors.numpy.save(arrays, metadata=description)
-    write_whole(path, lambda file: file.write(data))
+    write_atomically(path, data)
 
 
 def load_weights(path: str | os.PathLike) -> LoadedWeights:

@@ -1,38 +1,33 @@
-"""Checkpoints of a training state: whole, verified, of this run, and one run to a folder.
+"""Checkpoints of a training state: Orbax's, verified, and of this run.
 
-A folder holds `step-00000120.npz` for each checkpoint kept, or with Orbax a folder
-`step-00000120.orbax` beside a `step-00000120.json`, and `lock`. A checkpoint is its arrays and a
-manifest: the format's version, dtypes, a sha256 of every array (of every file, with Orbax), what
-the caller says of the run, and the step that was best so far.
+A folder holds `step-00000120` for each checkpoint that is kept. A checkpoint is a
+folder that Orbax wrote, every process its own parts, with a `manifest.json` in it. Orbax does not
+notice a flipped bit, and does not know what a run is: the manifest holds a sha256 of every file,
+the names, dtypes and shapes of the arrays, what the caller says of the run, and the step that was
+best so far. A checkpoint gets its name when all of this is on the disk.
+
+Orbax's CheckpointManager is not used. It counts a checkpoint that could not be written, or that is
+damaged, as one of the last: after three failures on a full disk it has removed every intact one. It
+also silently writes nothing below the number of a damaged checkpoint (orbax-checkpoint 0.12.8).
 """
 
 import contextlib
-import functools
+import hashlib
 import json
 import os
 import pathlib
 import re
+import shutil
 import warnings
-from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
-from jaxgru.atomic_files import remove_leftovers
-from jaxgru.core.checks import require_choice, require_count
-from jaxgru.training.array_files import assemble, is_key, read_arrays, read_metadata, save_arrays
-from jaxgru.training.processes import by_first
-from jaxgru.training.sharded_files import (
-    load_sharded,
-    read_sharded_metadata,
-    remove_sharded,
-    save_sharded,
-)
-
-Format = Literal["npz", "orbax"]
-FORMATS = ("npz", "orbax")
+from jaxgru.atomic_files import PREFIX, SUFFIX, flush_folder, remove_leftovers, write_atomically
+from jaxgru.core.checks import require_choice, require_count, require_extra
+from jaxgru.training.processes import on_all_processes, on_process_zero
 
 
 class CheckpointError(ValueError):
@@ -40,7 +35,7 @@ class CheckpointError(ValueError):
 
 
 class Checkpoint(NamedTuple):
-    """One that is whole."""
+    """One that is intact."""
 
     path: pathlib.Path
     step: int
@@ -57,61 +52,86 @@ def save_checkpoint(
     run: dict[str, Any] | None = None,
     loop: dict[str, Any] | None = None,
     best_step: int | None = None,
-    keep: int = 3,
-    format: Format = "npz",
 ) -> pathlib.Path:
-    """Writes a state whole or not at all, then removes all but the last `keep` and the best.
+    """Writes a state atomically, then removes all checkpoints but the last three and the best.
 
-    In several processes all must call it, on one shared folder: with "npz" the arrays are gathered
-    and process 0 writes them, with "orbax" each process writes the parts that it holds. It returns
-    where the checkpoint is on the disk. Equal states and facts make equal bytes ("npz").
+    With several processes all of them must call it, on one shared folder; it returns when the
+    checkpoint is on the disk.
 
     Args:
       folder: made where it is missing.
       step: its number, at least 0; an earlier checkpoint of that number is replaced.
-      state: pytree of arrays, keys among them.
-      run: JSON facts that must be the same when it is loaded: configuration, a vocabulary's sha256.
-      loop: JSON facts that may differ, for whoever goes on.
-      best_step: the step of the checkpoint to keep for being best.
-      keep: how many of the last are kept.
-      format: "npz" for arrays that one host can hold, "orbax" (extra `orbax`) for larger ones.
+      state: pytree of arrays, `jax.random.key` arrays among them.
+      run: JSON metadata that must be equal when it is loaded: configuration, a vocabulary's sha256.
+      loop: JSON metadata that may differ, for whoever resumes.
+      best_step: the step of the checkpoint to keep for being the best.
 
     Returns:
       The path of the new checkpoint.
 
     Raises:
-      OSError: it cannot be written; the folder is as it was.
-      ValueError: step or keep are too small, format is unknown, a fact is none that JSON has.
-      TypeError: step or keep are no integers, or a fact is none that JSON has.
-      ImportError: format is "orbax" and Orbax is missing.
+      OSError: it cannot be written; the earlier checkpoints are as they were.
+      ValueError: step is negative, or metadata holds NaN or infinity.
+      TypeError: step is no integer, or metadata is nothing that JSON can hold.
+      ImportError: Orbax is missing.
 
-    Cost: one copy of the state on the host, its sha256, one write and fsync.
+    Cost: what Orbax takes to write the state, and one read of its files for their sha256.
     """
     require_count("save_checkpoint", "step", step, least=0)
-    require_count("save_checkpoint", "keep", keep)
-    require_choice("save_checkpoint", "format", format, FORMATS)
-    json.dumps([run, loop], allow_nan=False)  # a fact that is NaN would differ from itself
-    facts = {"step": step, "run": run or {}, "loop": loop or {}, "best_step": best_step}
-    folder = pathlib.Path(folder)
-    path = folder / f"step-{step:08}.{format}"
-    by_first(lambda: folder.mkdir(parents=True, exist_ok=True))
-    if format == "orbax":
-        save_sharded(path, state, facts)
-    else:
-        whole = _gathered(state)
-        by_first(lambda: save_arrays(path, whole, facts))
-    by_first(lambda: _prune(folder, keep, path, {step, best_step}))
+    orbax = require_extra("save_checkpoint", "orbax", "orbax.checkpoint").checkpoint
+    leaves = _leaves(state)[0]
+    arrays = _arrays(leaves)
+    record = {
+        "format": _FORMAT,
+        "leaves": {name: _form(leaf) for name, leaf in leaves.items()},
+        "metadata": {"step": step, "run": run or {}, "loop": loop or {}, "best_step": best_step},
+    }
+    json.dumps(record, allow_nan=False)  # before anything is written; a NaN would equal nothing
+    path = checkpoint_path(folder, step)
+    temporary = path.absolute().with_name(f"{PREFIX}{path.name}{SUFFIX}")
+
+    def prepare():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent)
+
+    def write():
+        try:
+            # Not asynchronous: where that fails, its threads hold up the process for minutes.
+            with orbax.Checkpointer(orbax.StandardCheckpointHandler()) as checkpointer:
+                checkpointer.save(temporary, args=orbax.args.StandardSave(arrays))
+        except Exception as error:  # a full disk is Orbax's ValueError
+            kind = type(error) if isinstance(error, OSError) else OSError
+            raise kind(f"{path} could not be written: {error}") from error
+
+    def commit():
+        _write_manifest(temporary, record)
+        if path.exists():
+            path.rename(temporary.with_name(f"{PREFIX}old-{path.name}{SUFFIX}"))
+        temporary.rename(path)
+        flush_folder(path.parent)  # the new name is on the disk before others are removed
+        _prune(path.parent, {step, best_step})
+
+    on_process_zero(prepare)
+    try:
+        if jax.process_count() > 1:
+            on_all_processes(lambda: _require_room(temporary, arrays.values()))
+        on_all_processes(write)
+    except OSError:
+        if jax.process_index() == 0:
+            remove_leftovers(path.parent)
+        raise
+    on_process_zero(commit)
     return path
 
 
 def find_checkpoint(
     folder: str | os.PathLike, which: Literal["latest", "best"] = "latest"
 ) -> Checkpoint | None:
-    """The newest checkpoint of a folder that is whole, or the one that the newest calls the best.
+    """The newest intact checkpoint of a folder, or the one that the newest calls the best.
 
-    Each is read and verified, newest first; one that is damaged or torn is left where it is,
-    skipped, and named in a warning. Other files and folders are not looked at. One that cannot be
-    read at all, for want of permission say, is an error.
+    Each is read and verified, newest first. A damaged or truncated one is skipped with a warning
+    that names it, and left where it is. Other files and folders are ignored. A checkpoint that
+    cannot be read at all, for want of permission say, is an error.
 
     Args:
       folder: as given to `save_checkpoint`; it may be missing.
@@ -127,19 +147,24 @@ def find_checkpoint(
     Cost: one read of the checkpoint and its sha256.
     """
     require_choice("find_checkpoint", "which", which, ("latest", "best"))
-    latest = _first_whole(_numbered(folder))
+    latest = _first_intact(_numbered(folder))
     if which == "latest" or latest is None or latest.step == latest.best_step:
         return latest
     return find_step(folder, latest.best_step)
 
 
 def find_step(folder: str | os.PathLike, step: int | None) -> Checkpoint | None:
-    """The checkpoint of that number, if it is there and whole."""
-    return _first_whole([(n, path) for n, path in _numbered(folder) if n == step])
+    """The checkpoint of that number, if it is there and intact."""
+    return _first_intact([(n, path) for n, path in _numbered(folder) if n == step])
+
+
+def checkpoint_path(folder: str | os.PathLike, step: int) -> pathlib.Path:
+    """Where the checkpoint of that number lies."""
+    return pathlib.Path(folder) / f"step-{step:08}"
 
 
 def has_checkpoints(folder: str | os.PathLike) -> bool:
-    """True where a folder holds any, whole or not."""
+    """Whether a folder holds any checkpoint, intact or not."""
     return bool(_numbered(folder))
 
 
@@ -152,7 +177,7 @@ def load_checkpoint(
       path: of the checkpoint.
       like: a state of the same structure, shapes and dtypes; the layout that the checkpoint was
         written under does not matter.
-      run: the facts that it must have been saved with; None for any.
+      run: the metadata that it must have been saved with; None for any.
 
     Returns:
       The state.
@@ -160,70 +185,147 @@ def load_checkpoint(
     Raises:
       OSError: it cannot be read.
       CheckpointError: it is damaged, or of another model or run; every difference is named.
-      ImportError: it is of Orbax, which is missing.
+      ImportError: Orbax is missing.
 
-    Cost: one read and its sha256.
+    Cost: two reads, of which one for the sha256.
     """
+    orbax = require_extra("load_checkpoint", "orbax", "orbax.checkpoint").checkpoint
     path = pathlib.Path(path)
     try:
-        if path.suffix == ".orbax":
-            facts, load = read_sharded_metadata(path), functools.partial(load_sharded, path)
-        else:
-            header, arrays = read_arrays(path)
-            facts, load = header["metadata"], functools.partial(assemble, path, header, arrays)
-        saved = facts["run"]
-        differences = [] if run is None else list(_differences(saved, json.loads(json.dumps(run))))
-        if not differences:
-            return load(like)
+        record = _read_manifest(path)
     except ValueError as error:
-        raise CheckpointError(str(error)) from None
-    raise CheckpointError(
-        f"load_checkpoint: {path} is of another run: {'; '.join(differences)}. Resume with what it "
-        "was made with, or give a new folder."
-    )
+        raise CheckpointError(f"load_checkpoint: {error}.") from None
+    wanted = None if run is None else json.loads(json.dumps(run))
+    differences = [] if run is None else list(_differences(record["metadata"]["run"], wanted))
+    if differences:
+        raise CheckpointError(
+            f"load_checkpoint: {path} is of another run: {'; '.join(differences)}. Resume with "
+            "what it was made with, or give a new folder."
+        )
+    leaves, treedef = _leaves(like)
+    _require_same_forms(path, record["leaves"], leaves)
+    target = {name: _target(array) for name, array in _arrays(leaves).items()}
+    with orbax.Checkpointer(orbax.StandardCheckpointHandler()) as checkpointer:
+        arrays = checkpointer.restore(path.absolute(), args=orbax.args.StandardRestore(target))
+    loaded = [_leaf(arrays.get(str(n)), leaf) for n, leaf in enumerate(leaves.values())]
+    return jax.tree_util.tree_unflatten(treedef, loaded)
 
 
-@contextlib.contextmanager
-def locked(folder: str | os.PathLike, *, new: bool = False) -> Iterator[None]:
-    """Holds a folder for this run alone; OSError where a living process holds it.
+# The folder.
 
-    The lock is the kernel's, and process 0's: it goes with that process and those it forked,
-    however they end. With `new` a folder that holds checkpoints is refused.
-    """
-    import fcntl  # which Windows has not
+_NAME = re.compile(r"step-(\d{8,})")
+_KEPT = 3  # of the last checkpoints, beside the best
+_MOST_METADATA = 2**20  # bytes that Orbax writes beside the arrays
 
-    folder, descriptors = pathlib.Path(folder), []
 
-    def lock():
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
-        descriptors.append(descriptor)
+def _numbered(folder):
+    """[(step, path)] of all that is named as a checkpoint, newest first."""
+    folder = pathlib.Path(folder)
+    if not folder.exists():
+        return []
+    found = [(_NAME.fullmatch(path.name), path) for path in folder.iterdir()]
+    return sorted(((int(m[1]), path) for m, path in found if m), reverse=True)
+
+
+def _first_intact(numbered):
+    """The first that is intact; a warning for each before it."""
+    for step, path in numbered:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(descriptor, 20).decode(errors="replace").strip()
-            raise OSError(
-                f"{folder} is in use by the run of process {holder}; wait for its end or give "
-                "another folder"
-            ) from None
-        if new and _numbered(folder):
-            raise FileExistsError(
-                f"{folder} holds the checkpoints of another run; resume it or give another folder. "
-                "Nothing was overwritten"
-            )
-        os.truncate(descriptor, 0)
-        os.write(descriptor, f"{os.getpid()}\n".encode())
+            metadata = _read_manifest(path)["metadata"]
+            if metadata["step"] != step:
+                raise ValueError(f"{path} holds step {metadata['step']}")
+            return Checkpoint(path, **metadata)
+        except ValueError as error:
+            warnings.warn(f"checkpoint skipped: {error}", stacklevel=3)
+    return None
 
+
+def _require_room(temporary, arrays):
+    """OSError where the disk has no room for what this process is to write.
+
+    Orbax's processes wait 20 minutes, or for ever, for one of them that could not write its part.
+    """
+    parts = [part for array in arrays for part in array.addressable_shards if part.replica_id == 0]
+    size = sum(part.data.nbytes for part in parts) + _MOST_METADATA
+    path = temporary.with_name(f"{PREFIX}{jax.process_index()}-{temporary.name}")
     try:
-        by_first(lock)
-        yield
+        with open(path, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
     finally:
-        for descriptor in descriptors:
-            os.close(descriptor)
+        path.unlink(missing_ok=True)
+
+
+def _prune(folder, kept):
+    """Removes all but the last checkpoints and those in `kept`, and what a killed writer left."""
+    for step, path in _numbered(folder)[_KEPT:]:
+        if step not in kept:
+            with contextlib.suppress(OSError):  # a stray file of that name, say
+                # Renamed first: no checkpoint loses its files one by one under its own name.
+                path = path.rename(path.with_name(f"{PREFIX}old-{path.name}{SUFFIX}"))
+                shutil.rmtree(path)
+    remove_leftovers(folder)
+
+
+# The manifest.
+
+_FORMAT = "jaxgru checkpoint 1"
+_MANIFEST = "manifest.json"
+
+
+def _write_manifest(path, record):
+    """Adds the sha256 of every file, and of the manifest itself; all are on the disk after it."""
+    text = json.dumps({**record, "files": _sums(path, flush=True)})
+    sealed = json.dumps({"sha256": _sha256(text), "manifest": text})
+    write_atomically(path / _MANIFEST, sealed.encode())
+
+
+def _read_manifest(path):
+    """The manifest; ValueError where it is damaged or a file is not what it says."""
+    try:
+        if not (path / _MANIFEST).exists():
+            raise ValueError(f"{_MANIFEST} is missing")
+        sealed = json.loads((path / _MANIFEST).read_bytes())
+        if sealed["sha256"] != _sha256(sealed["manifest"]):
+            raise ValueError(f"the sha256 of {_MANIFEST} is another")
+        record = json.loads(sealed["manifest"])
+        if record["format"] != _FORMAT:
+            raise ValueError(f"its format is {record['format']!r}")
+        sums, found = record["files"], _sums(path)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} must be an intact {_FORMAT!r}: {error}") from None
+    changed = sorted(name for name in {*sums, *found} if sums.get(name) != found.get(name))
+    if changed:
+        raise ValueError(f"{path} must be an intact {_FORMAT!r}: {changed} were changed")
+    return record
+
+
+def _sums(path, *, flush=False):
+    """The sha256 of each file below a folder but the manifest, by its path in the folder."""
+    sums = {}
+    for parent, _, names in os.walk(path, onerror=_raise):
+        for name in names:
+            file = pathlib.Path(parent, name)
+            with open(file, "rb") as opened:
+                if flush:  # Orbax flushes arrays, but not what it writes beside them
+                    os.fsync(opened)
+                digest = hashlib.file_digest(opened, "sha256").hexdigest()
+            sums[file.relative_to(path).as_posix()] = digest
+        if flush:
+            flush_folder(parent)
+    sums.pop(_MANIFEST, None)
+    return sums
+
+
+def _sha256(text):
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _raise(error):
+    raise error
 
 
 def _differences(saved, wanted, prefix=""):
-    """A phrase for each fact that is another, by its path in the facts."""
+    """A phrase for each piece of metadata that differs, by its path."""
     for name in sorted({*saved, *wanted}):
         pair = saved.get(name), wanted.get(name)
         if all(isinstance(value, dict) for value in pair):
@@ -237,62 +339,63 @@ def _short(value):
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _numbered(folder):
-    """[(step, path)] of all that is named as a checkpoint, newest first."""
-    folder = pathlib.Path(folder)
-    if not folder.exists():
-        return []
-    found = [(_NAME.fullmatch(path.name), path) for path in folder.iterdir()]
-    return sorted(((int(m[1]), path) for m, path in found if m), reverse=True)
+# The arrays.
 
 
-def _first_whole(numbered):
-    """The first that is whole; a warning for each before it."""
-    for step, path in numbered:
-        try:
-            facts = _read_facts(path)
-            if facts["step"] != step:
-                raise ValueError(f"{path} holds step {facts['step']}")
-            return Checkpoint(path, step, facts["run"], facts["loop"], facts["best_step"])
-        except (ValueError, KeyError, IsADirectoryError, NotADirectoryError) as error:
-            warnings.warn(f"checkpoint skipped: {error}", stacklevel=3)
-    return None
+def _leaves(tree):
+    """The leaves by their path in the tree, in its order, and the tree's structure."""
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(entry): leaf for entry, leaf in leaves}, treedef
 
 
-def _read_facts(path):
-    return read_sharded_metadata(path) if path.suffix == ".orbax" else read_metadata(path)
+def _arrays(leaves):
+    """What Orbax is given, by number: key data for keys, and no empty arrays, which it refuses."""
+    arrays = {str(n): _data(leaf) for n, leaf in enumerate(leaves.values())}
+    return {number: array for number, array in arrays.items() if array.size}
 
 
-def _prune(folder, keep, newest, kept):
-    """Removes all but the last `keep`, those in `kept`, and what a killed writer left."""
-    for number, (step, path) in enumerate(_numbered(folder)):
-        replaced = path != newest and path.stem == newest.stem  # in another format
-        if replaced or (number >= keep and step not in kept):
-            with contextlib.suppress(OSError):  # a foreign folder of that name, say
-                _remove(path)
-    remove_leftovers(folder)
+def _data(leaf):
+    return jax.random.key_data(leaf) if _is_key(leaf) else jnp.asarray(leaf)
 
 
-def _remove(path):
-    remove_sharded(path) if path.suffix == ".orbax" else path.unlink()
+def _is_key(leaf):
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _gathered(state):
-    """The state with every array whole in this process."""
-    if jax.process_count() == 1:
-        return state
-
-    def gather(leaf):
-        if is_key(leaf):
-            data = gather(jax.random.key_data(leaf))
-            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
-        if leaf.is_fully_addressable:
-            return leaf
-        if leaf.is_fully_replicated:
-            return np.asarray(leaf.addressable_data(0))
-        return multihost_utils.process_allgather(leaf, tiled=True)
-
-    return jax.tree.map(gather, state)
+def _form(leaf):
+    """[dtype, shape] in JSON; the dtype of a key names its implementation."""
+    dtype = f"key {jax.random.key_impl(leaf)}" if _is_key(leaf) else str(leaf.dtype)
+    return [dtype, list(leaf.shape)]
 
 
-_NAME = re.compile(r"step-(\d{8,})\.(?:npz|orbax)")
+def _target(array):
+    """Where Orbax is to put an array: on its devices; on the host if it is committed to none."""
+    if not array.committed:
+        return np.empty(array.shape, array.dtype)
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
+
+
+def _leaf(array, like):
+    """The leaf of a restored array; None stands for an empty one."""
+    array = _data(like) if array is None else jnp.asarray(array)
+    if not _is_key(like):
+        return array
+    return jax.random.wrap_key_data(array, impl=str(jax.random.key_impl(like)))
+
+
+def _require_same_forms(path, saved, leaves):
+    """CheckpointError unless a checkpoint has the names, shapes and dtypes of these leaves."""
+    missing, unexpected = sorted(leaves.keys() - saved), sorted(saved.keys() - leaves)
+    if missing or unexpected:
+        raise CheckpointError(
+            f"load_checkpoint: {path} must hold the leaves of `like`, got missing keys {missing} "
+            f"and unexpected keys {unexpected}."
+        )
+    pairs = [(name, _form(leaf), saved[name]) for name, leaf in leaves.items()]
+    wrong = [
+        f"{name} must be {wanted[0]}{wanted[1]}, got {found[0]}{found[1]}"
+        for name, wanted, found in pairs
+        if wanted != found
+    ]
+    if wrong:
+        raise CheckpointError(f"load_checkpoint: {path} is of another model: {'; '.join(wrong)}.")

@@ -9,7 +9,7 @@ An ensemble wants no layout: its members go side by side under `jax.vmap`, and n
 
     members = NamedSharding(mesh, PartitionSpec("data"))
     states = jax.device_put(jax.vmap(init_member)(keys), members)  # every leaf [members, ...]
-    train_step = make_train_step(loss_fn, optimizer, donate=False)
+    train_step = make_train_step(loss_fn, optimizer)
     each = jax.vmap(train_step, in_axes=(0, None))  # of one batch for all of them
     each = jax.shard_map(each, mesh=mesh, in_specs=(members.spec, PartitionSpec()),
                          out_specs=members.spec)
@@ -252,7 +252,6 @@ class Layout:
         return whole._replace(
             params=self._shares(state.params),
             opt_state=self._shares(state.opt_state),
-            average=self._shares(state.average),
             carry=self._map(method, "carry", rows, state.carry, self.carry_axes),
         )
 

@@ -13,7 +13,7 @@ import time
 import warnings
 from typing import Any, Protocol, runtime_checkable
 
-from jaxgru.atomic_files import write_whole
+from jaxgru.atomic_files import write_atomically
 from jaxgru.core.checks import require_extra
 
 
@@ -76,7 +76,7 @@ class JsonLines:
             kept.append(json.dumps(record) + "\n")
             last = record if own else last
         if self.path.exists():
-            write_whole(self.path, lambda file: file.write("".join(kept).encode()))
+            write_atomically(self.path, "".join(kept).encode())
         return last
 
 

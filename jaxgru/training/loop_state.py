@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxgru.training.processes import of_first
+from jaxgru.training.processes import broadcast_from_process_zero
 
 
 class LoopState:
@@ -21,7 +21,7 @@ class LoopState:
         self.pending: list[dict[str, Any]] = list(pending)
         self.best, self.best_step, self.since_best = best, best_step, since_best
 
-    def facts(self):
+    def to_json(self):
         """The same as JSON values; waits for the device."""
         self.pending = [
             {name: float(value) for name, value in metrics.items()}
@@ -37,10 +37,10 @@ class LoopState:
         }
 
     @classmethod
-    def of_facts(cls, facts):
-        pending = [{n: float(text) for n, text in metrics.items()} for metrics in facts["pending"]]
-        best = None if facts["best"] == "None" else float(facts["best"])
-        return cls(**{**facts, "pending": pending, "best": best})
+    def from_json(cls, saved):
+        pending = [{n: float(text) for n, text in metrics.items()} for metrics in saved["pending"]]
+        best = None if saved["best"] == "None" else float(saved["best"])
+        return cls(**{**saved, "pending": pending, "best": best})
 
     def judge(self, monitor, record):
         """Counts an evaluation; True where it is the best."""
@@ -49,7 +49,9 @@ class LoopState:
                 f"fit: monitor.metric must be what evaluate returns, got {monitor.metric!r} and "
                 f"{sorted(record)}."
             )
-        value, self.by = of_first(float(record[monitor.metric])), [monitor.metric, monitor.mode]
+        # Processes may evaluate to different bits, and must judge alike.
+        value = broadcast_from_process_zero(float(record[monitor.metric]))
+        self.by = [monitor.metric, monitor.mode]
         gain = -value if monitor.mode == "min" else value
         before = self.best if monitor.mode == "max" or self.best is None else -self.best
         first = before is None or (math.isnan(before) and not math.isnan(gain))

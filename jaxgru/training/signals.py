@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 
 
 @contextlib.contextmanager
-def stop_signals(active) -> Iterator[Callable[[int | None], int | None]]:
+def stop_signals(active: bool) -> Iterator[Callable[[int | None], int | None]]:
     """A function of the update that gives the number of the signal that asked to stop, or None."""
     if not active:
         yield lambda update: None
@@ -34,7 +34,8 @@ def stop_signals(active) -> Iterator[Callable[[int | None], int | None]]:
             signal.signal(number, handler)
 
     def receive(number, frame):
-        # A terminal or `timeout` may send the same signal twice at once: only a later one insists.
+        # A terminal or `timeout` may send the same signal twice at once, so a second one counts
+        # only when it comes later.
         if received and time.monotonic() - received[0][1] >= 1:
             restore()
             signal.raise_signal(number)

@@ -5,12 +5,14 @@ import json
 import pathlib
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from conftest import stop_and_resume
+from saved_bits import saved_bits
 
 from experiments import char_lm, data
-from jaxgru import training
+from jaxgru import interop, training
 
 pytestmark = pytest.mark.usefixtures("saved_programs")
 
@@ -31,7 +33,7 @@ def test_run_learns_and_leaves_all_its_files(run):
     names = {path.name for path in run.iterdir()}
     assert names == {
         "checkpoints", "config.json", "cross_check.txt", "loss.png", "metrics.jsonl", "samples.txt",
-        "weights.npz",
+        "weights.safetensors",
     }  # fmt: skip
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     name = "validation_bits_per_character"
@@ -48,19 +50,23 @@ def test_run_that_was_stopped_goes_on_to_the_same_bytes(tmp_path, run, capsys):
     arguments = ["--smoke", "--text", config["text"], "--epochs", "10", "--prompt", "the "]
     arguments += ["--checkpoint-every", "7"]
     out = stop_and_resume(char_lm.main, arguments, tmp_path / "run", 37)
-    assert (out / "checkpoints" / "step-00000175.npz").exists()  # 7 times 25: after the stop, too
+    assert (out / "checkpoints" / "step-00000175").exists()  # 7 times 25: after the stop, too
     shown = capsys.readouterr().err
     assert f"go on with: python -m experiments.char_lm --resume {out}" in shown
     assert "char_lm: stopped by SIGTERM after update 37, which is in" in shown
-    for name in ("weights.npz", "samples.txt", "cross_check.txt"):
+    for name in ("samples.txt", "cross_check.txt"):
         assert (out / name).read_bytes() == (run / name).read_bytes(), name
+    saved = [interop.load_weights(folder / "weights.safetensors") for folder in (out, run)]
+    assert saved[0][1:] == saved[1][1:]  # the spec and the metadata
+    for one, other in zip(*map(jax.tree.leaves, saved), strict=True):
+        np.testing.assert_array_equal(one, other)
     logs = [training.read_json_lines(folder / "metrics.jsonl") for folder in (out, run)]
     for records in logs:
         for record in records:
             del record["seconds"], record["characters_per_second"]
     assert logs[0] == logs[1]
     last = max((run / "checkpoints").glob("step-*"))
-    assert (out / "checkpoints" / last.name).read_bytes() == last.read_bytes()
+    assert saved_bits(out / "checkpoints" / last.name) == saved_bits(last)
 
 
 def test_run_is_resumed_only_as_what_it_is(tmp_path, run, capsys):
@@ -150,7 +156,7 @@ def bad_inputs(tmp_path, run):
         "unwritable": ([*fine, "--out", str(tmp_path / "fine" / "run")], "Not a directory"),
         "used folder": ([*fine, "--out", str(tmp_path / "used")], "nothing was overwritten"),
         "no run": (["--sample", str(tmp_path / "none")], "is no run folder of char_lm: it has no"),
-        "broken run": (["--sample", str(tmp_path / "broken")], "is no whole run folder"),
+        "broken run": (["--sample", str(tmp_path / "broken")], "is no intact run folder"),
         "unknown prompt of a run": (
             ["--sample", str(run), "--prompt", "Ω"],
             "outside of the vocabulary: 'Ω'",
@@ -198,7 +204,7 @@ def test_run_that_diverges_keeps_its_last_good_weights(tmp_path, capsys):
     arguments += ["--optimizer", "sgd", "--learning-rate", "1e38", "--clip-norm", "0"]
     assert char_lm.main([*arguments, "--epochs", "10"]) == 1
     assert "not finite in the last" in capsys.readouterr().err
-    assert (out / "weights.npz").exists()
+    assert (out / "weights.safetensors").exists()
     assert "NaN" not in (out / "metrics.jsonl").read_text()
 
 
@@ -210,6 +216,15 @@ def test_run_folder_of_another_vocabulary_is_refused(tmp_path, run, capsys):
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert char_lm.main(["--sample", str(tmp_path), "--prompt", "the"]) == 2
     assert "weights of another vocabulary" in capsys.readouterr().err
+
+
+def test_run_folder_of_another_model_is_refused(tmp_path, run, capsys):
+    for path in filter(pathlib.Path.is_file, run.iterdir()):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((run / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_size": 5}))
+    assert char_lm.main(["--sample", str(tmp_path), "--prompt", "the"]) == 2
+    assert "weights of another model than its config.json" in capsys.readouterr().err
 
 
 def test_streams_go_on_from_batch_to_batch_and_targets_are_next_tokens():

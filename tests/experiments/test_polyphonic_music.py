@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 import scipy.io
 from conftest import stop_and_resume
+from saved_bits import saved_bits
 
 from experiments import data, polyphonic_music
-from jaxgru import training
+from jaxgru import interop, training
+
+WEIGHTS = "weights.safetensors"
 
 pytestmark = pytest.mark.usefixtures("saved_programs")
 
@@ -40,11 +43,10 @@ def read_records(run):
 
 def arrays_of(run):
     """The bytes of every array in the weights and in the checkpoints of a run."""
-    files = [run / "weights.npz", *sorted((run / "checkpoints").glob("step-*"))]
-    found = {}
-    for file in files:
-        with np.load(file) as arrays:
-            found[file.name] = {n: arrays[n].tobytes() for n in arrays.files if n != "jaxgru"}
+    arrays = interop.read_safetensors(run / WEIGHTS)
+    found = {name: array.tobytes() for name, array in arrays.items()}
+    for path in (run / "checkpoints").glob("step-*"):
+        found[path.name] = saved_bits(path)[1]
     return found
 
 
@@ -73,13 +75,15 @@ def load_params(run):
     like = jax.eval_shape(
         lambda: polyphonic_music.init_params(args, jax.random.key(0), made_up_splits()[0])
     )
-    return training.load_arrays(run / "weights.npz", like)
+    params = interop.load_weights(run / WEIGHTS).params
+    assert jax.tree.structure(params) == jax.tree.structure(like)
+    return jax.tree.map(jnp.asarray, params)
 
 
 @pytest.mark.slow
 def test_run_leaves_all_its_files(run):
     assert {path.name for path in run.iterdir()} == {
-        "checkpoints", "config.json", "metrics.jsonl", "weights.npz", "loss.png", "pianoroll.png",
+        "checkpoints", "config.json", "metrics.jsonl", WEIGHTS, "loss.png", "pianoroll.png",
         "result.json",
     }  # fmt: skip
     for name in ("loss.png", "pianoroll.png"):

@@ -10,7 +10,7 @@ from conftest import stop_and_resume
 
 import jaxgru
 from experiments import data, regression
-from jaxgru import models
+from jaxgru import interop, models
 
 pytestmark = pytest.mark.usefixtures("saved_programs")
 
@@ -62,7 +62,7 @@ def test_run_beats_the_last_value_and_leaves_all_its_files(run):
     names = {path.name for path in run.iterdir()}
     assert names == {
         "checkpoints", "config.json", "forecast.png", "loss.png", "metrics.jsonl", "result.json",
-        "weights.npz",
+        "weights.safetensors",
     }  # fmt: skip
     for name in ("forecast.png", "loss.png"):
         assert (run / name).read_bytes().startswith(b"\x89PNG")
@@ -112,7 +112,8 @@ def test_model_is_the_one_with_the_least_validation_error(csv_runs):
     assert scores["update"] == best["update"]
     assert best["update"] != records[-1]["update"]  # else the last one would do
     like = models.init_sequence_model(jax.random.key(0), 1, 12, 1)
-    params = jaxgru.training.load_arrays(csv_runs[0] / "weights.npz", like)
+    params = interop.load_weights(csv_runs[0] / "weights.safetensors").params
+    assert jax.tree.structure(params) == jax.tree.structure(like)
     series = load_series("--csv", str(csv_runs[0].parent / "whole.csv"), "--smoke")
     errors = regression.predict_series(series, params) - series.values[1:]
     rmse = float(np.sqrt(np.mean(errors[139:159] ** 2)))

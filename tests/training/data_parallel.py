@@ -1,9 +1,9 @@
 """A small training run under any layout, and what it leaves; as a script, one of its processes.
 
-    python tests/training/data_parallel.py FOLDER HOST:PORT NUM_PROCESSES PROCESS_ID [FORMAT]
+    python tests/training/data_parallel.py FOLDER HOST:PORT NUM_PROCESSES PROCESS_ID [NAME]
 
-writes FOLDER/PROCESS_ID.npz: of every run its losses, parameters and the rows it read. With a
-format of checkpoints it trains on in FOLDER instead, slowly, until it is stopped or has ended.
+writes FOLDER/PROCESS_ID.npz: of every run its losses, parameters and the rows it read. With a name
+it trains instead, slowly, until it is stopped or has ended, with its checkpoints in FOLDER/NAME.
 """
 
 import functools
@@ -99,7 +99,7 @@ def run(layout=None, dtype=jnp.float32):
     )
 
 
-def fit(folder, format, layout=None, seconds=0.0, full=()):
+def fit(folder, name, layout=None, seconds=0.0, full=()):
     """Goes on with the run whose checkpoints are in a folder, on one device without a layout.
 
     For process 0 alone the disk is full during the updates of `full`.
@@ -127,8 +127,8 @@ def fit(folder, format, layout=None, seconds=0.0, full=()):
         evaluate=lambda state: {"norm": float(optax.tree.norm(state.params))},
         evaluate_every=6,
         monitor=training.Monitor("norm"),
-        checkpoints=training.Checkpoints(f"{folder}/{format}", 5, resume=True, format=format),
-        callbacks=[training.JsonLines(f"{folder}/{format}.jsonl")],
+        checkpoints=training.Checkpoints(f"{folder}/{name}", 5, resume=True),
+        callbacks=[training.JsonLines(f"{folder}/{name}.jsonl")],
         log_every=1,
         progress=False,
     )
@@ -143,12 +143,10 @@ def layouts():
     }
 
 
-def main(folder, address, num_processes, process_id, format=None):
+def main(folder, address, num_processes, process_id, name=None):
     jax.distributed.initialize(address, int(num_processes), int(process_id))
-    if format is not None:
-        # Orbax waits for a process whose part could not be written.
-        full = range(4, 7) if format == "npz" else ()
-        fit(folder, format, layouts()["float64"], seconds=0.1, full=full)
+    if name is not None:
+        fit(folder, name, layouts()["float64"], seconds=0.1, full=range(4, 7))
         return
     results = {}
     for dtype, layout in layouts().items():

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from saved_bits import saved_bits
 
 from jaxgru import training
 
@@ -43,13 +44,13 @@ def evaluate(state):
 @functools.cache
 def make_train_step():
     optimizer = optax.sgd(0.02, momentum=0.9)
-    return training.make_train_step(loss_fn, optimizer, average_decay=0.9), optimizer
+    return training.make_train_step(loss_fn, optimizer), optimizer
 
 
 def make_state():
     params = {"w": jnp.arange(3.0)}
     return training.init_train_state(
-        params, make_train_step()[1], key=jax.random.key(1), carry=jnp.zeros(()), average=True
+        params, make_train_step()[1], key=jax.random.key(1), carry=jnp.zeros(())
     )
 
 
@@ -80,9 +81,9 @@ def run(folder, *, resume=True, every=5, on_update=lambda step: None, **options)
 
 
 def left_by(folder):
-    """What a run leaves: every file's bytes, and the records without their times."""
+    """What a run leaves: the bits of each checkpoint, and the records without their times."""
     folder = pathlib.Path(folder)
-    files = {p.name: p.read_bytes() for p in (folder / "checkpoints").glob("step-*")}
+    files = {path.name: saved_bits(path) for path in (folder / "checkpoints").glob("step-*")}
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for record in records:
         del record["seconds"]

@@ -67,11 +67,11 @@ def test_leaves_are_divided_along_their_longest_axis_that_divides():
         (5,): (5,), (): (), (0, 3): (0, 3), (0, 4): (0, 2),
     }  # fmt: skip
     params = {str(shape): np.zeros(shape, np.float32) for shape in divided}
-    state = training.TrainState(params, params, None, jax.random.key(3), 0, 0, params)
+    state = training.TrainState(params, params, None, jax.random.key(3), 0, 0)
     state = state._replace(step=jnp.int32(4), skipped=jnp.int32(1), carry=np.zeros((4, 3)))
     for hidden in ("model", None):
         placed = training.Layout(mesh_of(2, 2), hidden=hidden).place_state(state)
-        for tree in (placed.params, placed.opt_state, placed.average):
+        for tree in (placed.params, placed.opt_state):
             for shape, part in divided.items():
                 found = tree[str(shape)].addressable_shards[0].data.shape
                 assert found == (part if hidden else shape)
@@ -250,7 +250,7 @@ def test_members_of_an_ensemble_never_meet_and_are_what_each_is_alone():
     members = NamedSharding(mesh, P("data"))
     alone = jax.jit(jax.vmap(init_member))(keys)
     states = jax.device_put(alone, members, may_alias=False)
-    train_step = training.make_train_step(loss_fn, optimizer, donate=False)
+    train_step = training.make_train_step(loss_fn, optimizer)
     each = jax.vmap(train_step, in_axes=(0, None))
     each = jax.shard_map(each, mesh=mesh, in_specs=(members.spec, P()), out_specs=members.spec)
     batch = jnp.asarray(np.random.default_rng(6).normal(size=(6, 5, 3)), jnp.float32)

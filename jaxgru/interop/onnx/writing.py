@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 import jax
 import numpy as np
 
-from jaxgru.atomic_files import write_whole
+from jaxgru.atomic_files import write_atomically
 from jaxgru.core.checks import require_choice, require_extra
 from jaxgru.interop.common import is_stack
 from jaxgru.interop.onnx.weights import onnx_nodes
@@ -97,7 +97,7 @@ def write_onnx(
         size = params.w.shape[1]
     graph.output("outputs", top, ["T", "B", size] if outputs == "every" else ["B", size])
     data = graph.finish().SerializeToString()
-    write_whole(file, lambda opened: opened.write(data))
+    write_atomically(file, data)
     return exported.notes
 
 

@@ -1,0 +1,75 @@
+"""The norm of a gradient, and clipping by it, where squares overflow or underflow."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+Array = jax.Array
+
+
+def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
+    """Clips a gradient by its global norm, however large: `optax.clip_by_global_norm` and more.
+
+    A gradient g whose norm |g| is at least max_norm becomes max_norm * g / |g|
+    (Pascanu et al. 2013, https://arxiv.org/abs/1211.5063, algorithm 1).
+
+    The square of 1e30 is infinite in float32, and optax's norm with it: optax makes zeros of such a
+    gradient. Here the entries are scaled by a power of two before they are squared, which changes
+    no bit of the result where optax's is right. A gradient with NaN or infinity has no direction
+    and is left as it came: optax makes [nan, 0] of [inf, 1], which hides how it began.
+    Half-precision gradients are squared and added in float32.
+
+    Args:
+      max_norm: the largest norm, above 0.
+
+    Returns:
+      A gradient transformation without state, for `optax.chain`.
+
+    Raises:
+      ValueError: max_norm is not above 0.
+
+    >>> clip = clip_by_global_norm(5.0)
+    >>> clip.update(jnp.array([0.0, 8e30]), clip.init(None))[0].tolist()
+    [0.0, 5.0]
+    """
+    if not max_norm > 0:
+        raise ValueError(f"clip_by_global_norm: max_norm must be above 0, got {max_norm}.")
+
+    def update(updates, state, params=None):
+        scale, scaled_norm = _scaled_norm(updates)
+        # NaN compares as false, and an infinite entry makes the scaled norm infinite.
+        clips = (scaled_norm / scale >= max_norm) & jnp.isfinite(scaled_norm)
+
+        def clip(g):
+            # Not divided by the norm, which may itself be infinite.
+            clipped = g.astype(scale.dtype) * scale / scaled_norm * max_norm
+            return jnp.where(clips, clipped.astype(g.dtype), g)
+
+        return jax.tree.map(clip, updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def global_norm(tree: chex.ArrayTree) -> Array:
+    """The square root of the sum of all squares, infinite only where it is itself too large."""
+    scale, scaled_norm = _scaled_norm(tree)
+    return scaled_norm / scale
+
+
+def _scaled_norm(tree):
+    """(scale, scale * norm), where scale is a power of two near 1 / the largest entry."""
+    leaves = jax.tree.leaves(tree)
+    doubles = any(leaf.dtype == jnp.float64 for leaf in leaves)
+    dtype = jnp.dtype(jnp.float64 if doubles else jnp.float32)
+    # Behind a barrier, or XLA makes (g * scale)^2 of a constant g into g^2 * scale^2, an overflow.
+    leaves = jax.lax.optimization_barrier([leaf.astype(dtype) for leaf in leaves])
+    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(leaf), initial=0) for leaf in leaves]), initial=0)
+    # largest lies in [2^e, 2^(e+1)), and scale is 2^-e: both from the bits of the exponent. Neither
+    # may be subnormal, since compiled programs make zeros of such numbers.
+    limits = jnp.finfo(dtype)
+    bits = jax.lax.bitcast_convert_type(largest, jnp.dtype(f"uint{limits.bits}")) >> limits.nmant
+    bias = limits.maxexp - 1
+    bits = (2 * bias - jnp.clip(bits, 1, 2 * bias - 1)) << limits.nmant
+    scale = jax.lax.bitcast_convert_type(bits, dtype)
+    return scale, jnp.sqrt(sum(jnp.sum(jnp.square(leaf * scale)) for leaf in leaves))

@@ -106,7 +106,7 @@ def save_checkpoint(
     def commit():
         _write_manifest(temporary, record)
         if path.exists():
-            path.rename(temporary.with_name(f"{PREFIX}old-{path.name}{SUFFIX}"))
+            shutil.rmtree(path)
         temporary.rename(path)
         flush_folder(path.parent)  # the new name is on the disk before others are removed
         _prune(path.parent, {step, best_step})
@@ -260,8 +260,6 @@ def _prune(folder, kept):
     for step, path in _numbered(folder)[_KEPT:]:
         if step not in kept:
             with contextlib.suppress(OSError):  # a stray file of that name, say
-                # Renamed first: no checkpoint loses its files one by one under its own name.
-                path = path.rename(path.with_name(f"{PREFIX}old-{path.name}{SUFFIX}"))
                 shutil.rmtree(path)
     remove_leftovers(folder)
 

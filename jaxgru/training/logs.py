@@ -115,7 +115,7 @@ class TensorBoard:
 
 
 def read_json_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The records of a file of JSON lines, without a torn last one; none where it is missing.
+    """The records of a file of JSON lines, without a truncated last line; none if it is missing.
 
     Args:
       path: of the file.

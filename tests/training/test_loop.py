@@ -87,7 +87,7 @@ STOPS = (7, 60)
         for stop in range(1, survivor.NUM_UPDATES + 1)
     ],
 )
-def test_run_stopped_after_any_update_goes_on_in_the_same_bytes(tmp_path, whole, stop, capsys):
+def test_run_stopped_after_any_update_resumes_to_the_same_bits(tmp_path, whole, stop, capsys):
     def end(step):
         if step == stop:
             os.kill(os.getpid(), (signal.SIGTERM, signal.SIGINT)[stop % 2])
@@ -130,7 +130,7 @@ def test_run_that_has_ended_is_not_trained_on(tmp_path, whole):
 
 
 @pytest.mark.slow
-def test_killed_runs_end_in_the_bytes_of_a_run_that_was_not(tmp_path, whole):
+def test_killed_runs_end_with_the_bits_of_a_run_that_was_not(tmp_path, whole):
     """At least 20 rounds of kill -9, at random moments, also while a checkpoint is written."""
     server = subprocess.Popen(
         [sys.executable, survivor.__file__],
@@ -628,7 +628,7 @@ def test_rate_of_a_resumed_run_counts_its_own_updates(tmp_path, monkeypatch):
     assert record["loss"] == np.nanmean(losses)
 
 
-def test_log_drops_its_own_later_records_and_a_torn_line(tmp_path):
+def test_log_drops_its_own_later_records_and_a_truncated_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     logs = [JsonLines(path, model=name) for name in ("a", "b")]
     for update in (1, 2, 3):

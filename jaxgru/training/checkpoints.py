@@ -113,7 +113,7 @@ def save_checkpoint(
 
     on_process_zero(prepare)
     try:
-        if jax.process_count() > 1:
+        if jax.process_count() > 1 and hasattr(os, "posix_fallocate"):  # macOS has no such call
             on_all_processes(lambda: _require_room(temporary, arrays.values()))
         on_all_processes(write)
     except OSError:

@@ -273,6 +273,23 @@ def test_loops_of_two_processes_judge_stop_and_go_on_alike(tmp_path, monkeypatch
     assert updates == [4, 7, 8, 12, 14, 16, 20]
 
 
+def test_no_process_writes_where_the_disk_of_one_is_full(tmp_path, monkeypatch):
+    """Orbax's processes would wait for the one that cannot."""
+    group, asked, written = Group(monkeypatch), [], []
+
+    def reserve(file, start, size):
+        asked.append((start, size))
+        if jax.process_index() == 1:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", reserve)
+    monkeypatch.setattr(PlainCheckpointer, "save", lambda *given, **options: written.append(given))
+    state = {"x": jnp.ones(5)}
+    errors = group.run(lambda index: training.save_checkpoint(tmp_path, 1, state))
+    assert [repr(error) for error in errors] == [OTHER, "OSError(28, 'No space left on device')"]
+    assert asked == [(0, 20 + 2**20)] * 2 and written == [] and list(tmp_path.iterdir()) == []
+
+
 def test_folder_that_processes_do_not_share_is_refused(tmp_path, monkeypatch):
     survivor.run(tmp_path / "0", num_updates=5)
     shutil.copytree(tmp_path / "0", tmp_path / "1")

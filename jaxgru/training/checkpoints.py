@@ -6,9 +6,9 @@ notice a flipped bit, and does not know what a run is: the manifest holds a sha2
 the names, dtypes and shapes of the arrays, what the caller says of the run, and the step that was
 best so far. A checkpoint gets its name when all of this is on the disk.
 
-Orbax's CheckpointManager is not used. It counts a checkpoint that could not be written, or that is
-damaged, as one of the last: after three failures on a full disk it has removed every intact one. It
-also silently writes nothing below the number of a damaged checkpoint (orbax-checkpoint 0.12.8).
+Orbax's CheckpointManager is not used (orbax-checkpoint 0.12.8). It counts a damaged checkpoint as
+one of the last, replaces none, and silently writes nothing below its number. It leaves behind what
+a full disk did not let it finish. The sums of its files can be taken only after it has committed.
 """
 
 import contextlib

@@ -41,7 +41,7 @@ def loss_fn(params, carry, batch, key):
     tokens, targets, start = batch
     xs, ys = (jax.nn.one_hot(v, VOCAB_SIZE, dtype=carry.dtype) for v in (tokens, targets))
     h0 = jnp.where(start, jnp.zeros_like(carry), carry)
-    h_last, hs = jaxgru.gru(params["gru"], xs, h0, recurrent_dropout=0.2, key=key)
+    h_last, hs = jaxgru.gru(params["gru"], xs, h0, noise=jaxgru.Noise(0.2), key=key)
     loss = jnp.mean((hs @ params["w"] - ys) ** 2)
     return loss, (h_last, {"squared_error": loss})
 

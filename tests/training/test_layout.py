@@ -147,9 +147,9 @@ def test_divided_parameters_are_put_together_before_the_loop_over_time():
 
 
 def test_chunks_that_are_asked_for_have_a_sum_each():
-    assert set(collectives(compiled(training.Layout(mesh_of(4)), chunk_size=3))[0]) == {
-        "all-reduce"
-    }
+    assert set(
+        collectives(compiled(training.Layout(mesh_of(4)), gradient=jaxgru.BPTT(chunk_size=3)))[0]
+    ) == {"all-reduce"}
 
 
 def test_long_sequences_are_one_chunk_on_a_mesh(monkeypatch):
@@ -243,7 +243,7 @@ def test_members_of_an_ensemble_never_meet_and_are_what_each_is_alone():
         return training.init_train_state(params, optimizer, key=key, carry=jnp.zeros((5, 4)))
 
     def loss_fn(params, carry, batch, key):
-        h_last, hs = jaxgru.gru(params, batch, carry, recurrent_dropout=0.2, key=key)
+        h_last, hs = jaxgru.gru(params, batch, carry, noise=jaxgru.Noise(0.2), key=key)
         return jnp.mean(hs**2), (h_last, {})
 
     keys = jax.random.split(jax.random.key(5), 8)

@@ -1,7 +1,7 @@
-"""Weights of other libraries, in and out: NumPy arrays under their names and in their layouts.
+"""Converts the weights of other libraries to `GRUParams` and back, as NumPy arrays by name.
 
-Whatever is read becomes parameters that carry the equation of their library in `spec`, so `gru` and
-`gru_stack` run them as they are. The libraries differ in where the numbers are:
+The `spec` of converted parameters is the equation of their library, so `gru` and `gru_stack` run
+them without further options. The libraries store the numbers in different layouts:
 
 ===========  =========================  ======  ==================================  ======
 library      kernels                    blocks  biases                              reset
@@ -15,16 +15,29 @@ Haiku        [I, 3H], [H, 3H]           z r n   [3H]; z writes                  
 ONNX         [D, 3H, I], [D, 3H, H]     z r n   [D, 6H], D directions               either
 ===========  =========================  ======  ==================================  ======
 
-The update gate z keeps the old state in all but Haiku. Since sigmoid(-a) = 1 - sigmoid(a), negating
-the update gate's weights and biases converts one into the other exactly. Two biases that only act
-as a sum may be summed: the outputs and the gradients of everything else stay the same, but two
-biases that both learn move their sum twice as fast as one. For that reason an optimizer's state
-does not survive a conversion that returns a note; initialize the optimizer again.
+The update gate z keeps the old state in all libraries but Haiku. Negating the update gate's weights
+and biases converts one convention into the other exactly, because sigmoid(-a) = 1 - sigmoid(a). Two
+biases that act only through their sum may be summed: the outputs and all other gradients stay the
+same, but the sum of two trained biases moves twice as fast as one bias. For this reason the state
+of an optimizer is not valid after a conversion that returns a note; initialize the optimizer again.
 
-Every `from_*` returns an `Imported`. Every `to_*` takes a `GRUParams`, a `Bidirectional` or a stack
-and returns an `Exported`. Where a library has one set of arrays for each cell, a list of them is a
-stack and a `Bidirectional` of them is a layer of two directions. None of these libraries is
-imported; ONNX and safetensors files need the packages of those names.
+Every `from_*` copies the arrays once and returns an `Imported`. It raises a ValueError that lists
+all missing keys, unexpected keys and size mismatches, or if no name has the prefix; and a TypeError
+if the source is of another kind, an array is not floating, or dtypes differ. Shared arguments:
+
+* `cell`: the arrays of one cell by name, nested or joined by "/". A list of cells is a stack, a
+  `Bidirectional` of two cells is a layer of two directions; the result is nested in the same way.
+* `prefix`: the start of the names of this GRU among those of a larger model.
+* `activation`: the candidate's activation, which the arrays do not show.
+
+Every `to_*` copies the arrays once and returns an `Exported`. Its argument `params` is a
+`GRUParams`, a `Bidirectional` or a stack. If z has the opposite meaning in the target, the update
+gate is negated. It raises a ValueError if the target cannot compute the equation of `params` (reset
+gate, activation, layer-norm scales); and a TypeError if `params` is of another kind or dtypes
+differ.
+
+None of these libraries is imported. Functions that read or write files raise an ImportError if the
+package onnx or safetensors is not installed, and an OSError if the file cannot be read or written.
 """
 
 from jaxgru.interop.common import Exported, Imported
@@ -39,27 +52,8 @@ from jaxgru.interop.safetensors import LoadedWeights, load_weights, read_safeten
 from jaxgru.interop.torch import from_torch, to_torch
 
 __all__ = [
-    "Exported",
-    "Imported",
-    "LoadedWeights",
-    "OnnxGRU",
-    "from_equinox",
-    "from_haiku",
-    "from_keras",
-    "from_linen",
-    "from_nnx",
-    "from_onnx",
-    "from_torch",
-    "load_weights",
-    "read_onnx",
-    "read_safetensors",
-    "save_weights",
-    "to_equinox",
-    "to_haiku",
-    "to_keras",
-    "to_linen",
-    "to_nnx",
-    "to_onnx",
-    "to_torch",
-    "write_onnx",
-]
+    "Exported", "Imported", "LoadedWeights", "OnnxGRU", "from_equinox", "from_haiku", "from_keras",
+    "from_linen", "from_nnx", "from_onnx", "from_torch", "load_weights", "read_onnx",
+    "read_safetensors", "save_weights", "to_equinox", "to_haiku", "to_keras", "to_linen", "to_nnx",
+    "to_onnx", "to_torch", "write_onnx",
+]  # fmt: skip

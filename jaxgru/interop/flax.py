@@ -1,185 +1,126 @@
-"""Weights of Flax linen and nnx, in and out; `jaxgru.interop` has the table of all layouts."""
+"""Weights of Flax linen and nnx; `jaxgru.interop` describes all layouts and shared arguments."""
 
 from typing import Any
 
 import numpy as np
 
-from jaxgru.core.parameters import Activation, GRUSpec
-from jaxgru.interop.common import (
-    ALL_ACTIVATIONS,
-    ONE_BIAS,
-    Exported,
-    Imported,
-    Target,
-    bias_counts,
-    bias_notes,
-    bind,
-    exported_cells,
-    merged_bias,
-    named_arrays,
-    numpy_cell,
-    only_n,
-    read_layers,
-    require_exportable,
+from jaxgru.core.parameters import Activation, GRUParams, GRUSpec
+from jaxgru.interop import common
+from jaxgru.interop.common import Exported, Imported
+
+_LINEN = common.Target(
+    "flax.linen.GRUCell", ("after",), always=True, merged="r and z have one bias in linen"
+)
+_NNX = common.Target(
+    "flax.nnx.GRUCell", ("after",), biases=1, always=True, merged="r and z have one bias in nnx"
 )
 
 
 def from_linen(cell: Any, *, prefix: str = "", activation: Activation = "tanh") -> Imported:
-    """The weights of a `flax.linen.GRUCell`.
+    """Converts the weights of a `flax.linen.GRUCell`.
 
-    ir, iz, in [I, H] with a bias, hr, hz [H, H] without, hn [H, H] with one: b_x = [ir | iz | in],
-    b_h = [0 | 0 | hn]. One bias of r and z stands for two, which is noted.
+    ir, iz, in [I, H] have a bias, hr, hz [H, H] have none, hn [H, H] has one: b_x = [ir | iz | in],
+    b_h = [0 | 0 | hn]. A note says that r and z have one bias in the source.
 
     Args:
-      cell: the cell's own entry of the parameters (`variables["params"]["cell"]` of an `nn.RNN`),
-        nested or with names joined by "/"; a list of them is a stack, a `Bidirectional` of them a
-        layer.
-      prefix: what the names begin with, such as "params/cell/".
-      activation: the cell's activation_fn.
+      cell, prefix, activation: see `jaxgru.interop`. The cell of an `nn.RNN` is
+        `variables["params"]["cell"]`, so its prefix is "params/cell/".
 
-    Returns:
-      Imported: in the nesting of `cell`; their spec resets after and keeps.
-
-    Raises:
-      ValueError: names are missing, surplus or misshaped, or prefix fits none.
-      TypeError: it is no mapping, or an array is not floating.
-
-    Cost: one copy of the arrays.
+    Returns: parameters nested as `cell`, with reset "after" and update "keep".
+    Raises: see `jaxgru.interop`.
     """
     spec = GRUSpec("after", "keep", activation)
 
     def read(name, source):
-        arrays = named_arrays("from_linen", name, source, prefix=prefix, known_by=("hn/kernel",))
-        kernels = {f"h{gate}/kernel": "H H" for gate in "rzn"}
-        kernels |= {f"i{gate}/kernel": "I H" for gate in "rzn"}
-        biases = {f"i{gate}/bias": "H" for gate in "rzn"} | {"hn/bias": "H"}
-        bind("from_linen", name, arrays, kernels | biases)
-        w_x, w_h, b_x = (
-            np.concatenate([arrays[f"{side}{gate}/{kind}"] for gate in "rzn"], axis=-1)
-            for side, kind in (("i", "kernel"), ("h", "kernel"), ("i", "bias"))
-        )
-        return numpy_cell(w_x, w_h, b_x, only_n(arrays["hn/bias"]), spec=spec)
+        arrays = common.named_arrays("from_linen", name, source, prefix, known_by=("hn/kernel",))
+        axes = {f"h{gate}/kernel": "H H" for gate in "rzn"}
+        axes |= {f"i{gate}/kernel": "I H" for gate in "rzn"}
+        axes |= {f"i{gate}/bias": "H" for gate in "rzn"} | {"hn/bias": "H"}
+        common.bind("from_linen", name, arrays, axes)
+        gates = {"w_x": "i{}/kernel", "w_h": "h{}/kernel", "b_x": "i{}/bias"}
+        joined: Any = {
+            field: np.concatenate([arrays[name.format(gate)] for gate in "rzn"], axis=-1)
+            for field, name in gates.items()
+        }
+        return GRUParams(**joined, b_h=common.only_n(arrays["hn/bias"]), spec=spec)
 
-    params = read_layers("from_linen", cell, read)
-    return Imported(params, (ONE_BIAS,))
+    return Imported(common.read_layers("from_linen", cell, read), (common.ONE_BIAS,))
 
 
 def to_linen(params: Any) -> Exported:
-    """The parameters of a `flax.linen.GRUCell`; the two biases of r and of z are summed.
+    """Returns the parameters of a `flax.linen.GRUCell`; the two biases of r and of z are summed.
 
     Args:
-      params: a `GRUParams`, a `Bidirectional`, or a stack, whose spec has reset "after".
+      params: see `jaxgru.interop`; with reset "after".
 
-    Returns:
-      Exported: {"ir": {"kernel": ..., "bias": ...}, ...} for each cell, in the nesting of params,
-      and the arguments of each cell, activation_fn by its name in `jax.nn`: give that function.
-      Run it with `nn.RNN(cell).apply({"params": {"cell": exported.weights}}, xs)`.
-
-    Raises:
-      ValueError: linen has no such cell: reset before, or gains.
-      TypeError: params are of another kind.
-
-    Cost: one copy of the arrays.
+    Returns: {"ir": {"kernel": ..., "bias": ...}, ...} for each cell, nested as params, and the
+      arguments of each cell. Its activation_fn is a name in `jax.nn`; give that function to the
+      cell. Run it with `nn.RNN(cell).apply({"params": {"cell": exported.weights}}, xs)`.
+    Raises: see `jaxgru.interop`.
 
     >>> import jax
     >>> from jaxgru import PYTORCH, init_gru
     >>> sorted(to_linen(init_gru(jax.random.key(0), 2, 3, spec=PYTORCH)).weights)
     ['hn', 'hr', 'hz', 'in', 'ir', 'iz']
     """
-    params, notes = require_exportable(
-        "to_linen",
-        params,
-        Target("flax.linen.GRUCell", ("after",), activations=ALL_ACTIVATIONS),
-    )
-    merged = "r and z have one bias in linen"
-    notes += bias_notes([bias_counts(params)], 2, always=True, merged=merged)
 
-    def write(name, cell):
-        b, b_n = merged_bias(cell, "after")
+    def write(name, cell, bias):
+        b, b_n = common.merged_bias(cell)
+        w_x, w_h, b = (np.split(v, 3, -1) for v in (cell.w_x, cell.w_h, b))
         weights: dict[str, dict[str, np.ndarray]] = {}
-        for gate, w_x, w_h, bias in zip(
-            "rzn", *(np.split(v, 3, -1) for v in (cell.w_x, cell.w_h, b))
-        ):
-            weights[f"i{gate}"] = {"kernel": w_x.copy(), "bias": bias.copy()}
-            weights[f"h{gate}"] = {"kernel": w_h.copy()}
+        for k, gate in enumerate("rzn"):
+            weights[f"i{gate}"] = {"kernel": w_x[k].copy(), "bias": b[k].copy()}
+            weights[f"h{gate}"] = {"kernel": w_h[k].copy()}
         weights["hn"]["bias"] = b_n.copy()
-        return weights
+        return weights, {"features": cell.w_h.shape[0], "activation_fn": cell.spec.activation}
 
-    def options(name, cell):
-        return {"features": cell.w_h.shape[0], "activation_fn": cell.spec.activation}
-
-    return exported_cells("to_linen", params, write, options, notes)
+    return common.export_cells("to_linen", params, _LINEN, write)
 
 
 def from_nnx(cell: Any, *, prefix: str = "", activation: Activation = "tanh") -> Imported:
-    """The weights of a `flax.nnx.GRUCell`: identical; there is no bias that r multiplies.
+    """Converts the weights of a `flax.nnx.GRUCell` exactly; it has no bias that r multiplies.
 
     Args:
-      cell: `nnx.state(cell, nnx.Param)`, or a mapping with dense_i (kernel [I, 3H], bias [3H]) and
-        dense_h (kernel [H, 3H]); a list of them is a stack, a `Bidirectional` of them a layer.
-      prefix: what the names begin with, such as "cell/".
-      activation: the cell's activation_fn.
+      cell, prefix, activation: see `jaxgru.interop`. A cell is `nnx.state(cell, nnx.Param)`, or a
+        mapping with dense_i (kernel [I, 3H], bias [3H]) and dense_h (kernel [H, 3H]).
 
-    Returns:
-      Imported: in the nesting of `cell`, b_h None; their spec resets after and keeps.
-
-    Raises:
-      ValueError: names are missing, surplus or misshaped, or prefix fits none.
-      TypeError: it is no mapping, or an array is not floating.
-
-    Cost: one copy of the arrays.
+    Returns: parameters nested as `cell`, with reset "after" and update "keep"; b_h is None.
+    Raises: see `jaxgru.interop`.
     """
     spec = GRUSpec("after", "keep", activation)
 
     def read(name, source):
-        arrays = named_arrays("from_nnx", name, source, prefix=prefix, known_by=("dense_h/kernel",))
+        known = ("dense_h/kernel",)
+        arrays = common.named_arrays("from_nnx", name, source, prefix, known_by=known)
         axes = {"dense_h/kernel": "H 3H", "dense_i/kernel": "I 3H", "dense_i/bias": "3H"}
-        w_h, w_x, b_x = (bind("from_nnx", name, arrays, axes)[key] for key in axes)
-        return numpy_cell(w_x, w_h, b_x, spec=spec)
+        w_h, w_x, b_x = (common.bind("from_nnx", name, arrays, axes)[key] for key in axes)
+        return GRUParams(w_x, w_h, b_x, spec=spec)
 
-    params = read_layers("from_nnx", cell, read)
-    return Imported(params, ())
+    return Imported(common.read_layers("from_nnx", cell, read), ())
 
 
 def to_nnx(params: Any) -> Exported:
-    """The parameters of a `flax.nnx.GRUCell`; the two biases of r and of z are summed.
+    """Returns the parameters of a `flax.nnx.GRUCell`; the two biases of r and of z are summed.
 
     Args:
-      params: a `GRUParams`, a `Bidirectional`, or a stack, whose b_h has an n block of zeros, or
-        that have no b_h. Their spec must have reset "after".
+      params: see `jaxgru.interop`; with reset "after", and a b_h whose n block is zero, or no b_h.
 
-    Returns:
-      Exported: {"dense_i": {"kernel": ..., "bias": ...}, "dense_h": {"kernel": ...}} for each cell,
-      in the nesting of params, and the arguments of each cell, activation_fn by its name in
-      `jax.nn`. Put it into a cell with `nnx.update(cell, exported.weights)`.
-
-    Raises:
-      ValueError: nnx has no such cell: a bias that r multiplies, reset before, or gains.
-      TypeError: params are of another kind.
-
-    Cost: one copy of the arrays.
+    Returns: {"dense_i": {"kernel": ..., "bias": ...}, "dense_h": {"kernel": ...}} for each cell,
+      nested as params, and the arguments of each cell; its activation_fn is a name in `jax.nn`.
+      Write the weights into a cell with `nnx.update(cell, exported.weights)`.
+    Raises: see `jaxgru.interop`; ValueError: the n block of b_h is not zero.
     """
-    params, notes = require_exportable(
-        "to_nnx", params, Target("flax.nnx.GRUCell", ("after",), activations=ALL_ACTIVATIONS)
-    )
-    merged = "r and z have one bias in nnx"
-    notes += bias_notes([bias_counts(params)], 1, always=True, merged=merged)
 
-    def write(name, cell):
-        b, b_n = merged_bias(cell, "after")
+    def write(name, cell, bias):
+        b, b_n = common.merged_bias(cell)
         if np.any(b_n):
             raise ValueError(
-                f"to_nnx: the n block of {name}.b_h must be zero, as flax.nnx.GRUCell has no bias "
+                f"to_nnx: {name}.b_h must be zero in its n block, as flax.nnx.GRUCell has no bias "
                 f"that the reset gate multiplies, got up to {np.abs(b_n).max():.3g}; "
                 "flax.linen.GRUCell has one (to_linen)."
             )
-        return {
-            "dense_i": {"kernel": cell.w_x, "bias": b},
-            "dense_h": {"kernel": cell.w_h},
-        }
-
-    def options(name, cell):
+        weights = {"dense_i": {"kernel": cell.w_x, "bias": b}, "dense_h": {"kernel": cell.w_h}}
         sizes = {"in_features": cell.w_x.shape[0], "hidden_features": cell.w_h.shape[0]}
-        return sizes | {"activation_fn": cell.spec.activation}
+        return weights, sizes | {"activation_fn": cell.spec.activation}
 
-    return exported_cells("to_nnx", params, write, options, notes)
+    return common.export_cells("to_nnx", params, _NNX, write)

@@ -233,7 +233,7 @@ def test_layers_that_do_not_fit_leave_no_file(tmp_path, capsys):
     interop.save_weights(tmp_path / "j", layers)
     argv = ("--from", "jaxgru", tmp_path / "j", "--to", "keras", tmp_path / "new.npz")
     code, printed = run(capsys, *argv)
-    assert (code, "params[1].w_x must have 6 rows" in printed) == (2, True)
+    assert (code, "params[1].forward.w_x must have 6 rows" in printed) == (2, True)
     assert not (tmp_path / "new.npz").exists()
     code, printed = run(capsys, *argv, "--merge", "sum")
     assert code == 0, printed
@@ -296,7 +296,7 @@ def bad(path, data):
 REFUSED = {
     "pickle": (
         lambda path: ("torch", bad(path / "m.pt", pickle.dumps({"w": 1}))),
-        "which can run code; where it comes from, write one with safetensors.torch.save_file",
+        "which can run code; save the weights again with safetensors.torch.save_file",
     ),
     "no_file": (lambda path: ("onnx", path / "none.onnx"), "No such file or directory"),
     "truncated_npz": (lambda path: ("keras", bad(path / "m.npz", b"PK\x03\x04")), "whole .npz"),
@@ -304,10 +304,10 @@ REFUSED = {
         lambda path: (np.savez(path / "m.npz", w=np.array([{}])), ("haiku", path / "m.npz"))[1],
         "Object arrays cannot be loaded when allow_pickle=False",
     ),
-    "no_model": (lambda path: ("onnx", bad(path / "m", b"no model")), "a whole ONNX model"),
+    "no_model": (lambda path: ("onnx", bad(path / "m", b"no model")), "an intact ONNX model"),
     "other_names": (
         lambda path: (np.savez(path / "m.npz", w=np.ones(3)), ("haiku", path / "m.npz"))[1],
-        "must hold w_h, w_i, b, got missing:",
+        "must hold w_h, w_i, b, got missing keys:",
     ),
     "integers": (
         lambda path: (

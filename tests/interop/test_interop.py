@@ -1,4 +1,4 @@
-"""Weights of other libraries: golden files of what they computed, round trips, refusals."""
+"""Weights of other libraries: golden files of their results, round trips, refused calls."""
 
 import dataclasses
 import pathlib
@@ -30,7 +30,7 @@ WRITERS = {name: getattr(interop, f"to_{name}") for name in PEERS}
 
 
 def load_golden(name, variant):
-    """The arrays of a file, weights and gradients in dicts of their own."""
+    """The arrays of a file; weights and gradients are also in separate dicts."""
     with np.load(GOLDEN / f"{name}_{variant}.npz", allow_pickle=False) as file:
         arrays = dict(file)
     parts = {
@@ -41,7 +41,7 @@ def load_golden(name, variant):
 
 
 def as_stack(params):
-    """A stack, also of a single layer."""
+    """The layers as a stack of JAX arrays; a single layer is a stack of one."""
     single = isinstance(params, GRUParams | Bidirectional)
     return jax.tree.map(jnp.asarray, (params,) if single else params)
 
@@ -59,7 +59,7 @@ def outputs_and_gradients(params, xs, cotangents):
 
 
 def without_merged(grads, notes):
-    """The gradients, less those of biases that the source keeps as one: r and z of b_h."""
+    """The gradients; those of b_h are zero for r and z if the source has one bias for them."""
     if not any("one bias in the source" in note for note in notes):
         return grads
 
@@ -73,7 +73,7 @@ def without_merged(grads, notes):
 @pytest.mark.usefixtures("x64", "uncompiled")
 @pytest.mark.parametrize(("name", "variant"), VARIANTS)
 def test_golden_values_and_gradients_are_the_peers(name, variant):
-    """What is read carries its equation: nothing else is told to `gru_stack`."""
+    """The converted parameters have the equation as their spec; `gru_stack` gets no option."""
     parts, arrays = load_golden(name, variant)
     imported = PEERS[name].read(parts["weights"], variant)
     stack = as_stack(imported.params)
@@ -85,7 +85,7 @@ def test_golden_values_and_gradients_are_the_peers(name, variant):
 
 
 def flatten(name, weights):
-    """What a `to_*` returned under the names of tests/interop/golden."""
+    """The weights of a `to_*` under the names of tests/interop/golden."""
     if name != "keras":
         flat = jax.tree_util.tree_leaves_with_path(weights)
         return {"/".join(str(key.key) for key in path): v for path, v in flat}
@@ -122,7 +122,7 @@ def test_negated_update_gate_is_the_other_convention(reset):
 
 
 NEGATED = "the update gate's weights and biases are negated: "
-NOTES = {  # the peer, what its z does, and which biases it has once
+NOTES = {  # the peer, the meaning of its z, and the note on biases that it has once
     "torch": ("torch.nn.GRU", "z keeps", ""),
     "keras": ("keras.layers.GRU", "z keeps", "Keras has one bias where reset_after is False"),
     "linen": ("flax.linen.GRUCell", "z keeps", "r and z have one bias in linen"),
@@ -136,8 +136,8 @@ NOTES = {  # the peer, what its z does, and which biases it has once
 @pytest.mark.usefixtures("x64", "uncompiled")
 @pytest.mark.parametrize("update", ["keep", "write"])
 @pytest.mark.parametrize("name", PEERS)
-def test_export_of_every_equation_it_can_hold_comes_back_as_the_same_function(name, update):
-    """Merged biases and a z of the other sense: other arrays, the same outputs."""
+def test_export_and_import_of_every_supported_equation_is_the_same_function(name, update):
+    """Summed biases and a negated update gate change the arrays, not the outputs."""
     for reset in ("before", "after"):
         problem = make_problem(1)
         params = with_spec(jax.tree.map(np.array, problem.params), GRUSpec(reset, update))
@@ -198,16 +198,16 @@ def test_lists_are_stacks_and_pairs_are_layers_of_two_directions():
     np.testing.assert_array_equal(weights[1].forward["hn"]["kernel"], cell["hn/kernel"])
 
 
-def test_weights_that_are_not_finite_are_told():
+def test_weights_that_are_not_finite_raise_a_warning():
     cell = {"weight_ih": np.ones((9, 2)), "weight_hh": np.ones((9, 3))}
     cell["weight_hh"][0, :2] = np.nan, np.inf
-    told = r"^from_torch: state_dict\['weight_hh'\] holds 2 values that are not finite\.$"
-    with pytest.warns(UserWarning, match=told):
+    message = r"^from_torch: state_dict\['weight_hh'\] holds 2 values that are not finite\.$"
+    with pytest.warns(UserWarning, match=message):
         interop.from_torch(cell)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
-def test_every_dtype_is_kept(dtype):
+def test_dtype_is_unchanged(dtype):
     dtype = jnp.dtype(dtype)
     cell = {"weight_ih": np.ones((9, 2), dtype), "weight_hh": np.ones((9, 3), dtype)}
     params = interop.from_torch(cell).params
@@ -221,7 +221,7 @@ def torch_cell(**changes):
 
 
 class Unreadable:
-    """What a tensor that is not on the CPU does."""
+    """Fails like a tensor that is not on the CPU."""
 
     def __array__(self, *args, **kwargs):
         raise RuntimeError("on a device")
@@ -252,39 +252,39 @@ BAD_CALLS = {
         TypeError,
         "from_torch: state_dict must be a mapping of names to arrays, got list.",
     ),
-    "missing_surplus_and_misshaped_together": (
+    "all_mismatches_together": (
         lambda: interop.from_torch(
             torch_cell(weight_hh=np.ones((3, 9)), bias_ih=np.ones(9), extra=np.ones(1))
         ),
         ValueError,
         "from_torch: state_dict must hold weight_hh, weight_ih, bias_ih, bias_hh, got "
-        "missing: bias_hh [3H]; surplus: extra; misshaped: weight_hh (3, 9) for [3H H], "
-        "weight_ih (9, 2) for [3H I], bias_ih (9,) for [3H] (with H=9, I=2).",
+        "missing keys: bias_hh [3H]; unexpected keys: extra; size mismatch: weight_hh (3, 9) for "
+        "[3H H], weight_ih (9, 2) for [3H I], bias_ih (9,) for [3H] (with H=9, I=2).",
     ),
     "missing_layer": (
         lambda: interop.from_torch(
             {"weight_hh_l1": np.ones((9, 3)), "weight_ih_l1": np.ones((9, 3))}
         ),
         ValueError,
-        "from_torch: state_dict must hold weight_hh_l0, weight_ih_l0, got missing: "
-        "weight_hh_l0 [3H H], weight_ih_l0 [3H I]; surplus: weight_hh_l1, weight_ih_l1.",
+        "from_torch: state_dict must hold weight_hh_l0, weight_ih_l0, got missing keys: "
+        "weight_hh_l0 [3H H], weight_ih_l0 [3H I]; unexpected keys: weight_hh_l1, weight_ih_l1.",
     ),
     "wrong_prefix": (
         lambda: interop.from_torch(torch_cell(), prefix="rnn."),
         ValueError,
-        "from_torch: prefix must begin a name of state_dict, got 'rnn.'; the names are "
+        "from_torch: prefix must be the start of a name in state_dict, got 'rnn.'; the names are "
         "weight_ih, weight_hh.",
     ),
     "wrong_prefix_of_many_names": (
         lambda: interop.from_torch({f"w{i}": np.ones(2) for i in range(21)}, prefix="x"),
         ValueError,
-        "from_torch: prefix must begin a name of state_dict, got 'x'; the names are "
+        "from_torch: prefix must be the start of a name in state_dict, got 'x'; the names are "
         f"{', '.join(f'w{i}' for i in range(20))}, ... and 1 more.",
     ),
     "no_names": (
         lambda: interop.from_torch({}),
         ValueError,
-        "from_torch: prefix must begin a name of state_dict, got ''; the names are none.",
+        "from_torch: prefix must be the start of a name in state_dict, got ''; the names are none.",
     ),
     "no_array": (
         lambda: interop.from_haiku({"w_h": Unreadable()}),
@@ -292,19 +292,19 @@ BAD_CALLS = {
         "from_haiku: cell['w_h'] must be an array that NumPy can hold, got Unreadable (on a "
         "device); move it to the CPU, detach it, and cast PyTorch's bfloat16 with .float().",
     ),
-    "keras_misshaped": (
+    "keras_size_mismatch": (
         lambda: interop.from_keras(
             {"recurrent_kernel": np.ones((3, 9)), "kernel": np.ones((2, 8))}, reset_after=True
         ),
         ValueError,
-        "from_keras: weights must hold recurrent_kernel, kernel, got misshaped: kernel (2, 8) for "
-        "[I 3H] (with H=3, I=2).",
+        "from_keras: weights must hold recurrent_kernel, kernel, got size mismatch: kernel (2, 8) "
+        "for [I 3H] (with H=3, I=2).",
     ),
     "optimizer_state": (
         lambda: interop.from_torch({"state": {}, "param_groups": []}),
         ValueError,
-        "from_torch: state_dict must be a module's, got an optimizer's; its moments belong to "
-        "PyTorch's arrays and do not move: start an optax optimizer anew.",
+        "from_torch: state_dict must be of a module, got that of an optimizer, which is not "
+        "converted; initialize an optax optimizer.",
     ),
     "integers": (
         lambda: interop.from_torch(torch_cell(weight_hh=np.ones((9, 3), int))),
@@ -315,16 +315,15 @@ BAD_CALLS = {
     "two_dtypes": (
         lambda: interop.from_torch(torch_cell(weight_hh=np.ones((9, 3), np.float32))),
         TypeError,
-        "from_torch: state_dict must hold arrays of one dtype, got float32, float64; cast them to "
-        "one.",
+        "from_torch: state_dict must have one dtype, got float32, float64; cast to one.",
     ),
     "keras_without_bias": (
         lambda: interop.from_keras(keras_cell()),
         ValueError,
-        "from_keras: reset_after must be True or False for weights, which has no bias that tells, "
-        "got None.",
+        "from_keras: reset_after must be True or False for weights, which has no bias whose shape "
+        "shows it, got None.",
     ),
-    "keras_belied": (
+    "keras_reset_contradicts_bias": (
         lambda: interop.from_keras(keras_cell(np.ones(9)), reset_after=True),
         ValueError,
         "from_keras: reset_after must be False for a bias of shape (9,), got True.",
@@ -337,7 +336,7 @@ BAD_CALLS = {
     "keras_count": (
         lambda: interop.from_keras([np.ones((2, 9))]),
         ValueError,
-        "from_keras: weights must hold 2 or 3 arrays, or 4 or 6 of a Bidirectional, got 1; of "
+        "from_keras: weights must hold 2 or 3 arrays, or 4 or 6 of a Bidirectional, got 1; for "
         "several layers give a list, [v.get_weights() for v in layers].",
     ),
     "keras_layers_in_one_list": (
@@ -345,8 +344,8 @@ BAD_CALLS = {
             [*keras_cell(np.ones((2, 9))), np.ones((3, 12)), np.ones((4, 12)), np.ones((2, 12))]
         ),
         ValueError,
-        "from_keras: weights must have two directions of the same I, H, got (2, 3) and (3, 4); "
-        "layers that follow one another go into a list.",
+        "from_keras: weights must have the same I and H in both directions, got (2, 3) and (3, 4); "
+        "give consecutive layers as a list.",
     ),
     "keras_no_weights": (
         lambda: interop.from_keras(None),
@@ -371,7 +370,7 @@ BAD_CALLS = {
         TypeError,
         "from_haiku: prefix must be a string, got None.",
     ),
-    "one_name_twice": (
+    "duplicate_name": (
         lambda: interop.from_haiku({"a": {"b": 1.0}, "a/b": 2.0}),
         ValueError,
         "from_haiku: two arrays have the name 'a/b'.",
@@ -389,28 +388,28 @@ BAD_CALLS = {
     "list_in_a_list": (
         lambda: interop.to_linen(((cell_of(),),)),
         TypeError,
-        "to_linen: params[0] must be one layer, got a list in a list.",
+        "to_linen: params[0] must be one layer, got a list inside a list.",
     ),
     "model_for_its_layers": (
         lambda: interop.to_torch(models.SequenceParams((cell_of(),), 0, 0)),
         TypeError,
-        "to_torch: params must be a GRUParams, got SequenceParams; its layers are params.layers.",
+        "to_torch: params must be a GRUParams, got SequenceParams; pass params.layers.",
     ),
     "directions_of_two_sizes": (
         lambda: interop.to_onnx(Bidirectional(cell_of(), cell_of(4))),
         ValueError,
-        "to_onnx: params must have two directions of the same I, H, got (2, 3) and (2, 4); layers "
-        "that follow one another go into a list.",
+        "to_onnx: params must have the same I and H in both directions, got (2, 3) and (2, 4); "
+        "give consecutive layers as a list.",
     ),
-    "layers_that_do_not_follow": (
+    "layers_that_do_not_fit": (
         lambda: interop.to_keras((cell_of(), cell_of(inputs=7))),
         ValueError,
-        "to_keras: params[1] must read the 3 outputs of the layer below it, got I=7.",
+        "to_keras: params[1] must take the 3 outputs of the layer below it, got I=7.",
     ),
     "dtypes_of_directions": (
         lambda: interop.to_onnx(Bidirectional(cell_of(), jax.tree.map(np.float16, cell_of()))),
         TypeError,
-        "to_onnx: params must be of one dtype, got float16, float64; cast them.",
+        "to_onnx: params must have one dtype, got float16, float64; cast to one.",
     ),
     "bad_second_layer": (
         lambda: interop.to_torch((cell_of(), cell_of(inputs=3, b_x=np.ones(2)))),
@@ -431,12 +430,12 @@ BAD_CALLS = {
     "onnx_directions": (
         lambda: interop.from_onnx(np.ones((3, 9, 2)), np.ones((3, 9, 3))),
         ValueError,
-        "from_onnx: R must have one or two directions in front, got 3.",
+        "from_onnx: R must have one or two directions (axis 0), got 3.",
     ),
     "nnx_has_no_bias_inside": (
         lambda: interop.to_nnx((cell_of(),)),
         ValueError,
-        "to_nnx: the n block of params[0].b_h must be zero, as flax.nnx.GRUCell has no bias that "
+        "to_nnx: params[0].b_h must be zero in its n block, as flax.nnx.GRUCell has no bias that "
         "the reset gate multiplies, got up to 1; flax.linen.GRUCell has one (to_linen).",
     ),
     "params_kind": (
@@ -453,8 +452,8 @@ BAD_CALLS = {
         lambda: interop.to_torch((cell_of(), cell_of(inputs=3, spec=CHO_2014))),
         ValueError,
         "to_torch: params[1].spec.reset must be 'after', which is all that torch.nn.GRU computes, "
-        "got 'before': no weights make one of the two equal to the other; train the model again "
-        "with the other equation.",
+        "got 'before'; no weights make the two equations equal, so train a model with "
+        "reset='after'.",
     ),
     "specs_of_directions_keras": (
         lambda: interop.to_keras(BOTH_SPECS),
@@ -471,14 +470,14 @@ BAD_CALLS = {
     "torch_one_kind_of_layer": (
         lambda: interop.to_torch((cell_of(), Bidirectional(cell_of(inputs=3), cell_of(inputs=3)))),
         ValueError,
-        "to_torch: params must have layers that are all Bidirectional or none, as torch.nn.GRU "
-        "has, got another kind in layer 1.",
+        "to_torch: params[1] must be a GRUParams like params[0], as all layers of a torch.nn.GRU "
+        "are alike, got a Bidirectional.",
     ),
     "torch_one_size": (
         lambda: interop.to_torch((cell_of(), cell_of(4, 3))),
         ValueError,
-        "to_torch: params must have layers of one size H that read all outputs below, as "
-        "torch.nn.GRU has, got I, H = (3, 4) in layer 1 for (3, 3).",
+        "to_torch: params[1] must have (I, H) = (3, 3), as the layers of a torch.nn.GRU have one H "
+        "and take all outputs of the layer below, got (3, 4).",
     ),
 }
 
@@ -499,7 +498,7 @@ def mapping_of(name):
     return weights
 
 
-AXES = {  # of each peer: how its error names the source, its arrays in order, and their axes
+AXES = {  # for each peer the argument in its error, and its arrays in order with their axes
     "torch": ("state_dict", "weight_hh [3H H], weight_ih [3H I], bias_ih [3H], bias_hh [3H]"),
     "keras": ("weights", "recurrent_kernel [H 3H], kernel [I 3H], bias [2 3H]"),
     "linen": (
@@ -524,7 +523,7 @@ def test_every_array_of_a_peer_has_its_axes_and_a_floating_dtype(name):
         with pytest.raises(ValueError) as caught:
             read(weights | {key: odd})
         found = str(caught.value)
-        start = f"from_{name}: {source} must hold {', '.join(axes)}, got misshaped: "
+        start = f"from_{name}: {source} must hold {', '.join(axes)}, got size mismatch: "
         if name != "keras" or key != "bias":
             assert found.startswith(start) and f"{key} (7, 5, 3) for [{wanted}]" in found
         with pytest.raises(TypeError) as caught:
@@ -536,7 +535,7 @@ def test_every_array_of_a_peer_has_its_axes_and_a_floating_dtype(name):
     with pytest.raises(ValueError) as caught:
         read(weights | {"more": np.ones(3)})
     assert str(caught.value) == (
-        f"from_{name}: {source} must hold {', '.join(axes)}, got surplus: more."
+        f"from_{name}: {source} must hold {', '.join(axes)}, got unexpected keys: more."
     )
 
 
@@ -555,20 +554,21 @@ def test_prefix_that_is_missing_is_named(name):
 
 
 @pytest.mark.parametrize("name", NOTES)
-def test_what_a_peer_does_not_compute_is_refused_in_its_name(name):
+def test_equation_that_a_peer_does_not_compute_is_refused(name):
     peer, spec = NOTES[name][0], spec_of(name)
     with pytest.raises(ValueError) as caught:
         WRITERS[name](cell_of(spec=spec, g_x=np.ones(9)))
     assert str(caught.value) == (
-        f"to_{name}: params must have no gains, as {peer} has no layer normalization of the gates' "
-        "products, got g_x or g_h."
+        f"to_{name}: params must have no layer-norm scale, because {peer} has no layer "
+        "normalization of the gates' products, got g_x or g_h."
     )
     if name in ("torch", "equinox", "haiku"):
         with pytest.raises(ValueError) as caught:
             WRITERS[name](cell_of(spec=GRUSpec(spec.reset, activation="relu")))
         assert str(caught.value) == (
-            f"to_{name}: params.spec.activation must be one of 'tanh', which is all that {peer} "
-            "computes, got 'relu'."
+            f"to_{name}: params.spec.activation must be 'tanh', which is all that {peer} computes, "
+            "got 'relu'; no weights make the two equations equal, so train a model with "
+            "activation='tanh'."
         )
     if name not in ("keras", "onnx"):
         other = "after" if name == "haiku" else "before"
@@ -576,13 +576,13 @@ def test_what_a_peer_does_not_compute_is_refused_in_its_name(name):
             WRITERS[name](cell_of(spec=GRUSpec(other)))
         assert str(caught.value) == (
             f"to_{name}: params.spec.reset must be {spec.reset!r}, which is all that {peer} "
-            f"computes, got {other!r}: no weights make one of the two equal to the other; train "
-            "the model again with the other equation."
+            f"computes, got {other!r}; no weights make the two equations equal, so train a model "
+            f"with reset={spec.reset!r}."
         )
 
 
 ABSENT = {"b_x": cell_of(b_x=None), "b_h": cell_of(b_h=None), "both": cell_of(b_x=None, b_h=None)}
-# Which absent biases each target writes as zeros; one that none of its arrays stands for is exact.
+# The absent biases that each target writes as zeros; it has no array for the others.
 FILLS = {
     "torch": {"b_x", "b_h"},
     "keras": {"b_x", "b_h"},
@@ -596,19 +596,19 @@ FILLS = {
 
 @pytest.mark.parametrize("absent", ABSENT)
 @pytest.mark.parametrize("name", FILLS)
-def test_absent_biases_that_are_written_as_zeros_are_told(name, absent):
+def test_absent_biases_that_are_written_as_zeros_are_noted(name, absent):
     cell = with_spec(ABSENT[absent], spec_of(name))
     if name == "nnx" and cell.b_h is not None:
         cell = dataclasses.replace(cell, b_h=cell.b_h * (np.arange(9) < 6))
     exported = WRITERS[name](cell)
-    told = "absent biases are written as zeros" in exported.notes
-    assert told == (absent in FILLS[name])
+    noted = "absent biases are written as zeros" in exported.notes
+    assert noted == (absent in FILLS[name])
     assert exported.options.get("bias", exported.options.get("use_bias", True)) == (
         absent != "both" or name not in ("torch", "keras", "equinox")
     )
 
 
-def test_layer_without_bias_beside_one_with_it_is_told():
+def test_layer_without_bias_beside_one_with_bias_is_noted():
     bare, full = ABSENT["both"], cell_of()
     for name in ("keras", "onnx"):
         exported = WRITERS[name](Bidirectional(full, bare))
@@ -639,27 +639,27 @@ def test_options_of_a_cell_build_the_target(name):
     assert WRITERS[name](cell).options == OPTIONS[name]
 
 
-def test_one_bias_of_the_source_for_two_is_told():
+def test_one_bias_of_the_source_for_two_is_noted():
     cells = load_golden("linen", "tanh")[0]["weights"], interop.to_equinox(cell_of()).weights
     for read, cell in zip((interop.from_linen, interop.from_equinox), cells):
         assert read(cell).notes == (
-            "r and z have one bias in the source: b_h is zero there, and learns beside b_x from "
-            "now",
+            "r and z have one bias in the source: b_h starts at zero for them and is trained "
+            "beside b_x",
         )
 
 
-def test_reset_of_onnx_is_before_unless_the_node_says_other():
+def test_reset_of_onnx_is_before_by_default():
     imported = interop.from_onnx(np.ones((1, 9, 2)), np.ones((1, 9, 3)))
     assert imported.params.spec == GRUSpec("before", "keep")
 
 
-def test_layers_of_several_equations_keep_each_its_own():
-    """Where the target tells the equation of every layer by itself."""
+def test_layers_with_different_equations_are_exported():
+    """Targets that have an equation per layer get the one of each layer."""
     specs = (GRUSpec("after", activation="relu"), GRUSpec("before", "write", "softplus"))
     stack = tuple(cell_of(inputs=n, spec=spec) for n, spec in zip((2, 3), specs))
     keras = interop.to_keras(stack)
-    told = [(v["reset_after"], v["activation"]) for v in keras.options]
-    assert told == [(True, "relu"), (False, "softplus")]
+    found = [(v["reset_after"], v["activation"]) for v in keras.options]
+    assert found == [(True, "relu"), (False, "softplus")]
     assert keras.notes == (
         NEGATED + "z keeps in keras.layers.GRU",
         "b_x and b_h are summed: Keras has one bias where reset_after is False",
@@ -672,12 +672,12 @@ def test_layers_of_several_equations_keep_each_its_own():
         (1, "Relu"), (0, "Softplus")
     ]  # fmt: skip
     after = (stack[0], with_spec(stack[1], PYTORCH))
-    told = [v["activation_fn"] for v in interop.to_linen(after).options]
-    assert told == ["relu", "tanh"]
+    found = [v["activation_fn"] for v in interop.to_linen(after).options]
+    assert found == ["relu", "tanh"]
 
 
-def test_directions_that_differ_in_their_update_alone_are_exported():
-    """Negating the update gate of one makes their equations the same."""
+def test_directions_that_differ_only_in_their_update_are_exported():
+    """Negating the update gate of one direction makes their equations equal."""
     writes = cell_of(spec=GRUSpec("after", "write"))
     exported = interop.to_torch(Bidirectional(cell_of(), writes))
     forward, backward = interop.from_torch(exported.weights).params[0]

@@ -1,4 +1,4 @@
-"""Fresh random cases beside every installed peer, onnxruntime, and training handed over."""
+"""Random cases against every installed peer and onnxruntime, and training after a conversion."""
 
 import functools
 import warnings
@@ -62,7 +62,7 @@ def test_fresh_case_has_the_peers_values_and_gradients(name, variant):
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["one_way", "both_ways"])
 @pytest.mark.parametrize("reset", ["before", "after"])
 def test_fresh_model_has_our_values_in_onnxruntime(tmp_path, reset, bidirectional):
-    """Lengths of zero and states too, which onnxruntime's kernel treats in its own way."""
+    """With states and lengths of zero, which onnxruntime's kernel treats differently."""
     runtime = pytest.importorskip("onnxruntime")
     runtime.set_default_logger_severity(3)
 
@@ -95,7 +95,7 @@ def test_fresh_model_has_our_values_in_onnxruntime(tmp_path, reset, bidirectiona
             h_last, logits = models.token_logits(
                 model, jnp.asarray(tokens), h0, mask=mask, merge=merge
             )
-        # float32 on both sides, with their own exp and order of sums.
+        # Both sides compute in float32, with different exp and order of sums.
         np.testing.assert_allclose(results["outputs"], logits, atol=2e-5, rtol=2e-5)
         for number, h in enumerate(h_last):
             h = np.stack(h) if bidirectional else np.asarray(h)[None]
@@ -142,8 +142,8 @@ def test_file_of_torchs_exporter_is_read(tmp_path, bidirectional):
     np.testing.assert_allclose(hs, module(xs)[0].detach().numpy(), atol=1e-6)
 
 
-def test_training_handed_over_follows_torchs_own_loss_curve():
-    """Plain SGD has no state: after the hand-over both sides take the same steps. float32."""
+def test_training_after_conversion_has_the_loss_curve_of_torch():
+    """SGD has no state, so both sides take the same steps after the conversion, in float32."""
     torch = pytest.importorskip("torch")
     torch.manual_seed(0)
     gru, head = torch.nn.GRU(2, 8, num_layers=2), torch.nn.Linear(8, 1)
@@ -183,12 +183,12 @@ def test_training_handed_over_follows_torchs_own_loss_curve():
         theirs.append(torch_update(xs, ys))
         params, value = update(params, xs, ys)
         ours.append(float(value))
-    assert np.mean(theirs[-10:]) < 0.5 * np.mean(before[:10])  # there was something to learn
+    assert np.mean(theirs[-10:]) < 0.5 * np.mean(before[:10])  # the model has learned
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
-def test_conversion_to_every_peer_and_on_to_the_next_keeps_the_function():
-    """torch -> linen -> equinox -> keras: outputs to rounding."""
+def test_chain_of_conversions_is_the_same_function():
+    """torch -> linen -> equinox -> keras: equal outputs, up to rounding."""
     with jax.enable_x64(True):
         options = {"spec": jaxgru.PYTORCH, "scheme": "pytorch", "dtype": jnp.float64}
         (cell,) = init_stack(jax.random.key(0), 2, 3, **options)

@@ -1,4 +1,4 @@
-"""GRU nodes of ONNX files: the operator's own node tests, whole models, refusals."""
+"""GRU nodes of ONNX files: the operator's own node tests, models, refused files and calls."""
 
 import functools
 import importlib
@@ -26,7 +26,7 @@ NODE_TESTS = [
 
 
 def run_node(node, xs):
-    """(Y, Y_h) of a node by `gru`, zero where ONNX has it so: on padding, and without a step."""
+    """(Y, Y_h) of a node by `gru`; as in ONNX zero at masked steps and for empty sequences."""
     h0, lengths = node.initial_h, node.sequence_lens
     if node.layout:
         xs = jnp.swapaxes(xs, 0, 1)
@@ -55,7 +55,7 @@ def node_tests():
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        importlib.import_module("onnx.backend.test.case.node.gru")  # makes them
+        importlib.import_module("onnx.backend.test.case.node.gru")  # fills the list of cases
     return {case.name: case for case in node._NodeTestCases if "gru" in case.name}
 
 
@@ -77,7 +77,7 @@ def test_node_test_passes_through_read_onnx(tmp_path, name):
 
 
 def make_model(nodes, initializers=(), inputs=("X",), path=None, **arrays):
-    """Bytes of a graph, or its file."""
+    """Writes a graph of the nodes to the path."""
     helper = onnx.helper
     tensors = [onnx.numpy_helper.from_array(v, k) for k, v in arrays.items()]
     infos = [helper.make_tensor_value_info(k, 1, None) for k in inputs]
@@ -100,20 +100,20 @@ def kernels(directions=1):
 
 
 @pytest.mark.parametrize("layout", [0, 1])
-def test_what_a_file_holds_of_lengths_and_states_is_read(tmp_path, layout):
-    """initial_h in the axes of the layout, as the file has it."""
+def test_lengths_and_states_in_a_file_are_read(tmp_path, layout):
+    """initial_h has the axes of the layout, as in the file."""
     h0, lengths = np.random.default_rng(1).normal(size=(2, 4, 3)), np.array([5, 2, 0, 3], np.int32)
-    held = np.swapaxes(h0, 0, 1) if layout else h0
+    saved = np.swapaxes(h0, 0, 1) if layout else h0
     node = node_of("X", "W", "R", "", "lengths", "h0", direction="bidirectional", layout=layout)
-    path = make_model([node], path=tmp_path / "m", lengths=lengths, h0=held, **kernels(2))
+    path = make_model([node], path=tmp_path / "m", lengths=lengths, h0=saved, **kernels(2))
     (read,) = read_onnx(path)
     assert (read.direction, read.layout, read.computed) == ("bidirectional", layout, {})
-    np.testing.assert_array_equal(read.initial_h, held)
+    np.testing.assert_array_equal(read.initial_h, saved)
     np.testing.assert_array_equal(read.sequence_lens, lengths)
 
 
-def test_weights_that_the_graph_makes_of_constants_are_found(tmp_path):
-    """PyTorch's exporter leaves such chains."""
+def test_weights_that_the_graph_computes_from_constants_are_found(tmp_path):
+    """PyTorch's exporter writes such chains."""
     arrays = kernels()
     helper = onnx.helper
     constant = onnx.numpy_helper.from_array(np.swapaxes(arrays["W"], 1, 2).copy())
@@ -146,8 +146,8 @@ SPECS = {
 
 
 @pytest.mark.parametrize("kind", SPECS)
-def test_stack_comes_back_as_it_was_written(tmp_path, kind):
-    """Every layer with its own equation."""
+def test_read_stack_is_the_written_one(tmp_path, kind):
+    """The layers may have different equations."""
     layers = init_stack(jax.random.key(0), 2, (3, 4), bidirectional=True, scheme="pytorch")
     layers = tuple(map(with_spec, layers, SPECS[kind]))
     notes = write_onnx(tmp_path / "m.onnx", layers, lengths=True, state=True)
@@ -164,7 +164,7 @@ def test_stack_comes_back_as_it_was_written(tmp_path, kind):
 
 
 class GRU(op_run.OpRun):
-    """The operator with all of its inputs: onnx's own evaluator ignores lengths."""
+    """The operator with all of its inputs; onnx's own evaluator ignores lengths."""
 
     op_domain = ""
 
@@ -191,7 +191,7 @@ def draw(seed, *shape):
 @pytest.mark.usefixtures("x64", "uncompiled")
 @pytest.mark.parametrize("embedding", [True, False])
 def test_written_token_model_has_our_values_in_the_reference_evaluator(tmp_path, embedding):
-    """float64, with onnx's own GRU where there are no lengths."""
+    """In float64, with onnx's own GRU if there are no lengths."""
     layers = (
         make_problem(0, inputs=2 if embedding else 5).params,
         make_problem(1, inputs=3).params,
@@ -218,8 +218,8 @@ def test_written_token_model_has_our_values_in_the_reference_evaluator(tmp_path,
 @pytest.mark.parametrize("outputs", ["every", "last"])
 @pytest.mark.parametrize("merge", ["concat", "sum"])
 @pytest.mark.parametrize("residual", [True, False])
-def test_written_model_of_two_directions_holds_states_as_ours(tmp_path, outputs, merge, residual):
-    """Lengths, one of them 0, and states that are carried in."""
+def test_written_model_of_two_directions_repeats_states_as_ours(tmp_path, outputs, merge, residual):
+    """With lengths, one of them 0, and initial states."""
     size = 6 if merge == "concat" else 3
     layers = tuple(
         Bidirectional(
@@ -270,13 +270,13 @@ def write_bytes(path, data):
 BAD_FILES = {
     "no_model": (
         lambda path: write_bytes(path, b"\x80\x04\x95not a model"),
-        "read_onnx: {path} must be a whole ONNX model, got: ",
+        "read_onnx: {path} must be an intact ONNX model, got: ",
     ),
     "truncated": (
         lambda path: write_bytes(
             path, make_model([node_of()], path=path, **kernels()).read_bytes()[:-20]
         ),
-        "read_onnx: {path} must be a whole ONNX model, got: ",
+        "read_onnx: {path} must be an intact ONNX model, got: ",
     ),
     "empty": (
         lambda path: write_bytes(path, b""),
@@ -284,13 +284,12 @@ BAD_FILES = {
     ),
     "weights_not_held": (
         lambda path: make_model([node_of()], inputs=("X", "W"), path=path, R=kernels()["R"]),
-        "read_onnx: inputs must give 'W', the W of node 'gru', which the file does not hold: "
+        "read_onnx: inputs must hold 'W', the W of node 'gru', which the file does not hold: pass "
         "inputs={'W': array}.",
     ),
     "clip": (
         lambda path: make_model([node_of(clip=0.5)], path=path, **kernels()),
-        "read_onnx: node 'gru' must have no clip, which this package has no derivative for, got "
-        "0.5.",
+        "read_onnx: node 'gru' must have no clip, which this package does not compute, got 0.5.",
     ),
     "unknown_activation": (
         lambda path: make_model([node_of(activations=["Sigmoid", "Elu"])], path=path, **kernels()),
@@ -342,11 +341,11 @@ BAD_FILES = {
             V=kernels()["W"],
             R=kernels()["R"],
         ),
-        "read_onnx: node 'W' must be a whole Transpose, got: ",
+        "read_onnx: node 'W' must be a valid Transpose, got: ",
     ),
-    "belied_size": (
+    "wrong_hidden_size": (
         lambda path: make_model([node_of(hidden_size=4)], path=path, **kernels()),
-        "read_onnx: node 'gru' must have R of 1 directions and its hidden_size, got (1, 3) for "
+        "read_onnx: node 'gru' must have R of 1 directions and of its hidden_size, got (1, 3) for "
         "direction 'forward' and hidden_size 4.",
     ),
 }
@@ -361,7 +360,7 @@ def test_bad_file_is_refused_with_its_reason(tmp_path, case):
     assert str(caught.value).startswith(message.replace("{path}", str(path)))
 
 
-def test_given_inputs_go_before_what_the_file_holds(tmp_path):
+def test_given_inputs_replace_the_values_in_the_file(tmp_path):
     path = make_model([node_of()], inputs=("X", "W"), path=tmp_path / "m", **kernels())
     (read,) = read_onnx(path, inputs={"W": 0 * kernels()["W"]})
     assert not read.params.w_x.any()
@@ -369,7 +368,7 @@ def test_given_inputs_go_before_what_the_file_holds(tmp_path):
         read_onnx(path, inputs={"Wtypo": kernels()["W"]})
 
 
-def test_constants_are_made_as_the_models_opset_has_it(tmp_path):
+def test_constants_are_computed_with_the_opset_of_the_model(tmp_path):
     """Before opset 13 the axes of Squeeze are an attribute."""
     helper, arrays = onnx.helper, kernels()
     nodes = [
@@ -386,12 +385,12 @@ def test_constants_are_made_as_the_models_opset_has_it(tmp_path):
     )
 
 
-def test_what_is_random_or_grows_is_not_evaluated(tmp_path):
+def test_operators_that_are_random_or_grow_are_not_evaluated(tmp_path):
     helper = onnx.helper
     for operator, inputs in (("RandomUniformLike", ["R"]), ("ConstantOfShape", ["shape"])):
         nodes = [helper.make_node(operator, inputs, ["W"]), node_of()]
         arrays = {"R": kernels()["R"], "shape": np.array([1 << 40])}
-        with pytest.raises(ValueError, match=r"^read_onnx: inputs must give 'W', the W of node"):
+        with pytest.raises(ValueError, match=r"^read_onnx: inputs must hold 'W', the W of node"):
             read_onnx(make_model(nodes, path=tmp_path / "m", **arrays))
 
 
@@ -432,7 +431,8 @@ BAD_CALLS = {
             )
         ),
         ValueError,
-        "read_onnx: {path} must not nest nodes so deeply.",
+        "read_onnx: {path} must compute its weights with fewer nodes, got a chain of nodes beyond "
+        "Python's recursion limit.",
     ),
     "outputs": (
         lambda path: write_onnx(path, CELL, outputs="all"),
@@ -450,11 +450,11 @@ BAD_CALLS = {
         "write_onnx: params[1].w_x must have 3 rows (the outputs of params[0], merge='concat'), "
         "got 2.",
     ),
-    "gains": (
+    "layer_norm": (
         lambda path: write_onnx(path, make_problem(0, layer_norm=True, dtype=jnp.float32).params),
         ValueError,
-        "write_onnx: params[0] must have no gains, as ONNX's GRU has no layer normalization of the "
-        "gates' products, got g_x or g_h.",
+        "write_onnx: params[0] must have no layer-norm scale, because ONNX's GRU has no layer "
+        "normalization of the gates' products, got g_x or g_h.",
     ),
     "dtype_of_a_head": (
         lambda path: write_onnx(path, TokenParams(None, (CELL,), np.ones((3, 2)), np.ones(2))),

@@ -1,4 +1,4 @@
-"""Weights in safetensors: the same bytes back, and nothing but them."""
+"""Weights in safetensors files: exact round trips, and refused files and calls."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ def head(*shape):
 
 KINDS = {
     "cell": cell(),
-    "gains": cell(layer_norm=True),
+    "layer_norm": cell(layer_norm=True),
     "both_ways": Bidirectional(cell(), cell(1)),
     "equations": (
         with_spec(Bidirectional(cell(), cell(1)), PYTORCH),
@@ -45,8 +45,8 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_was_saved_comes_back_to_the_bit(tmp_path, kind):
-    """And with the equation of every GRU, which is a part of the structure."""
+def test_load_returns_the_saved_bits(tmp_path, kind):
+    """The spec of every GRU, which is part of the structure, is loaded too."""
     params = KINDS[kind]
     if kind != "equations":
         params = with_spec(params, GRUSpec("after", "write", "relu"))
@@ -81,23 +81,25 @@ def structure_of(spec, **changes):
     return json.dumps({"kind": "GRUParams", "fields": fields, "spec": spec})
 
 
-def test_every_flipped_bit_of_the_file_is_noticed(tmp_path):
+def test_every_flipped_bit_is_an_error(tmp_path):
     path = saved(tmp_path)
-    whole = path.read_bytes()
-    for position in range(len(whole)):
-        data = bytearray(whole)
+    intact = path.read_bytes()
+    for position in range(len(intact)):
+        data = bytearray(intact)
         data[position] ^= 1 << position % 8
         path.write_bytes(data)
         with pytest.raises((ValueError, TypeError)):
             load_weights(path)
 
 
-def test_every_truncation_is_noticed(tmp_path):
+def test_every_truncation_is_an_error(tmp_path):
     path = saved(tmp_path)
-    whole = path.read_bytes()
-    for size in range(0, len(whole), 7):
-        path.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match=r"^load_weights: .* must be a whole safetensors file"):
+    intact = path.read_bytes()
+    for size in range(0, len(intact), 7):
+        path.write_bytes(intact[:size])
+        with pytest.raises(
+            ValueError, match=r"^load_weights: .* must be an intact safetensors file"
+        ):
             load_weights(path)
 
 
@@ -137,13 +139,16 @@ OTHER = {"reset": "before", "update": "keep", "activation": "tanh"}
 def test_description_is_part_of_the_sha256(tmp_path, field, text):
     path = saved(tmp_path)
     header_of(path, **{field: text})
-    told = r"^load_weights: .* must hold what was saved, got another sha256: it is damaged\.$"
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError) as caught:
         load_weights(path)
+    assert str(caught.value) == (
+        f"load_weights: {path} must have the sha256 that it was saved with, got another: the file "
+        "is damaged."
+    )
 
 
 @pytest.mark.parametrize(
-    ("field", "text", "told"),
+    ("field", "text", "message"),
     [
         ("structure", '{"kind": "Foo", "fields": {}}', "KeyError"),
         ("structure", '{"kind": "GRUParams", "fields": {"w_x": "x"}}', "KeyError"),
@@ -161,9 +166,9 @@ def test_description_is_part_of_the_sha256(tmp_path, field, text):
     ],
 )
 def test_description_that_describes_no_parameters_is_refused(
-    tmp_path, monkeypatch, field, text, told
+    tmp_path, monkeypatch, field, text, message
 ):
-    """Whoever writes a file writes its sha256, too: what it says is checked by itself."""
+    """A file with a correct sha256 may still have a wrong description, which is checked too."""
     monkeypatch.setattr(weight_files, "_digest", lambda description, arrays: "same")
     path = saved(tmp_path)
     header_of(path, **{field: text})
@@ -172,7 +177,7 @@ def test_description_that_describes_no_parameters_is_refused(
     assert str(caught.value).startswith(
         f"load_weights: {path} must describe parameters of this package, got "
     )
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_array_that_no_parameter_uses_is_refused(tmp_path, monkeypatch):
@@ -183,8 +188,8 @@ def test_array_that_no_parameter_uses_is_refused(tmp_path, monkeypatch):
         load_weights(path)
 
 
-def test_header_whose_length_looks_like_a_pickles_beginning_is_read(tmp_path):
-    """Lengths of 0x280 and 0x480 begin with the bytes of pickle's protocols 2 and 4."""
+def test_header_whose_length_looks_like_the_start_of_a_pickle_is_read(tmp_path):
+    """Lengths of 0x280 and 0x480 start with the bytes of the pickle protocols 2 and 4."""
     seen = set()
     for length in range(700):
         safetensors.save_file({"w": np.ones(2)}, tmp_path / "w", {"x": "y" * length})
@@ -195,11 +200,10 @@ def test_header_whose_length_looks_like_a_pickles_beginning_is_read(tmp_path):
     assert b"\x80\x02" in seen
 
 
-WHOLE = "{path} must be a whole safetensors file"
+INTACT = "{path} must be an intact safetensors file"
 PICKLE = (
-    "{path} must be a safetensors file, got a pickle or a zip of one, which can run code; where it "
-    "comes from, write one with safetensors.torch.save_file(module.state_dict(), "
-    "'weights.safetensors')."
+    "{path} must be a safetensors file, got a pickle or a zip of one, which can run code; save the "
+    "weights again with safetensors.torch.save_file(module.state_dict(), 'weights.safetensors')."
 )
 ODD_DTYPE = json.dumps({"w": {"dtype": "F8_E5M2", "shape": [1], "data_offsets": [0, 1]}}).encode()
 BAD_FILES = {
@@ -207,17 +211,17 @@ BAD_FILES = {
     "zip": (b"PK\x03\x04archive", PICKLE),
     "short": (
         b"ab",
-        f"{WHOLE} with a header of at most 8388608 bytes, got 2 bytes of which the header claims "
+        f"{INTACT} with a header of at most 8388608 bytes, got a file of 2 bytes with a header of "
         "25185.",
     ),
     "huge_header": (
         (2**40).to_bytes(8, "little") + b"{}" * 100,
-        f"{WHOLE} with a header of at most 8388608 bytes, got 208 bytes of which the header "
-        "claims 1099511627776.",
+        f"{INTACT} with a header of at most 8388608 bytes, got a file of 208 bytes with a header "
+        "of 1099511627776.",
     ),
     "no_header": (
         (1).to_bytes(8, "little") + b"{",
-        f"{WHOLE}, got: Error while deserializing: ",
+        f"{INTACT}, got: Error while deserializing: ",
     ),
     "dtype": (
         len(ODD_DTYPE).to_bytes(8, "little") + ODD_DTYPE + b"0",
@@ -229,10 +233,10 @@ BAD_FILES = {
 
 @pytest.mark.parametrize("case", BAD_FILES)
 def test_bad_file_is_refused_with_its_reason(tmp_path, case):
-    data, told = BAD_FILES[case]
+    data, expected = BAD_FILES[case]
     (tmp_path / "w").write_bytes(data)
     for read in (load_weights, read_safetensors):
-        message = f"{read.__name__}: {told.replace('{path}', str(tmp_path / 'w'))}"
+        message = f"{read.__name__}: {expected.replace('{path}', str(tmp_path / 'w'))}"
         with pytest.raises(ValueError) as caught:
             read(tmp_path / "w")
         found = str(caught.value)
@@ -258,21 +262,22 @@ def test_arrays_of_every_dtype_of_numpy_are_read(tmp_path, dtype):
     np.testing.assert_array_equal(found, arrays["w"])
 
 
-def test_other_programs_files_are_pointed_to_the_converters(tmp_path):
+def test_error_for_a_file_of_another_program_names_the_converters(tmp_path):
     safetensors.save_file({"weight_ih_l0": np.ones((9, 2))}, tmp_path / "w")
     with pytest.raises(ValueError) as caught:
         load_weights(tmp_path / "w")
     assert str(caught.value) == (
         f"load_weights: {tmp_path / 'w'} must be a file of 'jaxgru weights 2', got format None; "
-        "arrays of other libraries go through jaxgru.interop.from_torch and the like."
+        "convert arrays of other libraries with read_safetensors and jaxgru.interop.from_torch (or "
+        "another from_*)."
     )
 
 
-def test_file_of_the_format_before_this_one_is_refused(tmp_path):
+def test_file_of_the_previous_format_is_refused(tmp_path):
     path = saved(tmp_path)
     header_of(path, format="jaxgru weights 1", spec=json.dumps(OTHER))
-    told = "must be a file of 'jaxgru weights 2', got format 'jaxgru weights 1'; "
-    with pytest.raises(ValueError, match=f"^load_weights: .* {told}"):
+    message = "must be a file of 'jaxgru weights 2', got format 'jaxgru weights 1'; "
+    with pytest.raises(ValueError, match=f"^load_weights: .* {message}"):
         load_weights(path)
 
 
@@ -330,9 +335,9 @@ def test_metadata_that_json_cannot_hold_is_refused_and_leaves_no_file(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_weights_that_are_not_finite_are_told(tmp_path):
-    told = r"^save_weights: b_x holds 9 values that are not finite\.$"
-    with pytest.warns(UserWarning, match=told):
+def test_weights_that_are_not_finite_raise_a_warning(tmp_path):
+    message = r"^save_weights: b_x holds 9 values that are not finite\.$"
+    with pytest.warns(UserWarning, match=message):
         save_weights(
             tmp_path / "w", dataclasses.replace(cell(), b_x=np.full(9, np.nan, np.float32))
         )

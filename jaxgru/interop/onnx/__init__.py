@@ -1,1 +1,1 @@
-"""ONNX: the arrays of its GRU nodes, and files that are read and written."""
+"""ONNX: the arrays of its GRU nodes, and reading and writing of files."""

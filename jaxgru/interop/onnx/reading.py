@@ -1,41 +1,46 @@
-"""GRU nodes of ONNX files; extra `onnx`.
+"""Reads the GRU nodes of ONNX files; needs the extra `onnx`.
 
-A node's sequence is [T, B, I] (layout 0) or [B, T, I] (layout 1), its outputs Y [T, D, B, H] or
-[B, T, D, H] and Y_h [D, B, H] or [B, D, H] for D directions (ONNX operator GRU-22). Where a
-sequence has ended Y is zero, and Y_h of one without a step is zero too, whatever initial_h was
-(onnxruntime does the same). `jaxgru.gru` repeats the last state there instead, and so do the files
-of `write_onnx`.
+A node's sequence is [T, B, I] (layout 0) or [B, T, I] (layout 1), its outputs are Y [T, D, B, H] or
+[B, T, D, H] and Y_h [D, B, H] or [B, D, H] for D directions (ONNX operator GRU-22). After the end
+of a sequence Y is zero, and Y_h of an empty sequence is zero for every initial_h; onnxruntime does
+the same. `jaxgru.gru` repeats the last state there, and the files of `write_onnx` do so too.
 """
 
 import os
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-import jax
 import numpy as np
 
 from jaxgru.core.checks import require_choice, require_extra
 from jaxgru.interop.onnx.weights import ONNX_ACTIVATIONS, from_onnx
 
-Array = jax.Array
 _DIRECTIONS: Any = ("forward", "reverse", "bidirectional")
-_OPTIONAL_INPUTS = {4: "sequence_lens", 5: "initial_h"}
+_INPUTS = ("X", "W", "R", "B", "sequence_lens", "initial_h")
+# Operators that exporters use to compute weights; none of them can grow its inputs.
+_OF_CONSTANTS = {
+    *("Cast", "Concat", "Constant", "DequantizeLinear", "Identity", "Reshape", "Slice", "Split"),
+    *("Squeeze", "Transpose", "Unsqueeze"),
+}
+# Operators that rearrange the outputs of a GRU, and which of their inputs those are.
+_PLAIN = ("Identity", "ReduceSum", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
+_REARRANGED = dict.fromkeys(_PLAIN, 0) | {"Where": 1}
 
 
 class OnnxGRU(NamedTuple):
     """A GRU node of an ONNX model.
 
     Attributes:
-      name: the node's, or that of its first output.
+      name: the node's name, or that of its first output.
       params: a `GRUParams`, or a `Bidirectional`, of NumPy arrays.
       direction: "forward", "reverse" (run it with reverse=True) or "bidirectional".
       layout: 0 for time first, 1 for batch first.
-      initial_h: [D, B, H] ([B, D, H] in layout 1) where the file holds it, else None.
-      sequence_lens: [B] where the file holds it, else None.
-      computed: {"initial_h": name, "sequence_lens": name} of those that the graph is given or
-        computes. A run of this node needs their values.
-      below: the name of the GRU node whose outputs, at most rearranged or held where a sequence has
-        ended, are this one's inputs; "" where it reads anything else.
+      initial_h: [D, B, H] ([B, D, H] in layout 1) if the file holds it, else None.
+      sequence_lens: [B] if the file holds it, else None.
+      computed: {"initial_h": name, "sequence_lens": name} of those that are inputs of the graph or
+        that it computes. A run of this node needs their values.
+      below: the name of the GRU node whose outputs are this node's inputs, possibly rearranged or
+        repeated after the end of a sequence; "" if the inputs come from anything else.
     """
 
     name: str
@@ -51,26 +56,24 @@ class OnnxGRU(NamedTuple):
 def read_onnx(
     file: str | os.PathLike, *, inputs: Mapping[str, Any] | None = None
 ) -> tuple[OnnxGRU, ...]:
-    """Every GRU node of an ONNX file, in the graph's order, those of subgraphs too.
+    """Reads every GRU node of an ONNX file and its subgraphs, in the graph's order.
 
-    Weights may be initializers, or come of them by nodes that no input of the graph enters
-    (constants, slices, transposes).
+    Weights may be initializers, or results of nodes that depend only on constants (slices,
+    transposes, ...).
 
     Args:
-      file: of the model.
-      inputs: values of graph inputs by name, for models that are given their weights.
+      file: the path of the model.
+      inputs: values of graph inputs by name, for models whose weights are inputs.
 
-    Returns:
-      OnnxGRU for each node. Nodes that follow one another (`below` tells) are a stack:
+    Returns: an `OnnxGRU` for each node. Nodes that follow one another (see `below`) are the stack
       `tuple(node.params for node in nodes)`.
 
     Raises:
-      ImportError: onnx is not installed.
-      OSError: the file cannot be read.
-      ValueError: it is no whole ONNX model or has no GRU node; inputs names what is no input; a
-        node has clip, activations that this package has not or other numbers for them, different
-        ones for its two directions, an attribute or shape that the operator does not allow, or
-        weights that depend on inputs that are not given.
+      ImportError, OSError: see `jaxgru.interop`.
+      ValueError: the file is not an intact ONNX model or has no GRU node; inputs has an unknown
+        name; or a node has clip, unsupported activations, different activations in its two
+        directions, an attribute or shape that the operator does not allow, or weights that depend
+        on inputs without a value.
       TypeError: weights are not floating.
 
     Cost: one copy of the weights.
@@ -83,7 +86,9 @@ def read_onnx(
         model.ParseFromString(data)
         onnx.load_external_data_for_model(model, os.path.dirname(os.path.abspath(file)))
     except Exception as error:  # protobuf's DecodeError, onnx's ValidationError, or an OSError
-        raise ValueError(f"read_onnx: {file} must be a whole ONNX model, got: {error}.") from error
+        raise ValueError(
+            f"read_onnx: {file} must be an intact ONNX model, got: {error}."
+        ) from error
     given = {name: np.asarray(value) for name, value in (inputs or {}).items()}
     known = {entry.name for entry in [*model.graph.input, *model.graph.initializer]}
     if unknown := sorted(set(given) - known):
@@ -95,27 +100,20 @@ def read_onnx(
         places = _nodes(onnx, model, model.graph, given)
         found = tuple(_read_node(onnx, *place) for place in places)
     except RecursionError as error:
-        raise ValueError(f"read_onnx: {file} must not nest nodes so deeply.") from error
+        raise ValueError(
+            f"read_onnx: {file} must compute its weights with fewer nodes, got a chain of nodes "
+            "beyond Python's recursion limit."
+        ) from error
     if not found:
         raise ValueError(f"read_onnx: {file} must hold a GRU node of ONNX, got none.")
     return found
 
 
-# What weights of exporters come through; nothing here grows its inputs.
-_OF_CONSTANTS = {
-    *("Cast", "Concat", "Constant", "DequantizeLinear", "Identity", "Reshape", "Slice", "Split"),
-    *("Squeeze", "Transpose", "Unsqueeze"),
-}
-# Nodes that rearrange the outputs of a GRU, and which of their inputs those are.
-_PLAIN = ("Identity", "ReduceSum", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
-_REARRANGED = dict.fromkeys(_PLAIN, 0) | {"Where": 1}
-
-
 def _nodes(onnx, model, graph, known, outer=lambda name: None):
     """(node, value_of, below) of every GRU.
 
-    value_of(name) is the value of a name, None where it varies, and below the name of the GRU whose
-    outputs a node reads.
+    value_of(name) is the value of a name, or None if it is not constant. `below` is the name of the
+    GRU node whose outputs this node reads.
     """
     values = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer} | known
     makers = {name: node for node in graph.node for name in node.output if name}
@@ -148,21 +146,17 @@ def _nodes(onnx, model, graph, known, outer=lambda name: None):
 
 
 def _evaluate(onnx, model, node, arguments):
-    """The outputs of a node, as the opset of its model has it."""
+    """The outputs of a node, computed with the opset of its model."""
     helper = onnx.helper
-    inputs, outputs = (
-        [helper.make_empty_tensor_value_info(name) for name in names]
-        for names in (arguments, node.output)
-    )
-    graph = helper.make_graph([node], "constants", inputs, outputs)
-    alone = helper.make_model(
-        graph, opset_imports=model.opset_import, ir_version=model.ir_version, functions=[]
-    )
+    infos = (map(helper.make_empty_tensor_value_info, names) for names in (arguments, node.output))
+    graph = helper.make_graph([node], "constants", *infos)
+    versions = {"opset_imports": model.opset_import, "ir_version": model.ir_version}
+    alone = helper.make_model(graph, **versions)
     try:
         return onnx.reference.ReferenceEvaluator(alone).run(None, arguments)
-    except Exception as error:  # whatever a malformed node raises
+    except Exception as error:  # a malformed node can raise any error
         raise ValueError(
-            f"read_onnx: node {_name_of(node)!r} must be a whole {node.op_type}, got: {error}."
+            f"read_onnx: node {_name_of(node)!r} must be a valid {node.op_type}, got: {error}."
         ) from error
 
 
@@ -175,38 +169,36 @@ def _read_node(onnx, node, value_of, below):
     """The OnnxGRU of a node."""
     name = _name_of(node)
     attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-    names = [*node.input, *[""] * (6 - len(node.input))]
-    weights = {label: value_of(source) for label, source in zip("WRB", names[1:4]) if source}
-    for label, source in zip("WRB", names[1:4]):
-        if source and weights[label] is None:
+    sources = {label: source for label, source in zip(_INPUTS, node.input) if source}
+    values = {label: value_of(source) for label, source in sources.items()}
+    for label in "WRB":
+        if label in sources and values[label] is None:
+            source = sources[label]
             raise ValueError(
-                f"read_onnx: inputs must give {source!r}, the {label} of node {name!r}, which the "
-                f"file does not hold: inputs={{{source!r}: array}}."
+                f"read_onnx: inputs must hold {source!r}, the {label} of node {name!r}, which the "
+                f"file does not hold: pass inputs={{{source!r}: array}}."
             )
+    weights = {label: values[label] for label in "WRB" if label in values}
     direction, count, layout = _form(name, attributes, weights)
-    activation = _activation(name, attributes, count)
+    activation, after = _activation(name, attributes, count), attributes.get("linear_before_reset")
     params, _ = from_onnx(
-        weights["W"],
-        weights["R"],
-        weights.get("B"),
-        linear_before_reset=int(bool(attributes.get("linear_before_reset", 0))),
+        *(weights.get(label) for label in "WRB"),
+        linear_before_reset=int(bool(after)),
         activation=activation,
     )
-    optional = {label: names[i] for i, label in _OPTIONAL_INPUTS.items()}
-    held = {label: value_of(source) if source else None for label, source in optional.items()}
-    computed = {k: source for k, source in optional.items() if source and held[k] is None}
+    held = {label: values.get(label) for label in _INPUTS[4:]}
+    computed = {k: sources[k] for k, value in held.items() if k in sources and value is None}
     return OnnxGRU(name, params, direction, layout, **held, computed=computed, below=below)
 
 
-def _form(name: str, attributes: dict[str, Any], weights: dict[str, Any]) -> tuple[Any, int, int]:
-    """(direction, D, layout) of a node; ValueError where attributes and weights do not fit."""
+def _form(name, attributes, weights) -> tuple[Any, int, int]:
+    """(direction, D, layout) of a node; ValueError if its attributes and weights do not fit."""
     direction = attributes.get("direction", b"forward")
     direction = direction.decode() if isinstance(direction, bytes) else direction
     require_choice("read_onnx", f"direction of {name!r}", direction, _DIRECTIONS)
     count, layout = 1 + (direction == "bidirectional"), attributes.get("layout", 0)
     require_choice("read_onnx", f"layout of {name!r}", str(layout), ("0", "1"))
-    missing = [label for label in "WR" if label not in weights]
-    if missing or any(weights[label].ndim != 3 for label in "WR"):
+    if any(label not in weights or weights[label].ndim != 3 for label in "WR"):
         raise ValueError(
             f"read_onnx: node {name!r} must have W [D, 3H, I] and R [D, 3H, H], got "
             f"{ {label: v.shape for label, v in weights.items()} }."
@@ -214,18 +206,19 @@ def _form(name: str, attributes: dict[str, Any], weights: dict[str, Any]) -> tup
     found = (len(weights["R"]), weights["R"].shape[2])
     if found != (count, attributes.get("hidden_size", found[1])):
         raise ValueError(
-            f"read_onnx: node {name!r} must have R of {count} directions and its hidden_size, got "
-            f"{found} for direction {direction!r} and hidden_size {attributes.get('hidden_size')}."
+            f"read_onnx: node {name!r} must have R of {count} directions and of its hidden_size, "
+            f"got {found} for direction {direction!r} and hidden_size "
+            f"{attributes.get('hidden_size')}."
         )
     return direction, count, layout
 
 
 def _activation(name, attributes, count):
-    """The candidate's activation of a node; ValueError where this package cannot compute it."""
+    """The candidate's activation of a node; ValueError if this package cannot compute it."""
     if "clip" in attributes:
         raise ValueError(
-            f"read_onnx: node {name!r} must have no clip, which this package has no derivative "
-            f"for, got {attributes['clip']}."
+            f"read_onnx: node {name!r} must have no clip, which this package does not compute, got "
+            f"{attributes['clip']}."
         )
     found = [a.decode() for a in attributes.get("activations", [b"Sigmoid", b"Tanh"] * count)]
     pairs = {tuple(v.lower() for v in found[i : i + 2]) for i in range(0, len(found), 2)}

@@ -1,4 +1,4 @@
-"""ONNX models of this package's own: embedding, stack and head as a graph; extra `onnx`."""
+"""Writes models of this package as ONNX graphs; needs the extra `onnx`."""
 
 import os
 from typing import Any, Literal, get_args
@@ -28,55 +28,53 @@ def write_onnx(
     lengths: bool = False,
     state: bool = False,
 ) -> tuple[str, ...]:
-    """Writes a model that other runtimes run to this package's values: embedding, stack, head.
+    """Writes a stack or a model as an ONNX graph that other runtimes can run.
 
-    The graph takes "tokens" int64 [T, B] for a `TokenParams`, "xs" [T, B, I] for anything else, and
-    gives "outputs", [T, B, K], or [B, K] of the last real step, and "h_last_0" [D, B, H], ... of
-    every layer. T and B are free. onnxruntime runs files of float32; its GRU has no float64 and
-    float16. Its values are those of `token_logits`, `sequence_outputs`,
-    `final_outputs` or `gru_stack` without dropout, on held steps and for empty sequences too.
+    The graph computes the values of `token_logits`, `sequence_outputs`, `final_outputs` or
+    `gru_stack` without dropout, also at masked steps and for empty sequences. Its input is "tokens"
+    int64 [T, B] for a `TokenParams` and "xs" [T, B, I] otherwise. Its outputs are "outputs"
+    [T, B, K], or [B, K] of the last valid step, and "h_last_0" [D, B, H], ... of every layer. T and
+    B are free. onnxruntime runs files of float32; its GRU has no float64 and no float16.
 
     Args:
-      file: to write; one that exists is replaced, in one step.
+      file: the path; an existing file is replaced atomically.
       params: a `GRUParams`, `Bidirectional`, stack, `SequenceParams` or `TokenParams`.
-      merge: "concat" or "sum", as `gru_stack`.
-      residual: as `gru_stack`.
-      outputs: "every" step's, or the "last" one's.
-      lengths: True adds the input "lengths" int32 [B]: the real steps of each sequence.
+      merge, residual: as in `gru_stack`.
+      outputs: "every" for the outputs of all steps, "last" for those of the last valid step.
+      lengths: True adds the input "lengths" int32 [B], the number of valid steps of each sequence.
       state: True adds the inputs "h0_0" [D, B, H], ... of every layer.
 
-    Returns:
-      What was merged or negated, one sentence each, as `to_onnx`.
+    Returns: the notes of `to_onnx`.
 
     Raises:
-      ImportError: onnx is not installed.
-      OSError: the file cannot be written.
-      ValueError: params have gains, are bfloat16, or sizes do not fit; outputs is unknown.
+      ImportError, OSError: see `jaxgru.interop`.
+      ValueError: params have a layer-norm scale or are bfloat16, sizes do not fit, or outputs is
+        unknown.
       TypeError: params are of another kind.
 
-    Cost: three copies of the arrays; a model of 2 GB is the most that a file holds.
+    Cost: three copies of the arrays; a file holds at most 2 GB.
     """
     onnx = require_extra("write_onnx", "onnx")
     require_choice("write_onnx", "outputs", outputs, get_args(Outputs))
-    model = isinstance(params, SequenceParams | TokenParams)
-    layers = params.layers if model else params
-    layers: Any = layers if is_stack(layers) else (layers,)
-    with jax.enable_x64(True):  # float64 is for the runtime to compute
+    model: Any = params if isinstance(params, SequenceParams | TokenParams) else None
+    layers: Any = params if model is None else model.layers
+    layers = layers if is_stack(layers) else (layers,)
+    with jax.enable_x64(True):  # nothing is computed, so float64 need not be enabled
         require_stack("write_onnx", layers)
-        input_size = directions_of(layers[0])[0].w_x.shape[0]
-        xs: Any = np.zeros((0, 1, input_size), directions_of(layers[0])[0].w_x.dtype)
+        w_x = directions_of(layers[0])[0].w_x
+        xs: Any = np.zeros((0, 1, w_x.shape[0]), w_x.dtype)
         require_layers("write_onnx", layers, xs, merge=merge, residual=residual)
     exported = onnx_nodes("write_onnx", layers)
-    layers_dtype = exported.weights[0]["R"].dtype
+    dtype = exported.weights[0]["R"].dtype
     if model:
-        require_model("write_onnx", params, type(params), merge)
-        for name, value in params._asdict().items():
-            if name != "layers" and value is not None and value.dtype != layers_dtype:
+        require_model("write_onnx", model, type(model), merge)
+        for name, value in model._asdict().items():
+            if name != "layers" and value is not None and value.dtype != dtype:
                 raise TypeError(
-                    f"write_onnx: params.{name} must have the dtype of the layers, {layers_dtype}, "
-                    f"got {value.dtype}; cast one of them."
+                    f"write_onnx: params.{name} must have the dtype of the layers, {dtype}, got "
+                    f"{value.dtype}; cast one of them."
                 )
-    graph = _Graph(onnx, layers_dtype, lengths, state)
+    graph = _Graph(onnx, dtype, lengths, state)
     ys = _write_inputs(graph, params, layers)
     if lengths:
         graph.input("lengths", onnx.TensorProto.INT32, ["B"])
@@ -87,14 +85,11 @@ def write_onnx(
         joined, last = graph.join(hs, both, merge, 1), graph.join(h_last, both, merge, 0)
         add = residual and number
         ys = graph.node("Add", joined, ys) if add else joined
-        final = graph.node("Add", last, final) if residual and number else last
-    top = ys if outputs == "every" else final
+        final = graph.node("Add", last, final) if add else last
+    top, size = ys if outputs == "every" else final, output_size_of(layers[-1], merge)
     if model:
-        product = graph.node("MatMul", top, graph.constant("w", params.w))
-        top = graph.node("Add", product, graph.constant("b", params.b))
-    size = output_size_of(layers[-1], merge)
-    if isinstance(params, SequenceParams | TokenParams):
-        size = params.w.shape[1]
+        product = graph.node("MatMul", top, graph.constant("w", model.w))
+        top, size = graph.node("Add", product, graph.constant("b", model.b)), model.w.shape[1]
     graph.output("outputs", top, ["T", "B", size] if outputs == "every" else ["B", size])
     data = graph.finish().SerializeToString()
     write_atomically(file, data)
@@ -102,7 +97,7 @@ def write_onnx(
 
 
 class _Graph:
-    """An ONNX graph as it grows: every method returns the name of a value."""
+    """Builds an ONNX graph; the methods return names of values."""
 
     def __init__(self, onnx, dtype, lengths, state):
         names = {"float64": "DOUBLE", "float32": "FLOAT", "float16": "FLOAT16"}
@@ -124,7 +119,7 @@ class _Graph:
         self.outputs.append(self.onnx.helper.make_tensor_value_info(name, self.float, shape))
 
     def constant(self, name, value):
-        array = np.asarray(value, order="C")  # a scalar keeps its shape
+        array = np.asarray(value, order="C")  # leaves the shape of a scalar unchanged
         self.initializers.append(self.onnx.numpy_helper.from_array(array, name))
         return name
 
@@ -148,8 +143,8 @@ class _Graph:
         rows = self.node("Transpose", values, perm=order)
         return self.node("Reshape", rows, self.axes(*[0] * (axis + 1), -1))
 
-    def real_steps(self, xs):
-        """The mask [T, 1, B, 1] of the real steps."""
+    def valid_steps(self, xs):
+        """The mask [T, 1, B, 1] of the valid steps."""
         if not self.mask:
             zero, one = (self.constant(n, np.array(v, np.int64)) for n, v in (("0", 0), ("1", 1)))
             num_steps = self.node("Gather", self.node("Shape", xs), zero, axis=0)
@@ -162,13 +157,10 @@ class _Graph:
 
     def finish(self):
         helper = self.onnx.helper
-        graph = helper.make_graph(
-            self.nodes, "jaxgru", self.inputs, self.outputs, self.initializers
-        )
+        contents = (self.nodes, "jaxgru", self.inputs, self.outputs, self.initializers)
         opset = [helper.make_operatorsetid("", _OPSET)]
-        model = helper.make_model(
-            graph, opset_imports=opset, ir_version=_IR_VERSION, producer_name="jaxgru"
-        )
+        versions = {"opset_imports": opset, "ir_version": _IR_VERSION, "producer_name": "jaxgru"}
+        model = helper.make_model(helper.make_graph(*contents), **versions)
         model = self.onnx.shape_inference.infer_shapes(model, strict_mode=True)
         self.onnx.checker.check_model(model, full_check=True)
         return model
@@ -188,7 +180,7 @@ def _write_inputs(graph, params, layers):
 
 
 def _write_layer(graph, number, xs, weights, options):
-    """(hs [T, D, B, H], h_last [D, B, H]) of a layer, its state held where a sequence has ended."""
+    """(hs [T, D, B, H], h_last [D, B, H]) of a layer; masked steps repeat the state."""
     directions, hidden_size = weights["R"].shape[0], weights["R"].shape[2]
     constants = {k: graph.constant(f"{k}_{number}", v) for k, v in weights.items()}
     h0 = ""
@@ -199,16 +191,16 @@ def _write_layer(graph, number, xs, weights, options):
     if graph.lengths:
         shape = (directions, 1, hidden_size)
         start = h0 or graph.constant(f"zeros_{number}", np.zeros(shape, graph.dtype))
-        mask = graph.real_steps(xs)
+        mask = graph.valid_steps(xs)
         has_step = graph.node("Cast", graph.lengths, to=graph.onnx.TensorProto.BOOL)
         has_step = graph.node("Unsqueeze", has_step, graph.axes(0, 2))
         h_last = graph.node("Where", has_step, h_last, start)
-        held = h_last
-        if directions == 2:  # backward has not begun where forward has ended
+        repeated = h_last  # the state at masked steps
+        if directions == 2:  # the backward direction starts there, so its state is the initial one
             forward = graph.node("Gather", h_last, graph.axes(0), axis=0)
             backward = graph.node("Gather", start, graph.axes(1), axis=0)
             backward = graph.node("Expand", backward, graph.node("Shape", forward))
-            held = graph.node("Concat", forward, backward, axis=0)
-        hs = graph.node("Where", mask, hs, graph.node("Unsqueeze", held, graph.axes(0)))
+            repeated = graph.node("Concat", forward, backward, axis=0)
+        hs = graph.node("Where", mask, hs, graph.node("Unsqueeze", repeated, graph.axes(0)))
     graph.output(f"h_last_{number}", h_last, [directions, "B", hidden_size])
     return hs, h_last

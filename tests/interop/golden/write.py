@@ -1,9 +1,9 @@
-"""Writes what every installed peer makes of random weights.
+"""Writes the results of every installed peer for random weights.
 
 Run `PYTHONPATH=.. python -m golden.write` in `tests/interop`.
 
-Needs the extra `peers`. One .npz a peer and variant: weights, inputs, cotangents, outputs, and the
-peer's own gradients, all float64; and the peer's version.
+It needs the extra `peers` and writes one .npz file for each peer and variant: weights, inputs,
+cotangents, outputs and the peer's own gradients, all in float64, and the peer's version.
 """
 
 import importlib.metadata
@@ -24,7 +24,7 @@ PACKAGES = {
 
 
 def main():
-    """Writes all files anew; random numbers depend on the peer and variant alone."""
+    """Writes all files; the random numbers depend only on the peer and variant."""
     for seed, (name, variant) in enumerate(VARIANTS):
         case = draw_case(name, variant, seed=seed)
         package = PACKAGES.get(name)

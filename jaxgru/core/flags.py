@@ -1,7 +1,7 @@
 """Masks, resets, truncation and zoneout: what they do to the state around each step.
 
-    h_tm1 = enter(h)                     0 where the step is reset; no gradient where it is cut
-    h_t   = leave(step(x_t, h_tm1), h_tm1)   h_tm1 where the step is masked or the unit zoned out
+    h_tm1 = enter(h)                         0 where the step is reset; no gradient where it is cut
+    h_t = leave(step(x_t, h_tm1), h_tm1)     h_tm1 where the step is masked or the unit zoned out
 
 Both are linear in the state. `enter_linear` is the derivative of `enter` and its own transpose;
 `leave` is its own derivative, and `leave_vjp` its transpose.
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxgru.core.noise import draw_kept_per_step
+from jaxgru.core.noise import draw_masks
 
 Array = jax.Array
 
@@ -30,7 +30,7 @@ class Flags:
 
     mask: Array | None = None  # [T, ..., 1], True = valid step; [T, ..., H] with zoneout drawn
     resets: Array | None = None  # [T, ..., 1]
-    cuts: Array | None = None  # [T, ..., 1] or [T]: the gradient of the state ends before the step
+    cuts: Array | None = None  # [T, ..., 1]: the gradient of the state ends before the step
     zoneout_mean: float = 0.0  # the share of h_tm1 in h_t of a valid step, where nothing is drawn
 
     def enter(self, h: Array) -> Array:
@@ -69,13 +69,13 @@ class Flags:
         """Flags whose mask keeps, at each step, the units that zoneout draws from the key."""
         if key is None:
             return self
-        written = draw_kept_per_step(key, rate, numbers, h.shape, h)
+        written = draw_masks(key, rate, numbers, h.shape, h)
         mask = written if self.mask is None else self.mask & written
         return dataclasses.replace(self, mask=mask)
 
 
 def zero_where(flags: Array | None, h: Array) -> Array:
-    """0 where flagged, else h; flags may have fewer axes than h, for they go before h's last."""
+    """0 where flagged, else h."""
     return h if flags is None else choose(flags, jnp.zeros_like(h), h)
 
 

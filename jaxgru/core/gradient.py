@@ -91,46 +91,27 @@ class BPTT:
 
 
 @dataclasses.dataclass(frozen=True)
-class Tangent:
+class _OfScan:
+    unroll: int = 1
+    truncate: int | None = None
+
+    def __post_init__(self):
+        _require_counts(self, "unroll", "truncate")
+
+
+class Tangent(_OfScan):
     """The handwritten `custom_jvp`: every mode and order of derivative.
 
     Use it for `jax.jvp`, `jax.jacfwd`, `jax.linearize` and `jax.hessian`. JAX transposes it for
-    reverse mode.
-
-    Attributes:
-      unroll: as in `BPTT`.
-      truncate: as in `BPTT`.
-
-    Raises:
-      ValueError: a value is out of its range.
-      TypeError: a count is no integer.
+    reverse mode. Its fields `unroll` and `truncate` are those of `BPTT`.
     """
 
-    unroll: int = 1
-    truncate: int | None = None
 
-    def __post_init__(self):
-        _require_counts(self, "unroll", "truncate")
-
-
-@dataclasses.dataclass(frozen=True)
-class Autodiff:
+class Autodiff(_OfScan):
     """JAX's own derivative of the scan: the reference for the other two.
 
-    Attributes:
-      unroll: as in `BPTT`.
-      truncate: as in `BPTT`.
-
-    Raises:
-      ValueError: a value is out of its range.
-      TypeError: a count is no integer.
+    Its fields `unroll` and `truncate` are those of `BPTT`.
     """
-
-    unroll: int = 1
-    truncate: int | None = None
-
-    def __post_init__(self):
-        _require_counts(self, "unroll", "truncate")
 
 
 Rule = BPTT | Tangent | Autodiff

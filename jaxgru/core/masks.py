@@ -1,4 +1,4 @@
-"""Flags: which steps are real, before which a state starts anew, and what dropout keeps."""
+"""Masks from lengths, and resets from the ends of episodes."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ Array = jax.Array
 
 
 def length_mask(lengths: Any, num_steps: int) -> Array:
-    """mask[t, ...] = t < lengths[...]: True on the real steps of right-padded sequences.
+    """mask[t, ...] = t < lengths[...]: True on the valid steps of right-padded sequences.
 
     Args:
       lengths: [...] integers from 0 to num_steps.

@@ -1,10 +1,7 @@
-"""Matrix products of a layer in mixed precision, their transposes, and their normalization.
+"""Matrix products of a layer in mixed precision, and their transposes.
 
-Operands are in the weights' dtype and sums in the state dtype: float32 for the half types, else the
-weights' own. With a gain g, a product v is normalized over its H entries, as in Ba et al. 2016
-(arXiv:1607.06450), eq. 4::
-
-    N(v) = g * y,    y = (v - mean v) * i,    i = 1 / sqrt(var v + 1e-5)
+Operands have the dtype of the weights. Sums have the state dtype: float32 for half types, else the
+dtype of the weights.
 """
 
 from typing import Any
@@ -62,7 +59,7 @@ def weight_vjp(x: Array, d: Array, w: Array) -> Array:
 
 
 def _flatten(x):
-    """[..., F] as one matrix, the fastest form on CPU, unless a leading axis may be sharded.
+    """[..., F] as one matrix, the fastest form on a CPU, where no leading axis can be sharded.
 
     Rows that lie on several devices would first be sent to all of them. Explicit axes of a mesh
     tell in the type of x; Auto ones do not, so any of them in the context counts.

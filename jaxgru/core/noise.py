@@ -64,16 +64,16 @@ def draw_state_dropout(key: Array, rate: float, h0: Array) -> Array | None:
     """1/(1 - rate) with probability 1 - rate, else 0, as h0 but in the state dtype; None for 0."""
     if not rate:
         return None
-    kept = draw_kept(key, rate, h0.shape, h0)
-    return kept.astype(state_dtype(h0.dtype)) / (1 - rate)
+    mask = draw_mask(key, rate, h0.shape, h0)
+    return mask.astype(state_dtype(h0.dtype)) / (1 - rate)
 
 
-def draw_kept(key: Array, rate: float, shape: tuple[int, ...], like: Array) -> Array:
+def draw_mask(key: Array, rate: float, shape: tuple[int, ...], like: Array) -> Array:
     """Bool of that shape, False with probability `rate`, sharded over a mesh as `like` is."""
     return place_like(jax.random.bernoulli(key, 1 - rate, shape), like)
 
 
-def draw_kept_per_step(
+def draw_masks(
     key: Array, rate: float, numbers: Array, shape: tuple[int, ...], like: Array
 ) -> Array:
     """The same for each step, [T, *shape], from the key and the number of that step alone."""

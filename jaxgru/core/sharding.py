@@ -34,12 +34,12 @@ def varying_axes(v: Any) -> frozenset[Any]:
     return getattr(kind, "varying", None) or getattr(kind, "vma", frozenset())
 
 
-def place_like(kept, like):
-    """kept, divided over an explicit mesh as `like` is along the axes that they share."""
+def place_like(v, like):
+    """v, sharded over an explicit mesh as `like` is along the axes that they share."""
     sharding = getattr(jax.typeof(like), "sharding", None)
     if sharding is None or all(axis is None for axis in sharding.spec):
-        return kept
-    lead = kept.ndim - like.ndim
-    sizes = zip(kept.shape[lead:], like.shape, sharding.spec)
+        return v
+    lead = v.ndim - like.ndim
+    sizes = zip(v.shape[lead:], like.shape, sharding.spec)
     spec = [axis if size == whole else None for size, whole, axis in sizes]
-    return jax.sharding.reshard(kept, jax.P(*[None] * lead, *spec))
+    return jax.sharding.reshard(v, jax.P(*[None] * lead, *spec))

@@ -1,15 +1,16 @@
 """The parameters of models: a stack, and a linear head on its outputs."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxgru.core.checks import require_count, require_dtype
+from jaxgru.core.checks import require_choice, require_count, require_dtype
 from jaxgru.core.matmul import state_dtype
 from jaxgru.core.parameters import CHO_2014, GRUSpec, Scheme
+from jaxgru.stacks.checks import require_stack
 from jaxgru.stacks.forms import Layer, Merge, output_size_of
 from jaxgru.stacks.initializers import init_stack
 
@@ -55,14 +56,7 @@ def init_sequence_model(
       input_size: I.
       hidden_size: H of every layer, or a sequence with the H of each.
       output_size: K.
-      num_layers: as in `init_stack`, and so are the following.
-      spec: the equation of every layer.
-      bidirectional: True makes every layer a `Bidirectional`.
-      merge: how the directions will be joined.
-      bias: False leaves the biases of the layers out.
-      layer_norm: True adds layer-norm scales.
-      scheme: how the layers are drawn.
-      dtype: of every array.
+      num_layers, spec, bidirectional, merge, bias, layer_norm, scheme, dtype: as in `init_stack`.
 
     Returns:
       SequenceParams: layers, w [H, K] ([2H, K] for two directions side by side), b [K].
@@ -105,14 +99,7 @@ def init_token_model(
       vocab_size: V.
       hidden_size: H of every layer, or a sequence with the H of each.
       embedding_size: E; None feeds the tokens as one-hot rows.
-      num_layers: as in `init_stack`, and so are the following.
-      spec: the equation of every layer.
-      bidirectional: True makes every layer a `Bidirectional`.
-      merge: how the directions will be joined.
-      bias: False leaves the biases of the layers out.
-      layer_norm: True adds layer-norm scales.
-      scheme: how the layers are drawn.
-      dtype: of every array.
+      num_layers, spec, bidirectional, merge, bias, layer_norm, scheme, dtype: as in `init_stack`.
 
     Returns:
       TokenParams: embedding [V, E] or None, layers, w [H, V], b [V].
@@ -166,6 +153,8 @@ def require_model(function: str, params: Any, kind: type, merge: Merge) -> None:
         raise TypeError(
             f"{function}: params must be a {kind.__name__}, got {type(params).__name__}."
         )
+    require_choice(function, "merge", merge, get_args(Merge))
+    require_stack(function, params.layers)
     size = output_size_of(params.layers[-1], merge)
     if params.w.shape[0] != size:
         raise ValueError(

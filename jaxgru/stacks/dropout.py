@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxgru.core.checks import require_bool, require_rate
-from jaxgru.core.noise import draw_kept, draw_kept_per_step
+from jaxgru.core.noise import draw_mask, draw_masks
 
 Array = jax.Array
 
@@ -62,7 +62,7 @@ def drop(key: Array | None, x: Array, rate: float) -> Array:
 
     `jax.checkpoint` saves the key alone: the backward pass draws the mask again.
     """
-    return _drop(key, x, rate, lambda key, x: draw_kept(key, rate, x.shape, x))
+    return _drop(key, x, rate, lambda key, x: draw_mask(key, rate, x.shape, x))
 
 
 def drop_steps(key, x, rate, numbers):
@@ -70,8 +70,8 @@ def drop_steps(key, x, rate, numbers):
 
     def draw(key, x):
         if numbers is None:
-            return draw_kept(key, rate, (1, *x.shape[1:]), x)
-        return draw_kept_per_step(key, rate, numbers, x.shape[1:], x)
+            return draw_mask(key, rate, (1, *x.shape[1:]), x)
+        return draw_masks(key, rate, numbers, x.shape[1:], x)
 
     return _drop(key, x, rate, draw)
 

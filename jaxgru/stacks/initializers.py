@@ -40,10 +40,7 @@ def init_stack(
       bidirectional: True makes every layer a `Bidirectional`.
       merge: how `gru_stack` will join the directions: with "concat" the input of the next layer has
         size 2H, with "sum" H.
-      bias: as in `init_gru`.
-      layer_norm: as in `init_gru`.
-      scheme: as in `init_gru`.
-      dtype: as in `init_gru`.
+      bias, layer_norm, scheme, dtype: as in `init_gru`.
 
     Returns:
       A tuple of layers.

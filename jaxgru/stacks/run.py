@@ -55,12 +55,8 @@ def gru_bidirectional(
       resets: [T, ...] bool. True at t separates step t from step t - 1 in both directions: forward
         is reset before step t, backward before step t - 1.
       merge: "concat" or "sum".
-      axis: the axis of time, as in `gru`.
-      gradient: as in `gru`.
-      noise: as in `gru`; each direction draws its own masks.
-      key: as in `gru`.
-      deterministic: as in `gru`.
-      first_step: as in `gru`.
+      axis, gradient, noise, key, deterministic, first_step: as in `gru`; each direction draws its
+        own masks.
       tap: a pair of taps, from `init_taps`; see `gru`.
 
     Returns:
@@ -134,12 +130,9 @@ def gru_stack(
         2016, arXiv:1609.08144, eq. 6).
       dropout: the rate in [0, 1) between layers, or a `Dropout`.
       reverse: as in `gru`, where no layer is `Bidirectional`.
-      axis: the axis of time, as in `gru`.
-      gradient: as in `gru`, for every layer.
-      noise: as in `gru`, for every layer.
-      key: as in `gru`; dropout needs it too.
+      axis, gradient, noise: as in `gru`, for every layer.
+      key, first_step: as in `gru`; dropout needs them, too.
       deterministic: True for evaluation: no dropout, and zoneout's mean.
-      first_step: as in `gru`; for dropout, too.
       tap: a sequence with the tap of each layer, from `init_taps`; see `gru`.
 
     Returns:
@@ -160,6 +153,7 @@ def gru_stack(
     >>> ys.shape, h_last[1].forward.shape
     ((5, 4, 6), (4, 3))
     """
+    require_stack("gru_stack", params)
     return check_and_run(
         "gru_stack", params, xs, h0, mask, resets, merge, residual, dropout, noise, key,
         deterministic, reverse, axis, gradient, first_step, tap,
@@ -187,14 +181,9 @@ def gru_stack_cell(
       params: a sequence of `GRUParams`.
       x: [..., I].
       h: a sequence with the state [..., H] of each layer; the first from `init_state`.
-      mask: [...] bool.
-      resets: [...] bool.
-      residual: as in `gru_stack`.
-      dropout: as in `gru_stack`.
-      noise: as in `gru_stack`.
+      mask, resets: [...] bool.
+      residual, dropout, noise, deterministic, gradient: as in `gru_stack`.
       key: as in `gru_stack`. Give every step of a stream the same key and its own first_step.
-      deterministic: as in `gru_stack`.
-      gradient: as in `gru_stack`.
       first_step: the number of the step.
 
     Returns:
@@ -234,8 +223,7 @@ def check_and_run(
     residual: Any, dropout: Any, noise: Any, key: Any, deterministic: Any, reverse: Any, axis: Any,
     gradient: Any, first_step: Any, tap: Any,
 ) -> tuple[tuple[Any, ...], Array]:  # fmt: skip
-    """`gru_stack` under the name of the function that its errors are to begin with."""
-    require_stack(function, params)
+    """`gru_stack` of layers that `require_stack` has checked; errors begin with `function`."""
     config, axis = require_call(
         function, params, xs, h0, mask, resets, merge, residual, dropout, noise, key,
         deterministic, reverse, axis, gradient, first_step, tap,

@@ -303,14 +303,14 @@ def cross_check(args, run, params, h0, tokens, targets):
         num_cotangents=1, num_coordinates=3, tolerances={"float64": 1e-12},
     )  # fmt: skip
     (run / "cross_check.txt").write_text(str(report) + "\n", encoding="utf-8")
-    for dtype, witness, name, limit in (
+    for dtype, reference, name, limit in (
         ("float32", "autodiff", "jax.grad", 2e-5),
         ("float64", "autodiff", "jax.grad", 1e-12),
         ("float64", "finite-difference", "finite differences", 1e-6),
     ):
         # A gradient that has vanished is below what a difference of float64 outputs can resolve;
         # such rows have a wider tolerance of their own, and say nothing about the rule.
-        rows = [row for row in report.rows if (row.dtype, row.witness) == (dtype, witness)]
+        rows = [row for row in report.rows if (row.dtype, row.reference) == (dtype, reference)]
         clear = [row.error for row in rows if row.tolerance < 2 * limit]
         line = f"  {dtype} against {name:<18}  largest relative error {max(clear):.1e}"
         line += f"  (limit {limit}"

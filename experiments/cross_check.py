@@ -288,7 +288,7 @@ def run_point(point: Point) -> checks.GradientReport | Raised:
 
 
 def summarize(name: str, found: checks.GradientReport | Raised) -> list[dict[str, Any]]:
-    """For each dtype the worst errors, the loosest limit of either witness, and the verdict."""
+    """For each dtype the worst errors, the largest limit of either reference, and the verdict."""
     if isinstance(found, Raised):
         nothing = dict.fromkeys(("autodiff", "limit", "finite_difference", "its_limit"))
         return [{"case": name, "dtype": "-", **nothing, "verdict": f"raised {found.message}"}]
@@ -296,11 +296,11 @@ def summarize(name: str, found: checks.GradientReport | Raised) -> list[dict[str
     for dtype in dict.fromkeys(row.dtype for row in found.rows):
         rows = [row for row in found.rows if row.dtype == dtype]
 
-        def worst(witness, rows=rows):
-            return max((row.error for row in rows if row.witness == witness), default=None)
+        def worst(reference, rows=rows):
+            return max((row.error for row in rows if row.reference == reference), default=None)
 
-        def limit(witness, rows=rows):
-            return max((row.tolerance for row in rows if row.witness == witness), default=None)
+        def limit(reference, rows=rows):
+            return max((row.tolerance for row in rows if row.reference == reference), default=None)
 
         reasons = sorted({row.reason for row in rows if not row.ok})
         cases.append({

@@ -180,7 +180,7 @@ LOGITS, Y = np.ones((T, B, K), np.float32), np.ones((T, B), int)
          "squared_loss: reduction must be one of 'none', 'sum', 'mean', 'batch_mean', "
          "'sequence_mean', got 'avg'."),
         (lambda: squared_loss(LOGITS, LOGITS, np.ones((T, 1), bool)), ValueError,
-         "squared_loss: mask must have shape (4, 3) (one entry a loss), got (4, 1)."),
+         "squared_loss: mask must have shape (4, 3) (one flag for each loss), got (4, 1)."),
         (lambda: squared_loss(LOGITS, LOGITS, np.ones((T, B), np.float32)), TypeError,
          "squared_loss: mask must be a bool array, got float32."),
         (lambda: squared_loss(np.ones((), np.float32), np.ones((), np.float32)), ValueError,
@@ -189,11 +189,11 @@ LOGITS, Y = np.ones((T, B, K), np.float32), np.ones((T, B), int)
          "squared_loss: axis must name the axis of time of the losses for "
          "reduction='batch_mean', or be None, got 0 for shape ()."),
         (lambda: categorical_loss(LOGITS, Y * K), ValueError,
-         "categorical_loss: labels must lie in [0, 5) where they count, got 5 to 5; mask what "
-         "has no label."),
+         "categorical_loss: labels must be in [0, 5) where they count, got 5 to 5; mask entries "
+         "without a label."),
         (lambda: categorical_loss(LOGITS, Y - 2), ValueError,
-         "categorical_loss: labels must lie in [0, 5) where they count, got -1 to -1; mask "
-         "what has no label."),
+         "categorical_loss: labels must be in [0, 5) where they count, got -1 to -1; mask "
+         "entries without a label."),
         (lambda: categorical_loss(LOGITS, [1]), TypeError,
          "categorical_loss: labels must be an integer array, got list."),
         (lambda: bernoulli_loss([1.0], LOGITS), TypeError,

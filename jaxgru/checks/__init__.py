@@ -4,9 +4,4 @@ from jaxgru.checks.gradients import check_gradients
 from jaxgru.checks.gru import check_gru
 from jaxgru.checks.report import GradientReport, GradientRow
 
-__all__ = [
-    "GradientReport",
-    "GradientRow",
-    "check_gradients",
-    "check_gru",
-]
+__all__ = ["GradientReport", "GradientRow", "check_gradients", "check_gru"]

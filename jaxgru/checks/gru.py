@@ -22,56 +22,38 @@ _GRADIENTS = (
 
 
 def check_gru(
-    params: GRUParams,
-    xs: jax.Array,
-    h0: jax.Array | None = None,
-    *,
-    mask: jax.Array | None = None,
-    resets: jax.Array | None = None,
+    params: GRUParams, xs: jax.Array, h0: jax.Array | None = None, *,
+    mask: jax.Array | None = None, resets: jax.Array | None = None,
     specs: Sequence[GRUSpec] = (CHO_2014, CHUNG_2014, PYTORCH),
-    reverses: Sequence[bool] = (False, True),
-    gradients: Sequence[Gradient] = _GRADIENTS,
-    noise: Noise | None = None,
-    deterministic: bool = False,
-    key: jax.Array | None = None,
-    dtypes: Sequence[str] = ("caller", "float64"),
-    finite_differences: bool = True,
-    num_cotangents: int = 3,
-    num_coordinates: int = 8,
+    reverses: Sequence[bool] = (False, True), gradients: Sequence[Gradient] = _GRADIENTS,
+    noise: Noise | None = None, deterministic: bool = False, key: jax.Array | None = None,
+    dtypes: Sequence[str] = ("caller", "float64"), finite_differences: bool = True,
+    num_cotangents: int = 3, num_coordinates: int = 8,
     tolerances: Mapping[str, float] | None = None,
-) -> GradientReport:
-    """Runs `check_gradients` on `gru` over a grid of its options; autodiff is the reference.
+) -> GradientReport:  # fmt: skip
+    """Runs `check_gradients` on `gru` for every element of specs x reverses x gradients.
 
-    The grid is specs x reverses x gradients. Differentiated are params, xs and h0.
+    The reference is autodiff of the plain recurrence. params, xs and h0 are differentiated.
 
     Args:
-      params: of one layer.
-      xs: [T, ..., I].
-      h0: [..., H]; None for zeros.
-      mask: [T, ...] bool or None.
-      resets: [T, ...] bool or None.
-      specs: the equations to check with these arrays, by default the three usual ones.
+      params, xs, h0, mask, resets, noise, deterministic: as in `gru`.
+      specs: the equations to check with these arrays, by default the three named ones.
       reverses: the directions to check.
-      gradients: what `gru` takes as `gradient`; by default every residuals of `BPTT`, whole and in
-        chunks of two steps, and `Tangent`.
-      noise: as in `gru`, for the function and its reference.
-      deterministic: as in `gru`.
+      gradients: values of the option `gradient` of `gru`; by default `BPTT` with every choice of
+        residuals, for the whole sequence and in chunks of two steps, and `Tangent`.
       key: a `jax.random.key` of the noise, the cotangents and the coordinates;
         `jax.random.key(0)` by default.
-      dtypes: as in `check_gradients`, and so are the following.
-      finite_differences: whether to compare with finite differences.
-      num_cotangents: the number of random cotangents.
-      num_coordinates: the most coordinates a leaf that finite differences examine.
-      tolerances: by dtype.
+      dtypes, finite_differences, num_cotangents, num_coordinates, tolerances: as in
+        `check_gradients`.
 
     Returns:
-      One `GradientReport`; `case` in its rows names the point of the grid.
+      One `GradientReport`; `case` in its rows names the equation, the direction and the gradient.
 
     Raises:
-      ValueError, TypeError: as `gru` and `check_gradients`; ValueError for an empty grid.
+      ValueError, TypeError: as `gru` and `check_gradients`; ValueError also if there is no case.
 
-    Cost: that of `check_gradients` for each point of the grid, mostly compilation: some seconds a
-    point, so minutes for the default grid of 42.
+    Cost: that of `check_gradients` for each case, mostly compilation: some seconds each, so minutes
+    for the 42 cases checked by default.
 
     >>> import jax.numpy as jnp
     >>> params = GRUParams(jnp.ones((1, 3)), jnp.ones((1, 3)), spec=CHO_2014)
@@ -93,16 +75,14 @@ def check_gru(
             dtypes=dtypes, finite_differences=finite_differences, num_cotangents=num_cotangents,
             num_coordinates=num_coordinates, tolerances=tolerances, key=key,
         )  # fmt: skip
+        changed = [
+            f"{field.name}={getattr(rule, field.name)}"
+            for field in dataclasses.fields(rule)
+            if getattr(rule, field.name) != field.default
+        ]
         words = [spec.reset, spec.update, spec.activation, *(["reverse"] if reverse else [])]
-        case = " ".join([*words, _describe(rule)])
+        case = " ".join([*words, type(rule).__name__, *changed])
         rows += [dataclasses.replace(row, case=case) for row in report.rows]
     if not rows:
         raise ValueError("check_gru: specs, reverses and gradients must not be empty.")
     return GradientReport(tuple(rows))
-
-
-def _describe(rule):
-    """The rule in words, with the options that are not the defaults."""
-    fields = {f.name: (f.default, getattr(rule, f.name)) for f in dataclasses.fields(rule)}
-    chosen = [f"{name}={value}" for name, (default, value) in fields.items() if value != default]
-    return " ".join([type(rule).__name__, *chosen])

@@ -1,6 +1,6 @@
-"""Comparisons of pytrees as rows that say where and by how much two things differ, and why.
+"""Comparisons of pytrees as rows that say where, by how much and why two leaves differ.
 
-All of it is done in NumPy on the host, in float64, whatever dtype is judged.
+All comparisons run in NumPy on the host, in float64, whatever dtype the leaves have.
 """
 
 import collections
@@ -18,18 +18,18 @@ _MAX_EXTRA_FAILURES = 40
 
 @dataclasses.dataclass(frozen=True)
 class GradientRow:
-    """One compared leaf, summed up by the entry that deviates most.
+    """The comparison of one leaf, described by its entry with the largest deviation.
 
-    `error` is `|actual - expected|` over the leaf's largest `|expected|` (absolute where that is
-    zero), and `element_error` the same over this entry's own `|expected|`. Both are inf where there
-    are no numbers to compare, and 0 where a row is about dtypes alone.
+    `error` is `|actual - expected|` over the leaf's largest `|expected|` (absolute if that is
+    zero), and `element_error` the same over this entry's own `|expected|`. Both are inf if there
+    are no numbers to compare, and 0 in a row about dtypes.
     """
 
     dtype: str  # of the differentiated arguments, e.g. "float32"
-    witness: str  # "autodiff", "finite-difference", "primal", "forward" or "rerun"
+    reference: str  # "autodiff", "finite-difference", "primal", "forward" or "rerun"
     tolerance: float
-    reason: str  # empty if ok, else what is wrong: "value", "dtype", "shape", "structure", ...
-    case: str = "-"  # what was checked, where a report holds several, e.g. "reverse chunk_size=2"
+    reason: str  # empty if the leaf agrees, else "value", "dtype", "shape", "structure", ...
+    case: str = "-"  # what was checked if a report holds several cases, e.g. "reverse Tangent"
     cotangent: str = "-"  # e.g. "random[0]"
     leaf: str = ""  # path of the argument or output leaf, e.g. "params.w_x"
     index: tuple[int, ...] | None = None
@@ -47,7 +47,7 @@ class GradientRow:
 
 @dataclasses.dataclass(frozen=True)
 class GradientReport:
-    """All compared leaves of a check; it is true where all agree, and prints as a table."""
+    """All comparisons of a check. It is true if all leaves agree, and prints as a table."""
 
     rows: tuple[GradientRow, ...]
 
@@ -58,64 +58,62 @@ class GradientReport:
 
     @property
     def passed(self) -> bool:
-        """True if something was compared and all of it agrees."""
+        """True if there is a comparison and all of them agree."""
         return bool(self.rows) and not self.failures
 
     def __bool__(self) -> bool:
         return self.passed
 
-    def max_error(self, dtype: str | None = None, witness: str | None = None) -> float:
-        """Largest `error` over the rows of a dtype and witness (None: of all).
+    def max_error(self, dtype: str | None = None, reference: str | None = None) -> float:
+        """Returns the largest `error` over the rows of a dtype and a reference (None: of all).
 
         Raises:
           ValueError: there is no such row.
         """
         rows = [row for row in self.rows if dtype in (None, row.dtype)]
-        errors = [row.error for row in rows if witness in (None, row.witness)]
+        errors = [row.error for row in rows if reference in (None, row.reference)]
         if not errors:
-            raise ValueError(f"max_error: no row has dtype={dtype!r} and witness={witness!r}.")
+            raise ValueError(f"max_error: no row has dtype={dtype!r} and reference={reference!r}.")
         return max(errors)
 
     def raise_if_failed(self) -> None:
-        """Raises AssertionError, with the table as its message, unless the check passed."""
+        """Raises AssertionError with the table as its message, unless the check passed."""
         if not self.passed:
             raise AssertionError(f"\n{self}")
 
     def __str__(self) -> str:
         groups: dict[tuple[str, ...], list[GradientRow]] = {}
         for row in sorted(self.rows, key=lambda row: -row.error / (row.tolerance or 1e-300)):
-            groups.setdefault((row.dtype, row.witness, row.leaf, row.reason), []).append(row)
+            groups.setdefault((row.dtype, row.reference, row.leaf, row.reason), []).append(row)
         tails = [group[1:] for group in groups.values() if group[0].reason not in ("", "dtype")]
         others = [row for tail in tails for row in tail]
         shown = [group[0] for group in groups.values()] + others[:_MAX_EXTRA_FAILURES]
-        lines = _table(sorted(shown, key=lambda row: (row.ok, row.dtype, row.witness, row.leaf)))
+        lines = _table(sorted(shown, key=lambda row: (row.ok, row.dtype, row.reference, row.leaf)))
         if len(others) > _MAX_EXTRA_FAILURES:
             lines.append(f"... and {len(others) - _MAX_EXTRA_FAILURES} more rows in .failures")
         reasons = collections.Counter(row.reason for row in self.failures)
         counts = ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()))
-        failed = (
-            f"FAILED, {len(self.failures)} of {len(self.rows)} comparisons disagree ({counts})."
-        )
-        passed = f"passed, all {len(self.rows)} comparisons agree."
-        lines.append(f"check_gradients: {passed if self.passed else failed}")
-        return "\n".join([*lines, *_advice(self.failures)])
+        verdict = f"passed, all {len(self.rows)} comparisons agree."
+        if not self.passed:
+            failed = f"{len(self.failures)} of {len(self.rows)}"
+            verdict = f"FAILED, {failed} comparisons disagree ({counts})."
+        return "\n".join([*lines, f"check_gradients: {verdict}", *_advice(self.failures)])
 
 
-def _advice(failures: Sequence[GradientRow]) -> list[str]:
-    """What to change where an output of fn is of another form than the reference's."""
+def _advice(failures):
+    """What to change if an output of fn does not have the reference's form."""
     subjects = {"primal": "fn", "forward": "the forward rule of fn"}
     for row in failures:
-        if row.witness in subjects and row.reason in ("structure", "shape", "dtype"):
+        if row.reference in subjects and row.reason in ("structure", "shape", "dtype"):
             place = "" if row.reason == "structure" else f" at {row.leaf}"
             both = f"returns {row.reason} {row.actual}{place}, reference returns {row.expected}"
-            subject = subjects[row.witness]
             cure = "make it return the same pytree, shapes and dtypes as reference"
-            return [f"check_gradients: {subject} {both}: {cure}."]
+            return [f"check_gradients: {subjects[row.reference]} {both}: {cure}."]
     return []
 
 
 def compare(template: GradientRow, prefix: str, actual: Any, expected: Any) -> list[GradientRow]:
-    """Rows for two pytrees, leaf by leaf; leaves that are not floating must be equal."""
+    """Rows for two pytrees, leaf by leaf. Leaves that are not floating must be equal."""
     structures = [str(jax.tree.structure(tree)) for tree in (actual, expected)]
     if structures[0] != structures[1]:
         return _mismatch(template, prefix, "structure", *structures)
@@ -127,7 +125,7 @@ def compare(template: GradientRow, prefix: str, actual: Any, expected: Any) -> l
 
 
 def compare_leaf(template, leaf, actual, expected, size=None) -> list[GradientRow]:
-    """A row for max |actual - expected| / max |expected|, after one for a dtype that is wrong."""
+    """A row for max |actual - expected| / max |expected|, preceded by one for a wrong dtype."""
     actual, expected = host(actual), host(expected)
     rows = _mismatch(template, leaf, "dtype", str(actual.dtype), str(expected.dtype))
     if actual.shape != expected.shape:
@@ -143,26 +141,29 @@ def compare_leaf(template, leaf, actual, expected, size=None) -> list[GradientRo
     a, b, absolute = float(actual[index]), float(expected[index]), float(deviation[index])
     size = float(np.max(np.abs(expected))) if size is None else size
     ratios = [absolute / (abs(x) or 1.0) if math.isfinite(x) else math.inf for x in (size, b)]
-    numbers = dict(zip(("absolute", "error", "element_error"), (absolute, *ratios), strict=True))
-    wrong = template.reason if finite.all() else "non-finite"
-    reason = "" if finite.all() and ratios[0] <= template.tolerance else wrong
-    place = {"leaf": leaf, "reason": reason, "index": index, "actual": a, "expected": b}
-    return [*rows, dataclasses.replace(template, **place, **numbers)]
+    reason = "" if ratios[0] <= template.tolerance else template.reason  # NaN must not pass
+    row = dataclasses.replace(
+        template, leaf=leaf, reason=reason if finite.all() else "non-finite", index=index,
+        actual=a, expected=b, absolute=absolute, error=ratios[0], element_error=ratios[1],
+    )  # fmt: skip
+    return [*rows, row]
 
 
-def _mismatch(template, leaf, reason, actual, expected) -> list[GradientRow]:
-    """No row, or that of two properties which must be equal and are not."""
+def _mismatch(template, leaf, reason, actual, expected):
+    """No row, or one for two properties that must be equal and differ."""
+    if actual == expected:
+        return []
     error = 0.0 if reason == "dtype" else math.inf
     found = {"leaf": leaf, "reason": reason, "actual": actual, "expected": expected}
-    found.update(absolute=error, error=error, element_error=error)
-    return [] if actual == expected else [dataclasses.replace(template, **found)]
+    errors = dict.fromkeys(("absolute", "error", "element_error"), error)
+    return [dataclasses.replace(template, **found, **errors)]
 
 
 def rerun_row(template: GradientRow, leaf: str, first: Any, again: Any) -> GradientRow:
-    """Row for two runs that must agree in every bit."""
+    """A row for two runs that must agree in every bit."""
     row = compare_leaf(template, leaf, again, first)[-1]
     reason = "" if host(first).tobytes() == host(again).tobytes() else "rerun"
-    return dataclasses.replace(row, witness="rerun", tolerance=0.0, reason=reason)
+    return dataclasses.replace(row, reference="rerun", tolerance=0.0, reason=reason)
 
 
 def unravel(flat: Any, shape: Sequence[int]) -> tuple[int, ...]:
@@ -189,34 +190,27 @@ def non_finite_entries(named: Iterable[tuple[str, Any]]) -> list[str]:
 
 
 def named_leaves(prefix: str, *trees: Any) -> Iterator[tuple[Any, ...]]:
-    """Path and leaves of pytrees of one structure."""
+    """The path and the leaves of pytrees of one structure."""
     paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(trees[0])[0]]
     names = [prefix + jax.tree_util.keystr(path) for path in paths]
     return zip(names, *map(jax.tree.leaves, trees), strict=True)
 
 
 def is_kind(leaf: Any, kind: Any) -> bool:
-    """Whether the leaf's dtype, or a Python float's, is of that kind."""
+    """Whether the dtype of the leaf, or of a Python float, is of that kind."""
     dtype = getattr(leaf, "dtype", type(leaf) if isinstance(leaf, float | complex) else None)
     return dtype is not None and bool(jnp.issubdtype(dtype, kind))
 
 
-def _table(rows: Sequence[GradientRow]) -> list[str]:
-    head = ["reason", "dtype", "witness", "case", "cotangent", "leaf", "index"]
-    cells = [[*head, "actual", "expected", "absolute", "error", "element", "limit"]]
+def _table(rows):
+    names = ["reason", "dtype", "reference", "case", "cotangent", "leaf", "index"]
+    numbers = ["actual", "expected", "absolute", "error", "element_error", "tolerance"]
+    cells = [[*names, *numbers[:-2], "element", "limit"]]
     for row in rows:
         index = "-" if row.index is None else str(list(row.index))
-        numbers = (row.actual, row.expected, row.absolute, row.error, row.element_error)
-        texts = [f"{x:.4g}" if isinstance(x, float) else str(x) for x in (*numbers, row.tolerance)]
-        names = [
-            row.reason or "ok",
-            row.dtype,
-            row.witness,
-            row.case,
-            row.cotangent,
-            row.leaf,
-            index,
-        ]
-        cells.append([*names, *texts])
+        values = [getattr(row, name) for name in numbers]
+        texts = [f"{x:.4g}" if isinstance(x, float) else str(x) for x in values]
+        words = [getattr(row, name) for name in names[1:-1]]
+        cells.append([row.reason or "ok", *words, index, *texts])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]

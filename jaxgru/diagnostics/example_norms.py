@@ -1,5 +1,6 @@
 """The norm of each example's own gradient."""
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -8,9 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxgru.core.derivatives import gates_vjp, params_vjp_factors
-from jaxgru.core.layer_norm import normalize_vjp
-from jaxgru.core.matmul import blocks, matmul
+from jaxgru.core import derivatives
+from jaxgru.core.matmul import matmul
 from jaxgru.core.parameters import GRUParams
 from jaxgru.diagnostics.traces import loss_and_taps, norm, require_sequence, trace_layers
 from jaxgru.stacks.forms import Merge, map_grus
@@ -19,49 +19,35 @@ Array = jax.Array
 
 
 def example_gradient_norms(
-    loss_fn: Callable[[Any, Array], Array],
-    params: Any,
-    xs: Array,
-    h0: Any = None,
-    *,
-    mask: Array | None = None,
-    resets: Array | None = None,
-    merge: Merge = "concat",
+    loss_fn: Callable[[Any, Array], Array], params: Any, xs: Array, h0: Any = None, *,
+    mask: Array | None = None, resets: Array | None = None, merge: Merge = "concat",
     residual: bool = False,
-) -> tuple[Array, Any]:
-    """(loss, norms): of each example, the norm of its own gradient of every array of parameters.
+) -> tuple[Array, Any]:  # fmt: skip
+    """Computes the loss and, for each example and parameter array, the norm of its own gradient.
 
-    Of a weight [I, K] an example's gradient is sum_t x_t^T d_t, and
+    An example's gradient of a weight [I, K] is sum_t x_t^T d_t, and
 
         |sum_t x_t^T d_t|^2 = sum_{t,s} (x_t . x_s) (d_t . d_s)
 
     (Goodfellow 2015, arXiv:1510.01799, for one step; over steps Li et al. 2022, arXiv:2110.05679,
-    section 4). Where T^2 < I K that is what is summed, and no gradient is formed; on longer
-    sequences that of one example and array at a time is, which is then less work. For one batch
-    axis the norm over all arrays is `jax.vmap(optax.global_norm)(norms)`.
+    section 4). If T^2 < I K, the right-hand side is summed and no gradient is formed. On longer
+    sequences the gradient of one example and array at a time is formed, which is then less work.
+    For one batch axis the norm over all arrays is `jax.vmap(optax.global_norm)(norms)`.
 
     Args:
-      loss_fn: (h_last, ys) -> a scalar, a sum of terms that each see one example: a mean over a
-        batch of B gives gradients, and norms, that are B times too small.
-      params: a `GRUParams`, a `Bidirectional`, or a sequence of them.
-      xs: [T, ..., I].
-      h0: as in `gru_stack`.
-      mask: [T, ...] bool.
-      resets: [T, ...] bool.
-      merge: as in `gru_stack`.
-      residual: as in `gru_stack`.
+      loss_fn: (h_last, ys) -> a scalar, a sum of terms that each depend on one example. A mean over
+        a batch of B gives gradients, and norms, that are B times too small.
+      params, xs, h0, mask, resets, merge, residual: see `jaxgru.diagnostics`.
 
     Returns:
       The loss, and norms in the form of params: [...] in place of every array.
 
     Raises:
-      ValueError: the loss is no scalar, a shape does not fit, or a number is not finite
-        (seen outside of jit alone).
-      TypeError: the loss is no floating number, or as `gru_stack`.
+      ValueError, TypeError: see `jaxgru.diagnostics`.
 
-    Cost: a forward and a backward pass without gradients of weights; then for each example, one
-    after the other, and each weight T times the lesser of T (I + K) and I K multiply-adds, with the
-    lesser of T^2 and I K numbers at a time.
+    Cost: a forward pass, and a backward pass without gradients of weights; then for each example,
+    one after the other, and each weight T times the smaller of T (I + K) and I K multiply-adds, and
+    memory for the smaller of T^2 and I K numbers.
 
     >>> from jaxgru import init_gru
     >>> params, xs = init_gru(jax.random.key(0), 2, 3), jnp.ones((5, 4, 2))
@@ -69,10 +55,10 @@ def example_gradient_norms(
     >>> norms.w_x.shape
     (4,)
     """
-    function = "example_gradient_norms"
-    require_sequence(function, params, xs, h0, mask, resets, merge, residual)
-    loss, taps = loss_and_taps(function, loss_fn, params, xs, h0, mask, resets, merge, residual)
-    traces = trace_layers(params, xs, h0, mask, resets, merge, residual)
+    call = (params, xs, h0, mask, resets, merge, residual)
+    require_sequence("example_gradient_norms", *call)
+    loss, taps = loss_and_taps("example_gradient_norms", loss_fn, *call)
+    traces = trace_layers(*call)
     norms = map_grus(lambda _, trace, tap: _example_norms(trace, tap.hs), params, traces, taps)
     return loss, norms
 
@@ -80,17 +66,13 @@ def example_gradient_norms(
 def _example_norms(trace, dhs):
     """A GRUParams of norms [...], from dL/dh_t [T, ..., H]."""
     g, _ = trace.flags.leave_vjp(dhs.astype(trace.h_tm1.dtype))
-    c, dp = trace.c, None
-    if c.reset is not None:
-        dv = normalize_vjp(g * c.a, trace.recurrent.g[2], trace.gates.norms[2])
-        dp = matmul(dv, blocks(trace.params.w_h)[2].T)
-    of_w_x, of_w_h, rows = params_vjp_factors(
-        trace.params, trace.xs, trace.gates, trace.h_tm1, *gates_vjp(c, g, dp)
-    )
-    of_w_h = [_outer_square(*pair) for pair in of_w_h]
+    transposed = derivatives.transpose_recurrent(trace.recurrent)
+    dp = derivatives.step_vjp(transposed, trace.c, trace.gates.norms, g)[1]
+    arrays = (trace.xs, trace.gates, trace.h_tm1, *derivatives.gates_vjp(trace.c, g, dp))
+    of_w_x, of_w_h, rows = derivatives.params_vjp_factors(trace.params, *arrays)
     return GRUParams(
         jnp.sqrt(_outer_square(*of_w_x)),
-        jnp.sqrt(sum(of_w_h[1:], of_w_h[0])),
+        jnp.sqrt(sum(itertools.starmap(_outer_square, of_w_h))),
         *(None if d is None else norm(d.sum(axis=0)) for d in rows),
         spec=trace.params.spec,
     )
@@ -103,7 +85,7 @@ def _outer_square(x, d):
 
     def of_example(pair):
         x, d = pair
-        if short:  # may round to just below 0 where the sum cancels
+        if short:  # may round to just below 0 if the sum cancels
             return jnp.maximum(jnp.vdot(matmul(x, x.T), matmul(d, d.T)), 0)
         return jnp.square(matmul(x.T, d)).sum()
 

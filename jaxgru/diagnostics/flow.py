@@ -1,19 +1,16 @@
-"""Observers of a GRU and its gradient: they read, and change no value.
+"""How much gradient reaches every state and input of a GRU, and along which paths.
 
-Each takes a single layer or a stack, runs under `jax.jit`, and answers in the form of the
-parameters: one answer for a `GRUParams`, a `Bidirectional` of two, a tuple of these for a stack.
-What they see is the plain network, without dropout and zoneout. Time is the leading axis.
-
-The cotangent g = dL/dh_t comes out of `gru`'s own backward pass through a tap of zeros. All else is
-local, linear in g, and made for all steps at once; observers that take a loss are differentiable in
-reverse mode, the others in both. With the coefficients of `jaxgru.core.cell`::
+The cotangent g = dL/dh_t is the gradient with respect to a tap of zeros, from `gru`'s own backward
+pass. All else is local, linear in g, and computed for all steps at once. Functions of a loss are
+differentiable in reverse mode, the others in both modes. With the coefficients of
+`jaxgru.core.derivatives` and N' the transpose of the normalization (identity without it)::
 
     kept:       g K
     update:     N'(g Z) w_hz^T
     before:     dp = N'(g A) w_hn^T,  candidate: dp r,               reset: N'(dp R) w_hr^T
     after:                            candidate: N'(g Q) w_hn^T,     reset: N'(g R) w_hr^T
 
-are the four ways of a step, neither held nor reset, from dL/dh_t to dL/dh_{t-1}. Their sum is
+are the four paths from dL/dh_t to dL/dh_{t-1} of a valid step without a reset. Their sum is
 J_t^T g.
 """
 
@@ -42,7 +39,7 @@ Array = jax.Array
 
 
 class Paths(NamedTuple):
-    """The four ways from dL/dh_t back to dL/dh_{t-1}."""
+    """The four paths from dL/dh_t back to dL/dh_{t-1}."""
 
     kept: Array  # k h_{t-1} itself
     update: Array  # through z
@@ -59,41 +56,27 @@ class GradientFlow(NamedTuple):
 
 
 def gradient_flow(
-    loss_fn: Callable[[Any, Array], Array],
-    params: Any,
-    xs: Array,
-    h0: Any = None,
-    *,
-    mask: Array | None = None,
-    resets: Array | None = None,
-    merge: Merge = "concat",
+    loss_fn: Callable[[Any, Array], Array], params: Any, xs: Array, h0: Any = None, *,
+    mask: Array | None = None, resets: Array | None = None, merge: Merge = "concat",
     residual: bool = False,
-) -> tuple[Array, Any]:
-    """(loss, flow): how much gradient reaches every state and input, and along which paths.
+) -> tuple[Array, Any]:  # fmt: skip
+    """Computes the loss and how much gradient reaches every state and input, along which paths.
 
-    For any other loss, such as one with dropout or with a model around the layers, pass
-    `tap=init_taps(...)` through to `gru` or `gru_stack`, differentiate by it as well, and give
-    dL/dh_t, its `hs`, to `gradient_paths`.
+    For another loss, such as one with dropout or with a model around the layers, pass
+    `tap=init_taps(...)` through to `gru` or `gru_stack`, differentiate the loss with respect to it
+    as well, and pass its `hs`, dL/dh_t, to `gradient_paths`.
 
     Args:
       loss_fn: (h_last, ys) -> a scalar, of the results of `gru` (`gru_stack` for a stack).
-      params: a `GRUParams`, a `Bidirectional`, or a sequence of them.
-      xs: [T, ..., I].
-      h0: as for those; None for zeros.
-      mask: [T, ...] bool.
-      resets: [T, ...] bool.
-      merge: as in `gru_stack`.
-      residual: as in `gru_stack`.
+      params, xs, h0, mask, resets, merge, residual: see `jaxgru.diagnostics`.
 
     Returns:
-      The loss, and a `GradientFlow` for each GRU. Where a step is held, "kept" is all there is.
+      The loss, and a `GradientFlow` for each GRU. At a masked step all gradient is on path "kept".
 
     Raises:
-      ValueError: the loss is no scalar, a shape does not fit, or a number is not finite
-        (seen outside of jit alone).
-      TypeError: the loss is no floating number, or as `gru_stack`.
+      ValueError, TypeError: see `jaxgru.diagnostics`.
 
-    Cost: one forward and one backward pass, and another forward whose gates are made in bulk.
+    Cost: a forward and a backward pass, and a second forward pass with gates computed in bulk.
 
     >>> from jaxgru import init_gru
     >>> params = init_gru(jax.random.key(0), 2, 3)
@@ -101,60 +84,45 @@ def gradient_flow(
     >>> flow.states.shape, bool(flow.states[0] < flow.states[-1])
     ((5,), True)
     """
-    require_sequence("gradient_flow", params, xs, h0, mask, resets, merge, residual)
-    loss, taps = loss_and_taps(
-        "gradient_flow", loss_fn, params, xs, h0, mask, resets, merge, residual
-    )
-    traces = trace_layers(params, xs, h0, mask, resets, merge, residual)
+    call = (params, xs, h0, mask, resets, merge, residual)
+    require_sequence("gradient_flow", *call)
+    loss, taps = loss_and_taps("gradient_flow", loss_fn, *call)
 
     def flow(_, trace, tap):
-        paths = Paths(*map(norm, _paths(trace, tap.hs)))
-        return GradientFlow(norm(tap.hs), norm(tap.xs), paths)
+        return GradientFlow(norm(tap.hs), norm(tap.xs), Paths(*map(norm, _paths(trace, tap.hs))))
 
-    return loss, map_grus(flow, params, traces, taps)
+    return loss, map_grus(flow, params, trace_layers(*call), taps)
 
 
 def gradient_paths(
-    params: GRUParams,
-    xs: Array,
-    dhs: Array,
-    h0: Array | None = None,
-    *,
-    mask: Array | None = None,
-    resets: Array | None = None,
-    reverse: bool = False,
-) -> Paths:
-    """What every step sends back to the state before it, split by path; the module has equations.
+    params: GRUParams, xs: Array, dhs: Array, h0: Array | None = None, *,
+    mask: Array | None = None, resets: Array | None = None, reverse: bool = False,
+) -> Paths:  # fmt: skip
+    """Computes what every step of one GRU sends back to the state before it, split by path.
 
     Args:
-      params: of one GRU.
-      xs: [T, ..., I].
-      dhs: [T, ..., H], dL/dh_t in all, as the gradient by a tap's `hs`.
-      h0: [..., H]; None for zeros.
-      mask: [T, ...] bool; a held step sends everything along "kept".
-      resets: [T, ...] bool; a reset step sends nothing.
-      reverse: as in `gru`; "before" is then the step t + 1.
+      dhs: [T, ..., H], the whole dL/dh_t: the gradient with respect to a tap's `hs`.
+      params, xs, h0, mask, resets, reverse: see `jaxgru.diagnostics`. A masked step sends all
+        gradient along "kept", a reset step sends none.
 
     Returns:
-      `Paths` of [T, ..., H] each. Their sum is J_t^T dL/dh_t: what dL/dh_{t-1} has beside the
-      gradient of its own output.
+      `Paths` of [T, ..., H] each. Their sum is J_t^T dL/dh_t: dL/dh_{t-1} without the gradient of
+      the output at t - 1.
 
     Raises:
-      ValueError: a shape does not fit or a number is not finite (seen outside of jit alone).
-      TypeError: as `gru`.
+      ValueError, TypeError: see `jaxgru.diagnostics`.
 
-    Cost: one forward pass, and 6H^2 multiply-adds a row in bulk.
+    Cost: a forward pass, and 6H^2 multiply-adds a row in bulk.
 
     >>> from jaxgru import init_gru
     >>> params = init_gru(jax.random.key(0), 2, 3)
-    >>> paths = gradient_paths(params, jnp.ones((5, 2)), jnp.ones((5, 3)))
-    >>> paths.kept.shape
+    >>> gradient_paths(params, jnp.ones((5, 2)), jnp.ones((5, 3))).kept.shape
     (5, 3)
     """
     if not isinstance(params, GRUParams):
         raise TypeError(
-            f"gradient_paths: params must be one GRUParams, got {type(params).__name__}; of a "
-            "stack pass each layer with its own input and tap."
+            f"gradient_paths: params must be one GRUParams, got {type(params).__name__}; pass "
+            "each layer of a stack with its own input and tap."
         )
     require_sequence("gradient_paths", params, xs, h0, mask, resets)
     require_float("gradient_paths", "dhs", dhs, params.w_x.dtype)
@@ -165,23 +133,21 @@ def gradient_paths(
 
 
 def credit_reach(norms: Array, fraction: float = 0.01, *, mask: Array | None = None) -> Array:
-    """How far back credit reaches: steps from the last one to the first that gets that fraction.
+    """Computes how many steps back from the last one the gradient keeps a fraction of its norm.
 
     The largest d with norms[T - 1 - d] >= fraction * norms[T - 1], of norms above 0.
 
     Args:
       norms: [T, ...], |dL/dh_t| for a loss of the last state alone, from `gradient_flow`.
       fraction: a Python number above 0.
-      mask: [T, ...] bool; only real steps count, from the last of them on.
+      mask: [T, ...] bool. Only valid steps count, back from the last of them.
 
     Returns:
-      [...] integers from 0 to T - 1; 0 as well where the last step has no gradient, or NaN.
+      [...] integers from 0 to T - 1; also 0 if the gradient of the last step is 0 or NaN.
 
     Raises:
       ValueError: there is no step, fraction is not positive, or a shape does not fit.
-      TypeError: norms is no floating, or mask no bool array.
-
-    Cost: one pass over norms.
+      TypeError: norms is not a floating array, or mask not a bool array.
 
     >>> int(credit_reach(jnp.array([0.0, 0.5, 0.001, 0.1, 1.0]), 0.1))
     3
@@ -194,11 +160,11 @@ def credit_reach(norms: Array, fraction: float = 0.01, *, mask: Array | None = N
     if not 0 < fraction < math.inf:
         raise ValueError(f"credit_reach: fraction must be positive and finite, got {fraction}.")
     require_flags("credit_reach", {"mask": mask}, norms.shape, "that of norms")
-    real = jnp.ones(norms.shape, bool) if mask is None else jnp.asarray(mask)
-    behind = lax.cumsum(real.astype(jnp.int32), reverse=True) - 1  # real steps after this one
-    last = jnp.where(real & (behind == 0), norms, jnp.zeros_like(norms)).sum(axis=0)
+    valid = jnp.ones(norms.shape, bool) if mask is None else jnp.asarray(mask)
+    after = lax.cumsum(valid.astype(jnp.int32), reverse=True) - 1  # valid steps after this one
+    last = jnp.where(valid & (after == 0), norms, jnp.zeros_like(norms)).sum(axis=0)
     enough = norms >= jnp.asarray(fraction, norms.dtype) * last[None]
-    return jnp.where(real & enough & (norms > 0) & (last > 0)[None], behind, 0).max(axis=0)
+    return jnp.where(valid & enough & (norms > 0) & (last > 0)[None], after, 0).max(axis=0)
 
 
 def _paths(trace, dhs):

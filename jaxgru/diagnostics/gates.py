@@ -12,7 +12,7 @@ Array = jax.Array
 
 
 class GateStatistics(NamedTuple):
-    """Of each unit, over all real steps of all sequences; [H] each."""
+    """Statistics of each unit over all valid steps of all sequences; [H] each."""
 
     reset_mean: Array
     update_mean: Array
@@ -21,7 +21,7 @@ class GateStatistics(NamedTuple):
     reset_high: Array  # share above `high`
     update_low: Array
     update_high: Array
-    memory: Array  # steps over which the kept state falls to 1/e
+    memory: Array  # number of steps over which the kept state falls to 1/e
 
 
 class GateValues(NamedTuple):
@@ -34,44 +34,28 @@ class GateValues(NamedTuple):
 
 
 def gate_statistics(
-    params: Any,
-    xs: Array,
-    h0: Any = None,
-    *,
-    mask: Array | None = None,
-    resets: Array | None = None,
-    merge: Merge = "concat",
-    residual: bool = False,
-    low: float = 0.1,
-    high: float = 0.9,
-) -> Any:
-    """Means and saturation of the gates of every unit, and how long it remembers.
+    params: Any, xs: Array, h0: Any = None, *,
+    mask: Array | None = None, resets: Array | None = None, merge: Merge = "concat",
+    residual: bool = False, low: float = 0.1, high: float = 0.9,
+) -> Any:  # fmt: skip
+    """Computes means and saturation of the gates of every unit, and how long the unit remembers.
 
-    Saturation as Karpathy et al. 2015 (arXiv:1506.02078, section 4.2) count it: the share of the
-    steps with a gate below 0.1 or above 0.9. Memory is -1 / mean log k over steps with keep
-    fractions k: along the kept state alone, what a step writes falls to 1/e in so many steps; inf
-    where k rounds to 1, and in float32 a thousandth off from some 10,000 steps on.
+    Saturation is the share of the steps with a gate below 0.1 or above 0.9 (Karpathy et al. 2015,
+    arXiv:1506.02078, section 4.2). Memory is -1 / mean log k over steps: the number of steps over
+    which a value that a step writes falls to 1/e, along the kept state alone. It is inf where k
+    rounds to 1; in float32 its error reaches a thousandth at about 10,000 steps.
 
     Args:
-      params: a `GRUParams`, a `Bidirectional`, or a sequence of them.
-      xs: [T, ..., I].
-      h0: as in `gru_stack`.
-      mask: [T, ...] bool; only real steps count.
-      resets: [T, ...] bool.
-      merge: as in `gru_stack`.
-      residual: as in `gru_stack`.
-      low: a gate below is closed.
-      high: a gate above is open.
+      params, xs, h0, mask, resets, merge, residual: see `jaxgru.diagnostics`. Only valid steps
+        count.
+      low: a gate below `low` is closed.
+      high: a gate above `high` is open.
 
     Returns:
-      A `GateStatistics` of [H] arrays for each GRU; NaN where there is no real step.
+      A `GateStatistics` of [H] arrays for each GRU; NaN if there is no valid step.
 
     Raises:
-      ValueError: a shape does not fit, a number is not finite (seen outside of jit alone), or not
-        0 <= low < high <= 1.
-      TypeError: as `gru_stack`.
-
-    Cost: one forward pass, its gates once more in bulk, and their sums.
+      ValueError, TypeError: see `jaxgru.diagnostics`; ValueError also unless 0 <= low < high <= 1.
 
     >>> from jaxgru import init_gru
     >>> params = jax.tree.map(jnp.zeros_like, init_gru(jax.random.key(0), 2, 3))
@@ -79,65 +63,52 @@ def gate_statistics(
     >>> statistics.update_mean.tolist(), round(float(statistics.memory[0]), 4)  # 1 / log 2
     ([0.5, 0.5, 0.5], 1.4427)
     """
-    require_sequence("gate_statistics", params, xs, h0, mask, resets, merge, residual)
+    call = (params, xs, h0, mask, resets, merge, residual)
+    require_sequence("gate_statistics", *call)
     if not 0 <= low < high <= 1:
         raise ValueError(
             f"gate_statistics: low and high must satisfy 0 <= low < high <= 1, got {low}, {high}."
         )
-    traces = trace_layers(params, xs, h0, mask, resets, merge, residual)
-    return map_grus(lambda _, trace: _statistics(trace, low, high), params, traces)
+    return map_grus(lambda _, trace: _statistics(trace, low, high), params, trace_layers(*call))
 
 
 def gate_values(
-    params: Any,
-    xs: Array,
-    h0: Any = None,
-    *,
-    mask: Array | None = None,
-    resets: Array | None = None,
-    merge: Merge = "concat",
+    params: Any, xs: Array, h0: Any = None, *,
+    mask: Array | None = None, resets: Array | None = None, merge: Merge = "concat",
     residual: bool = False,
-) -> Any:
-    """The gates r, z, the candidate n and the keep fraction k of every step: for histograms.
+) -> Any:  # fmt: skip
+    """Computes the gates r and z, the candidate n and the keep fraction k of every step.
 
     Args:
-      params: a `GRUParams`, a `Bidirectional`, or a sequence of them.
-      xs: [T, ..., I].
-      h0: as in `gru_stack`.
-      mask: [T, ...] bool; gates of held steps act on nothing, and are those of an input of zeros.
-      resets: [T, ...] bool.
-      merge: as in `gru_stack`.
-      residual: as in `gru_stack`.
+      params, xs, h0, mask, resets, merge, residual: see `jaxgru.diagnostics`. The gates of masked
+        steps are those of an input of zeros; they have no effect on the state.
 
     Returns:
       `GateValues` for each GRU.
 
     Raises:
-      ValueError: a shape does not fit or a number is not finite (seen outside of jit alone).
-      TypeError: as `gru_stack`.
-
-    Cost: one forward pass, and its gates once more in bulk.
+      ValueError, TypeError: see `jaxgru.diagnostics`.
 
     >>> from jaxgru import init_gru
-    >>> gates = gate_values(init_gru(jax.random.key(0), 2, 3), jnp.ones((5, 2)))
-    >>> gates.reset.shape
+    >>> gate_values(init_gru(jax.random.key(0), 2, 3), jnp.ones((5, 2))).reset.shape
     (5, 3)
     """
-    require_sequence("gate_values", params, xs, h0, mask, resets, merge, residual)
-    traces = trace_layers(params, xs, h0, mask, resets, merge, residual)
+    call = (params, xs, h0, mask, resets, merge, residual)
+    require_sequence("gate_values", *call)
+    traces = trace_layers(*call)
     return map_grus(lambda _, t: GateValues(t.gates.r, t.gates.z, t.gates.n, t.c.k), params, traces)
 
 
 def _statistics(trace, low, high):
     """`GateStatistics` over all axes but the last."""
     r, z, *_ = trace.gates
-    real = jnp.ones_like(r[..., :1], bool) if trace.flags.mask is None else trace.flags.mask
+    valid = jnp.ones_like(r[..., :1], bool) if trace.flags.mask is None else trace.flags.mask
     leading = tuple(range(r.ndim - 1))
-    count = real.sum(axis=leading).astype(r.dtype)
+    count = valid.sum(axis=leading).astype(r.dtype)
 
     def mean(v):
         v = v.astype(r.dtype)
-        return jnp.where(real, v, jnp.zeros_like(v)).sum(axis=leading) / count
+        return jnp.where(valid, v, jnp.zeros_like(v)).sum(axis=leading) / count
 
     return GateStatistics(
         *(mean(v) for v in (r, z, trace.c.k, r < low, r > high, z < low, z > high)),

@@ -1,14 +1,13 @@
-"""The influence of parameters on the state: gradients forward in time, RTRL and SnAp-1.
+"""Gradients computed forward in time from the influence of parameters on the state: RTRL, SnAp-1.
 
 The influence P_t = dh_t/dtheta follows the state (Williams and Zipser 1989, Neural Computation 1,
-270-280, eq. 8), and the gradient is a sum over steps of what each step's own loss asks of it::
+270-280, eq. 8), and the gradient is a sum over the losses of the steps::
 
     P_t = J_t P_{t-1} + I_t,    P_0 = 0,    dL/dtheta = sum_t (dL_t/dh_t) P_t
 
-with I_t what theta does to h_t at fixed h_{t-1}. Both J_t and I_t are the transpose of the step,
-`jaxgru.core.derivatives.step_vjp`,
-applied to the unit cotangents. Nothing is kept from step to step but P: the
-memory does not grow with T, and the gradient is known at every step.
+where I_t is the derivative of h_t by theta at fixed h_{t-1}. Both J_t and I_t are the transpose of
+the step, `jaxgru.core.derivatives.step_vjp`, applied to the unit cotangents. Only P is carried from
+step to step: the memory does not grow with T, and the gradient is known at every step.
 """
 
 import math
@@ -19,21 +18,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxgru.core.cell import Gates, project, split_recurrent, step
+from jaxgru.core import derivatives
+from jaxgru.core.cell import project, split_recurrent, step
 from jaxgru.core.checks import require_choice
-from jaxgru.core.derivatives import (
-    Coefficients,
-    coefficients,
-    gates_vjp,
-    inputs_vjp,
-    params_vjp,
-    step_vjp,
-    transpose_recurrent,
-)
 from jaxgru.core.flags import Flags, choose
 from jaxgru.core.matmul import blocks, state_dtype
 from jaxgru.diagnostics.jacobians import own_slopes
-from jaxgru.diagnostics.traces import require_scalar_loss, require_sequence
+from jaxgru.diagnostics.traces import by_layer, require_scalar_loss, require_sequence
 from jaxgru.stacks.forms import Bidirectional, as_stack
 from jaxgru.stacks.initializers import init_state
 
@@ -42,45 +33,34 @@ Influence = Literal["exact", "snap-1"]
 
 
 def rtrl(
-    loss_fn: Callable[[Array, Any], Array],
-    params: Any,
-    xs: Array,
-    targets: Any,
-    h0: Any = None,
-    *,
-    mask: Array | None = None,
-    resets: Array | None = None,
-    residual: bool = False,
+    loss_fn: Callable[[Array, Any], Array], params: Any, xs: Array, targets: Any, h0: Any = None, *,
+    mask: Array | None = None, resets: Array | None = None, residual: bool = False,
     influence: Influence = "exact",
-) -> tuple[Array, Any]:
-    """(loss, dparams) of sum_t loss_fn(y_t, targets[t]), forward in time, in memory without T.
+) -> tuple[Array, Any]:  # fmt: skip
+    """Computes sum_t loss_fn(y_t, targets[t]) and its gradient forward in time.
 
     Args:
       loss_fn: (y_t, target_t) -> a scalar: the loss of one step, of all sequences together.
       params: a `GRUParams`, or a sequence of them.
-      xs: [T, ..., I].
-      targets: a pytree of [T, ...] arrays; step t is given the t-th of each.
-      h0: as in `gru` or `gru_stack`; None for zeros.
-      mask: [T, ...] bool; a held step keeps its state and its influence, and its loss counts: leave
-        it out of loss_fn through the targets where it should not.
-      resets: [T, ...] bool; a reset step forgets its influence as well.
-      residual: as in `gru_stack`.
-      influence: "exact", which is the gradient of backpropagation through time; or "snap-1", which
-        keeps only those entries of P that are not zero after one step (Menick et al. 2021,
-        arXiv:2006.07232, section 3): an approximation, for a single layer without gains.
+      targets: a pytree of [T, ...] arrays; step t receives entry t of each.
+      xs, h0, resets, residual: see `jaxgru.diagnostics`.
+      mask: [T, ...] bool. A masked step keeps its state and its influence, and its loss counts;
+        loss_fn can exclude it through the targets.
+      influence: "exact", which gives the gradient of backpropagation through time; or "snap-1",
+        which stores only those entries of P that are nonzero after one step (Menick et al. 2021,
+        arXiv:2006.07232, section 3): an approximation, for a single layer without layer norm.
 
     Returns:
       The loss, summed in float32 for half types, and its gradient in the form and dtypes of params.
 
     Raises:
-      ValueError: a layer is `Bidirectional`, which has no order of time to follow, "snap-1" is
-        asked for a stack or for gains, the loss is no scalar, or as `gru_stack`.
-      TypeError: as `gru_stack`.
+      ValueError, TypeError: see `jaxgru.diagnostics`; ValueError also for a `Bidirectional`, whose
+        outputs depend on later inputs, and for "snap-1" with a stack or layer norm.
 
-    Cost: for N parameters 2 H^2 N operations a row and step, and H N numbers a row. With "snap-1"
-    and reset="after" N numbers a row, and 2 N operations beside those of a step and its transpose;
-    with "before" the weights of the reset gate, each of which moves every unit at once, are
-    followed exactly, which takes a third of the exact memory. Not under `jax.shard_map`.
+    Cost: for N parameters 2 H^2 N operations a row and step, and H N numbers a row, whatever T is.
+    "snap-1" with reset="after" stores N numbers a row and adds 2 N operations to a step and its
+    transpose. With "before" each weight of the reset gate moves every unit in one step, so their
+    influence is computed exactly, with a third of the exact memory. Not under `jax.shard_map`.
 
     >>> from jaxgru import gru, init_gru
     >>> params, xs = init_gru(jax.random.key(0), 2, 3), jnp.ones((5, 4, 2))
@@ -96,10 +76,9 @@ def rtrl(
     layers = jax.tree.map(jnp.asarray, tuple(as_stack(params)))
     _require_forward(layers, influence)
     lead, dtype = xs.shape[1:-1], state_dtype(xs.dtype)
-    given = (h0,) if as_stack(params) is not params else h0
-    given = [None] * len(layers) if h0 is None else given
-    states = [init_state(p, lead) if h is None else h for p, h in zip(layers, given)]
-    states = tuple(jnp.asarray(h).astype(dtype) for h in states)
+    states = zip(layers, by_layer(params, h0))
+    states = [init_state(p, lead) if h is None else jnp.asarray(h) for p, h in states]
+    states = tuple(h.astype(dtype) for h in states)
     for leaf in jax.tree.leaves(targets):
         shape = jnp.shape(leaf)
         if shape[:1] != xs.shape[:1]:
@@ -131,28 +110,27 @@ def rtrl(
 
 
 class _Linear(NamedTuple):
-    """A step and its derivatives; time has no axis, rows are those of dh'_i."""
+    """A step and its derivatives, without an axis of time; rows are those of dh'_i."""
 
     h: Array  # [..., H]
-    gates: Gates
-    c: Coefficients
     by_state: Array  # J [..., H, H]
     by_input: Array  # [..., H, I]
-    da: Array  # [..., H, 3H]: dh'_i by x w_x + b_x
-    du: Array  # [..., H, 3H]: dh'_i by h w_h + b_h
+    immediate: Any  # I, a GRUParams of [..., H, *shape]
 
 
 def _linearize(params, x, h):
     """The step from x and h, and `step_vjp` of every unit cotangent."""
     recurrent, lead = split_recurrent(params), h.ndim - 1
     h_t, gates = step(recurrent, project(params, x), h)
-    c = coefficients(gates, h, params.spec)
-    rows, norms, x = jax.tree.map(lambda v: jnp.expand_dims(v, lead), (c, gates.norms, x))
+    c = derivatives.coefficients(gates, h, params.spec)
+    rows, norms, row_x = jax.tree.map(lambda v: jnp.expand_dims(v, lead), (c, gates.norms, x))
     units = jnp.eye(h.shape[-1], dtype=h.dtype)
     units = units.reshape((1,) * lead + units.shape)
-    by_state, dp = step_vjp(transpose_recurrent(recurrent), rows, norms, units)
-    da, du = gates_vjp(rows, units, dp)
-    return _Linear(h_t, gates, c, by_state, inputs_vjp(params, params.w_x.T, x, da), da, du)
+    transposed = derivatives.transpose_recurrent(recurrent)
+    by_state, dp = derivatives.step_vjp(transposed, rows, norms, units)
+    da, du = derivatives.gates_vjp(rows, units, dp)
+    by_input = derivatives.inputs_vjp(params, params.w_x.T, row_x, da)
+    return _Linear(h_t, by_state, by_input, _immediate(params, x, h, gates, da, du))
 
 
 def _immediate(params, x, h, gates, da, du):
@@ -163,8 +141,7 @@ def _immediate(params, x, h, gates, da, du):
 
     def of_row(x, gates, h, da, du):
         single: Any = jax.tree.map(lambda v: v[None], (x, gates, h, da, du))
-        x, gates, h, da, du = single
-        return params_vjp(params, x, gates, h, da, du)
+        return derivatives.params_vjp(params, *single)
 
     if da.ndim > x.ndim:
         of_row = jax.vmap(of_row, (None, None, None, 0, 0))
@@ -189,12 +166,9 @@ def _follow(layers, x, states, influences, flags, residual):
     y, of_y = x, ()
     for params, h, of_h in zip(layers, states, influences):
         h, of_h = flags.enter(h), jax.tree.map(flags.enter, of_h)
-        x = choose(flags.mask, y, jnp.zeros_like(y))
-        now = _linearize(params, x, h)
-        own = _immediate(params, x, h, now.gates, now.da, now.du)
-        moved = [_times(now.by_state, p) for p in of_h]
-        through = [_times(now.by_input, p) for p in of_y]
-        moved = [jax.tree.map(jnp.add, a, b) for a, b in zip(moved, (*through, own))]
+        now = _linearize(params, choose(flags.mask, y, jnp.zeros_like(y)), h)
+        through = [*(_times(now.by_input, p) for p in of_y), now.immediate]
+        moved = [jax.tree.map(jnp.add, _times(now.by_state, p), i) for p, i in zip(of_h, through)]
         of_h = jax.tree.map(flags.leave, tuple(moved), of_h)
         h = flags.leave(now.h, h)
         new_states.append(h)
@@ -211,7 +185,7 @@ def _follow(layers, x, states, influences, flags, residual):
 
 
 def _start_snap(layers, lead, dtype):
-    """P_0 of SnAp-1: for each parameter the unit it belongs to; and of the reset gate all units.
+    """P_0 of SnAp-1: for each parameter its own unit; for the reset gate's parameters all units.
 
     The second, leaves [..., H, *shape of a block], is None for "after", where I is diagonal.
     """
@@ -220,43 +194,37 @@ def _start_snap(layers, lead, dtype):
     if params.spec.reset == "after":
         return own, None
     of_r = jax.tree.map(lambda v: blocks(v)[0], params)
-    size = params.w_h.shape[0]
-    return own, jax.tree.map(lambda v: jnp.zeros((*lead, size, *v.shape), dtype), of_r)
+    return own, _start((of_r,), lead, dtype)[0][0]
 
 
 def _follow_snap(layers, x, states, influences, flags, _):
-    """One step of the state and of the entries of P that SnAp-1 keeps."""
+    """One step of the state and of the entries of P that SnAp-1 stores."""
     ((params,), (h,), (own, of_r)) = layers, states, influences
-    h, held = flags.enter(h), jax.tree.map(flags.enter, (own, of_r))
+    h, before = flags.enter(h), jax.tree.map(flags.enter, (own, of_r))
     x = choose(flags.mask, x, jnp.zeros_like(x))
     h_t, gates = step(split_recurrent(params), project(params, x), h)
-    c = coefficients(gates, h, params.spec)
-    itself = own_slopes(params, c)
+    c = derivatives.coefficients(gates, h, params.spec)
+    slopes = own_slopes(params, c)
     dp = None if of_r is None else jnp.zeros_like(h)
-    da, du = gates_vjp(c, jnp.ones_like(h), dp)  # I is diagonal: all its rows at once
+    da, du = derivatives.gates_vjp(c, jnp.ones_like(h), dp)  # I is diagonal: all its rows at once
     immediate = _immediate(params, x, h, gates, da, du)
-    own = jax.tree.map(lambda p, i: _by_unit(itself, p) + i, held[0], immediate)
+    own = jax.tree.map(lambda p, i: _by_unit(slopes, p) + i, before[0], immediate)
     if of_r is not None:
         now = _linearize(params, x, h)
-        immediate = _immediate(params, x, h, now.gates, now.da, now.du)
-        moved = _times(now.by_state, held[1])
-        of_r = jax.tree.map(lambda p, i: p + blocks(i)[0], moved, immediate)
-    own, of_r = jax.tree.map(flags.leave, (own, of_r), held)
+        moved = _times(now.by_state, before[1])
+        of_r = jax.tree.map(lambda p, i: p + blocks(i)[0], moved, now.immediate)
+    own, of_r = jax.tree.map(flags.leave, (own, of_r), before)
     h = flags.leave(h_t, h)
 
     def pull(dy):
-        def of_leaf(p):
-            return _by_unit(dy, p).sum(axis=tuple(range(dy.ndim - 1)))
+        def of_leaf(p, r=None):
+            grad = _by_unit(dy, p).sum(axis=tuple(range(dy.ndim - 1)))
+            if r is None:
+                return grad
+            r = jnp.tensordot(dy, r, dy.ndim)
+            return jnp.concatenate([r, grad[..., r.shape[-1] :]], axis=-1)
 
-        grads = jax.tree.map(of_leaf, own)
-        if of_r is None:
-            return (grads,)
-        of_gate = jax.tree.map(lambda p: jnp.tensordot(dy, p, dy.ndim), of_r)
-        return (
-            jax.tree.map(
-                lambda v, r: jnp.concatenate([r, v[..., r.shape[-1] :]], axis=-1), grads, of_gate
-            ),
-        )
+        return (jax.tree.map(of_leaf, own, *(() if of_r is None else (of_r,))),)
 
     return (h,), (own, of_r), h, pull
 
@@ -279,15 +247,15 @@ def _times(rows, influence):
 
 
 def _require_forward(layers, influence):
-    """ValueError for what no recurrence forward in time can follow."""
+    """Raises ValueError for what cannot be followed forward in time."""
     if any(isinstance(layer, Bidirectional) for layer in layers):
         raise ValueError(
             "rtrl: params must hold layers of one direction, got a Bidirectional, whose outputs "
             "depend on later inputs; use jax.grad of gru_stack."
         )
     if influence == "snap-1" and (len(layers) > 1 or layers[0].g_x is not None):
-        found = f"{len(layers)} layers" if len(layers) > 1 else "gains"
+        found = f"{len(layers)} layers" if len(layers) > 1 else "a layer with layer norm"
         raise ValueError(
-            f"rtrl: params must be one layer without gains for influence='snap-1', got {found}: "
-            "there every parameter moves many units at once; use influence='exact'."
+            "rtrl: params must be one layer without layer norm for influence='snap-1', got "
+            f"{found}, where every parameter moves many units at once; use influence='exact'."
         )

@@ -1,12 +1,13 @@
-"""dh_t/dh_{t-1}: in closed form, its diagonal, its bound, and what products of it do over time.
+"""dh_t/dh_{t-1} in closed form, its diagonal, its bound, and the products of it over time.
 
-With the coefficients K, A, R, Z, Q of `jaxgru.core.cell` and a state h as a row, th' = th M with::
+With the coefficients K, A, R, Z, Q of `jaxgru.core.derivatives` and h as a row, th' = th M, where::
 
     before:  M = diag(K) + N'(w_hz) diag(Z) + N'((diag(r) + N'(w_hr) diag(R)) w_hn) diag(A)
     after:   M = diag(K) + N'(w_hz) diag(Z) + N'(w_hr) diag(R) + N'(w_hn) diag(Q)
 
-and J = dh'/dh = M^T. N', the derivative of the normalization, acts on rows; without gains it is the
-identity. A held step has J = I, a reset one J = 0.
+and J = dh'/dh = M^T. N', the derivative of the normalization, acts on rows; without layer norm it
+is the identity. A masked step has J = I, a reset step J = 0. Results are in the state dtype
+(float32 for half types).
 """
 
 import itertools
@@ -24,23 +25,21 @@ from jaxgru.core.flags import Flags
 from jaxgru.core.layer_norm import Norm, normalize_jvp
 from jaxgru.core.matmul import blocks, like_row, matmul, state_dtype
 from jaxgru.core.parameters import GRUParams
-from jaxgru.diagnostics.traces import require_sequence, trace_layers, trace_steps
+from jaxgru.diagnostics.traces import by_layer, require_sequence, trace_layers, trace_steps
 from jaxgru.stacks.forms import Bidirectional, as_stack
 
 Array = jax.Array
 
 
 def step_jacobian(params: GRUParams, x: Array, h: Array) -> Array:
-    """J = dh'/dh of one step, in closed form: J[i, j] = dh'_i / dh_j; the module has the equation.
+    """Computes J = dh'/dh of one step in closed form, with J[i, j] = dh'_i / dh_j.
 
     Args:
-      params: of one layer, gains included.
-      x: [..., I], any leading axes: with xs [T, ..., I] and the state before each step it gives
-        every step of a sequence at once.
-      h: [..., H], the state before the step.
+      params, x, h: as in `gru_cell`. Leading axes are free: xs [T, ..., I] and the state before
+        each step give every step of a sequence at once.
 
     Returns:
-      [..., H, H], in the state dtype (float32 for half types).
+      [..., H, H].
 
     Raises:
       ValueError, TypeError: as `gru_cell`.
@@ -48,8 +47,7 @@ def step_jacobian(params: GRUParams, x: Array, h: Array) -> Array:
     Cost: reset="after" 5H^2 operations a row, "before" one product of [H, H] with [H, H] as well.
 
     >>> from jaxgru import init_gru
-    >>> params = init_gru(jax.random.key(0), 2, 3)
-    >>> x, h = jnp.ones(2), jnp.zeros(3)
+    >>> params, x, h = init_gru(jax.random.key(0), 2, 3), jnp.ones(2), jnp.zeros(3)
     >>> wanted = jax.jacrev(gru_cell, argnums=2)(params, x, h)
     >>> bool(jnp.allclose(step_jacobian(params, x, h), wanted, atol=1e-6))
     True
@@ -58,29 +56,26 @@ def step_jacobian(params: GRUParams, x: Array, h: Array) -> Array:
 
 
 def step_jacobian_diagonal(params: GRUParams, x: Array, h: Array) -> Array:
-    """The diagonal of dh'/dh: what each unit's own past does to it.
+    """Computes the diagonal of dh'/dh, the derivative of each unit by its own past.
 
         after:   K + d(w_hz) Z + d(w_hr) R + d(w_hn) Q,    d the diagonal
         before:  K + d(w_hz) Z + A (r d(w_hn) + R e),      e_ji = (w_hr)_ij (w_hn)_ji
 
     Args:
-      params: of one layer.
-      x: [..., I].
-      h: [..., H], the state before the step.
+      params, x, h: as in `gru_cell`.
 
     Returns:
-      [..., H], in the state dtype.
+      [..., H].
 
     Raises:
       ValueError, TypeError: as `gru_cell`.
 
-    Cost: H operations a row for "after", H^2 for "before"; with gains the whole Jacobian is made.
+    Cost: H operations a row for "after", H^2 for "before"; with layer norm the whole Jacobian.
 
     >>> from jaxgru import PYTORCH, init_gru
     >>> params, x, h = init_gru(jax.random.key(0), 2, 3, spec=PYTORCH), jnp.ones(2), jnp.zeros(3)
-    >>> whole = step_jacobian(params, x, h)
-    >>> own = step_jacobian_diagonal(params, x, h)
-    >>> bool(jnp.allclose(own, jnp.diagonal(whole), atol=1e-6))
+    >>> wanted = jnp.diagonal(step_jacobian(params, x, h))
+    >>> bool(jnp.allclose(step_jacobian_diagonal(params, x, h), wanted, atol=1e-6))
     True
     """
     trace = _trace_step(params, x, h)
@@ -90,7 +85,7 @@ def step_jacobian_diagonal(params: GRUParams, x: Array, h: Array) -> Array:
 
 
 def own_slopes(params: GRUParams, c: Coefficients) -> Array:
-    """`step_jacobian_diagonal` without gains, from a step's coefficients."""
+    """`step_jacobian_diagonal` without layer norm, from a step's coefficients."""
     w_r, w_z, w_n = (w.astype(c.k.dtype) for w in blocks(params.w_h))
     own_r, own_z, own_n = (like_row(jnp.diagonal(w), c.k) for w in (w_r, w_z, w_n))
     if c.reset is None:
@@ -99,21 +94,19 @@ def own_slopes(params: GRUParams, c: Coefficients) -> Array:
 
 
 def step_jacobian_bound(params: GRUParams, x: Array, h: Array) -> Array:
-    """An upper bound of the largest singular value of dh'/dh, from gates and spectral norms alone.
+    """Computes an upper bound of the largest singular value of dh'/dh from gates and weights.
 
         after:   max K + max|Z| |w_hz| + max|R| |w_hr| + max|Q| |w_hn|
         before:  max K + max|Z| |w_hz| + max|A| |w_hn| (max r + max|R| |w_hr|)
 
-    Where a product is normalized with a gain g, its |w| is multiplied by max|g| i, i the inverse of
-    its deviation.
+    with |w| the spectral norm. Layer norm with scale g and inverse deviation i multiplies it by
+    max|g| i.
 
     Args:
-      params: of one layer.
-      x: [..., I].
-      h: [..., H], the state before the step.
+      params, x, h: as in `gru_cell`.
 
     Returns:
-      [...], in the state dtype.
+      [...].
 
     Raises:
       ValueError, TypeError: as `gru_cell`.
@@ -127,12 +120,11 @@ def step_jacobian_bound(params: GRUParams, x: Array, h: Array) -> Array:
     True
     """
     trace = _trace_step(params, x, h)
-    c, dtype = trace.c, trace.h_tm1.dtype
-    sizes = []
-    for w, gain, norm in zip(blocks(trace.params.w_h), trace.recurrent.g, trace.gates.norms):
-        size = jnp.linalg.norm(w.astype(dtype), ord=2)
-        if gain is not None and norm is not None:
-            size = size * jnp.abs(gain).max().astype(dtype) * norm.i[..., 0]
+    c, sizes = trace.c, []
+    for w, scale, norm in zip(blocks(trace.params.w_h), trace.recurrent.g, trace.gates.norms):
+        size = jnp.linalg.norm(w.astype(c.k.dtype), ord=2)
+        if scale is not None and norm is not None:
+            size = size * jnp.abs(scale).max().astype(c.k.dtype) * norm.i[..., 0]
         sizes.append(size)
 
     def largest(v):
@@ -146,42 +138,33 @@ def step_jacobian_bound(params: GRUParams, x: Array, h: Array) -> Array:
 
 
 def sequence_jacobians(
-    params: Any,
-    xs: Array,
-    h0: Any = None,
-    *,
-    mask: Array | None = None,
-    resets: Array | None = None,
-    residual: bool = False,
+    params: Any, xs: Array, h0: Any = None, *,
+    mask: Array | None = None, resets: Array | None = None, residual: bool = False,
     reverse: bool = False,
-) -> Array:
-    """dh_t/dh_{t-1} of every step of a sequence, exactly; of a stack, that of all its states.
+) -> Array:  # fmt: skip
+    """Computes dh_t/dh_{t-1} of every step of a sequence, for the joint state of a stack.
 
     The state of a stack is that of its layers side by side, [h^1 | h^2 | ...], S = sum of H. A
-    layer hears of the others' last states through its input, so that J is block lower triangular::
+    layer depends on the previous states of the layers below through its input, so that J is block
+    lower triangular::
 
         dh^l_t = dh^l_{t-1} M^l + dx^l_t X^l,    X = dh'/dx,    x^l_t = h^{l-1}_t
 
     Args:
       params: a `GRUParams`, or a sequence of them.
-      xs: [T, ..., I].
-      h0: as `gru` or `gru_stack` takes it; None for zeros.
-      mask: [T, ...] bool; a held step has J = I.
-      resets: [T, ...] bool; a reset step has J = 0.
-      residual: as in `gru_stack`.
-      reverse: from the last step to the first: J[t] is then dh_t/dh_{t+1}, and what takes them in
-        the order of time wants J[::-1].
+      xs, h0, mask, resets, residual: see `jaxgru.diagnostics`.
+      reverse: as in `gru`. J[t] is then dh_t/dh_{t+1}; pass J[::-1] to functions that take
+        Jacobians in the order of time.
 
     Returns:
-      [T, ..., S, S] with J[t, ..., i, j] = dh_t[i] / dh_{t-1}[j], in the state dtype.
+      [T, ..., S, S] with J[t, ..., i, j] = dh_t[i] / dh_{t-1}[j].
 
     Raises:
-      ValueError: a layer is `Bidirectional`, whose steps have no common order; shapes do not fit,
-        or a number is not finite (seen outside of jit alone).
-      TypeError: as `gru_stack`.
+      ValueError, TypeError: see `jaxgru.diagnostics`; ValueError also for a `Bidirectional`, whose
+        directions have no common order of steps.
 
-    Cost: that of `gru` and, for every step, of `step_jacobian`; T B S^2 numbers are made at once.
-    A stack adds the products of X^l [I, H] with what is above it.
+    Cost: that of `gru` and, for every step, of `step_jacobian`; T B S^2 numbers in memory. A stack
+    adds the products of X^l [I, H] with the layers below.
 
     >>> from jaxgru import init_stack
     >>> layers = init_stack(jax.random.key(0), 2, 3, num_layers=2)
@@ -192,10 +175,10 @@ def sequence_jacobians(
     if any(isinstance(layer, Bidirectional) for layer in as_stack(params)):
         raise ValueError(
             "sequence_jacobians: params must hold layers of one direction, got a Bidirectional; "
-            "look at its forward and, with reverse=True, its backward by themselves."
+            "pass its forward and, with reverse=True, its backward separately."
         )
     traces = trace_layers(params, xs, h0, mask, resets, residual=residual, reverse=reverse)
-    traces = traces if as_stack(params) is params else (traces,)
+    traces = by_layer(params, traces)
     ends = list(itertools.accumulate(trace.h_tm1.shape[-1] for trace in traces))
     columns, of_output = [], None
     for trace, end in zip(traces, ends):
@@ -206,20 +189,19 @@ def sequence_jacobians(
 
 
 def jacobian_products(jacobians: Array) -> Array:
-    """P_t = J_T J_{T-1} ... J_t = dh_T/dh_{t-1}: what the last state feels of every earlier one.
+    """Computes P_t = J_T J_{T-1} ... J_t = dh_T/dh_{t-1} for every step t.
 
     Args:
       jacobians: [T, ..., H, H] in the order of time, from `sequence_jacobians`.
 
     Returns:
-      [T, ..., H, H]; P_1, the first, is dh_T/dh_0.
+      [T, ..., H, H]; the first, P_1, is dh_T/dh_0.
 
     Raises:
-      TypeError: jacobians is no floating array.
-      ValueError: it is not [T, ..., H, H].
+      ValueError, TypeError: jacobians is not a floating array [T, ..., H, H].
 
-    Cost: T products of [H, H] with [H, H], one after the other. Over long times the product falls
-    below what a float holds: `lyapunov_exponents` has its rate there.
+    Cost: T products of [H, H] with [H, H], one after the other. On long sequences the product
+    underflows; `lyapunov_exponents` returns its rate there.
 
     >>> jacobian_products(jnp.full((3, 1, 1), 0.5)).ravel().tolist()
     [0.125, 0.25, 0.5]
@@ -234,19 +216,17 @@ def jacobian_products(jacobians: Array) -> Array:
 
 
 def singular_values(jacobians: Array) -> Array:
-    """The singular values of every matrix, the largest first: how much it can stretch a cotangent.
+    """Computes the singular values of every matrix, the largest first.
 
     Args:
-      jacobians: [..., H, H]: Jacobians of steps, or products of them.
+      jacobians: [..., H, H], Jacobians of steps or products of them. The first singular value is
+        the largest factor by which a matrix stretches a cotangent.
 
     Returns:
       [..., H].
 
     Raises:
-      TypeError: jacobians is no floating array.
-      ValueError: it is not [..., H, H].
-
-    Cost: a decomposition of [H, H] for every matrix.
+      ValueError, TypeError: jacobians is not a floating array [..., H, H].
 
     >>> singular_values(jnp.diag(jnp.array([0.5, 2.0]))).tolist()
     [2.0, 0.5]
@@ -257,7 +237,7 @@ def singular_values(jacobians: Array) -> Array:
 
 
 def lyapunov_exponents(jacobians: Array, mask: Array | None = None) -> Array:
-    """The rates, in nats a step, at which small differences of the state grow (> 0) or die out.
+    """Computes the rates, in nats a step, at which small differences of the state grow or decay.
 
         J_t Q_{t-1} = Q_t R_t (QR decomposition),   lambda_i = mean over t of log |(R_t)_ii|
 
@@ -267,16 +247,15 @@ def lyapunov_exponents(jacobians: Array, mask: Array | None = None) -> Array:
 
     Args:
       jacobians: [T, ..., H, H] in the order of time, from `sequence_jacobians`.
-      mask: [T, ...] bool; only real steps are counted.
+      mask: [T, ...] bool; only valid steps count.
 
     Returns:
-      [..., H], the largest first; -inf where a product is singular, and NaN without a real step.
+      [..., H], the largest first; -inf if a product is singular, and NaN without a valid step.
 
     Raises:
-      TypeError: jacobians is no floating, or mask no bool array.
-      ValueError: a shape does not fit.
+      ValueError, TypeError: jacobians is not a floating array [T, ..., H, H], or mask does not fit.
 
-    Cost: T products and QR decompositions of [H, H]; nothing underflows, however long T.
+    Cost: T products and QR decompositions of [H, H]. Nothing underflows, however large T is.
 
     >>> rates = lyapunov_exponents(jnp.stack([jnp.diag(jnp.array([0.5, 1.0]))] * 1000))
     >>> [round(float(rate), 3) for rate in rates]  # 0 and log 0.5; 0.5 ** 1000 itself is 0
@@ -286,48 +265,47 @@ def lyapunov_exponents(jacobians: Array, mask: Array | None = None) -> Array:
     jacobians = jacobians.astype(state_dtype(jacobians.dtype))
     lead = jacobians.shape[:-2]
     require_flags("lyapunov_exponents", {"mask": mask}, lead, "jacobians without its last two axes")
-    count = jnp.ones(lead, bool) if mask is None else jnp.asarray(mask)
+    mask = jnp.ones(lead, bool) if mask is None else jnp.asarray(mask)
 
     def body(carry, inputs):
         q, total = carry
-        jacobian, real = inputs
+        jacobian, valid = inputs
         q_t, r_t = _decompose(lambda j: jnp.linalg.qr(j), jnp.matmul(jacobian, q))
         growth = jnp.log(jnp.abs(jnp.diagonal(r_t, axis1=-2, axis2=-1)))
-        q = jnp.where(real[..., None, None], q_t, q)
-        return (q, total + jnp.where(real[..., None], growth, jnp.zeros_like(growth))), None
+        q = jnp.where(valid[..., None, None], q_t, q)
+        return (q, total + jnp.where(valid[..., None], growth, jnp.zeros_like(growth))), None
 
     q = _identities(jacobians)
-    (_, total), _ = lax.scan(body, (q, jnp.zeros_like(q[..., 0])), (jacobians, count))
-    rates = total / count.sum(axis=0)[..., None].astype(total.dtype)
+    (_, total), _ = lax.scan(body, (q, jnp.zeros_like(q[..., 0])), (jacobians, mask))
+    rates = total / mask.sum(axis=0)[..., None].astype(total.dtype)
     return jnp.flip(jnp.sort(rates, axis=-1), axis=-1)
 
 
 def _decompose(decomposition, matrices):
     """decomposition of [..., H, H]; on a CPU of one matrix after the other.
 
-    There a batched decomposition keeps a thread waiting for others of the same pool, so two of them
-    in one program, such as singular values beside exponents, can wait for each other for ever: seen
-    with jaxlib 0.10.2 on two cores.
+    A batched decomposition on a CPU blocks a thread that waits for others of the same pool, so two
+    of them in one program, such as singular values and exponents, can deadlock: seen with jaxlib
+    0.10.2 on two cores.
     """
     lead, of_one = matrices.shape[:-2], jax.custom_batching.sequential_vmap(decomposition)
 
     def one_by_one(matrices):
-        flat = matrices.reshape(math.prod(lead), *matrices.shape[-2:])
-        parts = lax.map(of_one, flat)
+        parts = lax.map(of_one, matrices.reshape(math.prod(lead), *matrices.shape[-2:]))
         return jax.tree.map(lambda v: v.reshape(*lead, *v.shape[1:]), parts)
 
     return lax.platform_dependent(matrices, cpu=one_by_one, default=decomposition)
 
 
 def _trace_step(params, x, h):
-    """The trace of one step from any state; `gru_cell` is asked for its errors alone."""
+    """The trace of one step from any state; `gru_cell` checks the arguments."""
     jax.eval_shape(gru_cell, params, x, h)
     params, x, h = jax.tree.map(jnp.asarray, (params, x, h))
     return trace_steps(params, x, h.astype(state_dtype(h.dtype)), Flags())
 
 
 def _state_map(trace):
-    """M [..., H, H] with th' = th M, of steps that are neither held nor reset."""
+    """M [..., H, H] with th' = th M, of valid steps without a reset."""
     c, dtype, lead = trace.c, trace.h_tm1.dtype, (1,) * (trace.h_tm1.ndim - 1)
     w_r, w_z, w_n = blocks(trace.params.w_h.astype(dtype))
     norms = [None if n is None else Norm(*(v[..., None, :] for v in n)) for n in trace.gates.norms]
@@ -346,20 +324,20 @@ def _state_map(trace):
 
 
 def _state_column(trace, end, size, of_input):
-    """The map of all layers' states to one's, [..., S, H]: its own M, and what its input brings."""
-    real = _state_map(trace)
-    lead, hidden_size = real.ndim - 2, real.shape[-1]
-    held = jnp.eye(hidden_size, dtype=real.dtype).reshape((1,) * lead + real.shape[-2:])
+    """The map of all layers' states to the state of one, [..., S, H]: M, and that of its input."""
+    valid = _state_map(trace)
+    lead, hidden_size = valid.ndim - 2, valid.shape[-1]
+    masked = jnp.eye(hidden_size, dtype=valid.dtype).reshape((1,) * lead + valid.shape[-2:])
     rows = [(0, 0)] * lead + [(end - hidden_size, size - end), (0, 0)]
-    pieces = (real, jnp.broadcast_to(held, real.shape))
-    real, held = (jnp.pad(trace.flags.enter_linear(v), rows) for v in pieces)
+    pieces = (valid, jnp.broadcast_to(masked, valid.shape))
+    valid, masked = (jnp.pad(trace.flags.enter_linear(v), rows) for v in pieces)
     if of_input is not None:
-        real = real + jnp.matmul(of_input, _input_map(trace))
-    return trace.flags.leave(real, held)
+        valid = valid + jnp.matmul(of_input, _input_map(trace))
+    return trace.flags.leave(valid, masked)
 
 
 def _input_map(trace):
-    """X [..., I, H] with th' = tx X: the drive of every unit of the input."""
+    """X [..., I, H] with th' = tx X, from the tangents of every unit of the input."""
     params, xs, gates, h_tm1 = trace.params, trace.xs, trace.gates, trace.h_tm1
     units = jnp.eye(xs.shape[-1], dtype=xs.dtype)
     units = units.reshape((1,) * (xs.ndim - 1) + units.shape)
@@ -369,14 +347,14 @@ def _input_map(trace):
 
 
 def _identities(jacobians):
-    """[..., H, H]: an identity for every sequence, made from the Jacobians: sharded as they are."""
+    """[..., H, H], an identity for every sequence, made from the Jacobians: sharded as they are."""
     identity = jnp.eye(jacobians.shape[-1], dtype=jacobians.dtype)
     zeros = jnp.zeros_like(jacobians.sum(axis=0))
     return zeros + identity.reshape((1,) * (zeros.ndim - 2) + identity.shape)
 
 
 def _require_jacobians(function, jacobians, least=3):
-    """TypeError or ValueError unless it is [..., H, H] of so many axes."""
+    """Raises TypeError or ValueError unless jacobians is [..., H, H] with `least` axes or more."""
     require_float(function, "jacobians", jacobians)
     shape = jacobians.shape
     if len(shape) < least or shape[-1] != shape[-2]:

@@ -1,10 +1,9 @@
-"""What the GRUs of a layer or stack compute over a sequence, for the functions that examine it.
+"""What the GRUs of a layer or stack compute over a sequence, for the diagnostics.
 
-Everything that is sequential is `gru` itself; gates and local derivatives are computed from its
-states in bulk, as residuals="states" does.
+Only `gru` itself runs sequentially. Gates and local derivatives are computed from its states for
+all steps at once, as with residuals="states".
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +21,7 @@ from jaxgru.core.parameters import GRUParams
 from jaxgru.core.recurrence import run_gru
 from jaxgru.stacks.checks import StackConfig, require_grus, require_layers
 from jaxgru.stacks.dropout import Dropout
-from jaxgru.stacks.forms import Bidirectional, Merge, as_stack
+from jaxgru.stacks.forms import Bidirectional, as_stack
 from jaxgru.stacks.initializers import init_taps
 from jaxgru.stacks.run import merge_directions, reverse_resets, run_stack
 
@@ -41,9 +40,7 @@ class Trace(NamedTuple):
     flags: Flags
 
 
-def trace_gru(
-    params: GRUParams, xs: Any, h0: Any, mask: Any, resets: Any, reverse: bool
-) -> tuple[Array, Trace]:
+def trace_gru(params, xs, h0, mask, resets, reverse) -> tuple[Array, Trace]:
     """hs of `gru`, and the trace of its steps."""
     h_last, hs = run_gru(
         params, xs, h0, mask, resets, None, 0, None,
@@ -62,20 +59,16 @@ def trace_steps(params: GRUParams, xs: Array, h_tm1: Array, flags: Flags) -> Tra
     """The trace of steps that read these states."""
     recurrent = split_recurrent(params)
     gates = step(recurrent, project(params, xs), h_tm1)[1]
-    return Trace(
-        params, recurrent, xs, h_tm1, gates, coefficients(gates, h_tm1, params.spec), flags
-    )
+    c = coefficients(gates, h_tm1, params.spec)
+    return Trace(params, recurrent, xs, h_tm1, gates, c, flags)
 
 
 def trace_layers(
-    params: Any, xs: Any, h0: Any, mask: Any, resets: Any, merge: Merge = "concat",
-    residual: bool = False, reverse: bool = False,
-) -> Any:  # fmt: skip
+    params, xs, h0, mask, resets, merge: Any = "concat", residual=False, reverse=False
+) -> Any:
     """A `Trace` for every GRU, in the form of params."""
     traces, ys = [], xs
-    h0 = (h0,) if as_stack(params) is not params else h0
-    for number, layer in enumerate(as_stack(params)):
-        h = None if h0 is None else h0[number]
+    for number, (layer, h) in enumerate(zip(as_stack(params), by_layer(params, h0))):
         if isinstance(layer, Bidirectional):
             starts = (None, None) if h is None else h
             flags = (resets, reverse_resets(resets))
@@ -89,21 +82,25 @@ def trace_layers(
     return tuple(traces) if as_stack(params) is params else traces[0]
 
 
-def loss_and_taps(
-    function: str, loss_fn: Callable[..., Any], params: Any, xs: Array, h0: Any, mask: Any,
-    resets: Any, merge: Merge, residual: bool,
-) -> tuple[Array, Any]:  # fmt: skip
-    """The loss of (h_last, ys) and its gradient by the taps, in the form of params."""
-    single = as_stack(params) is not params
-    h0 = (h0,) if single else h0
+def by_layer(params, tree) -> Any:
+    """A tree in the form of params, or None, as a sequence with one entry for each layer."""
+    if tree is None:
+        return [None] * len(as_stack(params))
+    return tree if as_stack(params) is params else (tree,)
+
+
+def loss_and_taps(function, loss_fn, params, xs, h0, mask, resets, merge, residual) -> Any:
+    """The loss of (h_last, ys) and its gradient with respect to the taps, in the form of params."""
+    layers = as_stack(params)
     config = StackConfig(merge, residual, Dropout(), False, BPTT(), Noise(), True)
+    starts = by_layer(params, h0)
 
     def run(taps):
-        taps = (taps,) if single else taps
-        h_last, ys = run_stack(config, as_stack(params), h0, None, 0, xs, mask, resets, taps)
-        return (h_last[0] if single else h_last), ys
+        taps = by_layer(params, taps)
+        h_last, ys = run_stack(config, layers, starts, None, 0, xs, mask, resets, taps)
+        return (h_last if layers is params else h_last[0]), ys
 
-    like_xs = jnp.zeros_like(xs[..., :1])  # sharded as xs, and varying where it does
+    like_xs = jnp.zeros_like(xs[..., :1])  # sharded as xs, and varying where xs does
     taps = jax.tree.map(lambda v: v + like_xs, init_taps(params, xs.shape[:-1]))
     require_scalar_loss(function, loss_fn, *jax.eval_shape(run, taps))
     return jax.value_and_grad(lambda taps: loss_fn(*run(taps)))(taps)
@@ -117,50 +114,41 @@ def norm(v):
     return (scale * jnp.linalg.norm(v / scale, axis=-1, keepdims=True))[..., 0]
 
 
-def require_scalar_loss(function: str, loss_fn: Callable[..., Any], *args: Any) -> None:
-    """TypeError or ValueError unless loss_fn(*args) is one floating number."""
+def require_scalar_loss(function, loss_fn, *args):
+    """Raises TypeError or ValueError unless loss_fn(*args) is one floating number."""
     if not callable(loss_fn):
         raise TypeError(f"{function}: loss_fn must be callable, got {type(loss_fn).__name__}.")
-    found = jax.eval_shape(loss_fn, *args)
+    found, need = jax.eval_shape(loss_fn, *args), f"{function}: loss_fn must return"
     if not hasattr(found, "shape"):
-        raise TypeError(
-            f"{function}: loss_fn must return one scalar, got {type(found).__name__}; return the "
-            "loss alone."
-        )
+        kind = type(found).__name__
+        raise TypeError(f"{need} one scalar, got {kind}; return the loss alone.")
     if found.shape != ():
-        raise ValueError(
-            f"{function}: loss_fn must return a scalar, got shape {found.shape}; take its sum or "
-            "mean."
-        )
+        raise ValueError(f"{need} a scalar, got shape {found.shape}; take its sum or mean.")
     if not jnp.issubdtype(found.dtype, jnp.floating):
         raise TypeError(
-            f"{function}: loss_fn must return a floating number, got dtype {found.dtype}, which "
-            "has no gradient; cast it with .astype before what makes it integral."
+            f"{need} a floating number, got dtype {found.dtype}, which has no gradient; cast with "
+            ".astype before the operation that makes it integral."
         )
 
 
-def require_finite(function: str, subject: str, tree: Any, mask: Array | None = None) -> None:
-    """ValueError if a number that is known, and not masked, is NaN or infinite."""
-    leaves = jax.tree.leaves((tree, mask))
-    if any(is_traced(leaf) for leaf in leaves):
+def require_sequence(function, params, xs, h0, mask, resets, merge="concat", residual=False):
+    """Raises TypeError or ValueError for a sequence that does not fit or is not finite."""
+    require_grus(function, params)
+    require_layers(function, params, xs, h0, mask, resets, merge, residual)
+    _require_finite(function, "xs", xs, mask)
+    _require_finite(function, "params", params)
+    _require_finite(function, "h0", h0)
+
+
+def _require_finite(function, argument, tree, mask=None):
+    """Raises ValueError if a number that can be read, and is not masked, is NaN or infinite."""
+    if any(is_traced(leaf) for leaf in jax.tree.leaves((tree, mask))):
         return
     with jax.ensure_compile_time_eval():
         if mask is not None:
             tree = jnp.where(jnp.asarray(mask)[..., None], tree, jnp.zeros_like(tree))
         if all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(tree)):
             return
-    found = ", ".join(non_finite_entries(named_leaves(subject, tree)))
-    cure = "mask such steps or replace the entry" if subject == "xs" else "replace the entry"
-    raise ValueError(f"{function}: {subject} must be finite, got {found}; {cure}.")
-
-
-def require_sequence(
-    function: str, params: Any, xs: Any, h0: Any, mask: Any, resets: Any,
-    merge: Merge = "concat", residual: bool = False,
-) -> None:  # fmt: skip
-    """TypeError or ValueError for a sequence that does not fit its layers or is not finite."""
-    require_grus(function, params)
-    require_layers(function, params, xs, h0, mask, resets, merge, residual)
-    require_finite(function, "xs", xs, mask)
-    require_finite(function, "params", params)
-    require_finite(function, "h0", h0)
+    found = ", ".join(non_finite_entries(named_leaves(argument, tree)))
+    cure = "mask such steps or replace the entry" if argument == "xs" else "replace the entry"
+    raise ValueError(f"{function}: {argument} must be finite, got {found}; {cure}.")

@@ -12,7 +12,6 @@ import pytest
 
 from jaxgru import checks
 from jaxgru.checks import check_gradients
-from jaxgru.checks.gradients import _enable_x64
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
 
@@ -98,15 +97,15 @@ def test_correct_rule_passes_in_the_callers_dtype_and_in_float64(dtype, bias):
     assert {row.dtype for row in report.rows} == {jnp.dtype(dtype).name, "float64"}
     assert 0 < report.max_error("float64", "finite-difference") < 1e-6
     assert 0 < report.max_error(jnp.dtype(dtype).name, "autodiff") < 2e-2
-    leaves = {row.leaf for row in report.rows if row.witness == "autodiff"}
+    leaves = {row.leaf for row in report.rows if row.reference == "autodiff"}
     assert leaves == {"params.w", "x"} | ({"params.b"} if bias else set())
 
 
 def test_float64_caller_is_checked_once():
-    with _enable_x64():
+    with jax.enable_x64(True):
         report = check_gradients(make_rule(), reference, *arguments(jnp.float64))
         assert report and {row.dtype for row in report.rows} == {"float64"}
-        rows = [(row.witness, row.cotangent, row.leaf) for row in report.rows]
+        rows = [(row.reference, row.cotangent, row.leaf) for row in report.rows]
         assert len(set(rows)) == len(rows)
 
 
@@ -121,7 +120,7 @@ def test_jitted_rule_passes_in_both_modes_and_keeps_its_dtype_afterwards(compile
 
 def test_each_kind_of_cotangent_is_drawn():
     report = check_gradients(make_rule(), reference, *arguments(), num_cotangents=2)
-    assert {row.cotangent for row in report.rows if row.witness == "autodiff"} == {
+    assert {row.cotangent for row in report.rows if row.reference == "autodiff"} == {
         "random[0]", "random[1]", "only[out[0]]", "only[out[1]]", "zero",
         "one-hot[out[0]][0]", "one-hot[out[0]][4]",
         "one-hot[out[1]][0, 0]", "one-hot[out[1]][2, 4]",
@@ -149,8 +148,8 @@ def test_constants_of_every_kind_reach_both_functions_untouched():
     )
     report = check_gradients(fn, plain, *args)
     report.raise_if_failed()
-    assert {row.leaf for row in report.rows if row.witness == "autodiff"} == {"x"}
-    assert {row.leaf for row in report.rows if row.witness == "primal"} == {
+    assert {row.leaf for row in report.rows if row.reference == "autodiff"} == {"x"}
+    assert {row.leaf for row in report.rows if row.reference == "primal"} == {
         "out['y']", "out['n']", "out['key']"
     }  # fmt: skip
 
@@ -300,7 +299,7 @@ def test_equal_non_finite_gradients_on_both_sides_fail(poison):
     assert {(row.reason, row.leaf, row.index) for row in report.failures} == {
         ("non-finite", "params.w", (1, 2))
     }
-    assert {row.cotangent for row in report.rows if row.witness == "autodiff"} == {
+    assert {row.cotangent for row in report.rows if row.reference == "autodiff"} == {
         row.cotangent for row in report.failures
     }
 
@@ -309,7 +308,7 @@ def test_nan_of_the_reference_alone_fails():
     report = check_gradients(
         lambda x: x, lambda x: x * jnp.array([1, np.nan], x.dtype), jnp.ones(2)
     )
-    rows = failing(report, witness="autodiff", cotangent="random[0]")
+    rows = failing(report, reference="autodiff", cotangent="random[0]")
     assert {(row["reason"], row["index"]) for row in rows} == {("non-finite", (1,))}
 
 
@@ -340,14 +339,14 @@ def test_rule_that_differs_between_runs_is_a_rerun_failure(compiled):
     assert {row.leaf for row in report.failures} == {"params.b"}
 
 
-@pytest.mark.parametrize("witness", ["primal", "forward"])
-def test_wrong_output_of_plain_call_and_of_forward_rule_are_told_apart(witness):
+@pytest.mark.parametrize("place", ["primal", "forward"])
+def test_wrong_output_of_plain_call_and_of_forward_rule_are_told_apart(place):
     def wrong(params, x):
         return reference(params, x)[0] + 0.5, reference(params, x)[1]
 
-    report = check_gradients(make_rule(**{witness: wrong}), reference, *arguments())
-    assert {(row.witness, row.reason, row.leaf) for row in report.failures} == {
-        (witness, "primal", "out[0]")
+    report = check_gradients(make_rule(**{place: wrong}), reference, *arguments())
+    assert {(row.reference, row.reason, row.leaf) for row in report.failures} == {
+        (place, "primal", "out[0]")
     }
 
 
@@ -371,7 +370,7 @@ def test_wrong_integer_output_fails():
 def test_output_unlike_the_references_is_a_failure_not_an_exception(fn, reason):
     report = check_gradients(fn, jnp.sin, jnp.ones(2))
     assert reason in {row.reason for row in report.failures}
-    assert {row.witness for row in report.rows} == {"primal"}
+    assert {row.reference for row in report.rows} == {"primal"}
 
 
 @pytest.mark.parametrize(
@@ -470,9 +469,9 @@ def test_table_names_failing_leaf_index_and_reason_and_ends_with_a_verdict():
     assert len(lines) < 80
 
 
-def test_table_of_a_passed_check_has_one_row_per_leaf_dtype_and_witness():
+def test_table_of_a_passed_check_has_one_row_per_leaf_dtype_and_reference():
     report = report_of()
-    groups = {(row.dtype, row.witness, row.leaf) for row in report.rows}
+    groups = {(row.dtype, row.reference, row.leaf) for row in report.rows}
     lines = str(report).splitlines()
     assert len(lines) == len(groups) + 2
     assert lines[-1] == f"check_gradients: passed, all {len(report.rows)} comparisons agree."
@@ -480,7 +479,7 @@ def test_table_of_a_passed_check_has_one_row_per_leaf_dtype_and_witness():
 
 def test_three_random_cotangents_and_three_others_are_tried_by_default():
     report = check_gradients(jnp.sin, jnp.sin, jnp.ones(12))
-    tried = [row.cotangent for row in report.rows if row.witness == "finite-difference"]
+    tried = [row.cotangent for row in report.rows if row.reference == "finite-difference"]
     others = ["one-hot[out][0]", "one-hot[out][11]", "zero"]
     assert sorted(tried) == sorted([*others, *(f"random[{n}]" for n in range(3))])
 
@@ -505,13 +504,13 @@ def test_table_is_aligned_and_failures_come_first():
     shape = row("float64", "forward", 1e-10, "shape", leaf="out", actual=(2,), expected=(3,),
                 **numbers)  # fmt: skip
     assert str(checks.GradientReport((passed, wrong, shape))).splitlines() == [
-        "reason  dtype    witness   case     cotangent  leaf      index   actual  expected  "
+        "reason  dtype    reference  case     cotangent  leaf      index   actual  expected  "
         "absolute  error  element  limit",
-        "value   float32  autodiff  reverse  -          params.w  [0]     2       1         "
+        "value   float32  autodiff   reverse  -          params.w  [0]     2       1         "
         "1         0.5    1        1e-05",
-        "shape   float64  forward   -        -          out       -       (2,)    (3,)      "
+        "shape   float64  forward    -        -          out       -       (2,)    (3,)      "
         "inf       inf    inf      1e-10",
-        "ok      float32  autodiff  -        random[0]  x         [1, 2]  1       1         "
+        "ok      float32  autodiff   -        random[0]  x         [1, 2]  1       1         "
         "1e-07     1e-07  2e-07    1e-05",
         "check_gradients: FAILED, 2 of 3 comparisons disagree (shape 1, value 1).",
         "check_gradients: the forward rule of fn returns shape (2,) at out, reference returns "
@@ -541,14 +540,14 @@ def test_raise_if_failed_carries_the_table():
     assert str(report) in str(caught.value)
 
 
-def test_max_error_selects_dtype_and_witness():
+def test_max_error_selects_dtype_and_reference():
     report = report_of(negated)
     np.testing.assert_allclose(report.max_error("float64", "autodiff"), 2.0, rtol=1e-6)
     assert report.max_error("float64", "primal") < 1e-10
     assert report.max_error() == max(row.error for row in report.rows)
     with pytest.raises(ValueError) as caught:
         report.max_error("float16", "primal")
-    assert str(caught.value) == "max_error: no row has dtype='float16' and witness='primal'."
+    assert str(caught.value) == "max_error: no row has dtype='float16' and reference='primal'."
 
 
 def test_report_without_rows_has_not_passed():
@@ -579,7 +578,7 @@ def test_mixed_dtypes_are_judged_by_the_loosest():
         return jnp.sin(x), jnp.sin(y)
 
     report = check_gradients(sines, sines, x, x.astype(jnp.bfloat16))
-    assert {(row.dtype, row.tolerance) for row in report.rows if row.witness == "primal"} == {
+    assert {(row.dtype, row.tolerance) for row in report.rows if row.reference == "primal"} == {
         ("bfloat16+float32", 2e-2), ("float64", 1e-10)
     }  # fmt: skip
 
@@ -630,7 +629,7 @@ BAD_CALLS = [
                  "['int8', 'half-ish'].",
      (jnp.sin, jnp.sin, ONE), {"dtypes": ("int8", "half-ish")}),
     (ValueError, "check_gradients: dtypes must hold 'float64' for finite differences, got "
-                 "('caller',); pass finite_differences=False to go without.",
+                 "('caller',); pass finite_differences=False to skip them.",
      (jnp.sin, jnp.sin, ONE), {"dtypes": ("caller",)}),
     (ValueError, "check_gradients: num_cotangents must be an integer >= 1, got 0.",
      (jnp.sin, jnp.sin, ONE), {"num_cotangents": 0}),

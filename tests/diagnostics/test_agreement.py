@@ -1,4 +1,4 @@
-"""Every observer beside autodiff of a loop written out; and the command that prints this."""
+"""Every diagnostic against autodiff of a loop, and the command that prints this."""
 
 import dataclasses
 import json
@@ -67,7 +67,7 @@ def draw_case(spec, gains):
     ],
     ids=["before", "after", "before-gains", "after-gains"],
 )
-def test_observers_are_autodiffs(spec, gains, names, x64):
+def test_diagnostics_agree_with_autodiff(spec, gains, names, x64):
     """One compilation for all objects of an equation."""
 
     @jax.jit

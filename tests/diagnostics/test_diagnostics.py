@@ -1,4 +1,4 @@
-"""Observers beyond the agreement table: forms, transformations, known values, and errors."""
+"""Diagnostics beyond the agreement table: forms, transformations, known values, and errors."""
 
 import dataclasses
 import functools
@@ -443,7 +443,8 @@ EYES = jnp.asarray(np.stack([np.eye(3, dtype=np.float32)] * 2))
                     "alone.",
          lambda: diagnostics.gradient_flow(lambda h, ys: (ys.sum(), 1), PARAMS, XS)),
         (TypeError, "gradient_flow: loss_fn must return a floating number, got dtype int32, "
-                    "which has no gradient; cast it with .astype before what makes it integral.",
+                    "which has no gradient; cast with .astype before the operation that makes it "
+                    "integral.",
          lambda: diagnostics.gradient_flow(lambda h, ys: (ys > 0).sum(), PARAMS, XS)),
         (TypeError, "example_gradient_norms: loss_fn must be callable, got int.",
          lambda: diagnostics.example_gradient_norms(3, PARAMS, XS)),
@@ -459,13 +460,13 @@ EYES = jnp.asarray(np.stack([np.eye(3, dtype=np.float32)] * 2))
         (ValueError, "rtrl: params must hold layers of one direction, got a Bidirectional, whose "
                      "outputs depend on later inputs; use jax.grad of gru_stack.",
          lambda: diagnostics.rtrl(squares, PAIR, XS, XS)),
-        (ValueError, "rtrl: params must be one layer without gains for influence='snap-1', got 2 "
-                     "layers: there every parameter moves many units at once; use "
+        (ValueError, "rtrl: params must be one layer without layer norm for influence='snap-1', "
+                     "got 2 layers, where every parameter moves many units at once; use "
                      "influence='exact'.",
          lambda: diagnostics.rtrl(lambda y, t: y.sum(), LAYERS, XS, XS, influence="snap-1")),
-        (ValueError, "rtrl: params must be one layer without gains for influence='snap-1', got "
-                     "gains: there every parameter moves many units at once; use "
-                     "influence='exact'.",
+        (ValueError, "rtrl: params must be one layer without layer norm for influence='snap-1', "
+                     "got a layer with layer norm, where every parameter moves many units at "
+                     "once; use influence='exact'.",
          lambda: diagnostics.rtrl(lambda y, t: y.sum(), SCALED, XS, XS, influence="snap-1")),
         (ValueError, "rtrl: influence must be one of 'exact', 'snap-1', got 'rough'.",
          lambda: diagnostics.rtrl(squares, PARAMS, XS, XS, influence="rough")),
@@ -474,8 +475,8 @@ EYES = jnp.asarray(np.stack([np.eye(3, dtype=np.float32)] * 2))
         (ValueError, "rtrl: targets must be arrays of 5 steps, as xs, got (4, 4, 2).",
          lambda: diagnostics.rtrl(lambda y, t: y.sum(), PARAMS, XS, XS[1:])),
         (ValueError, "sequence_jacobians: params must hold layers of one direction, got a "
-                     "Bidirectional; look at its forward and, with reverse=True, its backward by "
-                     "themselves.",
+                     "Bidirectional; pass its forward and, with reverse=True, its backward "
+                     "separately.",
          lambda: diagnostics.sequence_jacobians(PAIR, XS)),
         (TypeError, "gate_values: params must be a sequence of layers, GRUParams or "
                     "Bidirectional, got str.",
@@ -486,8 +487,8 @@ EYES = jnp.asarray(np.stack([np.eye(3, dtype=np.float32)] * 2))
         (TypeError, "rtrl: h0 must have the dtype of params.w_x, float32, got float16; cast one "
                     "of them.",
          lambda: diagnostics.rtrl(squares, PARAMS, XS, XS, jnp.ones((4, 3), jnp.float16))),
-        (TypeError, "gradient_paths: params must be one GRUParams, got tuple; of a stack pass "
-                    "each layer with its own input and tap.",
+        (TypeError, "gradient_paths: params must be one GRUParams, got tuple; pass each "
+                    "layer of a stack with its own input and tap.",
          lambda: diagnostics.gradient_paths(LAYERS, XS, XS)),
         (ValueError, "gru_bidirectional: tap must be a pair of taps, forward and backward, got "
                      "one Tap; init_taps(params, lead_shape) has the form.",

@@ -181,7 +181,7 @@ def test_options_reach_the_check(tmp_path):
     code, found = run(tmp_path, "wrong", *options, "--tolerance", "float64=0.5")
     assert code == 0
     assert {row["dtype"] for row in found["rows"]} == {"float64"}
-    assert "finite-difference" not in {row["witness"] for row in found["rows"]}
+    assert "finite-difference" not in {row["reference"] for row in found["rows"]}
     assert "random[1]" not in {row["cotangent"] for row in found["rows"]}
     assert found["cases"][0]["limit"] == 0.5
 

@@ -4,16 +4,18 @@ import os
 import shutil
 import tempfile
 
+PREFIX, SUFFIX = ".jaxgru-", ".tmp"  # of the names of temporary files
+
 
 def write_atomically(path: str | os.PathLike, data: bytes) -> None:
-    """Writes a temporary file in the same folder, flushes it to the disk and renames it.
+    """Writes a temporary file in the same folder, flushes it to disk and renames it.
 
     Args:
-      path: of the file; one that exists is replaced, in one step.
-      data: what it is to hold.
+      path: of the file; an existing file is replaced.
+      data: the new content.
 
     Raises:
-      OSError: it cannot be written; the folder is as it was.
+      OSError: the file cannot be written; the folder is unchanged.
     """
     folder = os.path.dirname(os.path.abspath(path))
     descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=PREFIX, suffix=SUFFIX)
@@ -22,7 +24,9 @@ def write_atomically(path: str | os.PathLike, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
+        umask = os.umask(0)  # it can be read only by setting it
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
@@ -31,7 +35,7 @@ def write_atomically(path: str | os.PathLike, data: bytes) -> None:
 
 
 def flush_folder(folder: str | os.PathLike) -> None:
-    """The names in a folder are on the disk after it."""
+    """Flushes the names in a folder to disk."""
     opened = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(opened)
@@ -40,18 +44,8 @@ def flush_folder(folder: str | os.PathLike) -> None:
 
 
 def remove_leftovers(folder: str | os.PathLike) -> None:
-    """Removes what writers that were killed left in a folder; for its only user."""
+    """Removes the temporary files of killed processes; no other process may use the folder."""
     for name in os.listdir(folder):
-        if name.startswith(PREFIX) and SUFFIX in name:  # Orbax appends a suffix of its own
+        if name.startswith(PREFIX) and SUFFIX in name:  # Orbax appends its own suffix
             path = os.path.join(folder, name)
             shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
-
-
-PREFIX, SUFFIX = ".jaxgru-", ".tmp"
-
-
-def _umask():
-    """The process's mask for new files, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,4 +1,4 @@
-"""The norm of a gradient, and clipping by it, where squares overflow or underflow."""
+"""Global norm and clipping of gradients whose squares overflow or underflow."""
 
 import chex
 import jax
@@ -9,16 +9,15 @@ Array = jax.Array
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
-    """Clips a gradient by its global norm, however large: `optax.clip_by_global_norm` and more.
+    """Clips a gradient by its global norm, like `optax.clip_by_global_norm`, however large it is.
 
-    A gradient g whose norm |g| is at least max_norm becomes max_norm * g / |g|
-    (Pascanu et al. 2013, https://arxiv.org/abs/1211.5063, algorithm 1).
+    A gradient g with norm |g| >= max_norm becomes max_norm * g / |g| (Pascanu et al. 2013,
+    https://arxiv.org/abs/1211.5063, algorithm 1).
 
-    The square of 1e30 is infinite in float32, and optax's norm with it: optax makes zeros of such a
-    gradient. Here the entries are scaled by a power of two before they are squared, which changes
-    no bit of the result where optax's is right. A gradient with NaN or infinity has no direction
-    and is left as it came: optax makes [nan, 0] of [inf, 1], which hides how it began.
-    Half-precision gradients are squared and added in float32.
+    The square of 1e30 is infinite in float32, so optax turns such a gradient into zeros. Here the
+    entries are scaled by a power of two before they are squared; where optax's result is right, the
+    bits are the same. A gradient with NaN or infinity has no direction and is returned unchanged
+    (optax turns [inf, 1] into [nan, 0]). Half-precision gradients are squared and added in float32.
 
     Args:
       max_norm: the largest norm, above 0.
@@ -38,11 +37,11 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 
     def update(updates, state, params=None):
         scale, scaled_norm = _scaled_norm(updates)
-        # NaN compares as false, and an infinite entry makes the scaled norm infinite.
+        # Comparisons with NaN are false, and an infinite entry makes the scaled norm infinite.
         clips = (scaled_norm / scale >= max_norm) & jnp.isfinite(scaled_norm)
 
         def clip(g):
-            # Not divided by the norm, which may itself be infinite.
+            # Dividing by the norm would fail where the norm itself is infinite.
             clipped = g.astype(scale.dtype) * scale / scaled_norm * max_norm
             return jnp.where(clips, clipped.astype(g.dtype), g)
 
@@ -52,7 +51,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 
 
 def global_norm(tree: chex.ArrayTree) -> Array:
-    """The square root of the sum of all squares, infinite only where it is itself too large."""
+    """Returns the root of the sum of all squares; it is infinite only if it is itself too large."""
     scale, scaled_norm = _scaled_norm(tree)
     return scaled_norm / scale
 
@@ -62,11 +61,11 @@ def _scaled_norm(tree):
     leaves = jax.tree.leaves(tree)
     doubles = any(leaf.dtype == jnp.float64 for leaf in leaves)
     dtype = jnp.dtype(jnp.float64 if doubles else jnp.float32)
-    # Behind a barrier, or XLA makes (g * scale)^2 of a constant g into g^2 * scale^2, an overflow.
+    # Without the barrier, XLA turns (g * scale)^2 of a constant g into g^2 * scale^2: an overflow.
     leaves = jax.lax.optimization_barrier([leaf.astype(dtype) for leaf in leaves])
     largest = jnp.max(jnp.stack([jnp.max(jnp.abs(leaf), initial=0) for leaf in leaves]), initial=0)
-    # largest lies in [2^e, 2^(e+1)), and scale is 2^-e: both from the bits of the exponent. Neither
-    # may be subnormal, since compiled programs make zeros of such numbers.
+    # With largest in [2^e, 2^(e+1)), scale is 2^-e, computed from the bits of the exponent. Neither
+    # may be subnormal, since compiled programs flush subnormal numbers to zero.
     limits = jnp.finfo(dtype)
     bits = jax.lax.bitcast_convert_type(largest, jnp.dtype(f"uint{limits.bits}")) >> limits.nmant
     bias = limits.maxexp - 1

@@ -1,20 +1,4 @@
-"""Training on many devices: which part of what lies where, on `jax.sharding` alone.
-
-The batch is divided over an axis of the user's mesh. Parameters and optimizer state are repeated on
-every device, or divided too: between updates each device then keeps its share, and they are put
-together once an update, before the loop over time. A program is written for the whole batch, so a
-loss on n devices is the loss on one, whatever it averages over: only its sums are in another order.
-
-An ensemble wants no layout: its members go side by side under `jax.vmap`, and never meet::
-
-    members = NamedSharding(mesh, PartitionSpec("data"))
-    states = jax.device_put(jax.vmap(init_member)(keys), members)  # every leaf [members, ...]
-    train_step = make_train_step(loss_fn, optimizer)
-    each = jax.vmap(train_step, in_axes=(0, None))  # of one batch for all of them
-    each = jax.shard_map(each, mesh=mesh, in_specs=(members.spec, PartitionSpec()),
-                         out_specs=members.spec)
-    states, metrics = jax.jit(each, donate_argnums=0)(states, batch)
-"""
+"""Training on many devices with `jax.sharding`; README.md has a recipe for ensembles."""
 
 import dataclasses
 import functools
@@ -34,26 +18,30 @@ State = TypeVar("State")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Layout:
-    """Where a train state and its batches lie on a mesh of devices.
+    """Describes how a train state and its batches are divided over a mesh of devices.
+
+    The program computes the loss of the whole batch, so results on n devices equal those on one
+    device up to the order of summation.
 
     Args:
-      mesh: a `jax.sharding.Mesh`, as `jax.make_mesh` makes it, with a device of every process. Its
-        axes may be Explicit or Auto; the layout's own `mesh` is the same devices with Auto axes.
-      batch: the name of the axis that batches are divided over; a tuple of names for several axes.
-      hidden: the name of the axis that parameters and optimizer state are divided over between
-        updates, which may be one of batch; None repeats them on every device.
-      batch_axes: where the leaves of a batch have their rows: an integer, or a pytree prefix of the
-        batch of integers and None, as `in_axes` of `jax.vmap`; None repeats a leaf on all devices.
-      carry_axes: the same of the carry.
+      mesh: a `jax.sharding.Mesh`, e.g. from `jax.make_mesh`, with devices of every process. Its
+        axes may be Explicit or Auto; `layout.mesh` has the same devices with Auto axes.
+      batch: name of the mesh axis that divides batches, or a tuple of names.
+      hidden: name of the mesh axis that divides parameters and optimizer state between updates; it
+        may be one of batch. The shares are gathered once per update, before the loop over time.
+        None replicates parameters and optimizer state on every device.
+      batch_axes: the axis of the rows in each leaf of a batch: an integer, or a pytree prefix of
+        the batch of integers and None, like `in_axes` of `jax.vmap`. None replicates a leaf.
+      carry_axes: the same for the carry.
 
     Raises:
-      TypeError: mesh is none.
-      ValueError: an axis is not one of the mesh, or a process has no device in it.
+      TypeError: mesh is not a Mesh.
+      ValueError: an axis is not in the mesh, or a process has no device in the mesh.
 
-    Cost: for an update on n devices each sends about 2(n-1)/n times the bytes of the gradient; with
-    `hidden` half as much again, or as much where the compiler makes a reduce-scatter of it (CPU
-    does not). With `gru` that is one sum, after the loop over time; every chunk has its own where
-    chunk_size is set, every time step where gradient="autodiff".
+    Cost: in an update on n devices each device sends about 2(n-1)/n times the bytes of the
+    gradient. `hidden` costs 1.5 times that, or nothing more where the compiler turns the sum into a
+    reduce-scatter (CPU does not). `gru` needs one sum, after the loop over time; with chunk_size it
+    needs one per chunk, with gradient="autodiff" one per time step.
 
     >>> layout = Layout(jax.make_mesh((1,), ("data",)), batch_axes=(1, None))
     >>> layout.process_rows(32)
@@ -70,144 +58,116 @@ class Layout:
     def __post_init__(self):
         if not isinstance(self.mesh, Mesh):
             raise TypeError(
-                f"Layout: mesh must be a jax.sharding.Mesh, got {type(self.mesh).__name__}; "
-                "jax.make_mesh makes one."
+                f"Layout: mesh must be a jax.sharding.Mesh, got {type(self.mesh).__name__}; make "
+                "one with jax.make_mesh."
             )
         names = self.mesh.axis_names
-        for argument, value in (("batch", self._batch_names), ("hidden", (self.hidden,))):
+        hidden = () if self.hidden is None else (self.hidden,)
+        for argument, value in (("batch", self._batch_names), ("hidden", hidden)):
             for name in value:
-                if name not in names and (argument, name) != ("hidden", None):
+                if name not in names:
                     raise ValueError(
                         f"Layout: {argument} must name axes of the mesh, {names}, got {name!r}."
                     )
         found = {device.process_index for device in self.mesh.devices.flat}
         if jax.process_count() > 1 and len(found) < jax.process_count():
             raise ValueError(
-                f"Layout: mesh must have a device of each of {jax.process_count()} processes, got "
-                f"those of {sorted(found)}; make it of jax.devices()."
+                f"Layout: mesh must have devices of all {jax.process_count()} processes, got only "
+                f"those of {sorted(found)}; make it from jax.devices()."
             )
         automatic = Mesh(self.mesh.devices, names, axis_types=(AxisType.Auto,) * len(names))
         object.__setattr__(self, "mesh", automatic)
 
     @property
     def num_shards(self) -> int:
-        """How many parts a batch is divided into; its rows must divide by it."""
+        """The number of parts of a batch; its rows must be a multiple of it."""
         return math.prod(self.mesh.shape[name] for name in self._batch_names)
 
     def process_rows(self, batch_size: int) -> slice:
-        """Which rows of a batch this process reads; those of all processes are the whole batch.
+        """Returns the slice of the batch_size rows that this process must load.
 
-        Processes whose devices differ only along axes other than `batch` read the same rows.
-
-        Args:
-          batch_size: rows of the whole batch.
-
-        Returns:
-          The slice of its rows.
+        Processes whose devices differ only along axes other than `batch` load the same rows.
 
         Raises:
-          ValueError: the rows do not divide, or a process would read rows with gaps between them.
-          TypeError: batch_size is no integer.
+          ValueError: batch_size is not a multiple of `num_shards`, or the mesh assigns a process
+            rows that are not contiguous.
+          TypeError: batch_size is not an integer.
         """
         require_count("Layout.process_rows", "batch_size", batch_size)
         if batch_size % self.num_shards:
             raise ValueError(
-                f"Layout.process_rows: batch_size must divide by {self.num_shards} (the size of "
-                f"{self.batch!r} of the mesh), got {batch_size}; take a multiple, or fewer devices."
+                f"Layout.process_rows: batch_size must be a multiple of {self.num_shards} (the "
+                f"size of {self.batch!r} in the mesh), got {batch_size}; change it or use fewer "
+                "devices."
             )
-        places = self._rows_at(0).addressable_devices_indices_map((batch_size,)).values()
+        sharding = self._sharding(0, self.batch)
+        places = sharding.addressable_devices_indices_map((batch_size,)).values()
         shards = sorted({index[0].indices(batch_size)[:2] for index in places if index})
         if any(stop != start for (_, stop), (start, _) in itertools.pairwise(shards)):
             raise ValueError(
-                f"Layout.process_rows: mesh must give a process rows without gaps, got {shards}; "
-                "make it of jax.devices(), in their order."
+                "Layout.process_rows: mesh must assign contiguous rows to each process, got "
+                f"{shards}; make it from jax.devices(), in their order."
             )
         return slice(shards[0][0], shards[-1][1])
 
     def place_batch(self, batch: Any) -> Any:
-        """The batch on the devices, from the rows of it that each process read.
+        """Returns the whole batch as `jax.Array`s, from the rows that each process loaded.
 
         Args:
-          batch: pytree of NumPy arrays: this process's rows, along `batch_axes`; a leaf without
-            such an axis is whole, and the same in every process.
-
-        Returns:
-          The pytree of the whole batch's jax.Arrays.
+          batch: pytree of NumPy arrays with the rows of this process along `batch_axes`. A leaf
+            whose axis is None must be the same in every process.
 
         Raises:
-          ValueError: a leaf has no such axis, its rows do not divide by the devices of this
-            process, or `batch_axes` is no prefix of batch.
+          ValueError: a leaf lacks its axis, its rows are not a multiple of this process's shards,
+            or `batch_axes` is not a pytree prefix of batch.
         """
         rows = self.process_rows(self.num_shards)
+        batch = jax.tree.map(np.asarray, batch)
         shards = rows.stop - rows.start
-
-        def place(path, leaf, axis):
-            leaf = np.asarray(leaf)
-            self._require_rows("place_batch", f"batch{path}", leaf, axis, shards)
-            return jax.make_array_from_process_local_data(self._rows_at(axis), leaf)
-
-        return self._map("place_batch", "batch", place, batch, self.batch_axes)
+        shardings = self._row_shardings("place_batch", "batch", batch, self.batch_axes, shards)
+        return jax.tree.map(jax.make_array_from_process_local_data, shardings, batch)
 
     def place_state(self, state: State) -> State:
-        """The train state on the devices: a copy, so the one that came may still be used.
+        """Copies a whole `TrainState`, the same in every process, to the devices.
 
-        Args:
-          state: a `TrainState`, whole and the same in every process.
-
-        Returns:
-          The TrainState: params and opt_state repeated or, with `hidden`, each leaf divided along
-          its longest axis that divides; carry divided along `carry_axes`; the rest repeated.
+        With `hidden`, each leaf of params and opt_state is divided along its longest axis that is a
+        multiple of the mesh axis. The carry is divided along `carry_axes`. Everything else is
+        replicated. The argument stays usable.
 
         Raises:
-          ValueError: a leaf of the carry has no such axis or does not divide, or `carry_axes` is no
-            prefix of the carry.
+          ValueError: a leaf of the carry lacks its axis, its rows are not a multiple of
+            `num_shards`, or `carry_axes` is not a pytree prefix of the carry.
         """
         return jax.tree.map(_place, state, self._state_shardings("place_state", state))
 
     def gather(self, tree: Any) -> Any:
-        """The tree with every leaf whole on every device, inside or outside of jit.
+        """Replicates a pytree of jax.Arrays on every device, inside or outside of jit.
 
-        All processes must call it; `jax.device_get` then reads the result in any of them.
-
-        Args:
-          tree: pytree of jax.Arrays on this mesh.
-
-        Returns:
-          The pytree of jax.Arrays.
+        All processes must call it. Afterwards `jax.device_get` works in each of them.
         """
-        repeated = NamedSharding(self.mesh, PartitionSpec())
-        return jax.tree.map(lambda leaf: _move(leaf, repeated), tree)
+        return jax.tree.map(lambda leaf: _move(leaf, self._sharding(None, None)), tree)
 
     def wrap_gradient(self, gradient_fn: Callable[..., Any]) -> Callable[..., Any]:
-        """gradient_fn with its parameters put together before it and its gradients divided after.
+        """Wraps gradient_fn(params, ...) -> (result, grads): gathers params, divides grads.
 
-        Args:
-          gradient_fn: gradient_fn(params, ...) -> (anything, gradients), of `jax.value_and_grad`.
-
-        Returns:
-          The function, to be called inside jit.
+        The returned function must be called inside jit.
         """
 
         @functools.wraps(gradient_fn)
         def wrapped(params, *arguments):
             result, grads = gradient_fn(self.gather(params), *arguments)
-            # First the sum over devices, then each one's share: the compiler makes one of the two
-            # where it can, and where it cannot would send every device the states of all rows.
+            # Gathering before dividing makes the compiler sum the gradients over the devices.
+            # Without it, the compiler may instead send the states of all rows to every device.
             grads = self.gather(grads)
             return result, jax.tree.map(_move, grads, self._shares(grads))
 
         return wrapped
 
     def wrap_step(self, train_step: Callable[..., Any]) -> Callable[..., Any]:
-        """train_step on this mesh, whatever mesh is set outside, its state laid out as it came.
+        """Wraps train_step(state, batch) to run on this mesh and to keep the state's sharding.
 
-        Nothing moves after the first update then, and nothing is compiled again.
-
-        Args:
-          train_step: train_step(state, batch) -> (state, metrics), not yet compiled.
-
-        Returns:
-          The function, to be called inside jit.
+        The state then never moves or causes a second compilation. The returned function must be
+        called inside jit.
         """
 
         @functools.wraps(train_step)
@@ -223,68 +183,62 @@ class Layout:
     def _batch_names(self):
         return (self.batch,) if isinstance(self.batch, str) else tuple(self.batch)
 
-    def _rows_at(self, axis):
-        """Divided along that axis, or repeated."""
-        before = () if axis is None else (*(None,) * axis, self.batch)
-        return NamedSharding(self.mesh, PartitionSpec(*before))
+    def _sharding(self, axis, name):
+        """Divided along that axis over the named mesh axes; replicated if axis is None."""
+        spec = () if axis is None else (*(None,) * axis, name)
+        return NamedSharding(self.mesh, PartitionSpec(*spec))
 
     def _shares(self, tree):
-        """How each leaf of parameters or optimizer state lies between updates."""
+        """The shardings of parameters or optimizer state between updates."""
+        size = 1 if self.hidden is None else self.mesh.shape[self.hidden]
 
         def share(leaf):
-            size = 1 if self.hidden is None else self.mesh.shape[self.hidden]
-            axes = [axis for axis, n in enumerate(leaf.shape) if n and n % size == 0]
-            if size == 1 or not axes:
-                return NamedSharding(self.mesh, PartitionSpec())
-            axis = max(axes, key=lambda axis: leaf.shape[axis])
-            return NamedSharding(self.mesh, PartitionSpec(*(None,) * axis, self.hidden))
+            axes = [axis for axis, n in enumerate(leaf.shape) if n and n % size == 0 and size > 1]
+            axis = max(axes, key=lambda axis: leaf.shape[axis], default=None)
+            return self._sharding(axis, self.hidden)
 
         return jax.tree.map(share, tree)
 
     def _state_shardings(self, method, state):
-        """The shardings of a TrainState, in its form."""
-
-        def rows(path, leaf, axis):
-            self._require_rows(method, f"state.carry{path}", leaf, axis, self.num_shards)
-            return self._rows_at(axis)
-
-        whole = jax.tree.map(lambda _: NamedSharding(self.mesh, PartitionSpec()), state)
-        return whole._replace(
+        """The shardings of a TrainState, as a TrainState."""
+        carry, axes = state.carry, self.carry_axes
+        replicated = jax.tree.map(lambda _: self._sharding(None, None), state)
+        return replicated._replace(
             params=self._shares(state.params),
             opt_state=self._shares(state.opt_state),
-            carry=self._map(method, "carry", rows, state.carry, self.carry_axes),
+            carry=self._row_shardings(method, "state.carry", carry, axes, self.num_shards),
         )
 
-    def _map(self, method, name, function, tree, axes):
-        """function(path, leaf, axis) of every leaf; axes are a prefix of the tree."""
+    def _row_shardings(self, method, subject, tree, axes, shards):
+        """The shardings of a batch or a carry; every leaf must have a multiple of shards rows."""
+        name = subject.removeprefix("state.")
         try:
             axes = jax.tree.broadcast(axes, tree, is_leaf=lambda axis: axis is None)
         except ValueError as error:
             raise ValueError(
-                f"Layout.{method}: {name}_axes must be a prefix of {name}, got {axes!r}: {error}"
+                f"Layout.{method}: {name}_axes must be a pytree prefix of {name}, got {axes!r}: "
+                f"{error}"
             ) from None
-        return jax.tree_util.tree_map_with_path(
-            lambda path, leaf, axis: function(jax.tree_util.keystr(path), leaf, axis), tree, axes
-        )
 
-    def _require_rows(self, method, subject, leaf, axis, shards):
-        """ValueError unless the leaf has that axis and it divides."""
-        if axis is None:
-            return
-        if not 0 <= axis < leaf.ndim:
-            raise ValueError(
-                f"Layout.{method}: {subject} must have an axis {axis} of rows, got shape "
-                f"{leaf.shape}; set batch_axes and carry_axes, None for what has no rows."
-            )
-        if leaf.shape[axis] % shards:
-            raise ValueError(
-                f"Layout.{method}: {subject} must have rows that divide by {shards} on axis {axis} "
-                f"(shards on the mesh), got shape {leaf.shape}; take a multiple, or fewer devices."
-            )
+        def sharding(path, leaf, axis):
+            leaf_name = f"Layout.{method}: {subject}{jax.tree_util.keystr(path)}"
+            if axis is not None and not 0 <= axis < leaf.ndim:
+                raise ValueError(
+                    f"{leaf_name} must have its rows on axis {axis}, got shape {leaf.shape}; set "
+                    "batch_axes and carry_axes, None for a leaf without rows."
+                )
+            if axis is not None and leaf.shape[axis] % shards:
+                raise ValueError(
+                    f"{leaf_name} must have a multiple of {shards} rows (shards of the mesh) on "
+                    f"axis {axis}, got shape {leaf.shape}; change it or use fewer devices."
+                )
+            return self._sharding(axis, self.batch)
+
+        return jax.tree_util.tree_map_with_path(sharding, tree, axes)
 
 
 def _place(leaf, sharding):
-    """A copy of the leaf on the mesh, each device reading its part."""
+    """A copy of the leaf on the mesh."""
     if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         bits = _place(jax.random.key_data(leaf), sharding)
         return jax.random.wrap_key_data(bits, impl=jax.random.key_impl(leaf))
@@ -295,7 +249,7 @@ def _place(leaf, sharding):
 
 
 def _move(leaf, sharding):
-    """The leaf so laid out; JAX has one function for inside of jit and one for outside."""
+    """The leaf with that sharding, inside or outside of jit."""
     if is_traced(leaf):
         return jax.lax.with_sharding_constraint(leaf, sharding)
     return jax.device_put(leaf, sharding)

@@ -1,4 +1,4 @@
-"""One run to a folder."""
+"""A lock that admits one training run per folder."""
 
 import contextlib
 import os
@@ -10,12 +10,12 @@ from jaxgru.training.processes import on_process_zero
 
 @contextlib.contextmanager
 def locked(folder: str | os.PathLike) -> Iterator[None]:
-    """Holds a folder for this run alone; OSError where a living process holds it.
+    """Locks a folder for this run; raises OSError if a living process has locked it.
 
-    The lock is the kernel's, on the file `lock`, and process 0's: it goes with that process and
-    those it forked, however they end.
+    Process 0 takes a kernel lock on the file `lock`. The kernel releases it when that process and
+    its forks have ended, however they ended.
     """
-    import fcntl  # Windows has no such module
+    import fcntl  # does not exist on Windows
 
     folder, descriptors = pathlib.Path(folder), []
 
@@ -28,7 +28,7 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
         except BlockingIOError:
             holder = os.read(descriptor, 20).decode(errors="replace").strip()
             raise OSError(
-                f"{folder} is in use by the run of process {holder}; wait for its end or give "
+                f"{folder} is in use by the run of process {holder}; wait until it ends or choose "
                 "another folder"
             ) from None
         os.truncate(descriptor, 0)

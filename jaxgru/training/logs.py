@@ -1,8 +1,8 @@
-"""Where the records of a training loop go: lines of JSON, or TensorBoard's files.
+"""Callbacks of `fit` that write its records: as lines of JSON, or for TensorBoard.
 
-A callback of `fit` is called as callback(state, record). If it has a method resume(update), that is
-called when a run goes on from a checkpoint of that update: what the callback wrote of later ones is
-to be dropped, for they come again. It returns the last record that is left, or None.
+`fit` calls callback(state, record). When a run resumes, it also calls callback.resume(update), if
+that method exists: the callback must drop the records of later updates, which will come again, and
+return the last remaining record or None.
 """
 
 import json
@@ -11,30 +11,23 @@ import os
 import pathlib
 import time
 import warnings
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 from jaxgru.atomic_files import write_atomically
 from jaxgru.core.checks import require_extra
 
 
 class Callback(Protocol):
-    """Whatever takes a record; it may keep a copy of the state, whose buffers are then reused."""
+    """A function of a record. It must copy what it keeps of the state, whose buffers are reused."""
 
     def __call__(self, state: Any, record: dict[str, Any], /) -> Any: ...
 
 
-@runtime_checkable
-class Resumable(Protocol):
-    """A callback that can drop what it wrote of updates that come again."""
-
-    def resume(self, update: int) -> dict[str, Any] | None: ...
-
-
 class JsonLines:
-    """Appends each record as one line of JSON; a number that is not finite becomes null.
+    """Appends each record to a file as one line of JSON; NaN and infinity become null.
 
-    A disk that is full stops no training: lines that could not be written are warned of, kept, and
-    written with the next one.
+    A full disk does not stop training: the log warns, keeps the unwritten lines and writes them
+    with the next record.
 
     >>> import tempfile
     >>> path = pathlib.Path(tempfile.mkdtemp()) / "metrics.jsonl"
@@ -55,19 +48,22 @@ class JsonLines:
         self.waiting += json.dumps(json_values({**self.fields, **record}), allow_nan=False) + "\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            whole = self.path.stat().st_size if self.path.exists() else 0
+            size = self.path.stat().st_size if self.path.exists() else 0
             try:
                 with open(self.path, "a", encoding="utf-8") as file:
                     file.write(self.waiting)
             except OSError:
-                os.truncate(self.path, whole)  # no half lines
+                os.truncate(self.path, size)  # removes a partly written line
                 raise
             self.waiting = ""
         except OSError as error:
-            warnings.warn(f"JsonLines: a record waits to be written: {error}", stacklevel=2)
+            warnings.warn(
+                f"JsonLines: a record could not be written, and is written with the next: {error}",
+                stacklevel=2,
+            )
 
     def resume(self, update: int) -> dict[str, Any] | None:
-        """Drops this log's records of later updates; gives the last that is left, or None."""
+        """Drops this log's records of later updates; returns the last remaining one, or None."""
         kept, last, self.waiting = [], None, ""
         for record in read_json_lines(self.path):
             own = all(record.get(name) == value for name, value in json_values(self.fields).items())
@@ -81,9 +77,9 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Writes the numbers of each record as scalars for TensorBoard, with the package tensorboardX.
+    """Writes the numbers of each record as TensorBoard scalars, with the package tensorboardX.
 
-    They are in its files within ten seconds, or at the end of the process.
+    They reach the files within ten seconds, or when the process ends.
 
     Raises:
       ImportError: tensorboardX is missing; install the extra `tensorboard`.
@@ -91,8 +87,7 @@ class TensorBoard:
 
     def __init__(self, folder: str | os.PathLike):
         self.package = require_extra("TensorBoard", "tensorboardX", extra="tensorboard")
-        self.folder = os.fspath(folder)
-        self.writer = None
+        self.folder, self.writer = os.fspath(folder), None
 
     def __call__(self, state: Any, record: dict[str, Any], /) -> None:
         if self.writer is None:
@@ -103,29 +98,27 @@ class TensorBoard:
                 self.writer.add_scalar(name, value, record["update"])
 
     def resume(self, update: int) -> None:
-        """Tells TensorBoard to hide what was written of later updates."""
+        """Makes TensorBoard hide the scalars of later updates."""
         self.writer = self._open(purge_step=update + 1)
 
     def _open(self, **options):
-        # Files are named by the second, and one of the same second would be overwritten.
-        suffix = f".{time.time_ns()}"
-        return self.package.SummaryWriter(
-            self.folder, filename_suffix=suffix, flush_secs=10, **options
-        )
+        # tensorboardX names files by the second and would overwrite one of the same second.
+        options |= {"filename_suffix": f".{time.time_ns()}", "flush_secs": 10}
+        return self.package.SummaryWriter(self.folder, **options)
 
 
 def read_json_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The records of a file of JSON lines, without a truncated last line; none if it is missing.
+    """Reads the records of a file of JSON lines, without a truncated last line.
 
     Args:
       path: of the file.
 
     Returns:
-      The records in order.
+      The records in order; an empty list if the file is missing.
 
     Raises:
       OSError: the file cannot be read.
-      ValueError: a line other than the last is no JSON.
+      ValueError: a line other than the last is not JSON.
     """
     path = pathlib.Path(path)
     lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
@@ -134,20 +127,20 @@ def read_json_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
     try:
         return [json.loads(line) for line in lines]
     except ValueError as error:
-        raise ValueError(f"{path} must hold one JSON object a line: {error}") from None
+        raise ValueError(f"{path} must hold one JSON object per line: {error}") from None
 
 
 def json_values(value: Any) -> Any:
-    """The value as JSON has it: None for NaN and infinity, text for what JSON has no form of.
+    """Converts a value for JSON: NaN and infinity to None, values of other types to text.
 
     Args:
-      value: dicts, lists, tuples, numbers, strings, None, and whatever else, nested.
+      value: nested dicts, lists and tuples of any values.
 
     Returns:
-      The same of dicts and lists with what `json.dumps(..., allow_nan=False)` writes.
+      Dicts and lists that `json.dumps(..., allow_nan=False)` accepts.
 
     Raises:
-      RecursionError: value holds itself.
+      RecursionError: value contains itself.
 
     >>> json_values({1: (float("nan"), pathlib.PurePosixPath("a"))})
     {'1': [None, 'a']}

@@ -1,4 +1,4 @@
-"""The loop around a train step: records, evaluation, early stopping, checkpoints, signals."""
+"""The training loop: records, evaluation, early stopping, checkpoints and signals."""
 
 import contextlib
 import pathlib
@@ -12,25 +12,26 @@ import jax.numpy as jnp
 
 from jaxgru.core.checks import require_choice, require_count
 from jaxgru.training.checkpoints import (
-    Checkpoint,
     CheckpointError,
-    checkpoint_path,
     find_checkpoint,
     find_step,
-    has_checkpoints,
+    list_checkpoints,
     load_checkpoint,
     save_checkpoint,
 )
 from jaxgru.training.lock import locked
-from jaxgru.training.logs import Callback, JsonLines, Resumable
+from jaxgru.training.logs import Callback, JsonLines
 from jaxgru.training.loop_state import LoopState, Meter
 from jaxgru.training.processes import on_process_zero, same_on_all_processes
 from jaxgru.training.signals import stop_signals
 from jaxgru.training.step import TrainState, TrainStep
 
+_END = object()
+_MAX_SKIPPED_IN_ROW = 10
+
 
 class NonFiniteError(FloatingPointError):
-    """Training stopped because updates in a row were not finite; `state` is the last good one."""
+    """Too many updates in a row were not finite; `state` holds the last finite parameters."""
 
     def __init__(self, message: str, state: TrainState):
         super().__init__(message)
@@ -38,10 +39,10 @@ class NonFiniteError(FloatingPointError):
 
 
 class Interrupted(SystemExit):
-    """A signal stopped `fit` after a complete update, which was saved first.
+    """A signal stopped `fit` after a complete update, whose checkpoint is saved.
 
-    Uncaught, it ends the process with the code 128 + the signal's number: 143 for SIGTERM, 130 for
-    SIGINT (Ctrl-C).
+    If it is not caught, the process exits with code 128 + the signal's number: 143 for SIGTERM, 130
+    for SIGINT (Ctrl-C).
     """
 
     def __init__(self, number: int, step: int, folder: pathlib.Path):
@@ -49,33 +50,33 @@ class Interrupted(SystemExit):
         self.signal, self.step, self.folder = signal.Signals(number), step, folder
 
     def __str__(self) -> str:
-        return f"stopped by {self.signal.name} after update {self.step}, which is in {self.folder}"
+        return f"stopped by {self.signal.name} after update {self.step}, saved in {self.folder}"
 
 
 class Monitor(NamedTuple):
-    """Which evaluation is the best, and when to stop for want of a better one."""
+    """Selects the best evaluation, and stops early if it has a patience."""
 
-    metric: str  # one that `evaluate` returns
+    metric: str  # a name in the record, e.g. one that `evaluate` returns
     mode: Literal["min", "max"] = "min"
-    patience: int | None = None  # evaluations in a row without a better one that stop training
-    min_delta: float = 0.0  # how much better counts as better
+    patience: int | None = None  # stop after this many evaluations in a row without improvement
+    min_delta: float = 0.0  # smallest difference that counts as an improvement
 
 
 class Checkpoints(NamedTuple):
-    """Where, and how often, `fit` saves all that it needs to resume as if it had not stopped."""
+    """Where and how often `fit` saves its state."""
 
     folder: str | pathlib.Path
     every: int  # updates
-    run: dict[str, Any] | None = None  # JSON metadata that must be equal when a run is resumed
-    resume: bool = False  # from the newest intact checkpoint; begins where there is none
+    run: dict[str, Any] | None = None  # JSON metadata that must be equal when a run resumes
+    resume: bool = False  # from the newest intact checkpoint, if there is one
 
 
 class Fit(NamedTuple):
-    """What `fit` returns."""
+    """The result of `fit`."""
 
     state: TrainState  # after the last update
     records: list[dict[str, Any]]  # of this call's updates
-    best: TrainState | None  # of the best evaluation so far; None without a monitor
+    best: TrainState | None  # at the best evaluation so far; None without a monitor
 
 
 def fit(
@@ -94,60 +95,57 @@ def fit(
     items_name: str = "items",
     progress: bool = True,
 ) -> Fit:
-    """Trains until state.step is num_updates, one batch an update, and reports as it goes.
+    """Trains until state.step is num_updates, with one batch per update.
 
-    With checkpoints, a run that is killed at any point and resumed ends with the same bits as one
-    that was not: parameters, optimizer state, key, carry, best evaluation, counters and the means
-    that were being taken are saved, and the batches continue where they were.
-
-    On SIGTERM or Ctrl-C, `fit` finishes the current update, saves a checkpoint and raises
-    `Interrupted`, which exits. A second signal, a second later or more, exits immediately. With
-    several processes a SIGTERM to any of them stops all after the same update. Process 0 alone
-    calls callbacks and shows the bar.
+    With checkpoints, a run that is killed at any point and resumed ends with the same bits as an
+    uninterrupted run. On SIGTERM or Ctrl-C, `fit` finishes the current update, saves a checkpoint
+    and raises `Interrupted`, which exits. A second signal, at least a second later, exits
+    immediately. With several processes, a SIGTERM to one of them stops all after the same update.
+    Only process 0 calls callbacks and shows the progress bar.
 
     Args:
-      train_step: from `make_train_step`.
-      state: where to start; the train step donates its buffers.
-      batches: batches(n) gives the batches from the n-th on, counted from 0, at least as many as
-        there are updates left; n is state.step, or that of the checkpoint.
-      num_updates: the total, those that state.step counts among them; at least 1.
+      train_step: from `make_train_step`; it donates the buffers of the state.
+      state: the initial state.
+      batches: batches(n) returns the batches from number n on, counted from 0. n is state.step, or
+        that of the checkpoint.
+      num_updates: the total number of updates, at least 1; state.step counts towards it.
       evaluate: evaluate(state) -> dict, called every evaluate_every updates and after the last.
-      evaluate_every: updates between evaluations, with a record each; None for the end alone.
-      monitor: keep the best state by an evaluation, and stop early if it has a patience.
-      checkpoints: save the state; after every best evaluation too.
-      callbacks: each is called with (state, record) whenever a record is made. Copy what you keep:
-        the state's buffers are donated to the next update. None for a `JsonLines` that writes
-        metrics.jsonl into the folder of checkpoints, if there is one.
-      log_every: updates between records; the loop waits for the device only then.
-      items_per_update: items of a batch, for records of their rate.
-      items_name: what the items are, e.g. "characters".
-      progress: show a bar by tqdm, which the extra `experiments` installs.
+      evaluate_every: updates between evaluations; None evaluates only at the end.
+      monitor: selects the state of the best evaluation, and stops early if it has a patience.
+      checkpoints: saves the state at intervals and after every best evaluation.
+      callbacks: each is called with (state, record). It must copy what it keeps of the state, whose
+        buffers are reused. None uses a `JsonLines` that writes metrics.jsonl in the folder of
+        checkpoints, if there is one.
+      log_every: updates between records; the loop waits for the device only for a record.
+      items_per_update: items in a batch, for the rate in the records.
+      items_name: name of the items, e.g. "characters".
+      progress: shows a progress bar with tqdm, which the extra `experiments` installs.
 
     Returns:
       Fit(state, records, best). A record is a dict of "update", "seconds" (of training, without
-      evaluations), the means of the step's metrics since the last record ("skipped" is a total;
-      values that are not finite are left out of a mean), f"{items_name}_per_second", and what
-      evaluate returned.
+      evaluations), the means of the step's metrics over its finite values since the last record
+      (but "skipped" is a total), f"{items_name}_per_second", and what evaluate returned.
 
     Raises:
-      ValueError: batches ended early, a count is below 1, num_updates is below state.step,
-        evaluate does not return the monitor's metric, or returns what the record has already.
-      CheckpointError: the checkpoint is of another model, run or monitor, or none of those there
-        is intact.
-      TypeError: a count is no integer.
+      ValueError: there are too few batches, a count is below 1, num_updates is below state.step,
+        or evaluate does not return the monitor's metric, or returns a name of the record.
+      TypeError: a count is not an integer.
+      CheckpointError: the checkpoint belongs to another model, run or monitor, or every checkpoint
+        is damaged.
       OSError: the folder of checkpoints is in use, holds another run, or cannot be written at the
-        start or the end. In between, `fit` warns and goes on.
-      NonFiniteError: the last ten updates or more were skipped as not finite. This is checked when
-        a record is made; `state` of the error, which is saved, holds the parameters from before
-        them.
-      Interrupted: a signal asked to stop.
-      ImportError: progress is asked for and tqdm is missing, or checkpoints and Orbax.
+        start or the end. In between, `fit` only warns.
+      NonFiniteError: at least the last ten updates were skipped as not finite. This is checked when
+        a record is made. The state with the last finite parameters is in the error and saved.
+      Interrupted: SIGTERM or Ctrl-C.
+      ImportError: tqdm is missing but progress is True, or Orbax is missing but checkpoints is set.
     """
     _require_arguments(locals())
     with contextlib.ExitStack() as stack:
         if checkpoints is not None:
             stack.enter_context(locked(checkpoints.folder))
-        called = _callbacks(callbacks, checkpoints)
+            if callbacks is None:
+                callbacks = [JsonLines(pathlib.Path(checkpoints.folder) / "metrics.jsonl")]
+        called = list(callbacks or ()) if jax.process_index() == 0 else []
         state, loop, best, seconds = _begin(state, monitor, checkpoints, called, num_updates)
         start, records, unsaved = int(state.step), [], None
         remaining = iter(batches(start))
@@ -158,7 +156,11 @@ def fit(
         for update in range(start + 1, num_updates + 1):
             if loop.is_exhausted(monitor):
                 break
-            state, metrics = train_step(state, _next_batch(remaining, update, num_updates))
+            if (batch := next(remaining, _END)) is _END:
+                raise ValueError(
+                    f"fit: batches must last for {num_updates} updates, got {update - 1}."
+                )
+            state, metrics = train_step(state, batch)
             loop.pending.append(metrics)
             last = update == num_updates
             due = last or (evaluate_every is not None and update % evaluate_every == 0)
@@ -183,61 +185,62 @@ def fit(
                     required = ends and not failed
                     saved = _save(checkpoints, update, state, loop, unsaved, required=required)
             if failed:
-                raise _non_finite_error(state, loop, update, checkpoints if saved else None)
+                where = f", and are in {checkpoints.folder}" if checkpoints and saved else ""
+                raise NonFiniteError(
+                    "fit: loss, gradient or parameters were not finite in the last "
+                    f"{loop.in_row} updates, up to update {update}; the parameters are as before "
+                    f"them{where}. Lower the learning rate.",
+                    state,
+                )
             if stop is not None:
                 break
         stop = asked_to_stop(None)
-        if stop is not None and checkpoints is not None:  # during the last evaluation or save too
+        if stop is not None and checkpoints is not None:  # or during the last evaluation or save
             raise Interrupted(stop, int(state.step), pathlib.Path(checkpoints.folder))
     return Fit(state, records, best)
 
 
-_END = object()
-_MAX_SKIPPED_IN_ROW = 10
-
-
 def _require_arguments(given):
-    """ValueError or TypeError where an argument of `fit` is unusable."""
     checkpoints, monitor = given["checkpoints"], given["monitor"]
-    counts = {name: given[name] for name in ("num_updates", "log_every", "evaluate_every")}
-    if checkpoints is not None:
-        counts["checkpoints.every"] = checkpoints.every
     if monitor is not None:
-        counts["monitor.patience"] = monitor.patience
         require_choice("fit", "monitor.mode", monitor.mode, ("min", "max"))
         if given["evaluate"] is None:
-            raise ValueError("fit: monitor must go with evaluate, which makes its metric.")
-    for name, value in counts.items():
-        if value is not None or name in ("num_updates", "log_every"):
+            raise ValueError("fit: monitor must be given with evaluate, which computes its metric.")
+    for name in ("num_updates", "log_every"):
+        require_count("fit", name, given[name])
+    for name, value in (
+        ("evaluate_every", given["evaluate_every"]),
+        ("checkpoints.every", checkpoints and checkpoints.every),
+        ("monitor.patience", monitor and monitor.patience),
+    ):
+        if value is not None:
             require_count("fit", name, value)
     if not callable(given["batches"]):
         raise TypeError(
-            "fit: batches must be a function that gives the batches from the n-th on, got "
+            "fit: batches must be a function, batches(n), of the number of its first batch, got "
             f"{type(given['batches']).__name__}."
         )
-
-
-def _callbacks(callbacks, checkpoints) -> list[Callback]:
-    """Those that this process is to call."""
-    if jax.process_index() != 0:
-        return []
-    if callbacks is None and checkpoints is not None:
-        return [JsonLines(pathlib.Path(checkpoints.folder) / "metrics.jsonl")]
-    return list(callbacks or ())
 
 
 def _begin(state, monitor, checkpoints, callbacks, num_updates):
     """(state, loop, best state, seconds of training) of a new or a resumed run."""
     loop, best, seconds = LoopState(skipped=int(state.skipped)), None, 0.0
-    if checkpoints is not None and has_checkpoints(checkpoints.folder):
+    if checkpoints is not None and list_checkpoints(checkpoints.folder):
         if not checkpoints.resume:
             raise FileExistsError(
-                f"{checkpoints.folder} holds the checkpoints of another run; resume it or give "
+                f"{checkpoints.folder} holds the checkpoints of another run; resume it or choose "
                 "another folder. Nothing was overwritten"
             )
         state, loop, best = _restore(checkpoints, state, monitor)
-        seconds = _resume_callbacks(callbacks, int(state.step))
-    elif checkpoints is not None:  # what stands in the way of saving shows before training
+        step = int(state.step)
+        try:
+            last = on_process_zero(
+                lambda: [c.resume(step) for c in callbacks if hasattr(c, "resume")]
+            )
+        except ValueError as error:
+            raise CheckpointError(f"fit: {error}") from error
+        seconds = max((r.get("seconds", 0.0) for r in last or () if r), default=0.0)
+    elif checkpoints is not None:  # a folder that cannot be written fails before training
         _save(checkpoints, int(state.step), state, loop, None, required=True)
     if num_updates < int(state.step):
         raise ValueError(
@@ -251,111 +254,77 @@ def _restore(checkpoints, state, monitor):
     found = find_checkpoint(checkpoints.folder)
     if not same_on_all_processes(found and found.step):
         raise CheckpointError(
-            f"fit: {checkpoints.folder} must be a folder that all processes share, got different "
+            f"fit: {checkpoints.folder} must be one folder shared by all processes, got different "
             "checkpoints in them."
         )
     if found is None:
         raise CheckpointError(
-            f"fit: {checkpoints.folder} must hold an intact checkpoint, got damaged ones alone; "
-            "give another folder to begin anew. Nothing was overwritten."
+            f"fit: {checkpoints.folder} must hold an intact checkpoint, got only damaged ones; "
+            "choose another folder to start a new run. Nothing was overwritten."
         )
 
-    def load(checkpoint: Checkpoint):
+    def load(checkpoint):
         return load_checkpoint(checkpoint.path, state, run=checkpoints.run or {})
 
     newest = load(found)
     try:
         loop = LoopState.from_json(found.loop)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(
-            f"fit: {found.path} must be one that fit has written: {error}"
-        ) from error
+        raise CheckpointError(f"fit: {found.path} must be a checkpoint of fit: {error}") from error
     if loop.by is not None and monitor is not None and loop.by != [monitor.metric, monitor.mode]:
         raise CheckpointError(
-            f"fit: monitor must be what the run was made with, {loop.by}, got "
+            f"fit: monitor must have the metric and mode of the resumed run, {loop.by}, got "
             f"{[monitor.metric, monitor.mode]}."
         )
     if loop.best_step is None:
         return newest, loop, None
-    if loop.best_step == found.step:
-        return newest, loop, jax.tree.map(jnp.copy, newest)
-    best = find_step(checkpoints.folder, loop.best_step)
-    if best is not None:
-        return newest, loop, load(best)
-    warnings.warn(
-        f"fit: the best checkpoint, of update {loop.best_step}, is lost; the newest stands in for "
-        "it until the next evaluation",
-        stacklevel=4,
-    )
-    loop.best, loop.best_step = None, None
+    if loop.best_step != found.step:
+        best = find_step(checkpoints.folder, loop.best_step)
+        if best is not None:
+            return newest, loop, load(best)
+        warnings.warn(
+            f"fit: the best checkpoint, of update {loop.best_step}, is missing or damaged; the "
+            "newest replaces it until the next evaluation",
+            stacklevel=4,
+        )
+        loop.best, loop.best_step = None, None
     return newest, loop, jax.tree.map(jnp.copy, newest)
 
 
-def _resume_callbacks(callbacks, update):
-    """Seconds of training up to that update, by the logs."""
-
-    def resume():
-        return [c.resume(update) for c in callbacks if isinstance(c, Resumable)]
-
-    try:
-        last = on_process_zero(resume) or []
-    except ValueError as error:
-        raise CheckpointError(f"fit: {error}") from error
-    return max((record.get("seconds", 0.0) for record in last if record), default=0.0)
-
-
-def _next_batch(batches, update, num_updates):
-    """The next batch; ValueError where there is none."""
-    batch = next(batches, _END)
-    if batch is _END:
-        raise ValueError(f"fit: batches must hold {num_updates}, got {update - 1}.")
-    return batch
-
-
 def _evaluated(found, record):
-    """What evaluate returned; ValueError where the record has some of it already."""
     clash = sorted(set(found) & set(record))
     if clash:
         raise ValueError(
-            f"fit: evaluate must return names that the record has not, got {clash}; call them "
-            "validation_..., say."
+            f"fit: evaluate must return names that the record does not use, got {clash}; rename "
+            "them, e.g. validation_loss."
         )
     return found
 
 
 def _save(checkpoints, update, state, loop, unsaved, *, required):
-    """True where it saved; a failure is an OSError where required, else a warning.
+    """Saves and returns True; a failure raises OSError if required, else it warns.
 
-    unsaved, the best state and its counters, is saved first where that failed in its own time.
+    unsaved is the best state with its counters. It is saved first, if saving it failed earlier.
     """
-    folder, best_step = pathlib.Path(checkpoints.folder), loop.best_step
+    folder, best_step = checkpoints.folder, loop.best_step
     options = {"run": checkpoints.run, "best_step": best_step}
     try:
-        if unsaved is not None and not checkpoint_path(folder, best_step).exists():
+        if unsaved is not None and best_step not in dict(list_checkpoints(folder)):
             best, counters = unsaved
             save_checkpoint(folder, best_step, best, loop=counters, **options)
         save_checkpoint(folder, update, state, loop=loop.to_json(), **options)
     except OSError as error:
-        message = f"fit: update {update} could not be saved in {checkpoints.folder}: {error}"
+        message = f"fit: update {update} could not be saved in {folder}: {error}"
         if required:
             raise type(error)(message) from error
-        warnings.warn(f"{message}; training goes on", stacklevel=3)
+        warnings.warn(f"{message}; training continues", stacklevel=3)
         return False
     return True
 
 
-def _non_finite_error(state, loop, update, checkpoints):
-    where = f", and are in {checkpoints.folder}" if checkpoints else ""
-    return NonFiniteError(
-        f"fit: loss, gradient or parameters were not finite in the last {loop.in_row} updates, up "
-        f"to update {update}; the parameters are as before them{where}. Lower the learning rate.",
-        state,
-    )
-
-
 @contextlib.contextmanager
 def _progress_bar(start, num_updates, shown):
-    """A callback that moves the bar, or one that does nothing."""
+    """Yields a callback that updates the bar, or one that does nothing."""
     if not shown:
         yield lambda state, record: None
         return
@@ -366,7 +335,6 @@ def _progress_bar(start, num_updates, shown):
             "fit: progress=True needs tqdm; install jaxgru[experiments] or pass progress=False."
         ) from error
     values = {}
-
     with tqdm(total=num_updates, initial=start, unit="update", dynamic_ncols=True) as bar:
 
         def show(state, record):

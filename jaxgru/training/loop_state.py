@@ -1,9 +1,9 @@
-"""What a training loop knows beside the state: counters, the best evaluation, means being taken."""
+"""Counters and pending metrics of a training loop, which a resumed loop needs beside the state."""
 
 import contextlib
+import dataclasses
 import math
 import time
-from typing import Any
 
 import jax
 import numpy as np
@@ -11,49 +11,43 @@ import numpy as np
 from jaxgru.training.processes import broadcast_from_process_zero
 
 
+@dataclasses.dataclass
 class LoopState:
-    """All of it that a resumed loop must have, with a monitor's judgement."""
+    """What a checkpoint saves of the loop."""
 
-    def __init__(
-        self, *, skipped=0, in_row=0, pending=(), best=None, best_step=None, since_best=0, by=None
-    ):
-        self.skipped, self.in_row, self.by = skipped, in_row, by
-        self.pending: list[dict[str, Any]] = list(pending)
-        self.best, self.best_step, self.since_best = best, best_step, since_best
+    skipped: int = 0  # updates in total
+    in_row: int = 0  # the last updates in a row that were skipped
+    pending: list[dict] = dataclasses.field(default_factory=list)  # metrics since the last record
+    best: float | None = None  # value of the monitor's metric
+    best_step: int | None = None
+    since_best: int = 0  # evaluations
+    by: list[str] | None = None  # the monitor's metric and mode
 
     def to_json(self):
-        """The same as JSON values; waits for the device."""
-        self.pending = [
-            {name: float(value) for name, value in metrics.items()}
-            for metrics in jax.device_get(self.pending)
-        ]
-        # JSON has no NaN, and what is compared later must be what it was.
-        return {
-            **vars(self),
-            "best": repr(self.best),
-            "pending": [
-                {name: repr(value) for name, value in metrics.items()} for metrics in self.pending
-            ],
-        }
+        """Returns the fields as JSON values; waits for the device."""
+        self.pending = [{n: float(v) for n, v in m.items()} for m in jax.device_get(self.pending)]
+        # As text, since JSON has no NaN and later comparisons need the same bits.
+        pending = [{n: repr(v) for n, v in m.items()} for m in self.pending]
+        return {**vars(self), "best": repr(self.best), "pending": pending}
 
     @classmethod
     def from_json(cls, saved):
-        pending = [{n: float(text) for n, text in metrics.items()} for metrics in saved["pending"]]
+        pending = [{n: float(text) for n, text in m.items()} for m in saved["pending"]]
         best = None if saved["best"] == "None" else float(saved["best"])
         return cls(**{**saved, "pending": pending, "best": best})
 
     def judge(self, monitor, record):
-        """Counts an evaluation; True where it is the best."""
+        """Counts an evaluation; returns whether it is the best so far."""
         if monitor.metric not in record:
             raise ValueError(
-                f"fit: monitor.metric must be what evaluate returns, got {monitor.metric!r} and "
-                f"{sorted(record)}."
+                f"fit: monitor.metric must be one of {sorted(record)}, got {monitor.metric!r}; "
+                "evaluate must return it."
             )
-        # Processes may evaluate to different bits, and must judge alike.
+        # The processes may evaluate to different bits, but must make the same decision.
         value = broadcast_from_process_zero(float(record[monitor.metric]))
         self.by = [monitor.metric, monitor.mode]
-        gain = -value if monitor.mode == "min" else value
-        before = self.best if monitor.mode == "max" or self.best is None else -self.best
+        sign = -1 if monitor.mode == "min" else 1
+        gain, before = sign * value, None if self.best is None else sign * self.best
         first = before is None or (math.isnan(before) and not math.isnan(gain))
         improved = first or gain > before + monitor.min_delta
         if improved:
@@ -63,11 +57,12 @@ class LoopState:
         return improved
 
     def is_exhausted(self, monitor):
+        """Returns whether the monitor's patience has ended."""
         return monitor is not None and self.since_best >= (monitor.patience or float("inf"))
 
 
 class Meter:
-    """Loss, rate and skipped updates between two records."""
+    """Makes the records: means of the metrics, seconds, rate and skipped updates."""
 
     def __init__(self, loop, seconds, items_per_update, items_name):
         self.loop, self.seconds, self.items_per_update = loop, seconds, items_per_update
@@ -79,13 +74,13 @@ class Meter:
 
     @contextlib.contextmanager
     def paused(self):
-        """Leaves out the time within."""
+        """Excludes the time spent in its block."""
         began = time.perf_counter()
         yield
         self.began += time.perf_counter() - began
 
     def read(self, update):
-        """The record up to this update; waits for the device."""
+        """Returns the record up to this update; waits for the device."""
         host = jax.device_get(self.loop.pending)
         elapsed = time.perf_counter() - self.began
         self.seconds += elapsed
@@ -96,7 +91,7 @@ class Meter:
             record[name] = float(finite.mean()) if finite.size else float("nan")
         record["skipped"] = int(host[-1]["skipped"])
         if self.items_per_update is not None:
-            count = len(host) - self.before  # of this call's updates
+            count = len(host) - self.before  # excludes updates before the run was resumed
             record[self.rate] = self.items_per_update * count / elapsed
         for metrics in host:
             self.loop.in_row = self.loop.in_row + 1 if metrics["skipped"] > self.loop.skipped else 0

@@ -1,4 +1,4 @@
-"""What several processes must do, or know, alike; with one process these functions do nothing."""
+"""Agreement between several processes; with one process these functions communicate nothing."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ Result = TypeVar("Result")
 
 
 def on_all_processes(run: Callable[[], Result]) -> Result:
-    """Calls run() on every process; an error on one of them is raised on all.
+    """Calls run() on every process; an error on one of them raises on all.
 
     Args:
       run: a function without arguments.
@@ -23,7 +23,7 @@ def on_all_processes(run: Callable[[], Result]) -> Result:
 
     Raises:
       OSError: run() failed on another process.
-      Exception: what run() raised on this one.
+      Exception: what run() raised on this process.
     """
     result: Any = None
     error = None
@@ -34,39 +34,39 @@ def on_all_processes(run: Callable[[], Result]) -> Result:
     if jax.process_count() > 1:
         done = multihost_utils.process_allgather(np.array(error is None))
         if not done.all() and error is None:
-            error = OSError("another process stopped; its own message tells why")
+            error = OSError("another process failed; see its error message")
     if error is not None:
         raise error
     return result
 
 
 def on_process_zero(run: Callable[[], Result]) -> Result | None:
-    """Calls run() on process 0 while the others wait for it; its error is raised on all.
+    """Calls run() on process 0 while the other processes wait; its error raises on all.
 
     Args:
-      run: a function without arguments.
+      run: as in `on_all_processes`.
 
     Returns:
       What run() returned on process 0; None on the others.
 
     Raises:
-      OSError: run() failed on process 0, and this is another one.
-      Exception: what run() raised, on process 0.
+      OSError: on the others, if run() failed.
+      Exception: on process 0, what run() raised.
     """
     return on_all_processes(run if jax.process_index() == 0 else lambda: None)
 
 
 def broadcast_from_process_zero(value: Any) -> Any:
-    """The value that process 0 has, on every process; a float keeps its bits.
+    """Returns the value of process 0 on every process; floats keep their bits.
 
     Args:
-      value: what `json` can write; on other processes than 0 it is ignored.
+      value: a JSON value; it is ignored on other processes than 0.
 
     Returns:
-      The value of process 0, read back from JSON where there are several processes.
+      The value of process 0, decoded from JSON if there are several processes.
 
     Raises:
-      TypeError: JSON has no form of the value.
+      TypeError: value is not JSON.
     """
     if jax.process_count() == 1:
         return value
@@ -79,16 +79,16 @@ def broadcast_from_process_zero(value: Any) -> Any:
 
 
 def same_on_all_processes(value: Any) -> bool:
-    """Whether every process has the same value.
+    """Returns whether every process has the same value.
 
     Args:
-      value: what `json` can write.
+      value: a JSON value.
 
     Returns:
       The same answer on every process; True with one process.
 
     Raises:
-      TypeError: JSON has no form of the value.
+      TypeError: value is not JSON.
     """
     if jax.process_count() == 1:
         return True

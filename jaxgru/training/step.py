@@ -1,12 +1,4 @@
-"""A training state and one jitted update of any loss with optax.
-
-Knows no model. A loss is a function
-
-    loss_fn(params, carry, batch, key) -> (loss, (carry, metrics))
-
-where carry is whatever runs from one batch to the next without a gradient (a recurrent state, or
-None) and metrics is a dict of scalars.
-"""
+"""A training state and one jitted update of any loss with optax."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -26,30 +18,26 @@ TrainStep = Callable[["TrainState", Any], tuple["TrainState", dict[str, Array]]]
 
 
 class TrainState(NamedTuple):
-    """All that an update reads and writes, arrays only."""
+    """The arrays that an update reads and writes."""
 
     params: Any
     opt_state: optax.OptState
-    carry: Any  # what runs from batch to batch, e.g. a recurrent state
+    carry: Any  # passed from batch to batch, e.g. a recurrent state
     key: chex.PRNGKey
-    step: Array  # int32, the number of batches drawn, skipped updates included
-    skipped: Array  # int32, the number of updates skipped because something was not finite
+    step: Array  # int32, number of batches used, including those of skipped updates
+    skipped: Array  # int32, number of updates skipped because a value was not finite
 
 
 def init_train_state(
-    params: Any,
-    optimizer: optax.GradientTransformation,
-    *,
-    key: chex.PRNGKey,
-    carry: Any = None,
+    params: Any, optimizer: optax.GradientTransformation, *, key: chex.PRNGKey, carry: Any = None
 ) -> TrainState:
-    """The state before the first update.
+    """Makes the state before the first update, from copies, since the train step donates buffers.
 
     Args:
-      params: pytree of arrays; the state holds copies, since the train step donates its buffers.
+      params: pytree of arrays.
       optimizer: from optax.
-      key: a `jax.random.key`; each update draws its own from it.
-      carry: the first carry of the loss; copied too.
+      key: a `jax.random.key`, from which each update derives its own.
+      carry: the first carry of the loss.
 
     Returns:
       TrainState with step 0.
@@ -60,47 +48,43 @@ def init_train_state(
     """
     params, carry = jax.tree.map(_strong, jax.tree.map(jnp.copy, (params, carry)))
     step, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
-    # Some optimizers keep the parameters' own buffers in their state.
+    # Some optimizers store the buffers of the parameters in their state.
     opt_state = jax.tree.map(_strong, jax.tree.map(jnp.copy, optimizer.init(params)))
     return TrainState(params, opt_state, carry, jnp.copy(key), step, skipped)
 
 
 def make_train_step(
-    loss_fn: LossFn,
-    optimizer: optax.GradientTransformation,
-    *,
-    layout: Layout | None = None,
+    loss_fn: LossFn, optimizer: optax.GradientTransformation, *, layout: Layout | None = None
 ) -> TrainStep:
-    """One jitted optimizer update: train_step(state, batch) -> (state, metrics).
+    """Makes one jitted optimizer update, train_step(state, batch) -> (state, metrics).
 
-    An update is skipped if its loss, gradient, or any parameter, optimizer state or carry that it
-    would write is not finite, or if the squares of what the optimizer would add to a parameter are
-    not: then it changes nothing but step, key and the count of skipped updates. The gradient is
-    checked before the optimizer sees it, so a clip cannot turn infinity into a number first. An
-    infinity that the state held before counts for nothing: some optimizers begin with one.
+    An update is skipped if its loss, its gradient, the squares of the optimizer's updates, or a new
+    value of parameters, optimizer state or carry is not finite. A skipped update changes only the
+    step, the key and the count of skipped updates. The gradient is checked before the optimizer
+    can clip it. Values that were infinite before the update are ignored, since some optimizers
+    start with infinity.
 
-    What optax does is composed there: `optax.clip` of entries, `optax.MultiSteps` to accumulate
-    gradients over several batches, schedules, masks. For the global norm take
-    `jaxgru.training.clip_by_global_norm`, which also clips a gradient of 1e30. A loss in another
-    dtype than the parameters casts them itself.
+    Use optax for clipping of entries (`optax.clip`), accumulation of gradients over several batches
+    (`optax.MultiSteps`), schedules and masks, and `clip_by_global_norm` for large gradients.
 
     Args:
-      loss_fn: loss_fn(params, carry, batch, key) -> (loss, (carry, metrics)).
+      loss_fn: loss_fn(params, carry, batch, key) -> (loss, (carry, metrics)). The carry is passed
+        from batch to batch without a gradient, e.g. a recurrent state or None; metrics is a dict of
+        scalars. For another dtype than that of the parameters, loss_fn casts them.
       optimizer: from optax.
-      layout: trains on its devices; give it states and batches that its `place_state` and
-        `place_batch` have laid there. None trains on one.
+      layout: the devices; states and batches must come from its `place_state` and `place_batch`.
+        None trains on one device.
 
     Returns:
-      The function. It donates the buffers of the state that it is given, which is then gone. Its
-      metrics are those of the loss, and "loss", "gradient_norm" (before the optimizer) and
-      "skipped".
+      The function, which donates the buffers of its state. Its metrics are those of the loss and
+      "loss", "gradient_norm" (before the optimizer) and "skipped".
 
     Raises:
-      ValueError: when traced, where the optimizer's updates change a parameter's shape or dtype,
-        the loss the carry's, or a metric is no scalar or has a name that records use.
-      TypeError: when traced, where the loss returns something else.
+      ValueError: when traced, if the optimizer changes a parameter's shape or dtype, the loss
+        changes the carry's shapes, or a metric is not a scalar or has a reserved name.
+      TypeError: when traced, if the loss returns another structure.
 
-    Cost: one gradient of the loss; parameters are held once, since buffers are donated.
+    Cost: one gradient of the loss; donation avoids a second copy of the parameters.
 
     >>> def loss_fn(params, carry, batch, key):
     ...     return jnp.sum((params - batch) ** 2), (carry, {})
@@ -126,7 +110,7 @@ def make_train_step(
         _require_same_shapes(params, state.params)
         old = state.params, state.opt_state, state.carry
         new = params, opt_state, carry
-        # A finite update of 1e30 ruins the parameters as surely as an infinite one.
+        # The squares also refuse huge finite updates, such as 1e30, which would ruin parameters.
         squares = jax.tree.map(lambda u: jnp.square(u.astype(state_dtype(u.dtype))), updates)
         finite = _is_finite((loss, grads, squares)) & _stays_finite(new, old)
         params, opt_state, carry = jax.tree.map(
@@ -141,7 +125,7 @@ def make_train_step(
 
 
 def _strong(x):
-    """x without JAX's weak type, which no file keeps."""
+    """x without JAX's weak type, which checkpoints do not store."""
     return x if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x.astype(x.dtype)
 
 
@@ -150,17 +134,17 @@ def _is_finite(tree):
 
 
 def _stays_finite(new, old):
-    """True unless a finite number became one that is not."""
-    kept = [
+    """Whether no finite number became infinite or NaN."""
+    finite = [
         (jnp.isfinite(a) | ~jnp.isfinite(b)).all()
         for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(old))
         if jnp.issubdtype(a.dtype, jnp.floating)
     ]
-    return jnp.stack([jnp.array(True), *kept]).all()
+    return jnp.stack([jnp.array(True), *finite]).all()
 
 
 def _require_result(returned, carry):
-    """(loss, carry, metrics); TypeError or ValueError where a loss returns something else."""
+    """(loss, carry, metrics) of the result of a loss function."""
     form = "train_step: loss_fn must return (loss, (carry, metrics))"
     try:
         loss, (new, metrics) = returned
@@ -173,16 +157,16 @@ def _require_result(returned, carry):
         raise ValueError(f"{form} with a carry of the state's shapes, {forms[0]}, got {forms[1]}.")
     taken = {"loss", "gradient_norm", "skipped", "update", "seconds"} & set(metrics)
     if taken:
-        raise ValueError(f"{form} with metrics of names of their own, got {sorted(taken)}.")
+        raise ValueError(f"{form} with metric names that are not reserved, got {sorted(taken)}.")
     metrics = {name: jnp.asarray(value) for name, value in metrics.items()}
     for name, value in metrics.items():
         if value.ndim:
-            raise ValueError(f"{form} with scalar metrics, got {name} of {list(value.shape)}.")
+            raise ValueError(f"{form} with scalar metrics, got {name}{list(value.shape)}.")
     return loss, new, metrics
 
 
 def _require_same_shapes(params, old):
-    """ValueError where an update, which `optax.apply_updates` would broadcast, changed params."""
+    """Raises ValueError if `optax.apply_updates` broadcast or cast a parameter."""
     for (path, new), leaf in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(old)):
         if new.shape != leaf.shape or new.dtype != leaf.dtype:
             name = jax.tree_util.keystr(path)

@@ -53,7 +53,7 @@ def test_run_that_was_stopped_goes_on_to_the_same_bytes(tmp_path, run, capsys):
     assert (out / "checkpoints" / "step-00000175").exists()  # 7 times 25: after the stop, too
     shown = capsys.readouterr().err
     assert f"go on with: python -m experiments.char_lm --resume {out}" in shown
-    assert "char_lm: stopped by SIGTERM after update 37, which is in" in shown
+    assert "char_lm: stopped by SIGTERM after update 37, saved in" in shown
     for name in ("samples.txt", "cross_check.txt"):
         assert (out / name).read_bytes() == (run / name).read_bytes(), name
     saved = [interop.load_weights(folder / "weights.safetensors") for folder in (out, run)]
@@ -90,7 +90,7 @@ def test_run_is_resumed_only_as_what_it_is(tmp_path, run, capsys):
     (out / "config.json").write_text(json.dumps({**config, "text": str(text)}))
     assert char_lm.main(["--resume", str(out)]) == 2
     shown = capsys.readouterr().err
-    assert "is of another run: config.text must be" in shown and "text_sha256 must be" in shown
+    assert "belongs to another run: config.text must be" in shown and "text_sha256 must be" in shown
     for path, content in before.items():
         assert path.name in ("config.json", "lock") or path.read_bytes() == content, path
 

@@ -117,7 +117,7 @@ def test_checkpoint_that_was_changed_says_how(tmp_path):
         return json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "manifest": text})
 
     for written, reason in (
-        (json.dumps({**intact, "sha256": "0"}), "the sha256 of manifest.json is another"),
+        (json.dumps({**intact, "sha256": "0"}), "manifest.json does not match its sha256"),
         (seal(json.dumps({"format": "other"})), "its format is 'other'"),
         (seal(json.dumps({"format": "jaxgru checkpoint 1"})), "'files'"),
     ):
@@ -135,7 +135,7 @@ def test_checkpoint_that_was_changed_says_how(tmp_path):
         load_checkpoint(path, make_state())
     assert str(refused.value) == (
         f"load_checkpoint: {path} must be an intact 'jaxgru checkpoint 1': "
-        f"{sorted([first, 'a'])} were changed."
+        f"files {sorted([first, 'a'])} were changed."
     )
 
 
@@ -212,21 +212,21 @@ def test_strays_are_left_alone_and_never_loaded(tmp_path):
 
 SIZES = "must hold the leaves of `like`, got"
 WRONG = [
-    (make_state(size=4), "is of another model: .params['w'] must be float32[4, 2], got float32[3, "
-     "2]; .opt_state[0].mu['w'] must be float32[4, 2], got float32[3, 2]; .opt_state[0].nu['w'] "
-     "must be float32[4, 2], got float32[3, 2]."),
+    (make_state(size=4), "belongs to another model: .params['w'] must be float32[4, 2], got "
+     "float32[3, 2]; .opt_state[0].mu['w'] must be float32[4, 2], got float32[3, 2]; "
+     ".opt_state[0].nu['w'] must be float32[4, 2], got float32[3, 2]."),
     (make_state()._replace(carry=None), f"{SIZES} missing keys [] and unexpected keys "
      "['.carry[0]']."),
     (make_state()._replace(carry=(jnp.ones(2), jnp.ones(1))), f"{SIZES} missing keys ['.carry[1]'] "
      "and unexpected keys []."),
     (make_state()._replace(key=jax.random.key(0, impl="rbg")),
-     "is of another model: .key must be key rbg[], got key threefry2x32[]."),
+     "belongs to another model: .key must be key rbg[], got key threefry2x32[]."),
     (make_state()._replace(key=jax.random.split(jax.random.key(0))),
-     "is of another model: .key must be key threefry2x32[2], got key threefry2x32[]."),
+     "belongs to another model: .key must be key threefry2x32[2], got key threefry2x32[]."),
     (make_state()._replace(key=jnp.zeros(2, jnp.uint32)),
-     "is of another model: .key must be uint32[2], got key threefry2x32[]."),
+     "belongs to another model: .key must be uint32[2], got key threefry2x32[]."),
     (make_state()._replace(skipped=jax.random.key(0)),
-     "is of another model: .skipped must be key threefry2x32[], got int32[]."),
+     "belongs to another model: .skipped must be key threefry2x32[], got int32[]."),
 ]  # fmt: skip
 
 
@@ -254,8 +254,8 @@ def test_checkpoint_of_another_run_is_refused_with_every_difference(tmp_path):
         'vocabulary_sha256 must be "xyz", got "abc"',
     )
     assert str(refused.value) == (
-        f"load_checkpoint: {path} is of another run: {'; '.join(differences)}. Resume with what it "
-        "was made with, or give a new folder."
+        f"load_checkpoint: {path} belongs to another run: {'; '.join(differences)}. Resume with "
+        "the values it was saved with, or choose a new folder."
     )
     load_checkpoint(path, make_state(), run=json.loads(json.dumps(run)))
 
@@ -378,8 +378,8 @@ def test_second_run_in_a_folder_is_refused_until_the_first_has_ended(tmp_path):
     with pytest.raises(OSError) as refused, locked(tmp_path):
         pass
     assert str(refused.value) == (
-        f"{tmp_path} is in use by the run of process {holder.pid}; wait for its end or give "
-        "another folder"
+        f"{tmp_path} is in use by the run of process {holder.pid}; wait until it ends or "
+        "choose another folder"
     )
     holder.kill()  # the lock goes with it, whatever the file says
     holder.communicate()

@@ -234,7 +234,7 @@ def test_update_that_is_not_finite_on_one_device_is_left_out_on_all():
 
 
 def test_members_of_an_ensemble_never_meet_and_are_what_each_is_alone():
-    """The recipe of the module's docstring, eight members on four devices."""
+    """The recipe of jaxgru/training/README.md, eight members on four devices."""
     mesh = jax.make_mesh((4,), ("data",))
     optimizer = optax.sgd(0.5, momentum=0.9)
 
@@ -273,8 +273,8 @@ def test_members_of_an_ensemble_never_meet_and_are_what_each_is_alone():
 
 
 TOKENS = np.zeros((5, 6), np.int32)
-CURE = "take a multiple, or fewer devices."
-NO_ROWS = "set batch_axes and carry_axes, None for what has no rows."
+CURE = "change it or use fewer devices."
+NO_ROWS = "set batch_axes and carry_axes, None for a leaf without rows."
 
 
 def place_carry(shape, **choices):
@@ -290,13 +290,13 @@ def take_own_step(state, batch):
 REFUSED = {
     "batch_size": (
         lambda: layout_of(4).process_rows(6),
-        "Layout.process_rows: batch_size must divide by 4 (the size of 'data' of the mesh), got 6; "
-        + CURE,
+        "Layout.process_rows: batch_size must be a multiple of 4 (the size of 'data' in the mesh), "
+        "got 6; " + CURE,
     ),
     "two axes": (
         lambda: layout_of(2, 2, batch=("data", "model")).process_rows(6),
-        "Layout.process_rows: batch_size must divide by 4 (the size of ('data', 'model') of the "
-        "mesh), got 6; " + CURE,
+        "Layout.process_rows: batch_size must be a multiple of 4 (the size of ('data', 'model') in "
+        "the mesh), got 6; " + CURE,
     ),
     "none": (
         lambda: layout_of(4).process_rows(0),
@@ -304,25 +304,25 @@ REFUSED = {
     ),
     "batch": (
         lambda: layout_of(4).place_batch((TOKENS[:, :4], TOKENS, np.array(True))),
-        "Layout.place_batch: batch[1] must have rows that divide by 4 on axis 1 (shards on the "
-        "mesh), got shape (5, 6); " + CURE,
+        "Layout.place_batch: batch[1] must have a multiple of 4 rows (shards of the mesh) on axis "
+        "1, got shape (5, 6); " + CURE,
     ),
     "axis of batch": (
         lambda: training.Layout(mesh_of(4)).place_batch((TOKENS[:, :4], np.array(True))),
-        "Layout.place_batch: batch[1] must have an axis 1 of rows, got shape (); " + NO_ROWS,
+        "Layout.place_batch: batch[1] must have its rows on axis 1, got shape (); " + NO_ROWS,
     ),
     "negative axis": (
         lambda: training.Layout(mesh_of(4), batch_axes=-1).place_batch(TOKENS[:, :4]),
-        "Layout.place_batch: batch must have an axis -1 of rows, got shape (5, 4); " + NO_ROWS,
+        "Layout.place_batch: batch must have its rows on axis -1, got shape (5, 4); " + NO_ROWS,
     ),
     "carry": (
         lambda: place_carry((6, 3)),
-        "Layout.place_state: state.carry['h'] must have rows that divide by 4 on axis 0 (shards on "
-        "the mesh), got shape (6, 3); " + CURE,
+        "Layout.place_state: state.carry['h'] must have a multiple of 4 rows (shards of the mesh) "
+        "on axis 0, got shape (6, 3); " + CURE,
     ),
     "axis of carry": (
         lambda: place_carry((4, 3), carry_axes={"h": 2}),
-        "Layout.place_state: state.carry['h'] must have an axis 2 of rows, got shape (4, 3); "
+        "Layout.place_state: state.carry['h'] must have its rows on axis 2, got shape (4, 3); "
         + NO_ROWS,
     ),
     "carry of a step": (
@@ -331,8 +331,8 @@ REFUSED = {
             training.TrainState({}, {}, None, None, 0, 0),
             None,
         ),
-        "Layout.wrap_step: state.carry must have rows that divide by 4 on axis 0 (shards on the "
-        "mesh), got shape (6, 3); " + CURE,
+        "Layout.wrap_step: state.carry must have a multiple of 4 rows (shards of the mesh) on axis "
+        "0, got shape (6, 3); " + CURE,
     ),
     "name of batch": (
         lambda: training.Layout(mesh_of(4), batch="rows"),
@@ -364,7 +364,7 @@ def test_what_is_of_another_kind_is_refused():
     with pytest.raises(TypeError) as refused:
         training.Layout(jax.devices())
     assert str(refused.value) == (
-        "Layout: mesh must be a jax.sharding.Mesh, got list; jax.make_mesh makes one."
+        "Layout: mesh must be a jax.sharding.Mesh, got list; make one with jax.make_mesh."
     )
 
 
@@ -372,11 +372,11 @@ def test_axes_that_are_no_prefix_are_refused():
     """The end of each message is JAX's."""
     with pytest.raises(ValueError) as refused:
         layout_of(4).place_batch((TOKENS, TOKENS))
-    start = "Layout.place_batch: batch_axes must be a prefix of batch, got (1, 1, None): "
+    start = "Layout.place_batch: batch_axes must be a pytree prefix of batch, got (1, 1, None): "
     assert str(refused.value).startswith(start)
     with pytest.raises(ValueError) as refused:
         place_carry((4, 3), carry_axes=(0, 1))
-    start = "Layout.place_state: carry_axes must be a prefix of carry, got (0, 1): "
+    start = "Layout.place_state: carry_axes must be a pytree prefix of carry, got (0, 1): "
     assert str(refused.value).startswith(start)
 
 
@@ -385,7 +385,7 @@ def test_mesh_must_have_a_device_of_every_process(monkeypatch):
     with pytest.raises(ValueError) as refused:
         training.Layout(mesh_of(4))
     assert str(refused.value) == (
-        "Layout: mesh must have a device of each of 2 processes, got those of [0]; make it of "
+        "Layout: mesh must have devices of all 2 processes, got only those of [0]; make it from "
         "jax.devices()."
     )
 
@@ -407,13 +407,13 @@ def test_rows_of_a_process_are_those_of_its_devices(monkeypatch):
     with pytest.raises(ValueError) as refused:
         training.Layout(mesh_of(4)).place_batch(TOKENS[:, :5])
     assert str(refused.value) == (
-        "Layout.place_batch: batch must have rows that divide by 2 on axis 1 (shards on the mesh), "
+        "Layout.place_batch: batch must have a multiple of 2 rows (shards of the mesh) on axis 1, "
         "got shape (5, 5); " + CURE
     )
     own.append(0)
     with pytest.raises(ValueError) as refused:
         layout_of(4).process_rows(8)
     assert str(refused.value) == (
-        "Layout.process_rows: mesh must give a process rows without gaps, got [(0, 2), (4, 6), "
-        "(6, 8)]; make it of jax.devices(), in their order."
+        "Layout.process_rows: mesh must assign contiguous rows to each process, got [(0, 2), (4, "
+        "6), (6, 8)]; make it from jax.devices(), in their order."
     )

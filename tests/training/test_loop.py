@@ -101,7 +101,7 @@ def test_run_stopped_after_any_update_resumes_to_the_same_bits(tmp_path, whole, 
     assert stopped.value.code == (143, 130)[stop % 2]
     assert (tmp_path / "signal/checkpoints" / f"step-{stop:08}").exists()
     name, folder = ("SIGTERM", "SIGINT")[stop % 2], tmp_path / "signal" / "checkpoints"
-    assert str(stopped.value) == f"stopped by {name} after update {stop}, which is in {folder}"
+    assert str(stopped.value) == f"stopped by {name} after update {stop}, saved in {folder}"
     with pytest.raises(Crash):
         survivor.run(tmp_path / "crash", resume=False, on_update=crash)
     for name in ("signal", "crash"):
@@ -218,7 +218,7 @@ def test_bad_updates_whose_end_cannot_be_saved_stop_the_run_all_the_same(tmp_pat
     monkeypatch.setattr(loop, "save_checkpoint", fail)
     bad = {"batches": lambda start: [np.full(3, np.nan, np.float32)] * 60, "log_every": 1}
     with (
-        pytest.warns(UserWarning, match="update 10 could not be saved .*; training goes on"),
+        pytest.warns(UserWarning, match="update 10 could not be saved .*; training continues"),
         pytest.raises(training.NonFiniteError) as stopped,
     ):
         survivor.run(tmp_path, resume=False, every=50, evaluate=None, monitor=None, **bad)
@@ -310,8 +310,8 @@ def test_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(tmp_path):
     ):
         survivor.run(tmp_path)
     assert str(refused.value) == (
-        f"fit: {tmp_path / 'checkpoints'} must hold an intact checkpoint, got damaged ones alone; "
-        "give another folder to begin anew. Nothing was overwritten."
+        f"fit: {tmp_path / 'checkpoints'} must hold an intact checkpoint, got only damaged ones; "
+        "choose another folder to start a new run. Nothing was overwritten."
     )
     assert contents(tmp_path) == before
 
@@ -339,7 +339,7 @@ def test_best_that_could_not_be_saved_in_its_time_is_saved_later(tmp_path, whole
         survivor.run(tmp_path, resume=False)
     assert [str(warning.message) for warning in told] == [
         f"fit: update {best} could not be saved in {tmp_path / 'checkpoints'}: [Errno 28] No space "
-        "left on device; training goes on"
+        "left on device; training continues"
     ]
     assert told[0].filename == survivor.__file__
     name = f"step-{best:08}"
@@ -360,14 +360,15 @@ def test_run_goes_on_only_with_its_own_monitor_and_for_as_long(tmp_path):
         (
             lambda: survivor.run(tmp_path, monitor=Monitor("far", "max")),
             training.CheckpointError,
-            "monitor must be what the run was made with, ['far', 'min'], got ['far', 'max'].",
+            "monitor must have the metric and mode of the resumed run, ['far', 'min'], got ['far', "
+            "'max'].",
         ),
         (
             lambda: survivor.run(tmp_path, num_updates=8),
             ValueError,
             "num_updates must be at least state.step, 9, got 8.",
         ),
-        (go_on, training.CheckpointError, f"{own} must be one that fit has written: 'pending'"),
+        (go_on, training.CheckpointError, f"{own} must be a checkpoint of fit: 'pending'"),
     ):
         with pytest.raises(error) as refused:
             call()
@@ -381,7 +382,7 @@ def test_run_whose_log_is_damaged_is_refused(tmp_path):
     with pytest.raises(training.CheckpointError) as refused:
         survivor.run(tmp_path)
     assert str(refused.value) == (
-        f"fit: {log} must hold one JSON object a line: Expecting value: line 1 column 1 (char 0)"
+        f"fit: {log} must hold one JSON object per line: Expecting value: line 1 column 1 (char 0)"
     )
 
 
@@ -403,8 +404,8 @@ def test_second_run_in_a_folder_is_refused(tmp_path):
     with pytest.raises(OSError) as refused:
         survivor.run(tmp_path, resume=False, on_update=run_again)
     assert str(refused.value) == (
-        f"{tmp_path / 'checkpoints'} is in use by the run of process {os.getpid()}; wait for its "
-        "end or give another folder"
+        f"{tmp_path / 'checkpoints'} is in use by the run of process {os.getpid()}; wait until it "
+        "ends or choose another folder"
     )
 
 
@@ -415,15 +416,15 @@ def test_folder_of_another_run_is_never_written_to(tmp_path):
     with pytest.raises(FileExistsError) as refused:
         survivor.run(tmp_path, checkpoints=Checkpoints(folder, 5, {"a": 1}))
     assert str(refused.value) == (
-        f"{folder} holds the checkpoints of another run; resume it or give another folder. Nothing "
-        "was overwritten"
+        f"{folder} holds the checkpoints of another run; resume it or choose another folder. "
+        "Nothing was overwritten"
     )
     for run, difference in (({"a": 2}, "a must be 2, got 1"), (None, "a must be null, got 1")):
         with pytest.raises(training.CheckpointError) as refused:
             survivor.run(tmp_path, checkpoints=Checkpoints(folder, 5, run, resume=True))
         assert str(refused.value) == (
-            f"load_checkpoint: {folder / 'step-00000005'} is of another run: {difference}. "
-            "Resume with what it was made with, or give a new folder."
+            f"load_checkpoint: {folder / 'step-00000005'} belongs to another run: {difference}. "
+            "Resume with the values it was saved with, or choose a new folder."
         )
     assert survivor.left_by(tmp_path) == before
 
@@ -445,8 +446,8 @@ def test_loss_of_the_best_checkpoint_is_warned_of(tmp_path):
     with pytest.warns(UserWarning) as told:
         fitted = survivor.run(tmp_path)
     assert [str(warning.message) for warning in told] == [
-        f"fit: the best checkpoint, of update {int(best.step)}, is lost; the newest stands in for "
-        "it until the next evaluation"
+        f"fit: the best checkpoint, of update {int(best.step)}, is missing or damaged; the newest "
+        "replaces it until the next evaluation"
     ]
     assert told[0].filename == survivor.__file__
     assert int(fitted.best.step) > 50
@@ -465,7 +466,7 @@ def test_checkpoint_that_cannot_be_written_stops_no_training_but_the_end_does(tm
             survivor.run(tmp_path, resume=False, on_update=fill)
         messages = [str(w.message) for w in told]
         saves = [m for m in messages if m.startswith("fit: update ")]
-        logs = [m for m in messages if m.startswith("JsonLines: a record waits to be written: ")]
+        logs = [m for m in messages if m.startswith("JsonLines: a record could not be written")]
         assert len(saves) + len(logs) == len(messages) and len(saves) >= 3 and len(logs) >= 3
         assert saves[0] == (
             f"fit: update 20 could not be saved in {tmp_path / 'checkpoints'}: "
@@ -526,10 +527,10 @@ def test_training_stops_early_and_keeps_the_best(tmp_path, monitor, values, stop
     [
         (
             {"monitor": Monitor("loss_")},
-            "monitor.metric must be what evaluate returns, got 'loss_' and ['far', 'first', "
-            "'gradient_norm', 'loss', 'seconds', 'skipped', 'update'].",
+            "monitor.metric must be one of ['far', 'first', 'gradient_norm', 'loss', 'seconds', "
+            "'skipped', 'update'], got 'loss_'; evaluate must return it.",
         ),
-        ({"evaluate": None}, "monitor must go with evaluate, which makes its metric."),
+        ({"evaluate": None}, "monitor must be given with evaluate, which computes its metric."),
         (
             {"monitor": Monitor("far", "least")},
             "monitor.mode must be one of 'min', 'max', got 'least'.",
@@ -538,8 +539,8 @@ def test_training_stops_early_and_keeps_the_best(tmp_path, monitor, values, stop
         ({"checkpoints": 0}, "checkpoints.every must be at least 1, got 0."),
         (
             {"evaluate": lambda state: {"loss": 1.0, "far": 1.0, "first": 0.0}},
-            "evaluate must return names that the record has not, got ['first', 'loss']; call them "
-            "validation_..., say.",
+            "evaluate must return names that the record does not use, got ['first', 'loss']; "
+            "rename them, e.g. validation_loss.",
         ),
     ],
 )
@@ -564,7 +565,7 @@ def test_batches_that_cannot_be_found_again_are_refused(tmp_path):
     with pytest.raises(TypeError) as refused:
         training.fit(step, state, [1], num_updates=1)
     assert str(refused.value) == (
-        "fit: batches must be a function that gives the batches from the n-th on, got list."
+        "fit: batches must be a function, batches(n), of the number of its first batch, got list."
     )
 
 
@@ -654,7 +655,7 @@ def test_log_drops_its_own_later_records_and_a_truncated_line(tmp_path):
     with pytest.raises(ValueError) as refused:
         training.read_json_lines(path)
     assert str(refused.value) == (
-        f"{path} must hold one JSON object a line: Expecting value: line 1 column 1 (char 0)"
+        f"{path} must hold one JSON object per line: Expecting value: line 1 column 1 (char 0)"
     )
 
 
@@ -664,7 +665,8 @@ def test_records_that_could_not_be_written_come_with_the_next(tmp_path):
     with pytest.warns(UserWarning) as told:
         log(None, {"update": 1})
     assert str(told[0].message) == (
-        f"JsonLines: a record waits to be written: [Errno 17] File exists: '{tmp_path / 'file'}'"
+        "JsonLines: a record could not be written, and is written with the next: [Errno 17] File "
+        f"exists: '{tmp_path / 'file'}'"
     )
     assert told[0].filename == __file__
     (tmp_path / "file").unlink()

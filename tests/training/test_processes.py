@@ -189,7 +189,7 @@ class Group:
         return found
 
 
-OTHER = "OSError('another process stopped; its own message tells why')"
+OTHER = "OSError('another process failed; see its error message')"
 
 
 def test_error_of_one_process_stops_all(monkeypatch):
@@ -298,8 +298,8 @@ def test_folder_that_processes_do_not_share_is_refused(tmp_path, monkeypatch):
     for index, error in enumerate(refused):
         assert isinstance(error, training.CheckpointError), error
         assert str(error) == (
-            f"fit: {tmp_path / str(index) / 'checkpoints'} must be a folder that all processes "
-            "share, got different checkpoints in them."
+            f"fit: {tmp_path / str(index) / 'checkpoints'} must be one folder shared by all "
+            "processes, got different checkpoints in them."
         )
 
 
@@ -325,7 +325,7 @@ def test_sigterm_to_one_process_saves_all_and_another_layout_goes_on(tmp_path):
     done = run_processes(commands, meanwhile=stop)
     assert [code for code, *_ in done] == [143, 143], done
     for _, _, shown in done:
-        assert "update 5 could not be saved" in shown and "training goes on" in shown
+        assert "update 5 could not be saved" in shown and "training continues" in shown
     found = training.find_checkpoint(tmp_path / "two")
     assert found is not None and 7 <= found.step < 32
     assert len(log.read_text().splitlines()) == found.step
@@ -398,7 +398,7 @@ def test_all_processes_stop_where_one_cannot_go_on(tmp_path):
     main, other = run_processes(in_two(tmp_path, "used"))
     assert main[0] == other[0] == 2
     assert "nothing was overwritten" in main[2]
-    assert "another process stopped; its own message tells why" in other[2]
+    assert "another process failed; see its error message" in other[2]
 
 
 def test_batch_that_does_not_divide_is_refused_by_several_processes_and_fits_one(monkeypatch):

@@ -212,7 +212,7 @@ def test_mean_leaves_out_what_is_not_finite_and_is_nan_without_any_number():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batches": [1.0] * 0}, "fit: batches must hold 7, got 0."),
+        ({"batches": [1.0] * 0}, "fit: batches must last for 7 updates, got 0."),
         ({"num_updates": 0}, "fit: num_updates must be at least 1, got 0."),
         ({"log_every": 0}, "fit: log_every must be at least 1, got 0."),
         ({"evaluate_every": 0}, "fit: evaluate_every must be at least 1, got 0."),
@@ -443,10 +443,10 @@ RETURNED = [
      " with a carry of the state's shapes, ((),), got Pair(one=())."),
     (lambda loss, carry: (loss, (carry, dict.fromkeys(
         ("skipped", "loss", "update", "gradient_norm", "seconds", "mine"), loss))), ValueError,
-     " with metrics of names of their own, got ['gradient_norm', 'loss', 'seconds', 'skipped', "
-     "'update']."),
+     " with metric names that are not reserved, got ['gradient_norm', 'loss', 'seconds', "
+     "'skipped', 'update']."),
     (lambda loss, carry: (loss, (carry, {"u": 1.0, "v": jnp.ones((3, 1))})), ValueError,
-     " with scalar metrics, got v of [3, 1]."),
+     " with scalar metrics, got v[3, 1]."),
 ]  # fmt: skip
 
 

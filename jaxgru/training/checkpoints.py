@@ -99,8 +99,8 @@ def save_checkpoint(
 
     def commit():
         text = json.dumps({**record, "files": _sums(temporary, flush=True)})
-        sealed = json.dumps({"sha256": _sha256(text), "manifest": text})
-        write_atomically(temporary / _MANIFEST, sealed.encode())
+        sealed = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "manifest": text}
+        write_atomically(temporary / _MANIFEST, json.dumps(sealed).encode())
         if path.exists():
             shutil.rmtree(path)
         temporary.rename(path)
@@ -113,6 +113,7 @@ def save_checkpoint(
 
     on_process_zero(prepare)
     try:
+        # Where one process cannot write, Orbax's other processes wait for 20 minutes or longer.
         if jax.process_count() > 1 and hasattr(os, "posix_fallocate"):  # macOS has no such call
             on_all_processes(lambda: _require_room(temporary, arrays.values()))
         on_all_processes(write)
@@ -129,8 +130,7 @@ def find_checkpoint(
 ) -> Checkpoint | None:
     """Finds the newest intact checkpoint of a folder, or the best one according to the newest.
 
-    Checkpoints are verified from the newest on. A damaged one is skipped with a warning that names
-    it, and is not changed. Other files and folders are ignored.
+    A damaged checkpoint is skipped with a warning that names it. Other files are ignored.
 
     Args:
       folder: as given to `save_checkpoint`; it may be missing.
@@ -173,8 +173,7 @@ def load_checkpoint(
 
     Args:
       path: of the checkpoint.
-      like: a state with the same structure, shapes and dtypes; its sharding may differ from the
-        saved one.
+      like: a state with the same structure, shapes and dtypes, and the wanted sharding.
       run: the metadata that the checkpoint must have been saved with; None accepts any.
 
     Returns:
@@ -229,11 +228,7 @@ def _first_intact(numbered):
 
 
 def _require_room(temporary, arrays):
-    """Raises OSError unless the disk has room for the parts of this process.
-
-    Without this check, a process that cannot write makes Orbax's other processes wait for it for 20
-    minutes or longer.
-    """
+    """Raises OSError unless the disk has room for the parts of this process."""
     parts = [part for array in arrays for part in array.addressable_shards if part.replica_id == 0]
     size = sum(part.data.nbytes for part in parts) + _MOST_METADATA
     path = temporary.with_name(f"{PREFIX}{jax.process_index()}-{temporary.name}")
@@ -250,7 +245,7 @@ def _read_manifest(path):
         if not (path / _MANIFEST).exists():
             raise ValueError(f"{_MANIFEST} is missing")
         sealed = json.loads((path / _MANIFEST).read_bytes())
-        if sealed["sha256"] != _sha256(sealed["manifest"]):
+        if sealed["sha256"] != hashlib.sha256(sealed["manifest"].encode()).hexdigest():
             raise ValueError(f"{_MANIFEST} does not match its sha256")
         record = json.loads(sealed["manifest"])
         if record["format"] != _FORMAT:
@@ -279,10 +274,6 @@ def _sums(path, *, flush=False):
             flush_folder(parent)
     sums.pop(_MANIFEST, None)
     return sums
-
-
-def _sha256(text):
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _raise(error):

@@ -18,7 +18,7 @@ from jaxgru.core.checks import require_extra
 
 
 class Callback(Protocol):
-    """A function of a record. It must copy what it keeps of the state, whose buffers are reused."""
+    """Called with (state, record); it must copy what it keeps of the state: buffers are reused."""
 
     def __call__(self, state: Any, record: dict[str, Any], /) -> Any: ...
 

@@ -31,7 +31,7 @@ _MAX_SKIPPED_IN_ROW = 10
 
 
 class NonFiniteError(FloatingPointError):
-    """Too many updates in a row were not finite; `state` holds the last finite parameters."""
+    """Ten or more updates in a row were not finite; `state` holds the last finite parameters."""
 
     def __init__(self, message: str, state: TrainState):
         super().__init__(message)
@@ -113,8 +113,7 @@ def fit(
       evaluate_every: updates between evaluations; None evaluates only at the end.
       monitor: selects the state of the best evaluation, and stops early if it has a patience.
       checkpoints: saves the state at intervals and after every best evaluation.
-      callbacks: each is called with (state, record). It must copy what it keeps of the state, whose
-        buffers are reused. None uses a `JsonLines` that writes metrics.jsonl in the folder of
+      callbacks: see `Callback`. By default, a `JsonLines` writes metrics.jsonl into the folder of
         checkpoints, if there is one.
       log_every: updates between records; the loop waits for the device only for a record.
       items_per_update: items in a batch, for the rate in the records.
@@ -127,8 +126,8 @@ def fit(
       (but "skipped" is a total), f"{items_name}_per_second", and what evaluate returned.
 
     Raises:
-      ValueError: there are too few batches, a count is below 1, num_updates is below state.step,
-        or evaluate does not return the monitor's metric, or returns a name of the record.
+      ValueError: a count is below 1, num_updates is below state.step, there are too few batches, or
+        evaluate does not return the monitor's metric or returns a name of the record.
       TypeError: a count is not an integer.
       CheckpointError: the checkpoint belongs to another model, run or monitor, or every checkpoint
         is damaged.
@@ -292,8 +291,7 @@ def _restore(checkpoints, state, monitor):
 
 
 def _evaluated(found, record):
-    clash = sorted(set(found) & set(record))
-    if clash:
+    if clash := sorted(set(found) & set(record)):
         raise ValueError(
             f"fit: evaluate must return names that the record does not use, got {clash}; rename "
             "them, e.g. validation_loss."
@@ -338,8 +336,7 @@ def _progress_bar(start, num_updates, shown):
     with tqdm(total=num_updates, initial=start, unit="update", dynamic_ncols=True) as bar:
 
         def show(state, record):
-            hidden = {"update", "seconds", "gradient_norm"}
-            hidden |= set() if record["skipped"] else {"skipped"}
+            hidden = {"update", "seconds", "gradient_norm", "" if record["skipped"] else "skipped"}
             values.update({k: f"{v:.4g}" for k, v in record.items() if k not in hidden})
             bar.update(record["update"] - bar.n)
             bar.set_postfix(values)

@@ -22,8 +22,7 @@ def on_all_processes(run: Callable[[], Result]) -> Result:
       What run() returned on this process.
 
     Raises:
-      OSError: run() failed on another process.
-      Exception: what run() raised on this process.
+      Exception: what run() raised on this process, or OSError if it failed on another one.
     """
     result: Any = None
     error = None
@@ -50,8 +49,7 @@ def on_process_zero(run: Callable[[], Result]) -> Result | None:
       What run() returned on process 0; None on the others.
 
     Raises:
-      OSError: on the others, if run() failed.
-      Exception: on process 0, what run() raised.
+      Exception: as in `on_all_processes`.
     """
     return on_all_processes(run if jax.process_index() == 0 else lambda: None)
 

@@ -58,11 +58,10 @@ def make_train_step(
 ) -> TrainStep:
     """Makes one jitted optimizer update, train_step(state, batch) -> (state, metrics).
 
-    An update is skipped if its loss, its gradient, the squares of the optimizer's updates, or a new
-    value of parameters, optimizer state or carry is not finite. A skipped update changes only the
-    step, the key and the count of skipped updates. The gradient is checked before the optimizer
-    can clip it. Values that were infinite before the update are ignored, since some optimizers
-    start with infinity.
+    An update is skipped if its loss, its gradient, the squares of what it adds to the parameters,
+    or a new value of parameters, optimizer state or carry is not finite. A skipped update changes
+    only the step, the key and the count of skipped updates. The gradient is checked before the
+    optimizer can clip it. Values that were infinite before are ignored: some optimizers start so.
 
     Use optax for clipping of entries (`optax.clip`), accumulation of gradients over several batches
     (`optax.MultiSteps`), schedules and masks, and `clip_by_global_norm` for large gradients.
@@ -96,8 +95,7 @@ def make_train_step(
     """
 
     def checked_loss(params, carry, batch, key):
-        loss, carry, metrics = _require_result(loss_fn(params, carry, batch, key), carry)
-        return loss, (carry, metrics)
+        return _require_result(loss_fn(params, carry, batch, key), carry)
 
     gradient_fn = jax.value_and_grad(checked_loss, has_aux=True)
     gradient_fn = gradient_fn if layout is None else layout.wrap_gradient(gradient_fn)
@@ -144,7 +142,7 @@ def _stays_finite(new, old):
 
 
 def _require_result(returned, carry):
-    """(loss, carry, metrics) of the result of a loss function."""
+    """Checks the result of a loss function and makes arrays of its metrics."""
     form = "train_step: loss_fn must return (loss, (carry, metrics))"
     try:
         loss, (new, metrics) = returned
@@ -162,7 +160,7 @@ def _require_result(returned, carry):
     for name, value in metrics.items():
         if value.ndim:
             raise ValueError(f"{form} with scalar metrics, got {name}{list(value.shape)}.")
-    return loss, new, metrics
+    return loss, (new, metrics)
 
 
 def _require_same_shapes(params, old):

@@ -3,10 +3,10 @@
 With g_t = dL/dh_t, the loop of the backward pass runs from the last step to the first and carries
 g alone; `jaxgru.core.derivatives` has the local derivatives c_t of the step and its transpose:
 
-    g_t-1 = step_vjp(c_t, g_t) + dL/dh_t-1 of the outputs
+    g_{t-1} = step_vjp(c_t, g_t) + the cotangent of the output hs[t-1]
 
 All else is a bulk product over the steps of a chunk, before the loop (the coefficients) or after it
-(the gradients of weights, biases and inputs). `jaxgru/core/README.md` derives the equations.
+(the gradients of weights, biases and inputs). `jaxgru/core/README.md` has the equations.
 """
 
 import functools
@@ -36,7 +36,7 @@ def bptt(config, params, inputs, h0, dropout, key):
 
 
 def _forward(config, params, inputs, h0, dropout, key):
-    """The results, and the residuals that config chooses. (It must not call `bptt` itself.)"""
+    """The results, and the residuals that config chooses."""
     primals = (params, inputs, h0, dropout, key)
     primals = jax.tree.map(lambda p: p.value, primals, is_leaf=lambda p: hasattr(p, "perturbed"))
     save_gates = config.residuals == "gates"
@@ -46,7 +46,7 @@ def _forward(config, params, inputs, h0, dropout, key):
 
 
 def _backward(config, residuals, cotangents):
-    """The cotangents of params, inputs and h0, chunk by chunk from the last to the first."""
+    """The cotangents of params, inputs and h0, chunk by chunk, against the forward direction."""
     (params, inputs, h0, dropout, key), hs, gates, h_starts = residuals
     dh_last, dhs = (None if isinstance(ct, SymbolicZero) else ct for ct in cotangents)
     recurrent, w_x_transposed = split_recurrent(params), params.w_x.T
@@ -58,10 +58,10 @@ def _backward(config, residuals, cotangents):
         flags = inputs.flags.with_zoneout(key, config.zoneout, inputs.numbers, g)
         c = coefficients(gates, h_tm1, params.spec, dropout)
         run = reverse_scan if config.kernel is None else config.kernel.backward
-        g, (g_t, dp, dtap) = run(
+        g, (dh, dp, dtap) = run(
             config, transposed, g, c, gates.norms, dhs, inputs._replace(flags=flags), dropout
         )
-        da, du = gates_vjp(c, g_t, dp)
+        da, du = gates_vjp(c, dh, dp)
         of_chunk = params_vjp(params, inputs.xs, gates, h_tm1, da, du, dropout)
         dparams = jax.tree.map(jnp.add, dparams, of_chunk)
         dxs = inputs_vjp(params, w_x_transposed, inputs.xs, da).astype(inputs.xs.dtype)
@@ -94,20 +94,20 @@ bptt.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def reverse_scan(config, transposed, g, c, norms, dhs, inputs, dropout):
-    """g before the chunk; and of each step g_t, dp (the cotangent of what w_hn reads) and dtap.
+    """g before the chunk; and of each step dh, dp and dtap.
 
-    g_t is what enters the transposed step: a masked step passes its g on to h_tm1 instead, but its
-    tap still gets it.
+    dtap is the whole dL/dh_t. dh is the part of it that goes through the step: 0 where the step is
+    masked, since that part goes directly to h_tm1. dp is the cotangent of what w_hn multiplies.
     """
 
     def body(g, per_step):
         c, norms, dh_t, flags = per_step
         g = g if dh_t is None else g + dh_t.astype(g.dtype)
         dtap = None if inputs.tap is None else g
-        g, passed = flags.leave_vjp(g)
-        g_tm1, dp = step_vjp(transposed, c, norms, g, dropout)
+        dh, passed = flags.leave_vjp(g)
+        g_tm1, dp = step_vjp(transposed, c, norms, dh, dropout)
         g_tm1 = g_tm1 if passed is None else g_tm1 + passed
-        return flags.enter_linear(g_tm1), (g, dp, dtap)
+        return flags.enter_linear(g_tm1), (dh, dp, dtap)
 
     per_step = (c, norms, dhs, inputs.flags)
     return lax.scan(body, g, per_step, reverse=not config.reverse, unroll=config.unroll)

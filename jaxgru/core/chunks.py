@@ -13,7 +13,7 @@ from jaxgru.core.sharding import on_auto_mesh
 _WHOLE_SEQUENCE = 1 << 18  # T * B * H up to which all of time is one chunk
 _CHUNK = 1 << 17  # chunk_size * B * H, where that is 8 steps or more
 _MANY_GATES = 1 << 19  # T * B * H above which saved gates no longer stay in the caches
-_CHEAP_PRODUCT = 256  # I + H up to which the gates' products then take less time
+_CHEAP_PRODUCT = 256  # the largest I + H for which recomputing them is then faster than saving
 
 
 def scan_chunks(size, chunk, carry, per_step, per_chunk, *, reverse):
@@ -60,9 +60,9 @@ def scan_chunks(size, chunk, carry, per_step, per_chunk, *, reverse):
 def default_chunk_size(num_steps, h0, residuals):
     """The chunk size whose temporaries stay in the caches; sqrt(T) for "boundaries".
 
-    A divisor of T where one is near, so that no shorter last chunk is compiled. None, the whole
-    sequence, where a size is symbolic (`jax.export`) and cannot be compared, and on a mesh of
-    devices, which would add up the weight gradients between them once a chunk.
+    It is a divisor of T where one is near, so that no shorter last chunk is compiled. It is None,
+    the whole sequence, where a size is symbolic (`jax.export`), and T on a mesh with Auto axes,
+    unless residuals is "boundaries": the devices would sum their weight gradients once a chunk.
     """
     if not all(isinstance(size, int) for size in (num_steps, *h0.shape)):
         return None

@@ -1,7 +1,7 @@
 """The transpose (VJP) and the tangent (JVP) of one GRU step, from its local derivatives.
 
-The equations and their symbols are those of `jaxgru.core.cell`; `jaxgru/core/README.md` derives
-them. `dropout` is that of the state, [..., H] or None.
+The equations and their symbols are those of `jaxgru.core.cell` and `jaxgru/core/README.md`.
+`dropout` is that of the state, [..., H] or None.
 """
 
 import dataclasses
@@ -27,20 +27,20 @@ _DERIVATIVES = {
 
 
 class Coefficients(NamedTuple):
-    """The local derivatives of a step; no cotangent or tangent enters them, so they are bulk work.
+    """The local derivatives of a step; they are computed for all steps at once.
 
     K = dh'/dh directly, A = dh'/da_n, Z = dh'/da_z, and
     before:  R = d(r * h)/da_r         after:  R = dh'/da_r,  Q = dh'/dq
-    For "after", R, Z and Q are stored side by side: times dh they are what the one product reads.
+    For "after", R, Z and Q are side by side, so that dh times them is the operand of one product.
     """
 
     k: Array  # K [..., H]
     a: Array  # A [..., H]
     slopes: tuple[Array, ...]  # before: (R, Z), [..., H] each; after: one [..., 3, H] of R, Z, Q
-    reset: Array | None  # before: r [..., H]; after: None
+    gate_r: Array | None  # before: the gate r [..., H]; after: None
 
     def _slope(self, i):
-        return self.slopes[i] if self.reset is not None else self.slopes[0][..., i, :]
+        return self.slopes[i] if self.gate_r is not None else self.slopes[0][..., i, :]
 
     r = property(lambda self: self._slope(0), doc="R [..., H]")
     z = property(lambda self: self._slope(1), doc="Z [..., H]")
@@ -66,24 +66,26 @@ def coefficients(gates, h_tm1, spec, dropout=None):
 
 
 def step_vjp(transposed, c, norms, dh, dropout=None):
-    """The transpose of `step`: dh_tm1 and, for "before", dp, the cotangent of what w_hn reads.
+    """The transpose of `step`: dh_tm1 and, for "before", dp, the cotangent of r * d * h.
 
     before:  dp = N'(dh A) w_hn^T,  dh_tm1 = dh K + d * (dp r + N'[dp R | dh Z] [w_hr | w_hz]^T)
     after:   dh_tm1 = dh K + d * (N'[dh R | dh Z | dh Q] w_h^T)
     with d the recurrent dropout and N' the transpose of the normalization (identity without it).
     """
-    if c.reset is None:
+    if c.gate_r is None:
         dv = _normalize_vjp(transposed.g, norms, _flat(c.slopes[0] * dh[..., None, :]))
         return dh * c.k + drop_state(matmul(dv, transposed.w[0]), dropout), None
     w_rz_t, w_n_t = transposed.w
     dp = matmul(normalize_vjp(dh * c.a, transposed.g[2], norms[2]), w_n_t)
     dv = jnp.concatenate([dp * c.r, dh * c.z], axis=-1)
-    dread = dp * c.reset + matmul(_normalize_vjp(transposed.g[:2], norms[:2], dv), w_rz_t)
+    dread = dp * c.gate_r + matmul(_normalize_vjp(transposed.g[:2], norms[:2], dv), w_rz_t)
     return dh * c.k + drop_state(dread, dropout), dp
 
 
 def gates_vjp(c, dh, dp):
-    """The cotangents [..., 3H] of x w_x + b_x, da, and of h w_h + b_h, du.
+    """da and du [..., 3H], the cotangents of N(x w_x) + b_x and of N(p w_h) + b_h.
+
+    p is what each product reads: d * h, or r * d * h for w_hn of "before".
 
     before:  da = du = [dp R | dh Z | dh A]
     after:   da = [dh R | dh Z | dh A],  du = [dh R | dh Z | dh Q]
@@ -101,7 +103,7 @@ def params_vjp(params, xs, gates, h_tm1, da, du, dropout=None):
 
     dw_x = x^T N' da,  [dw_hr | dw_hz] = read^T N' du_rz,  read = d * h,
     dw_hn = (r read)^T N' du_n (before) or read^T N' du_n (after). A bias gets the sum of da or du,
-    a layer-norm scale that of its block times the normalized product.
+    a layer-norm scale the sum of da or du times the normalized product y.
     """
     (x, dv_x), of_w_h, rows = params_vjp_factors(params, xs, gates, h_tm1, da, du, dropout)
     pieces = gates_and_candidate(params.w_h) if params.spec.reset == "before" else [params.w_h]
@@ -149,13 +151,13 @@ def step_jvp(recurrent, c, norms, th, e, dropout=None):
     with d the recurrent dropout and N' the derivative of the normalization.
     """
     tread = drop_state(th, dropout)
-    if c.reset is None:
+    if c.gate_r is None:
         y = _normalize_jvp(recurrent.g, norms, matmul(tread, recurrent.w[0]))
         return th * c.k + (c.slopes[0] * y.reshape(c.slopes[0].shape)).sum(axis=-2) + e
     w_rz, w_n = recurrent.w
     y_rz = _normalize_jvp(recurrent.g[:2], norms[:2], matmul(tread, w_rz))
     y_r, y_z = jnp.split(y_rz, 2, axis=-1)
-    y_n = normalize_jvp(matmul(tread * c.reset + y_r * c.r, w_n), recurrent.g[2], norms[2])
+    y_n = normalize_jvp(matmul(tread * c.gate_r + y_r * c.r, w_n), recurrent.g[2], norms[2])
     return th * c.k + y_z * c.z + y_n * c.a + e
 
 

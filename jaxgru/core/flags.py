@@ -26,11 +26,11 @@ Array = jax.Array
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Flags:
-    """The flags of every step, or of one; None where there are none."""
+    """The flags of all steps [T, ..., 1], or of one [..., 1] inside the loop; None for none."""
 
-    mask: Array | None = None  # [T, ..., 1], True = valid step; [T, ..., H] with zoneout drawn
-    resets: Array | None = None  # [T, ..., 1]
-    cuts: Array | None = None  # [T, ..., 1]: the gradient of the state ends before the step
+    mask: Array | None = None  # True = take h_t, False = keep h_tm1; [T, ..., H] with zoneout drawn
+    resets: Array | None = None
+    cuts: Array | None = None  # the gradient of the state ends before the step
     zoneout_mean: float = 0.0  # the share of h_tm1 in h_t of a valid step, where nothing is drawn
 
     def enter(self, h: Array) -> Array:
@@ -38,7 +38,7 @@ class Flags:
         return _stop_where(self.cuts, zero_where(self.resets, h))
 
     def enter_linear(self, dh: Array) -> Array:
-        """The tangent of what the step reads from that of h; or the cotangent, the other way."""
+        """The derivative of `enter`, and its transpose: zero where the step is reset or cut."""
         return zero_where(self.resets, zero_where(self.cuts, dh))
 
     def leave(self, h_t: Array, h_tm1: Array) -> Array:
@@ -48,7 +48,7 @@ class Flags:
         return choose(self.mask, h_t, h_tm1)
 
     def leave_vjp(self, dh: Array) -> tuple[Array, Array | None]:
-        """The cotangents of h_t and of h_tm1, None for zero, from that of the state after."""
+        """The cotangents of h_t and of h_tm1 (None for zero) from that of leave(h_t, h_tm1)."""
         dh_tm1 = None
         if self.mask is not None:
             zero = jnp.zeros_like(dh)
@@ -66,7 +66,7 @@ class Flags:
         return self.enter(jnp.concatenate([h_start, hs])[:-1])
 
     def with_zoneout(self, key: Array | None, rate: float, numbers: Array, h: Array) -> "Flags":
-        """Flags whose mask keeps, at each step, the units that zoneout draws from the key."""
+        """Flags whose mask is also False at the units that zoneout holds at h_{t-1}."""
         if key is None:
             return self
         written = draw_masks(key, rate, numbers, h.shape, h)
@@ -80,7 +80,7 @@ def zero_where(flags: Array | None, h: Array) -> Array:
 
 
 def choose(flags: Array | None, where: Array, elsewhere: Array) -> Array:
-    """`where` at flagged steps, all for None; flags get unit axes behind their own."""
+    """jnp.where(flags, where, elsewhere), flags broadcast over the last axes; `where` for None."""
     if flags is None:
         return where
     flags = flags.reshape(flags.shape + (1,) * (where.ndim - flags.ndim))
@@ -88,12 +88,14 @@ def choose(flags: Array | None, where: Array, elsewhere: Array) -> Array:
 
 
 def _stop_where(cuts, h):
-    """h, without its gradient where cut: derivatives of a derivative need it too."""
+    """h, with stop_gradient where cut, since JAX also differentiates the derivative rules."""
     return h if cuts is None else choose(cuts, lax.stop_gradient(h), h)
 
 
 def find_cuts(windows: Array, mask: Array | None, h0: Array, reverse: bool) -> Array:
-    """[T, ..., 1], where a valid step is in another window [T] than the valid step before it.
+    """[T, ..., 1], True at a valid step whose window differs from that of the valid step before it.
+
+    windows [T] is the number of each step's window; "before" is in the order of the run.
 
     There is no cut before the first valid step, so padding does not cut a sequence from its h0.
     """

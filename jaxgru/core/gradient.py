@@ -43,18 +43,18 @@ def _require_counts(rule, *names):
 class BPTT:
     """Backpropagation through time by the handwritten `custom_vjp`: reverse mode, the fastest.
 
-    JAX raises a TypeError for forward mode: use `Tangent` there. Values and gradients do not depend
-    on residuals, chunk_size and unroll; memory and time do.
+    JAX raises a TypeError for forward mode: use `Tangent` there. residuals, chunk_size and unroll
+    change memory and time; values and gradients change by rounding only.
 
     Attributes:
       residuals: what the forward pass saves for the backward pass. "gates": hs and r, z, n (and q,
         for reset="after"). "states": hs; the gates are recomputed in bulk products. "boundaries":
         one state a chunk; the chunk is recomputed. None chooses "states" where T B H is above 2^19
         and I + H at most 256, since recomputing the gates is then faster than storing them, and
-        "gates" elsewhere, also where a size is symbolic.
+        "gates" elsewhere, also where a size is symbolic. With a kernel None chooses "states".
       chunk_size: steps that are differentiated at once; T need not be a multiple of it. None
-        chooses by size. The whole sequence is one chunk where T or B is symbolic ("boundaries" then
-        saves nothing) and on a mesh with Auto axes, whose devices sum their gradients once a chunk.
+        chooses by size: the whole sequence where a size is symbolic ("boundaries" then reduces no
+        memory), and on a mesh with Auto axes unless residuals is "boundaries".
       unroll: steps of the loop that one iteration runs, as in `lax.scan`.
       truncate: truncated backpropagation: steps are divided into windows [0, truncate), ... and the
         gradient of the state is cut between them. Values do not change. None cuts nothing.

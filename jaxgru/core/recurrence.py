@@ -28,10 +28,11 @@ Array = jax.Array
 
 
 class Tap(NamedTuple):
-    """Zeros that `gru` adds to its inputs and states; None where nothing is to be seen.
+    """Zeros that `gru` adds to xs and to every h_t, so that `jax.grad` gives their gradients.
 
-    The gradient of a loss with respect to a tap is a Tap of dL/dx_t and dL/dh_t for every step,
-    where h_t is what step t passes on to its output and to step t + 1.
+    The gradient of a loss with respect to a tap is a Tap of dL/dx_t and dL/dh_t for every step
+    (`retain_grad` in PyTorch), where h_t is what step t passes on to its output and to step t + 1.
+    None stands for an array that is not wanted.
     """
 
     xs: Array | None  # [T, ..., I]
@@ -61,7 +62,7 @@ def gru(
         h_{t-1} = 0 before step t       where resets[t] is True, on masked steps too
 
     Sources: Cho et al. 2014 (arXiv:1406.1078), eqs. 5-8, and Chung et al. 2014 (arXiv:1412.3555),
-    section 3.2. `jaxgru/core/README.md` derives the backward pass.
+    section 3.2. `jaxgru/core/README.md` has the backward pass.
 
     Args:
       params: of one layer, in the dtype of xs and h0 (float64, float32, bfloat16 or float16).
@@ -81,30 +82,34 @@ def gru(
         masks at the same steps, whatever the gradient, the direction and the padding.
       deterministic: True for evaluation: no dropout, and zoneout's mean; key is not used.
       first_step: the number of the first step of xs, for zoneout's draws and the windows of
-        truncate. With it, chunks of a sequence give what the whole sequence gives. May be traced.
+        truncate. With it, consecutive pieces of a sequence give the values of the whole sequence. A
+        window edge at the start of a piece does not cut the gradient of its h0: use
+        `jax.lax.stop_gradient` there. May be traced.
       tap: a `Tap` of zeros, from `init_taps`. The gradient of a loss with respect to it is dL/dx_t
         and dL/dh_t of every step.
 
     Returns:
-      h_last [..., H], the state after the last step (the first, if reverse), which is the last
-      valid state under a mask and h0 for a length of 0; and hs [T, ..., H], with time at `axis`.
-      Both have the dtype of xs, and each gradient that of its argument.
+      h_last [..., H], the state after the last step (the first, if reverse); without resets and
+      under a mask it is the state after the last valid step, or h0 where no step is valid. And hs
+      [T, ..., H], with time at `axis`. Both have the dtype of xs, and each gradient that of its
+      argument. (`torch.nn.GRU` returns its outputs first, and h_n with an axis of layers.)
 
     Raises:
       ValueError: a shape does not fit, a choice is unknown, or a rate is above 0 without a key.
       TypeError: an argument has the wrong kind or dtype.
 
-    Half types: operands of products are bfloat16 or float16, but for those of the weight gradients;
-    sums, gates and the state are float32. A state that is read back from hs was rounded, so the
-    residuals of `BPTT` then differ by rounding.
+    bfloat16 and float16: the operands of matrix products have that type, except that the products
+    of weight gradients have float32 operands; sums, gates and the state are float32. A state that
+    is read back from hs was rounded, so the residuals of `BPTT` then differ by rounding.
 
-    Cost: 6 T B H (I + H) floating-point operations in products forward and twice that backward,
-    half as much again with residuals other than "gates". Numbers saved for the backward pass beside
-    inputs and outputs: 3 T B H, or 4 T B H for reset="after", with "gates"; none with "states" and
-    "boundaries"; and B H a chunk. The backward pass of a chunk of C steps needs about 12 C B H
-    temporary numbers, 16 C B H with recomputed gates. "boundaries" does not save hs either. Layer
-    norm adds 3 T (B H + B) to "gates". Zoneout saves its key alone, recurrent dropout B H. A tap
-    costs its own size and that of its gradient, T B (I + H) each.
+    Cost: 6 T B H (I + H) floating-point operations in products forward and twice that backward, and
+    for residuals other than "gates" one more forward pass. Numbers saved for the backward pass
+    beside inputs and outputs: 3 T B H, or 4 T B H for reset="after", with "gates"; none with
+    "states" and "boundaries"; and, in every case, one state [B, H] for each chunk. The backward
+    pass of a chunk of C steps needs about 12 C B H temporary numbers, 16 C B H with recomputed
+    gates. "boundaries" does not save hs either. Layer norm adds 3 T (B H + B) to "gates". Zoneout
+    saves its key alone, recurrent dropout B H. A tap costs its own size and that of its gradient, T
+    B (I + H) each.
 
     >>> from jaxgru import init_gru
     >>> params = init_gru(jax.random.key(0), 2, 3)

@@ -1,4 +1,7 @@
-"""The plain recurrence: `lax.scan` over the step, a chunk of time at once."""
+"""The plain recurrence: `lax.scan` over the steps, chunk by chunk.
+
+One product projects all inputs of a chunk; then the loop runs its steps.
+"""
 
 import dataclasses
 from typing import Any, NamedTuple

@@ -1,6 +1,6 @@
 """The tangent of the recurrence, derived by hand, as a `custom_jvp`.
 
-    th_t = step_jvp(c_t, th_t-1) + e_t
+    th_t = step_jvp(c_t, th_{t-1}, e_t) = th_{t-1} M_t + e_t,  M_t = dh_t/dh_{t-1}
 
 e_t is what the tangents of the parameters and inputs add at step t; it is computed for all steps in
 bulk. The loop is linear in th, so JAX can transpose it, which is backpropagation through time, and

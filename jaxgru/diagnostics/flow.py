@@ -176,11 +176,11 @@ def _paths(trace, dhs):
         dv = normalize_vjp(dv, trace.recurrent.g[gate], trace.gates.norms[gate])
         return matmul(dv, blocks(trace.params.w_h)[gate].T)
 
-    if c.reset is None:
+    if c.gate_r is None:
         reset, candidate = back(0, g * c.r), back(2, g * c.q)
     else:
         dp = back(2, g * c.a)
-        reset, candidate = back(0, dp * c.r), dp * c.reset
+        reset, candidate = back(0, dp * c.r), dp * c.gate_r
     kept = trace.flags.leave(dhs * c.k, dhs)
     paths = Paths(kept, back(1, g * c.z), reset, candidate)
     return Paths(*map(trace.flags.enter_linear, paths))

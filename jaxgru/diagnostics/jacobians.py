@@ -88,9 +88,9 @@ def own_slopes(params: GRUParams, c: Coefficients) -> Array:
     """`step_jacobian_diagonal` without layer norm, from a step's coefficients."""
     w_r, w_z, w_n = (w.astype(c.k.dtype) for w in blocks(params.w_h))
     own_r, own_z, own_n = (like_row(jnp.diagonal(w), c.k) for w in (w_r, w_z, w_n))
-    if c.reset is None:
+    if c.gate_r is None:
         return c.k + own_z * c.z + own_r * c.r + own_n * c.q
-    return c.k + own_z * c.z + c.a * (c.reset * own_n + matmul(c.r, w_r.T * w_n))
+    return c.k + own_z * c.z + c.a * (c.gate_r * own_n + matmul(c.r, w_r.T * w_n))
 
 
 def step_jacobian_bound(params: GRUParams, x: Array, h: Array) -> Array:
@@ -131,9 +131,9 @@ def step_jacobian_bound(params: GRUParams, x: Array, h: Array) -> Array:
         return jnp.abs(v).max(axis=-1)
 
     size_r, size_z, size_n = sizes
-    if c.reset is None:
+    if c.gate_r is None:
         return largest(c.k) + largest(c.z) * size_z + largest(c.r) * size_r + largest(c.q) * size_n
-    through_n = largest(c.a) * size_n * (largest(c.reset) + largest(c.r) * size_r)
+    through_n = largest(c.a) * size_n * (largest(c.gate_r) + largest(c.r) * size_r)
     return largest(c.k) + largest(c.z) * size_z + through_n
 
 
@@ -317,9 +317,9 @@ def _state_map(trace):
 
     identity = jnp.eye(w_n.shape[0], dtype=dtype).reshape(lead + w_n.shape)
     kept = identity * c.k[..., None, :]
-    if c.reset is None:
+    if c.gate_r is None:
         return kept + of_gate(0, w_r, c.r) + of_gate(1, w_z, c.z) + of_gate(2, w_n, c.q)
-    read = identity * c.reset[..., None, :] + of_gate(0, w_r, c.r)
+    read = identity * c.gate_r[..., None, :] + of_gate(0, w_r, c.r)
     return kept + of_gate(1, w_z, c.z) + of_gate(2, matmul(read, w_n), c.a)
 
 

@@ -50,7 +50,7 @@ def block(w, i):
 
 def slopes_of(c):
     """R, Z and, for reset="after", Q."""
-    return list(c.slopes) if c.reset is not None else jnp.unstack(c.slopes[0], axis=-2)
+    return list(c.slopes) if c.gate_r is not None else jnp.unstack(c.slopes[0], axis=-2)
 
 
 def no_kept_state(w_h, c, dh, dh_tm1, dp):
@@ -66,11 +66,11 @@ def no_reset_gate_path(w_h, c, dh, dh_tm1, dp):
 
 
 def no_candidate_path(w_h, c, dh, dh_tm1, dp):
-    return dh_tm1 - dp * c.reset
+    return dh_tm1 - dp * c.gate_r
 
 
 def candidate_path_not_gated(w_h, c, dh, dh_tm1, dp):
-    return dh_tm1 + dp * (1 - c.reset)
+    return dh_tm1 + dp * (1 - c.gate_r)
 
 
 def no_product_path(w_h, c, dh, dh_tm1, dp):

@@ -113,7 +113,7 @@ def fused_backward(
     scale: Array | None,
 ) -> tuple[Array, tuple[Array, Array | None]]:
     """g before the first step; for each step the whole cotangent of h_t, and dp for "before"."""
-    before, batch = c.reset is not None, g.shape[:-1]
+    before, batch = c.gate_r is not None, g.shape[:-1]
     k, k_a, slopes, reset = _fold_flags(c, flags)
     per_step = [k, *slopes, k_a, reset] if before else [k, *slopes]
     if dhs is not None:
@@ -163,7 +163,7 @@ def _fold_flags(c, flags):
     On a masked step K = 1 and the others are 0; zoneout's mean adds to K. On a reset or cut step
     dh_{t-1} is 0, but dp is not: the gradient of w_hn needs it.
     """
-    k, k_a, reset, before = c.k, c.a, c.reset, c.reset is not None
+    k, k_a, reset, before = c.k, c.a, c.gate_r, c.gate_r is not None
     slopes = [c.r, c.z] if before else [c.r, c.z, c.q]
 
     def of_dh(rule, slopes):

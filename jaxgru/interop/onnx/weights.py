@@ -1,6 +1,6 @@
 """The arrays of ONNX's GRU nodes; `jaxgru.interop.onnx.reading` reads files."""
 
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 
@@ -10,7 +10,13 @@ from jaxgru.interop.common import Exported, Imported, reorder
 from jaxgru.stacks.forms import Bidirectional, as_stack, directions_of
 
 _TARGET = common.Target("ONNX's GRU")
-ONNX_ACTIVATIONS = {name: name.title() for name in get_args(Activation)} | {"identity": "Affine"}
+ONNX_ACTIVATIONS = {
+    "tanh": "Tanh",
+    "relu": "Relu",
+    "sigmoid": "Sigmoid",
+    "softplus": "Softplus",
+    "identity": "Affine",
+}
 
 
 def from_onnx(

@@ -59,5 +59,6 @@ def test_wheel_holds_every_module_and_trains_outside_of_the_clone(tmp_path):
     paths = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
     (site,) = (tmp_path / "fresh").glob("lib/python*/site-packages")
     (site / "dependencies.pth").write_text("\n".join(paths))
-    printed = run(str(python), "-c", SCRIPT, cwd=outside)
+    # -I: neither PYTHONPATH nor the folder of the run may lead to the clone.
+    printed = run(str(python), "-I", "-c", SCRIPT, cwd=outside)
     assert printed.startswith(str(site)), printed

@@ -285,4 +285,4 @@ def package_row(weights, xs, h0):
         return jaxgru.gru(params, jnp.asarray(xs), h0)[0]
 
     error = relative_error(product, jax.jit(jax.jacrev(last))(jnp.asarray(h0)))
-    return Row("this package", "product = Jacobian of gru(spec=CHO_2014)", "OK", error)
+    return Row("this package", "product = Jacobian of gru with CHO_2014", "OK", error)

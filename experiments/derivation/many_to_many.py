@@ -314,4 +314,4 @@ def package_row(problem):
     got = {**dict(zip(("w_x", "w_h", "b_x"), pack(total))), "h0": dh0}
     true = {name: getattr(of_params, name) for name in ("w_x", "w_h", "b_x")}
     error = largest_error(got, {**true, "h0": of_h0})
-    return Row("this package", "rebuilt = gru(spec=CHUNG_2014)", "OK", error)
+    return Row("this package", "rebuilt = gru with CHUNG_2014", "OK", error)

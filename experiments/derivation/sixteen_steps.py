@@ -328,9 +328,9 @@ def package_rows(problem):
     states = np.stack([values["h_t"] for values in trace])
     params = pack(problem.weights)
     keep = run_package(params, problem, jaxgru.CHO_2014)
-    yield Row("this package", "h_t = gru(spec=CHO_2014)", "OK", relative_error(states, keep[0]))
+    yield Row("this package", "h_t = gru with CHO_2014", "OK", relative_error(states, keep[0]))
     error = relative_error(stacked(pack(total)), keep[1])
-    yield Row("this package, dW", "dW = the gradient of gru(spec=CHO_2014)", "OK", error)
+    yield Row("this package, dW", "dW = the gradient of gru with CHO_2014", "OK", error)
     names = ("W_zh", "W_zx")
     signs = {name: -1.0 if name in names else 1.0 for name in WEIGHTS}
     flip = pack({name: sign * problem.weights[name] for name, sign in signs.items()})

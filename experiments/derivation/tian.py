@@ -510,5 +510,5 @@ def package_row(weights, xs, h0, upstream):
     of_params, of_xs, of_h0 = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*arguments)
     want = {"w_x": of_params.w_x, "w_h": of_params.w_h, "x": of_xs, "h": of_h0}
     got = {**packed(total), "x": total["x"], "h": total["h"]}
-    says = "3.3 corrected = gru(spec=CHUNG_2014)"
+    says = "3.3 corrected = gru with CHUNG_2014"
     return Row("this package", says, "OK", largest_error(got, want))

@@ -24,7 +24,7 @@ from experiments.benchmarks import (
 )
 from experiments.benchmarks.problems import Size
 from experiments.benchmarks.timing import interleave, summarize
-from jaxgru import GRUSpec, gru
+from jaxgru import gru
 
 OWN = ["jaxgru", "plain scan", "plain scan, hoisted"]
 
@@ -527,7 +527,7 @@ def test_reference_is_jaxgru_itself():
         result = build("training", problem, 1)
 
         def value(params, xs, h0, reset=reset, problem=problem):
-            h_last, hs = gru(params, xs, h0, spec=GRUSpec(reset=reset), gradient="autodiff")
+            h_last, hs = gru(params, xs, h0, gradient="autodiff")
             return jnp.vdot(h_last, problem.dh_last) + jnp.vdot(hs, problem.dhs)
 
         expected, (params, xs, h0) = jax.jit(jax.value_and_grad(value, argnums=(0, 1, 2)))(

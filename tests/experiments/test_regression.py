@@ -111,7 +111,7 @@ def test_model_is_the_one_with_the_least_validation_error(csv_runs):
     best = min(records, key=lambda record: record["validation_rmse"])
     assert scores["update"] == best["update"]
     assert best["update"] != records[-1]["update"]  # else the last one would do
-    like = models.init_sequence_model(jax.random.key(0), 1, 12, 1)
+    like = models.init_sequence_model(jax.random.key(0), 1, 12, 1, spec=jaxgru.CHUNG_2014)
     params = interop.load_weights(csv_runs[0] / "weights.safetensors").params
     assert jax.tree.structure(params) == jax.tree.structure(like)
     series = load_series("--csv", str(csv_runs[0].parent / "whole.csv"), "--smoke")
@@ -140,12 +140,12 @@ def test_free_running_forecast_reads_its_own_predictions():
 @pytest.mark.slow
 def test_loss_is_half_the_squared_errors_summed_over_time_of_windows_from_a_zero_state():
     args = regression.parse_args([])
-    params = models.init_sequence_model(jax.random.key(0), 1, 5, 1)
+    params = models.init_sequence_model(jax.random.key(0), 1, 5, 1, spec=jaxgru.CHUNG_2014)
     values = np.sin(np.arange(27, dtype=np.float32))
     inputs, targets = next(regression.draw_batches(args, values))
     assert inputs.shape == targets.shape == (25, 1, 1)
     np.testing.assert_array_equal(inputs[1:], targets[:-1])
-    outputs = models.sequence_outputs(params, inputs, spec=jaxgru.CHUNG_2014)[1]
+    outputs = models.sequence_outputs(params, inputs)[1]
     loss, _ = regression.make_loss(args)(params, None, (inputs, targets), jax.random.key(0))
     errors = np.asarray(outputs, np.float64) - targets
     np.testing.assert_allclose(loss, 0.5 * np.sum(errors**2), rtol=1e-5)

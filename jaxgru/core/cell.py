@@ -36,7 +36,6 @@ from jaxgru.core.layer_norm import Norm, normalize
 from jaxgru.core.matmul import blocks, gates_and_candidate, like_row, matmul, state_dtype
 from jaxgru.core.parameters import GRUParams, GRUSpec, require_params
 
-Array = jax.Array
 Norms = tuple[Norm | None, Norm | None, Norm | None]
 ACTIVATIONS = {
     "tanh": jnp.tanh,
@@ -53,10 +52,10 @@ class Gates(NamedTuple):
     norms are those of the three products with w_h, each None where params.g_h is.
     """
 
-    r: Array
-    z: Array
-    n: Array
-    q: Array | None
+    r: jax.Array
+    z: jax.Array
+    n: jax.Array
+    q: jax.Array | None
     norms: Norms = (None, None, None)
 
 
@@ -67,13 +66,13 @@ class Gates(NamedTuple):
 class Recurrent:
     """What a step reads of the parameters, split once: XLA would copy a slice at every step."""
 
-    w: tuple[Array, ...]  # ([w_hr | w_hz], w_hn) for reset="before", (w_h,) for reset="after"
-    b_q: Array | None  # [H], b_hn where it acts inside the reset gate
-    g: tuple[Array | None, ...]  # the blocks of g_h
+    w: tuple[jax.Array, ...]  # ([w_hr | w_hz], w_hn) for reset="before", (w_h,) for reset="after"
+    b_q: jax.Array | None  # [H], b_hn where it acts inside the reset gate
+    g: tuple[jax.Array | None, ...]  # the blocks of g_h
     spec: GRUSpec
 
 
-def gru_cell(params: GRUParams, x: Array, h: Array) -> Array:
+def gru_cell(params: GRUParams, x: jax.Array, h: jax.Array) -> jax.Array:
     """One GRU step, h' from x and h; the module docstring has the equations.
 
     Args:

@@ -27,33 +27,30 @@ def scan_chunks(size, chunk, carry, per_step, per_chunk, *, reverse):
         carry, steps, chunks = chunk(carry, per_step, jax.tree.map(lambda v: v[0], per_chunk))
         return carry, steps, jax.tree.map(lambda v: v[None], chunks)
     count, rest = divmod(num_steps, size)
-    full = count * size
-
-    def run_full(carry):
-        split = jax.tree.map(lambda v: v[:full].reshape(count, size, *v.shape[1:]), per_step)
-        inputs = (split, jax.tree.map(lambda v: v[:count], per_chunk))
+    if rest == 0:
 
         def body(carry, inputs):
             carry, *outputs = chunk(carry, *inputs)
             return carry, outputs
 
-        carry, (steps, chunks) = lax.scan(body, carry, inputs, reverse=reverse)
-        return carry, jax.tree.map(lambda v: v.reshape(full, *v.shape[2:]), steps), chunks
+        split = jax.tree.map(lambda v: v.reshape(count, size, *v.shape[1:]), per_step)
+        carry, (steps, chunks) = lax.scan(body, carry, (split, per_chunk), reverse=reverse)
+        return carry, jax.tree.map(lambda v: v.reshape(num_steps, *v.shape[2:]), steps), chunks
 
-    def run_rest(carry):
-        steps = jax.tree.map(lambda v: v[full:], per_step)
-        carry, steps, chunks = chunk(carry, steps, jax.tree.map(lambda v: v[count], per_chunk))
-        return carry, steps, jax.tree.map(lambda v: v[None], chunks)
+    def part(carry, of_steps, of_chunks):
+        steps = jax.tree.map(lambda v: v[of_steps], per_step)
+        chunks = jax.tree.map(lambda v: v[of_chunks], per_chunk)
+        return scan_chunks(size, chunk, carry, steps, chunks, reverse=reverse)
 
-    if rest == 0:
-        return run_full(carry)
+    full = num_steps - rest
+    early, late = (slice(full), slice(count)), (slice(full, None), slice(count, None))
     if reverse:
-        carry, *late = run_rest(carry)
-        carry, *early = run_full(carry)
+        carry, *last = part(carry, *late)
+        carry, *first = part(carry, *early)
     else:
-        carry, *early = run_full(carry)
-        carry, *late = run_rest(carry)
-    steps, chunks = jax.tree.map(lambda u, v: jnp.concatenate([u, v]), early, late)
+        carry, *first = part(carry, *early)
+        carry, *last = part(carry, *late)
+    steps, chunks = jax.tree.map(lambda u, v: jnp.concatenate([u, v]), first, last)
     return carry, steps, chunks
 
 

@@ -10,12 +10,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxgru.core.cell import drop_state, input_products, scale_blocks
+from jaxgru.core.cell import drop_state, input_products, scale_blocks, split_recurrent
 from jaxgru.core.layer_norm import normalize_jvp, normalize_vjp
-from jaxgru.core.matmul import blocks, gates_and_candidate, like_row, matmul, sum_rows, weight_vjp
+from jaxgru.core.matmul import gates_and_candidate, matmul, sum_rows, weight_vjp
 from jaxgru.core.parameters import GRUParams
 
-Array = jax.Array
 # f' as a function of n = f(a). relu takes 0 at its kink, as jax.nn.relu does.
 _DERIVATIVES = {
     "tanh": lambda n: 1 - n * n,
@@ -34,10 +33,12 @@ class Coefficients(NamedTuple):
     For "after", R, Z and Q are side by side, so that dh times them is the operand of one product.
     """
 
-    k: Array  # K [..., H]
-    a: Array  # A [..., H]
-    slopes: tuple[Array, ...]  # before: (R, Z), [..., H] each; after: one [..., 3, H] of R, Z, Q
-    gate_r: Array | None  # before: the gate r [..., H]; after: None
+    k: jax.Array  # K [..., H]
+    a: jax.Array  # A [..., H]
+    slopes: tuple[
+        jax.Array, ...
+    ]  # before: (R, Z), [..., H] each; after: one [..., 3, H] of R, Z, Q
+    gate_r: jax.Array | None  # before: the gate r [..., H]; after: None
 
     def _slope(self, i):
         return self.slopes[i] if self.gate_r is not None else self.slopes[0][..., i, :]
@@ -73,12 +74,14 @@ def step_vjp(transposed, c, norms, dh, dropout=None):
     with d the recurrent dropout and N' the transpose of the normalization (identity without it).
     """
     if c.gate_r is None:
-        dv = _normalize_vjp(transposed.g, norms, _flat(c.slopes[0] * dh[..., None, :]))
+        dv = _each_block(normalize_vjp, transposed.g, norms, _flat(c.slopes[0] * dh[..., None, :]))
         return dh * c.k + drop_state(matmul(dv, transposed.w[0]), dropout), None
     w_rz_t, w_n_t = transposed.w
     dp = matmul(normalize_vjp(dh * c.a, transposed.g[2], norms[2]), w_n_t)
     dv = jnp.concatenate([dp * c.r, dh * c.z], axis=-1)
-    dread = dp * c.gate_r + matmul(_normalize_vjp(transposed.g[:2], norms[:2], dv), w_rz_t)
+    dread = dp * c.gate_r + matmul(
+        _each_block(normalize_vjp, transposed.g[:2], norms[:2], dv), w_rz_t
+    )
     return dh * c.k + drop_state(dread, dropout), dp
 
 
@@ -123,23 +126,25 @@ def params_vjp_factors(params, xs, gates, h_tm1, da, du, dropout=None):
     dw_h; and for b_x, b_h, g_x, g_h the rows [..., 3H] whose sum is the cotangent, or None.
     """
     read, input_norms = drop_state(h_tm1, dropout), _input_norms(params, xs)
-    dv_x = _normalize_vjp(scale_blocks(params.g_x), input_norms, da)
-    dv_h = _normalize_vjp(scale_blocks(params.g_h), gates.norms, du)
+    dv_x = _each_block(normalize_vjp, scale_blocks(params.g_x), input_norms, da)
+    dv_h = _each_block(normalize_vjp, scale_blocks(params.g_h), gates.norms, du)
     before = params.spec.reset == "before"
     reads = [read, gates.r * read] if before else [read]
     dvs = gates_and_candidate(dv_h) if before else [dv_h]
     rows = [
         None if params.b_x is None else da,
         None if params.b_h is None else du,
-        _scale_rows(params.g_x, da, input_norms),
-        _scale_rows(params.g_h, du, gates.norms),
+        *(
+            None if g is None else d * jnp.concatenate([n.y for n in norms], axis=-1)
+            for g, d, norms in ((params.g_x, da, input_norms), (params.g_h, du, gates.norms))
+        ),
     ]
     return (xs.astype(h_tm1.dtype), dv_x), list(zip(reads, dvs)), rows
 
 
 def inputs_vjp(params, w_x_transposed, xs, da):
     """dx = N' da w_x^T, in the state dtype."""
-    dv = _normalize_vjp(scale_blocks(params.g_x), _input_norms(params, xs), da)
+    dv = _each_block(normalize_vjp, scale_blocks(params.g_x), _input_norms(params, xs), da)
     return matmul(dv, w_x_transposed)
 
 
@@ -152,43 +157,34 @@ def step_jvp(recurrent, c, norms, th, e, dropout=None):
     """
     tread = drop_state(th, dropout)
     if c.gate_r is None:
-        y = _normalize_jvp(recurrent.g, norms, matmul(tread, recurrent.w[0]))
+        y = _each_block(normalize_jvp, recurrent.g, norms, matmul(tread, recurrent.w[0]))
         return th * c.k + (c.slopes[0] * y.reshape(c.slopes[0].shape)).sum(axis=-2) + e
     w_rz, w_n = recurrent.w
-    y_rz = _normalize_jvp(recurrent.g[:2], norms[:2], matmul(tread, w_rz))
+    y_rz = _each_block(normalize_jvp, recurrent.g[:2], norms[:2], matmul(tread, w_rz))
     y_r, y_z = jnp.split(y_rz, 2, axis=-1)
     y_n = normalize_jvp(matmul(tread * c.gate_r + y_r * c.r, w_n), recurrent.g[2], norms[2])
     return th * c.k + y_z * c.z + y_n * c.a + e
 
 
 def step_jvp_inputs(params, tparams, xs, txs, gates, h_tm1, dropout=None):
-    """e of `step_jvp`: what the tangents of parameters and inputs add to th_t, in bulk.
+    """e of `step_jvp`: what the tangents of parameters and inputs add to th_t, for a fixed state.
 
-    With e_g the tangent of N(x w_xg) + b_g and u_g that of N(read w_hg) + b_hg for a fixed state:
-    before:  e = (e_z + u_z) Z + (e_n + u_n + N'(((e_r + u_r) R) w_hn)) A,  u_n of (r read) w_hn
-    after:   e = (e_z + u_z) Z + (e_r + u_r) R + e_n A + u_n Q
-    A tangent of None is zero and costs nothing.
+    This map is the transpose of the one from dh to the cotangents of parameters and inputs, so JAX
+    makes it from the functions above. A tangent of None is zero and costs nothing.
     """
-    c, read = coefficients(gates, h_tm1, params.spec, dropout), drop_state(h_tm1, dropout)
-    before = params.spec.reset == "before"
-    zero = jnp.zeros_like(h_tm1)
-    e = [zero] * 3
-    if txs is not None:
-        e = [v + matmul(txs, w) for v, w in zip(e, blocks(params.w_x))]
-    if tparams.w_x is not None:
-        e = [v + matmul(xs, w) for v, w in zip(e, blocks(tparams.w_x))]
-    e = _affine_jvp(e, params.g_x, _input_norms(params, xs), tparams.g_x, tparams.b_x)
-    u = [zero] * 3
-    if tparams.w_h is not None:
-        reads = (read, read, gates.r * read if before else read)
-        u = [matmul(h, w) for h, w in zip(reads, blocks(tparams.w_h))]
-    u = _affine_jvp(u, params.g_h, gates.norms, tparams.g_h, tparams.b_h)
-    e_r, e_z = e[0] + u[0], e[1] + u[1]
-    if before:
-        through_r = matmul(e_r * c.r, blocks(params.w_h)[2])
-        through_r = normalize_jvp(through_r, scale_blocks(params.g_h)[2], gates.norms[2])
-        return e_z * c.z + (e[2] + u[2] + through_r) * c.a
-    return e_z * c.z + e_r * c.r + e[2] * c.a + u[2] * c.q
+    c = coefficients(gates, h_tm1, params.spec, dropout)
+    transposed = transpose_recurrent(split_recurrent(params))
+    tangents = {**tparams.arrays(), "xs": txs}
+    tangents = {k: t.astype(h_tm1.dtype) for k, t in tangents.items() if t is not None}
+
+    def cotangents(dh):
+        dp = step_vjp(transposed, c, gates.norms, dh, dropout)[1]
+        da, du = gates_vjp(c, dh, dp)
+        dparams = params_vjp(params, xs, gates, h_tm1, da, du, dropout)
+        found = {**dparams.arrays(), "xs": inputs_vjp(params, params.w_x.T, xs, da)}
+        return {name: found[name] for name in tangents}
+
+    return jax.linear_transpose(cotangents, h_tm1)(tangents)[0]
 
 
 def _input_norms(params, xs):
@@ -203,32 +199,9 @@ def _flat(v):
     return v.reshape(*v.shape[:-2], v.shape[-2] * v.shape[-1])
 
 
-def _normalize_vjp(scales, norms, d):
-    """The cotangents of products side by side, from those of their normalizations."""
-    return _each_block(normalize_vjp, scales, norms, d)
-
-
-def _normalize_jvp(scales, norms, t):
-    """The tangents of normalizations side by side, from those of their products."""
-    return _each_block(normalize_jvp, scales, norms, t)
-
-
 def _each_block(rule, scales, norms, v):
     """The rule applied to every block; v itself without layer norm."""
     if scales[0] is None:
         return v
     parts = jnp.split(v, len(scales), axis=-1)
     return jnp.concatenate(list(map(rule, parts, scales, norms)), axis=-1)
-
-
-def _scale_rows(g, d, norms):
-    """d times the normalized products, or None without layer norm."""
-    return None if g is None else d * jnp.concatenate([n.y for n in norms], axis=-1)
-
-
-def _affine_jvp(tv, g, norms, tg, tb):
-    """The tangents of N(v) + b from those of v, of the layer-norm scale and of the bias."""
-    tu = list(map(normalize_jvp, tv, scale_blocks(g), norms))
-    if tg is not None:
-        tu = [u + like_row(part, u) * norm.y for u, part, norm in zip(tu, blocks(tg), norms)]
-    return tu if tb is None else [u + like_row(part, u) for u, part in zip(tu, blocks(tb))]

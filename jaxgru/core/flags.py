@@ -16,8 +16,6 @@ from jax import lax
 
 from jaxgru.core.noise import draw_masks
 
-Array = jax.Array
-
 
 @functools.partial(
     jax.tree_util.register_dataclass,
@@ -28,26 +26,28 @@ Array = jax.Array
 class Flags:
     """The flags of all steps [T, ..., 1], or of one [..., 1] inside the loop; None for none."""
 
-    mask: Array | None = None  # True = take h_t, False = keep h_tm1; [T, ..., H] with zoneout drawn
-    resets: Array | None = None
-    cuts: Array | None = None  # the gradient of the state ends before the step
+    mask: jax.Array | None = (
+        None  # True = take h_t, False = keep h_tm1; [T, ..., H] with zoneout drawn
+    )
+    resets: jax.Array | None = None
+    cuts: jax.Array | None = None  # the gradient of the state ends before the step
     zoneout_mean: float = 0.0  # the share of h_tm1 in h_t of a valid step, where nothing is drawn
 
-    def enter(self, h: Array) -> Array:
+    def enter(self, h: jax.Array) -> jax.Array:
         """The state that the step reads."""
         return _stop_where(self.cuts, zero_where(self.resets, h))
 
-    def enter_linear(self, dh: Array) -> Array:
+    def enter_linear(self, dh: jax.Array) -> jax.Array:
         """The derivative of `enter`, and its transpose: zero where the step is reset or cut."""
         return zero_where(self.resets, zero_where(self.cuts, dh))
 
-    def leave(self, h_t: Array, h_tm1: Array) -> Array:
+    def leave(self, h_t: jax.Array, h_tm1: jax.Array) -> jax.Array:
         """The state after the step, or its tangent."""
         if self.zoneout_mean:
             h_t = (1 - self.zoneout_mean) * h_t + self.zoneout_mean * h_tm1
         return choose(self.mask, h_t, h_tm1)
 
-    def leave_vjp(self, dh: Array) -> tuple[Array, Array | None]:
+    def leave_vjp(self, dh: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         """The cotangents of h_t and of h_tm1 (None for zero) from that of leave(h_t, h_tm1)."""
         dh_tm1 = None
         if self.mask is not None:
@@ -58,14 +58,16 @@ class Flags:
             dh, dh_tm1 = (1 - self.zoneout_mean) * dh, share if dh_tm1 is None else dh_tm1 + share
         return dh, dh_tm1
 
-    def states_before(self, h_start: Array, hs: Array, reverse: bool) -> Array:
+    def states_before(self, h_start: jax.Array, hs: jax.Array, reverse: bool) -> jax.Array:
         """[T, ..., H], what every step reads; joined first and sliced after, so T may be 0."""
         hs, h_start = hs.astype(h_start.dtype), h_start[None]
         if reverse:
             return self.enter(jnp.concatenate([hs, h_start])[1:])
         return self.enter(jnp.concatenate([h_start, hs])[:-1])
 
-    def with_zoneout(self, key: Array | None, rate: float, numbers: Array, h: Array) -> "Flags":
+    def with_zoneout(
+        self, key: jax.Array | None, rate: float, numbers: jax.Array, h: jax.Array
+    ) -> "Flags":
         """Flags whose mask is also False at the units that zoneout holds at h_{t-1}."""
         if key is None:
             return self
@@ -74,12 +76,12 @@ class Flags:
         return dataclasses.replace(self, mask=mask)
 
 
-def zero_where(flags: Array | None, h: Array) -> Array:
+def zero_where(flags: jax.Array | None, h: jax.Array) -> jax.Array:
     """0 where flagged, else h."""
     return h if flags is None else choose(flags, jnp.zeros_like(h), h)
 
 
-def choose(flags: Array | None, where: Array, elsewhere: Array) -> Array:
+def choose(flags: jax.Array | None, where: jax.Array, elsewhere: jax.Array) -> jax.Array:
     """jnp.where(flags, where, elsewhere), flags broadcast over the last axes; `where` for None."""
     if flags is None:
         return where
@@ -92,7 +94,9 @@ def _stop_where(cuts, h):
     return h if cuts is None else choose(cuts, lax.stop_gradient(h), h)
 
 
-def find_cuts(windows: Array, mask: Array | None, h0: Array, reverse: bool) -> Array:
+def find_cuts(
+    windows: jax.Array, mask: jax.Array | None, h0: jax.Array, reverse: bool
+) -> jax.Array:
     """[T, ..., 1], True at a valid step whose window differs from that of the valid step before it.
 
     windows [T] is the number of each step's window; "before" is in the order of the run.

@@ -10,18 +10,17 @@ from jax import lax
 
 from jaxgru.core.matmul import like_row
 
-Array = jax.Array
 _EPSILON = 1e-5
 
 
 class Norm(NamedTuple):
     """What the derivatives of a normalization need."""
 
-    y: Array  # [..., H], of mean 0 and variance 1
-    i: Array  # [..., 1], the inverse of the standard deviation
+    y: jax.Array  # [..., H], of mean 0 and variance 1
+    i: jax.Array  # [..., 1], the inverse of the standard deviation
 
 
-def normalize(v: Array, scale: Array | None) -> tuple[Array, Norm | None]:
+def normalize(v: jax.Array, scale: jax.Array | None) -> tuple[jax.Array, Norm | None]:
     """N(v) and what its derivatives need; v itself for scale None."""
     if scale is None:
         return v, None
@@ -31,12 +30,12 @@ def normalize(v: Array, scale: Array | None) -> tuple[Array, Norm | None]:
     return y * like_row(scale, y), Norm(y, i)
 
 
-def normalize_vjp(d: Array, scale: Array | None, norm: Norm | None) -> Array:
+def normalize_vjp(d: jax.Array, scale: jax.Array | None, norm: Norm | None) -> jax.Array:
     """The cotangent of v given d, that of N(v): (g d - mean(g d) - y mean(g d y)) i."""
     return d if scale is None else _project_out(d * like_row(scale, d), norm)
 
 
-def normalize_jvp(t: Array, scale: Array | None, norm: Norm | None) -> Array:
+def normalize_jvp(t: jax.Array, scale: jax.Array | None, norm: Norm | None) -> jax.Array:
     """The tangent of N(v) given t, that of v: g (t - mean t - y mean(t y)) i."""
     return t if scale is None else _project_out(t, norm) * like_row(scale, t)
 

@@ -9,10 +9,8 @@ from jax import lax
 
 from jaxgru.core.checks import is_traced, require_flags
 
-Array = jax.Array
 
-
-def length_mask(lengths: Any, num_steps: int) -> Array:
+def length_mask(lengths: Any, num_steps: int) -> jax.Array:
     """mask[t, ...] = t < lengths[...]: True on the valid steps of right-padded sequences.
 
     Args:
@@ -53,7 +51,9 @@ def length_mask(lengths: Any, num_steps: int) -> Array:
     return steps < lengths[None]
 
 
-def resets_from_dones(dones: Array, done_before: Array | None = None, *, axis: int = 0) -> Array:
+def resets_from_dones(
+    dones: jax.Array, done_before: jax.Array | None = None, *, axis: int = 0
+) -> jax.Array:
     """resets[t] = dones[t - 1]: an episode that ends with step t - 1 starts step t from zeros.
 
     Args:

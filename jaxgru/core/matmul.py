@@ -12,35 +12,33 @@ from jax import lax
 
 from jaxgru.core.sharding import on_auto_mesh
 
-Array = jax.Array
-
 
 def state_dtype(dtype: Any) -> Any:
     """The dtype of state, gates and sums: float32 for half types, else the dtype itself."""
     return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else jnp.dtype(dtype)
 
 
-def blocks(w: Array) -> list[Array]:
+def blocks(w: jax.Array) -> list[jax.Array]:
     """The three blocks r | z | n of the last axis."""
     return jnp.split(w, 3, axis=-1)
 
 
-def gates_and_candidate(w: Array) -> list[Array]:
+def gates_and_candidate(w: jax.Array) -> list[jax.Array]:
     """The blocks r | z of the last axis, side by side, and the block n."""
     return jnp.split(w, [2 * (w.shape[-1] // 3)], axis=-1)
 
 
-def like_row(b: Array, v: Array) -> Array:
+def like_row(b: jax.Array, v: jax.Array) -> jax.Array:
     """[H] in v's dtype with as many unit axes in front as v has, to broadcast explicitly."""
     return b.astype(v.dtype).reshape((1,) * (v.ndim - 1) + b.shape)
 
 
-def sum_rows(d: Array) -> Array:
+def sum_rows(d: jax.Array) -> jax.Array:
     """[..., H] summed over all leading axes."""
     return d.sum(axis=tuple(range(d.ndim - 1)))
 
 
-def matmul(x: Array, w: Array) -> Array:
+def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
     """x w."""
     contract = (((x.ndim - 1,), (0,)), ((), ()))
     return lax.dot_general(
@@ -48,7 +46,7 @@ def matmul(x: Array, w: Array) -> Array:
     )
 
 
-def weight_vjp(x: Array, d: Array, w: Array) -> Array:
+def weight_vjp(x: jax.Array, d: jax.Array, w: jax.Array) -> jax.Array:
     """x^T d: the cotangent of w in y = x w, summed over the leading axes, in the dtype of d.
 
     Formed as JAX's own transpose of the product, which knows how to reduce over an axis that an

@@ -11,8 +11,6 @@ from jaxgru.core.checks import require_key, require_rate
 from jaxgru.core.matmul import state_dtype
 from jaxgru.core.sharding import place_like
 
-Array = jax.Array
-
 
 @dataclasses.dataclass(frozen=True)
 class Noise:
@@ -60,7 +58,7 @@ def require_noise(
     return noise
 
 
-def draw_state_dropout(key: Array, rate: float, h0: Array) -> Array | None:
+def draw_state_dropout(key: jax.Array, rate: float, h0: jax.Array) -> jax.Array | None:
     """1/(1 - rate) with probability 1 - rate, else 0, as h0 but in the state dtype; None for 0."""
     if not rate:
         return None
@@ -68,14 +66,14 @@ def draw_state_dropout(key: Array, rate: float, h0: Array) -> Array | None:
     return mask.astype(state_dtype(h0.dtype)) / (1 - rate)
 
 
-def draw_mask(key: Array, rate: float, shape: tuple[int, ...], like: Array) -> Array:
+def draw_mask(key: jax.Array, rate: float, shape: tuple[int, ...], like: jax.Array) -> jax.Array:
     """Bool of that shape, False with probability `rate`, sharded over a mesh as `like` is."""
     return place_like(jax.random.bernoulli(key, 1 - rate, shape), like)
 
 
 def draw_masks(
-    key: Array, rate: float, numbers: Array, shape: tuple[int, ...], like: Array
-) -> Array:
+    key: jax.Array, rate: float, numbers: jax.Array, shape: tuple[int, ...], like: jax.Array
+) -> jax.Array:
     """The same for each step, [T, *shape], from the key and the number of that step alone."""
 
     def draw(number):

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from jaxgru.core.checks import require_choice, require_count, require_dtype, require_float
 from jaxgru.core.matmul import state_dtype
 
-Array = jax.Array
 Activation = Literal["tanh", "relu", "sigmoid", "softplus", "identity"]
 Scheme = Literal["orthogonal", "pytorch", "keras"]
 
@@ -80,15 +79,15 @@ class GRUParams:
     ('after', 4)
     """
 
-    w_x: Array
-    w_h: Array
-    b_x: Array | None = None
-    b_h: Array | None = None
-    g_x: Array | None = None
-    g_h: Array | None = None
+    w_x: jax.Array
+    w_h: jax.Array
+    b_x: jax.Array | None = None
+    b_h: jax.Array | None = None
+    g_x: jax.Array | None = None
+    g_h: jax.Array | None = None
     spec: GRUSpec = dataclasses.field(kw_only=True)
 
-    def arrays(self) -> dict[str, Array | None]:
+    def arrays(self) -> dict[str, jax.Array | None]:
         """The arrays by name; None for what the layer does not have."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)[:-1]}
 
@@ -103,7 +102,7 @@ jax.export.register_pytree_node_serialization(
 
 
 def init_gru(
-    key: Array,
+    key: jax.Array,
     input_size: int,
     hidden_size: int,
     *,

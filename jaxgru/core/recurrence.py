@@ -24,8 +24,6 @@ from jaxgru.core.scan import Config, Inputs, plain_scan
 from jaxgru.core.sharding import cast_to_common_varying_axes
 from jaxgru.core.tangent import tangent
 
-Array = jax.Array
-
 
 class Tap(NamedTuple):
     """Zeros that `gru` adds to xs and to every h_t, so that `jax.grad` gives their gradients.
@@ -35,26 +33,26 @@ class Tap(NamedTuple):
     None stands for an array that is not wanted.
     """
 
-    xs: Array | None  # [T, ..., I]
-    hs: Array | None  # [T, ..., H]
+    xs: jax.Array | None  # [T, ..., I]
+    hs: jax.Array | None  # [T, ..., H]
 
 
 def gru(
     params: GRUParams,
-    xs: Array,
-    h0: Array | None = None,
+    xs: jax.Array,
+    h0: jax.Array | None = None,
     *,
-    mask: Array | None = None,
-    resets: Array | None = None,
+    mask: jax.Array | None = None,
+    resets: jax.Array | None = None,
     reverse: bool = False,
     axis: int = 0,
     gradient: Gradient = "bptt",
     noise: Noise | None = None,
-    key: Array | None = None,
+    key: jax.Array | None = None,
     deterministic: bool = False,
-    first_step: int | Array = 0,
+    first_step: int | jax.Array = 0,
     tap: Tap | None = None,
-) -> tuple[Array, Array]:
+) -> tuple[jax.Array, jax.Array]:
     """Runs a GRU over a sequence and returns (h_last, hs), the order of `lax.scan`.
 
         h_t = step(x_t, h_{t-1})        the equation of params.spec, see `gru_cell`
@@ -142,7 +140,7 @@ def gru(
 def run_gru(
     params: GRUParams, xs: Any, h0: Any, mask: Any, resets: Any, key: Any, first_step: Any,
     tap: Tap | None, *, reverse: bool, rule: Rule, noise: Noise, deterministic: bool,
-) -> tuple[Array, Array]:  # fmt: skip
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """`gru` of checked arguments, with time in front."""
     kernel = rule.kernel.prepare(params, xs) if isinstance(rule, BPTT) and rule.kernel else None
     params = jax.tree.map(jnp.asarray, params)  # NumPy arrays become JAX's

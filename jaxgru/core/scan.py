@@ -15,8 +15,6 @@ from jaxgru.core.flags import Flags
 from jaxgru.core.gradient import Kernel, Residuals
 from jaxgru.core.matmul import state_dtype
 
-Array = jax.Array
-
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -33,10 +31,10 @@ class Config:
 class Inputs(NamedTuple):
     """What each step is given, [T, ...]; None where there is nothing."""
 
-    xs: Array
+    xs: jax.Array
     flags: Flags
-    numbers: Array | None  # [T], what zoneout draws by
-    tap: Array | None  # [T, ..., H], added to h_t
+    numbers: jax.Array | None  # [T], what zoneout draws by
+    tap: jax.Array | None  # [T, ..., H], added to h_t
 
 
 def plain_scan(config, params, inputs, h0, dropout, key):
@@ -70,7 +68,7 @@ def forward_chunk(config, params, recurrent, h, inputs, dropout, key, *, save_ga
 
 
 def scan_chunk(
-    config: Config, recurrent: Recurrent, h: Array, a: Any, inputs: Inputs, dropout: Any, *,
+    config: Config, recurrent: Recurrent, h: jax.Array, a: Any, inputs: Inputs, dropout: Any, *,
     save_gates: bool,
 ) -> Any:  # fmt: skip
     """h after the chunk, and (hs, gates or None), from the projected inputs a."""
@@ -87,6 +85,6 @@ def scan_chunk(
     return lax.scan(body, h, per_step, reverse=config.reverse, unroll=config.unroll)
 
 
-def add_tap(h_t: Array, tap: Array | None) -> Array:
+def add_tap(h_t: jax.Array, tap: jax.Array | None) -> jax.Array:
     """h_t, with what a tap adds to it."""
     return h_t if tap is None else h_t + tap.astype(h_t.dtype)

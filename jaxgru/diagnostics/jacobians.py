@@ -338,12 +338,13 @@ def _state_column(trace, end, size, of_input):
 
 def _input_map(trace):
     """X [..., I, H] with th' = tx X, from the tangents of every unit of the input."""
-    params, xs, gates, h_tm1 = trace.params, trace.xs, trace.gates, trace.h_tm1
-    units = jnp.eye(xs.shape[-1], dtype=xs.dtype)
-    units = units.reshape((1,) * (xs.ndim - 1) + units.shape)
-    no_tangents = jax.tree.map(lambda _: None, params)
-    xs, gates, h_tm1 = jax.tree.map(lambda v: v[..., None, :], (xs, gates, h_tm1))
-    return step_jvp_inputs(params, no_tangents, xs, units, gates, h_tm1)
+    no_tangents = jax.tree.map(lambda _: None, trace.params)
+
+    def of_unit(unit):
+        txs = jnp.broadcast_to(like_row(unit, trace.xs), trace.xs.shape)
+        return step_jvp_inputs(trace.params, no_tangents, trace.xs, txs, trace.gates, trace.h_tm1)
+
+    return jax.vmap(of_unit, out_axes=-2)(jnp.eye(trace.xs.shape[-1], dtype=trace.xs.dtype))
 
 
 def _identities(jacobians):

@@ -81,7 +81,12 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Imports a room at its first use, and reads the version that is installed."""
     if name == "__version__":
-        return importlib.metadata.version("jaxgru")
+        try:
+            return importlib.metadata.version("jaxgru")
+        except importlib.metadata.PackageNotFoundError:
+            raise AttributeError(
+                "jaxgru.__version__ is known only where jaxgru is installed"
+            ) from None
     if name in __all__:
         return importlib.import_module(f"jaxgru.{name}")
     raise AttributeError(f"module 'jaxgru' has no attribute {name!r}")

@@ -90,6 +90,14 @@ def test_dir_shows_public_names_alone():
         _ = jaxgru.gur
 
 
+def test_version_of_a_package_that_is_not_installed_is_an_attribute_error(monkeypatch):
+    def version(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert not hasattr(jaxgru, "__version__")
+
+
 @pytest.mark.parametrize("room", ROOMS, ids=lambda room: room.__name__)
 def test_all_of_a_room_lists_what_it_exports(room):
     tree = ast.parse(pathlib.Path(room.__file__).read_text())

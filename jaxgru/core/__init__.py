@@ -4,7 +4,7 @@ It imports no other part of jaxgru.
 """
 
 from jaxgru.core.cell import gru_cell
-from jaxgru.core.gradient import BPTT, Autodiff, Tangent
+from jaxgru.core.gradient import BPTT, Autodiff, Kernel, Tangent
 from jaxgru.core.masks import length_mask, resets_from_dones
 from jaxgru.core.noise import Noise
 from jaxgru.core.parameters import CHO_2014, CHUNG_2014, PYTORCH, GRUParams, GRUSpec, init_gru
@@ -18,6 +18,7 @@ __all__ = [
     "Autodiff",
     "GRUParams",
     "GRUSpec",
+    "Kernel",
     "Noise",
     "Tangent",
     "Tap",

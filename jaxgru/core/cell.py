@@ -31,7 +31,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxgru.core.checks import require_float
+from jaxgru.core.checks import require_float, require_shape
 from jaxgru.core.layer_norm import Norm, normalize
 from jaxgru.core.matmul import blocks, gates_and_candidate, like_row, matmul, state_dtype
 from jaxgru.core.parameters import GRUParams, GRUSpec, require_params
@@ -103,12 +103,8 @@ def gru_cell(params: GRUParams, x: jax.Array, h: jax.Array) -> jax.Array:
             f"gru_cell: x must have shape [..., I] with I={input_size} (rows of params.w_x), "
             f"got {x.shape}."
         )
-    wanted = (*x.shape[:-1], hidden_size)
-    if h.shape != wanted:
-        raise ValueError(
-            f"gru_cell: h must have shape {wanted} (x's leading axes, then H={hidden_size} rows of "
-            f"params.w_h), got {h.shape}."
-        )
+    meaning = f"x's leading axes, then H={hidden_size} rows of params.w_h"
+    require_shape("gru_cell", "h", h, (*x.shape[:-1], hidden_size), meaning)
     params, x, h = jax.tree.map(jnp.asarray, (params, x, h))
     a = project(params, x)
     h_wide = h.astype(state_dtype(h.dtype))

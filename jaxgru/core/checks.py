@@ -25,12 +25,20 @@ def require_flags(
         if getattr(value, "dtype", None) != jnp.bool_:
             found = getattr(value, "dtype", type(value).__name__)
             raise TypeError(f"{function}: {name} must be a bool array, got {found}.")
-        if shape is not None and value.shape != shape:
+        if shape is not None:
             swapped = value.ndim > 1 and (value.shape[1], value.shape[0], *value.shape[2:]) == shape
             cure = "; time and batch are swapped" if swapped else ""
-            raise ValueError(
-                f"{function}: {name} must have shape {shape} ({meaning}), got {value.shape}{cure}."
-            )
+            require_shape(function, name, value, shape, meaning, cure)
+
+
+def require_shape(
+    function: str, argument: str, value: Any, shape: tuple[int, ...], meaning: str, cure: str = ""
+) -> None:
+    """ValueError unless the array has that shape, whose meaning and cure the message gives."""
+    if value.shape != shape:
+        raise ValueError(
+            f"{function}: {argument} must have shape {shape} ({meaning}), got {value.shape}{cure}."
+        )
 
 
 _DTYPES = ("float64", "float32", "bfloat16", "float16")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxgru.core.checks import is_traced, require_flags
+from jaxgru.core.checks import is_traced, require_count, require_flags
 
 
 def length_mask(lengths: Any, num_steps: int) -> jax.Array:
@@ -21,7 +21,7 @@ def length_mask(lengths: Any, num_steps: int) -> jax.Array:
       [T, ...] bool, for `gru(..., mask=...)`; transpose it for batch-major input.
 
     Raises:
-      TypeError: lengths are no integers.
+      TypeError: lengths or num_steps are no integers.
       ValueError: a length is negative or above num_steps. Lengths that are traced cannot be read;
         for them a negative length acts as 0 and one above num_steps as num_steps.
 
@@ -30,10 +30,7 @@ def length_mask(lengths: Any, num_steps: int) -> jax.Array:
     >>> length_mask([2, 0], 3).astype(int).tolist()
     [[1, 0], [1, 0], [0, 0]]
     """
-    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 0:
-        raise ValueError(
-            f"length_mask: num_steps must be an integer of at least 0, got {num_steps!r}."
-        )
+    require_count("length_mask", "num_steps", num_steps, 0)
     if not isinstance(lengths, jax.Array):
         lengths = np.asarray(lengths)
         lengths = lengths.astype(np.int32) if lengths.size == 0 else lengths

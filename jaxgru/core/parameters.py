@@ -9,7 +9,13 @@ import jax
 import jax.export
 import jax.numpy as jnp
 
-from jaxgru.core.checks import require_choice, require_count, require_dtype, require_float
+from jaxgru.core.checks import (
+    require_choice,
+    require_count,
+    require_dtype,
+    require_float,
+    require_shape,
+)
 from jaxgru.core.matmul import state_dtype
 
 Activation = Literal["tanh", "relu", "sigmoid", "softplus", "identity"]
@@ -86,6 +92,8 @@ class GRUParams:
     g_x: jax.Array | None = None
     g_h: jax.Array | None = None
     spec: GRUSpec = dataclasses.field(kw_only=True)
+
+    __hash__ = None  # type: ignore  # arrays have no hash, so params cannot be a static argument
 
     def arrays(self) -> dict[str, jax.Array | None]:
         """The arrays by name; None for what the layer does not have."""
@@ -195,31 +203,18 @@ def require_params(function: str, params: Any, argument: str = "params") -> tupl
         raise TypeError(f"{function}: {argument} must be a GRUParams, got {type(params).__name__}.")
     require_float(function, f"{argument}.w_x", params.w_x)
     require_spec(function, params.spec, f"{argument}.spec")
-    arrays: dict[str, Any] = params.arrays()
-    for name in ("w_x", "w_h"):
-        value = arrays[name]
+    for name, value in (("w_x", params.w_x), ("w_h", params.w_h)):
         require_float(function, f"{argument}.{name}", value, params.w_x.dtype)
         if value.ndim != 2:
             raise ValueError(
                 f"{function}: {argument}.{name} must have two axes, got shape {value.shape}."
             )
     hidden_size = params.w_h.shape[0]
-    wanted = {
-        "w_x": (params.w_x.shape[0], 3 * hidden_size),
-        "w_h": (hidden_size, 3 * hidden_size),
-        "b_x": (3 * hidden_size,),
-        "b_h": (3 * hidden_size,),
-        "g_x": (3 * hidden_size,),
-        "g_h": (3 * hidden_size,),
-    }
-    for name, shape in wanted.items():
-        value = arrays[name]
-        if value is None:
-            continue
-        require_float(function, f"{argument}.{name}", value, params.w_x.dtype)
-        if value.shape != shape:
-            raise ValueError(
-                f"{function}: {argument}.{name} must have shape {shape} (H={hidden_size}, the rows "
-                f"of {argument}.w_h), got {value.shape}."
-            )
+    rows = {"w_x": params.w_x.shape[:1], "w_h": (hidden_size,)}
+    for name, value in params.arrays().items():
+        if value is not None:
+            require_float(function, f"{argument}.{name}", value, params.w_x.dtype)
+            shape = (*rows.get(name, ()), 3 * hidden_size)
+            meaning = f"H={hidden_size}, the rows of {argument}.w_h"
+            require_shape(function, f"{argument}.{name}", value, shape, meaning)
     return params.w_x.shape[0], hidden_size

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 from jax import lax
 
@@ -14,6 +15,7 @@ from jaxgru.core.checks import (
     require_first_step,
     require_flags,
     require_float,
+    require_shape,
 )
 from jaxgru.core.chunks import default_chunk_size, default_residuals
 from jaxgru.core.flags import Flags, find_cuts
@@ -35,6 +37,9 @@ class Tap(NamedTuple):
 
     xs: jax.Array | None  # [T, ..., I]
     hs: jax.Array | None  # [T, ..., H]
+
+
+jax.export.register_namedtuple_serialization(Tap, serialized_name="jaxgru.Tap")
 
 
 def gru(
@@ -96,18 +101,10 @@ def gru(
       ValueError: a shape does not fit, a choice is unknown, or a rate is above 0 without a key.
       TypeError: an argument has the wrong kind or dtype.
 
-    bfloat16 and float16: the operands of matrix products have that type, except that the products
-    of weight gradients have float32 operands; sums, gates and the state are float32. A state that
-    is read back from hs was rounded, so the residuals of `BPTT` then differ by rounding.
+    bfloat16 and float16: gates, sums and the state are float32, see `jaxgru.core.cell`.
 
-    Cost: 6 T B H (I + H) floating-point operations in products forward and twice that backward, and
-    for residuals other than "gates" one more forward pass. Numbers saved for the backward pass
-    beside inputs and outputs: 3 T B H, or 4 T B H for reset="after", with "gates"; none with
-    "states" and "boundaries"; and, in every case, one state [B, H] for each chunk. The backward
-    pass of a chunk of C steps needs about 12 C B H temporary numbers, 16 C B H with recomputed
-    gates. "boundaries" does not save hs either. Layer norm adds 3 T (B H + B) to "gates". Zoneout
-    saves its key alone, recurrent dropout B H. A tap costs its own size and that of its gradient, T
-    B (I + H) each.
+    Cost: 6 T B H (I + H) floating-point operations in products forward and twice that backward.
+    `jaxgru/core/README.md` says what each choice of residuals adds and what it saves.
 
     >>> from jaxgru import init_gru
     >>> params = init_gru(jax.random.key(0), 2, 3)
@@ -164,12 +161,13 @@ def run_gru(
     params, xs, h0, mask, resets, cuts, tap_hs, dropout = arrays
     flags = Flags(mask, resets, cuts, float(noise.zoneout) if deterministic else 0.0)
     inputs = Inputs(xs, flags, None if zoneout_key is None else numbers, tap_hs)
-    zoneout = 0.0 if deterministic else float(noise.zoneout)
     residuals = chunk_size = None
     if isinstance(rule, BPTT):
         residuals, chunk_size = _resolve(rule, xs, h0)
-    config = Config(reverse, zoneout, residuals, chunk_size, rule.unroll, kernel)
-    run = {BPTT: bptt, Tangent: tangent}.get(type(rule), plain_scan)
+    config = Config(reverse, float(noise.zoneout), residuals, chunk_size, rule.unroll, kernel)
+    run = plain_scan
+    if isinstance(rule, BPTT | Tangent):
+        run = bptt if isinstance(rule, BPTT) else tangent
     return run(config, params, inputs, h0, dropout, zoneout_key)
 
 
@@ -214,13 +212,10 @@ def require_state(
     if h is None:
         return
     require_float(function, name, h, params.w_x.dtype)
-    if h.shape != shape:
-        swapped = time_major is not None and h.shape[:1] == time_major.shape[:1]
-        cure = "; for batch-major xs pass axis=1" if swapped else ""
-        raise ValueError(
-            f"{function}: {name} must have shape {shape} (the batch axes of {source}, then "
-            f"H={shape[-1]} rows of {rows}), got {h.shape}{cure}."
-        )
+    swapped = time_major is not None and h.shape[:1] == time_major.shape[:1]
+    cure = "; for batch-major xs pass axis=1" if swapped else ""
+    meaning = f"the batch axes of {source}, then H={shape[-1]} rows of {rows}"
+    require_shape(function, name, h, shape, meaning, cure)
 
 
 def require_tap(
@@ -238,8 +233,5 @@ def require_tap(
         if value is None:
             continue
         require_float(function, f"{name}.{field}", value, params.w_x.dtype)
-        if value.shape != (*lead, size):
-            raise ValueError(
-                f"{function}: {name}.{field} must have shape {(*lead, size)} (as {field}), got "
-                f"{value.shape}; init_taps(params, xs.shape[:-1]) makes it."
-            )
+        cure = "; init_taps(params, xs.shape[:-1]) makes it"
+        require_shape(function, f"{name}.{field}", value, (*lead, size), f"as {field}", cure)

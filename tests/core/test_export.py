@@ -72,3 +72,18 @@ def test_exported_stack_of_two_directions_serves_every_length_and_batch(num_laye
     got, wanted = exported.call(layers, xs), jax.jit(jax.grad(run))(layers, xs)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted)):
         np.testing.assert_allclose(a, b, atol=2e-5 * float(np.abs(b).max()), rtol=0)
+
+
+def test_exported_function_of_a_tap_is_written_and_read():
+    params = make_problem(0, dtype=jnp.float32).params
+    xs = jnp.ones((4, 3, 2))
+    tap = jaxgru.init_taps(params, xs.shape[:-1])
+
+    def gradient(params, xs, tap):
+        return jax.grad(lambda tap: jnp.sum(jaxgru.gru(params, xs, tap=tap)[1] ** 2))(tap)
+
+    data = export.export(jax.jit(gradient))(params, xs, tap).serialize()
+    got, wanted = export.deserialize(data).call(params, xs, tap), gradient(params, xs, tap)
+    assert isinstance(got, jaxgru.Tap)
+    for a, b in zip(got, wanted):
+        np.testing.assert_allclose(a, b, rtol=2e-5)

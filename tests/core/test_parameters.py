@@ -42,6 +42,14 @@ def test_equations_differ_so_that_a_lost_spec_would_show():
         assert np.abs(hs[a] - hs[b]).max() > 0.05
 
 
+def test_parameters_have_no_hash_so_that_jit_refuses_them_as_a_static_argument():
+    params, xs = draw()
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(params)
+    with pytest.raises(ValueError, match="[Nn]on-hashable"):
+        jax.jit(run, static_argnums=0)(params, xs)
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -487,17 +487,17 @@ LENGTH_ERRORS = {
     "steps_negative": (
         lambda: length_mask([1], -1),
         ValueError,
-        "length_mask: num_steps must be an integer of at least 0, got -1.",
+        "length_mask: num_steps must be at least 0, got -1.",
     ),
     "steps_float": (
         lambda: length_mask([1], 3.0),
-        ValueError,
-        "length_mask: num_steps must be an integer of at least 0, got 3.0.",
+        TypeError,
+        "length_mask: num_steps must be an integer, got 3.0.",
     ),
     "steps_bool": (
         lambda: length_mask([1], True),
-        ValueError,
-        "length_mask: num_steps must be an integer of at least 0, got True.",
+        TypeError,
+        "length_mask: num_steps must be an integer, got True.",
     ),
 }
 

@@ -234,16 +234,18 @@ def oracle_pullback(
     """
     params, xs, h0 = problem.params, problem.xs, problem.h0
     equation = oracle.Equation(*dataclasses.astuple(spec))
-    scale, held = None, zoneout
+    dropout, zoned_out = None, zoneout
     if key is not None and not deterministic:
-        scale_key, zoneout_key = jax.random.split(key)
-        kept = jax.random.bernoulli(scale_key, 1 - recurrent_dropout, h0.shape)
-        scale = np.asarray(kept) / (1 - recurrent_dropout)
+        dropout_key, zoneout_key = jax.random.split(key)
+        drawn = jax.random.bernoulli(dropout_key, 1 - recurrent_dropout, h0.shape)
+        dropout = np.asarray(drawn) / (1 - recurrent_dropout)
         steps = len(xs)
         step_keys = [jax.random.fold_in(zoneout_key, t) for t in range(steps)]
         written = [jax.random.bernoulli(k, 1 - zoneout, h0.shape) for k in step_keys]
-        held = 1.0 - np.asarray(jnp.stack(written))
-    h_last, hs, tape = oracle.forward(params, equation, xs, h0, mask, resets, reverse, scale, held)
+        zoned_out = 1.0 - np.asarray(jnp.stack(written))
+    h_last, hs, tape = oracle.forward(
+        params, equation, xs, h0, mask, resets, reverse, dropout, zoned_out
+    )
     packed, dxs, dh0 = oracle.backward(params, equation, xs, tape, *problem.cotangents, truncate)
     arrays = params.arrays()
     dparams = {name: None if arrays[name] is None else d for name, d in zip(arrays, packed)}

@@ -35,7 +35,7 @@ class Equation:
 
 
 class Weights:
-    """W, U, b, c (biases of input and state), g, e (gains of W x and U h): dicts over r, z, n."""
+    """Dicts over r, z, n: W, U, b, c (biases of input and state), g, e (scales of layer norm)."""
 
     NAMES = ("W", "U", "b", "c", "g", "e")
     ARRAYS = ("w_x", "w_h", "b_x", "b_h", "g_x", "g_h")  # what the package calls them
@@ -62,7 +62,7 @@ class Weights:
         return blank
 
     def packed(self):
-        """w_x, w_h, b_x, b_h, g_x, g_h with the gates side by side; None for an absent gain."""
+        """w_x, w_h, b_x, b_h, g_x, g_h with the gates side by side; None for an absent scale."""
         tables = [[getattr(self, name)[gate] for gate in "rzn"] for name in self.NAMES]
         return tuple(
             None if parts[0] is None else np.concatenate([v.T for v in parts], axis=-1)
@@ -70,25 +70,25 @@ class Weights:
         )
 
 
-def normalized(v, gain):
+def normalized(v, scale):
     """Layer normalization of a vector (Ba et al. 2016, arXiv:1607.06450, eq. 4).
 
-    Returns the result, its Jacobian as a matrix, and the vector before the gain.
+    Returns the result, its Jacobian as a matrix, and the vector before the scale.
     """
-    if gain is None:
+    if scale is None:
         return v, np.eye(v.size), None
     centre = np.eye(v.size) - 1.0 / v.size
     deviation = np.sqrt((centre @ v) @ (centre @ v) / v.size + 1e-5)
     y = centre @ v / deviation
-    jacobian = np.diag(gain) @ (centre - np.outer(y, y) / v.size) / deviation
-    return gain * y, jacobian, y
+    jacobian = np.diag(scale) @ (centre - np.outer(y, y) / v.size) / deviation
+    return scale * y, jacobian, y
 
 
-def one_step(weights, equation, x, h, scale=None):
-    """h' of one row, and what its derivative needs; scale multiplies what U reads of h."""
+def one_step(weights, equation, x, h, dropout=None):
+    """h' of one row, and what its derivative needs; dropout multiplies what U reads of h."""
     W, U, b, c = weights.W, weights.U, weights.b, weights.c
     f, _ = ACTIVATIONS[equation.activation]
-    read = h if scale is None else scale * h
+    read = h if dropout is None else dropout * h
     of_x = {gate: normalized(W[gate] @ x, weights.g[gate]) for gate in "rzn"}
     of_h = {gate: normalized(U[gate] @ read, weights.e[gate]) for gate in "rz"}
     r = sigmoid(of_x["r"][0] + b["r"] + of_h["r"][0] + c["r"])
@@ -101,14 +101,14 @@ def one_step(weights, equation, x, h, scale=None):
         a_n = of_x["n"][0] + b["n"] + r * (of_h["n"][0] + c["n"])
     n = f(a_n)
     new = z * h + (1.0 - z) * n if equation.update == "keep" else (1.0 - z) * h + z * n
-    return new, (x, h, scale, r, z, n, a_n, of_x, of_h)
+    return new, (x, h, dropout, r, z, n, a_n, of_x, of_h)
 
 
 def one_step_back(weights, equation, saved, g, total):
     """The cotangents of x and h given g, that of h'; those of the weights are added to total."""
-    x, h, scale, r, z, n, a_n, of_x, of_h = saved
+    x, h, dropout, r, z, n, a_n, of_x, of_h = saved
     W, U = weights.W, weights.U
-    read = h if scale is None else scale * h
+    read = h if dropout is None else dropout * h
     _, slope = ACTIVATIONS[equation.activation]
     if equation.update == "keep":
         dz, dn, dh = g * (h - n), g * (1.0 - z), g * z
@@ -144,34 +144,36 @@ def one_step_back(weights, equation, saved, g, total):
             total.g[gate] += da[gate] * of_x[gate][2]
         if weights.e[gate] is not None:
             total.e[gate] += du[gate] * of_h[gate][2]
-    return dx, dh + (dread if scale is None else scale * dread)
+    return dx, dh + (dread if dropout is None else dropout * dread)
 
 
 def forward(
-    arrays, equation, xs, h0, mask=None, resets=None, reverse=False, scale=None, zoneout=None
+    arrays, equation, xs, h0, mask=None, resets=None, reverse=False, dropout=None, zoneout=None
 ):
-    """(h_last, hs, tape) of a sequence [T, ..., I]; tape[row][t] is (reset, kept, saved or None).
+    """(h_last, hs, tape) of a sequence [T, ..., I].
 
-    scale [..., H] multiplies what U reads of the state. zoneout is None, or the share of the old
+    tape[row][t] is (reset, the share of the old state in the new one, saved or None).
+
+    dropout [..., H] multiplies what U reads of the state. zoneout is None, or the share of the old
     state that each unit keeps: a number, or 0s and 1s [T, ..., H].
     """
     weights = Weights(*(getattr(arrays, name) for name in Weights.ARRAYS))
     xs, h0 = np.array(xs, np.float64), np.array(h0, np.float64)
     hs = np.zeros((xs.shape[0], *h0.shape))
-    kept = np.broadcast_to(np.float64(0.0 if zoneout is None else zoneout), hs.shape)
+    share = np.broadcast_to(np.float64(0.0 if zoneout is None else zoneout), hs.shape)
     h_last, tape = h0.copy(), {}
     for row in np.ndindex(h0.shape[:-1]):
         h, tape[row] = h0[row], {}
-        row_scale = None if scale is None else np.array(scale, np.float64)[row]
+        row_scale = None if dropout is None else np.array(dropout, np.float64)[row]
         order = range(xs.shape[0])
         for t in reversed(order) if reverse else order:
             start_anew = resets is not None and bool(resets[(t, *row)])
             h = np.zeros_like(h) if start_anew else h
-            saved, keep = None, kept[(t, *row)]
+            saved, old = None, share[(t, *row)]
             if mask is None or bool(mask[(t, *row)]):
                 new, saved = one_step(weights, equation, xs[(t, *row)], h, row_scale)
-                h = keep * h + (1.0 - keep) * new
-            tape[row][t] = (start_anew, keep, saved)
+                h = old * h + (1.0 - old) * new
+            tape[row][t] = (start_anew, old, saved)
             hs[(t, *row)] = h
         h_last[row] = h
     return h_last, hs, tape
@@ -180,7 +182,7 @@ def forward(
 def backward(arrays, equation, xs, tape, dh_last, dhs, truncate=None):
     """Cotangents of the arrays, xs and h0: the tape played from its end, row by row.
 
-    truncate cuts the gradient of the state between a real step and the one run before it where they
+    truncate cuts the gradient of the state between a valid step and the one before it where they
     are in different windows [0, truncate), [truncate, 2 truncate), ...
     """
     weights = Weights(*(getattr(arrays, name) for name in Weights.ARRAYS))
@@ -191,12 +193,12 @@ def backward(arrays, equation, xs, tape, dh_last, dhs, truncate=None):
         real = [t for t, (_, _, saved) in steps.items() if saved is not None]
         pairs = itertools.pairwise(real) if truncate else ()
         cuts = {t for before, t in pairs if before // truncate != t // truncate}
-        for t, (start_anew, keep, saved) in reversed(steps.items()):
+        for t, (start_anew, old, saved) in reversed(steps.items()):
             dh = dh + np.array(dhs, np.float64)[(t, *row)]
             if saved is not None:
-                new = (1.0 - keep) * dh
+                new = (1.0 - old) * dh
                 dxs[(t, *row)], through = one_step_back(weights, equation, saved, new, total)
-                dh = keep * dh + through
+                dh = old * dh + through
             dh = np.zeros_like(dh) if start_anew or t in cuts else dh
         dh0[row] = dh
     return total.packed(), dxs, dh0
@@ -215,16 +217,16 @@ def parted(resets):
 def stack_forward(layers, equation, xs, h0, mask, resets, merge, residual, noise):
     """(h_last, ys, tape) of a stack; layers and h0 hold an entry, or a pair of them, per layer.
 
-    noise has, per layer, (what multiplies its input, [(scale, zoneout) of each direction]).
+    noise has, per layer, (what multiplies its input, [(dropout, zoneout) of each direction]).
     """
     y, lasts, tape = np.array(xs, np.float64), [], []
     for number, (layer, start, (factor, drawn)) in enumerate(zip(layers, h0, noise)):
         inputs = y if factor is None else y * np.array(factor, np.float64)
         runs = []
-        for place, (arrays, (scale, zoneout)) in enumerate(zip(directions(layer), drawn)):
+        for place, (arrays, (dropout, zoneout)) in enumerate(zip(directions(layer), drawn)):
             flags = (mask, parted(resets) if place else resets, bool(place))
             begin = directions(start)[place]
-            runs.append(forward(arrays, equation, inputs, begin, *flags, scale, zoneout))
+            runs.append(forward(arrays, equation, inputs, begin, *flags, dropout, zoneout))
         tape.append((inputs, [run[2] for run in runs]))
         hs = [run[1] for run in runs]
         out = sum(hs) if merge == "sum" else np.concatenate(hs, axis=-1)

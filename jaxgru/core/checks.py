@@ -1,6 +1,6 @@
 """Checks of arguments, in one form: function, argument, what it must be, what came, the cure.
 
-They run when a function is traced, on static facts only: kinds, shapes and dtypes.
+They run when a function is traced, on what is static only: kinds, shapes and dtypes.
 """
 
 import importlib

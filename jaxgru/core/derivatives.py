@@ -134,10 +134,8 @@ def params_vjp_factors(params, xs, gates, h_tm1, da, du, dropout=None):
     rows = [
         None if params.b_x is None else da,
         None if params.b_h is None else du,
-        *(
-            None if g is None else d * jnp.concatenate([n.y for n in norms], axis=-1)
-            for g, d, norms in ((params.g_x, da, input_norms), (params.g_h, du, gates.norms))
-        ),
+        _scale_rows(params.g_x, da, input_norms),
+        _scale_rows(params.g_h, du, gates.norms),
     ]
     return (xs.astype(h_tm1.dtype), dv_x), list(zip(reads, dvs)), rows
 
@@ -205,3 +203,8 @@ def _each_block(rule, scales, norms, v):
         return v
     parts = jnp.split(v, len(scales), axis=-1)
     return jnp.concatenate(list(map(rule, parts, scales, norms)), axis=-1)
+
+
+def _scale_rows(g, d, norms):
+    """d times the normalized products, or None without layer norm."""
+    return None if g is None else d * jnp.concatenate([n.y for n in norms], axis=-1)

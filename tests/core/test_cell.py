@@ -44,34 +44,34 @@ def oracle_step(params, x, h, spec):
     return oracle.forward(params, equation, x[None], h)[0]
 
 
-def whole_step(params, x, h, spec, scale=None):
+def whole_step(params, x, h, spec, dropout=None):
     """h' and the gates from the parameters and the input."""
     params = with_spec(params, spec)
     a, recurrent = cell.project(params, x), cell.split_recurrent(params)
-    return cell.step(recurrent, a, h, scale)
+    return cell.step(recurrent, a, h, dropout)
 
 
 @functools.partial(jax.jit, static_argnames="spec")
-def step_and_rules(params, x, h, dh, spec, scale=None):
+def step_and_rules(params, x, h, dh, spec, dropout=None):
     """The step's value, its handwritten VJP, and JAX's."""
     params = with_spec(params, spec)
     a, recurrent = cell.project(params, x), cell.split_recurrent(params)
     transposed = derivatives.transpose_recurrent(recurrent)
-    h_t, gates = cell.step(recurrent, a, h, scale)
-    c = derivatives.coefficients(gates, h, spec, scale)
-    dh_tm1, dp = derivatives.step_vjp(transposed, c, gates.norms, dh, scale)
+    h_t, gates = cell.step(recurrent, a, h, dropout)
+    c = derivatives.coefficients(gates, h, spec, dropout)
+    dh_tm1, dp = derivatives.step_vjp(transposed, c, gates.norms, dh, dropout)
     da, du = derivatives.gates_vjp(c, dh, dp)
     by_hand = (
-        derivatives.params_vjp(params, x, gates, h, da, du, scale),
+        derivatives.params_vjp(params, x, gates, h, da, du, dropout),
         derivatives.inputs_vjp(params, params.w_x.T, x, da),
         dh_tm1,
     )
 
     def whole(params, x, h):
-        return whole_step(params, x, h, spec, scale)[0]
+        return whole_step(params, x, h, spec, dropout)[0]
 
     _, pull = jax.vjp(whole, params, x, h)
-    _, pull_a = jax.vjp(lambda a, h: cell.step(recurrent, a, h, scale)[0], a, h)
+    _, pull_a = jax.vjp(lambda a, h: cell.step(recurrent, a, h, dropout)[0], a, h)
     return h_t, by_hand, pull(dh), (tuple(jnp.split(da, 3, -1)), dh_tm1), pull_a(dh)
 
 
@@ -167,14 +167,14 @@ def test_parameter_cotangents_sum_over_all_leading_axes(spec, batch):
 
 
 @functools.partial(jax.jit, static_argnames="spec")
-def tangents_by_hand_and_by_jax(params, tparams, x, tx, h, th, spec, scale=None):
+def tangents_by_hand_and_by_jax(params, tparams, x, tx, h, th, spec, dropout=None):
     """None among the tangents stands for zero."""
     params, tparams = with_spec((params, tparams), spec)
-    _, gates = whole_step(params, x, h, spec, scale)
-    drive = derivatives.step_jvp_inputs(params, tparams, x, tx, gates, h, scale)
+    _, gates = whole_step(params, x, h, spec, dropout)
+    e = derivatives.step_jvp_inputs(params, tparams, x, tx, gates, h, dropout)
     recurrent = cell.split_recurrent(params)
     by_hand = derivatives.step_jvp(
-        recurrent, derivatives.coefficients(gates, h, spec, scale), gates.norms, th, drive, scale
+        recurrent, derivatives.coefficients(gates, h, spec, dropout), gates.norms, th, e, dropout
     )
     zeros = jax.tree.map(jnp.zeros_like, (params, x))
     tangents = {
@@ -184,7 +184,7 @@ def tangents_by_hand_and_by_jax(params, tparams, x, tx, h, th, spec, scale=None)
     filled = dataclasses.replace(tparams, **tangents)
 
     def whole(params, x, h):
-        return whole_step(params, x, h, spec, scale)[0]
+        return whole_step(params, x, h, spec, dropout)[0]
 
     tx = zeros[1] if tx is None else tx
     return by_hand, jax.jvp(whole, (params, x, h), (filled, tx, th))[1]
@@ -203,7 +203,7 @@ def test_step_tangent_is_the_jvp_of_the_step(spec):
 @in_float64
 @pytest.mark.parametrize("spec", [CHO_2014, PYTORCH], ids=["before", "after"])
 @pytest.mark.parametrize("only", ["w_x", "w_h", "b_x", "b_h", "x"])
-def test_drive_takes_none_for_a_tangent_that_is_zero(spec, only):
+def test_input_tangent_takes_none_for_a_tangent_that_is_zero(spec, only):
     params, x, h = one_step_problem(60)
     tparams, tx, _ = one_step_problem(61)
     absent = [name for name in tparams.arrays() if name != only]
@@ -221,28 +221,28 @@ def test_drive_takes_none_for_a_tangent_that_is_zero(spec, only):
     [CHO_2014, PYTORCH, pytest.param(CHUNG_2014, marks=pytest.mark.slow)],
     ids=["before", "after", "write"],
 )
-@pytest.mark.parametrize("gains", ["both", "g_x", "g_h"])
-def test_normalized_step_with_a_scaled_read_has_its_value_and_rules(spec, gains):
+@pytest.mark.parametrize("scales", ["both", "g_x", "g_h"])
+def test_normalized_step_with_recurrent_dropout_has_its_value_and_rules(spec, scales):
     """Layer norm and recurrent dropout inside one step: the oracle's value, JAX's derivatives."""
 
     def problem(seed):
         params, xs, h = make_problem(seed, steps=1, batch=(4,), layer_norm=True)[:3]
-        absent = {"both": (), "g_x": ("g_h",), "g_h": ("g_x",)}[gains]
+        absent = {"both": (), "g_x": ("g_h",), "g_h": ("g_x",)}[scales]
         return dataclasses.replace(params, **dict.fromkeys(absent)), xs[0], h
 
     (params, x, h), (tparams, tx, th) = problem(62), problem(63)
-    scale = jax.random.bernoulli(jax.random.key(64), 0.6, h.shape).astype(h.dtype) / 0.6
-    rules = step_and_rules(params, x, h, th, spec, scale)
+    dropout = jax.random.bernoulli(jax.random.key(64), 0.6, h.shape).astype(h.dtype) / 0.6
+    rules = step_and_rules(params, x, h, th, spec, dropout)
     equation = oracle.Equation(*dataclasses.astuple(spec))
-    assert_close(rules[0], oracle.forward(params, equation, x[None], h, scale=scale)[0], EXACT)
+    assert_close(rules[0], oracle.forward(params, equation, x[None], h, dropout=dropout)[0], EXACT)
     assert_close(rules[1], rules[2], EXACT)
     assert_close(rules[3], rules[4], EXACT)
-    by_hand, by_jax = tangents_by_hand_and_by_jax(params, tparams, x, tx, h, th, spec, scale)
+    by_hand, by_jax = tangents_by_hand_and_by_jax(params, tparams, x, tx, h, th, spec, dropout)
     assert_close(by_hand, by_jax, EXACT)
 
 
 def test_normalized_product_has_mean_zero_and_variance_one_in_every_gate():
-    """Large weights change nothing: with gains of one and no bias, a is of unit size."""
+    """Large weights change nothing: with scales of one and no bias, a is of unit size."""
     params = init_gru(jax.random.key(0), 5, 64, bias=False, layer_norm=True)
     params = dataclasses.replace(params, w_x=100 * params.w_x + 7)
     for a in cell.project(params, jax.random.normal(jax.random.key(1), (3, 5))):

@@ -140,13 +140,13 @@ def test_loops_run_few_kernels(spec):
 def test_residuals_are_what_the_docstring_says(spec, residuals):
     arguments = make_arguments()
     run = functools.partial(gru, spec=spec, residuals=residuals, chunk_size=8)
-    kept = jax.tree.leaves(jax.vjp(run, *arguments)[1])
+    saved = jax.tree.leaves(jax.vjp(run, *arguments)[1])
     given = {v.unsafe_buffer_pointer() for v in jax.tree.leaves(arguments)}
-    kept = [v for v in kept if v.ndim == 3 and v.unsafe_buffer_pointer() not in given]
-    whole = sum(v.shape == (T, B, H) for v in kept)
+    saved = [v for v in saved if v.ndim == 3 and v.unsafe_buffer_pointer() not in given]
+    whole = sum(v.shape == (T, B, H) for v in saved)
     gates = 4 if spec.reset == "after" else 3
     assert whole == {"gates": 1 + gates, "states": 1, "boundaries": 0}[residuals]
-    assert [v.shape for v in kept if v.shape != (T, B, H)] == [(T // 8, B, H)]
+    assert [v.shape for v in saved if v.shape != (T, B, H)] == [(T // 8, B, H)]
 
 
 @pytest.mark.parametrize(
@@ -201,15 +201,15 @@ def test_gradients_that_nobody_wants_cost_no_product():
 
 
 def test_default_residuals_follow_the_sizes():
-    """Gates of many rows of few numbers are redone, all others kept: T B H > 2^19, I + H <= 256."""
+    """Gates are recomputed where T B H > 2^19 and I + H <= 256, and saved elsewhere."""
 
-    def kept(num_steps, batch, inputs, hidden):
+    def saved(num_steps, batch, inputs, hidden):
         """How many arrays [T, B, H]: hs alone, or hs and r, z, n."""
         params = init_gru(jax.random.key(0), inputs, hidden)
         xs = jax.ShapeDtypeStruct((num_steps, batch, inputs), jnp.float32)
         leaves = jax.tree.leaves(jax.eval_shape(lambda xs: jax.vjp(gru, params, xs)[1], xs))
         return sum(v.shape == (num_steps, batch, hidden) for v in leaves)
 
-    assert kept(1025, 8, 192, 64) == 1
-    assert kept(1024, 8, 192, 64) == 4
-    assert kept(1025, 8, 193, 64) == 4
+    assert saved(1025, 8, 192, 64) == 1
+    assert saved(1024, 8, 192, 64) == 4
+    assert saved(1025, 8, 193, 64) == 4

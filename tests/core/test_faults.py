@@ -17,7 +17,7 @@ from jaxgru.core.parameters import CHO_2014, CHUNG_2014, PYTORCH, init_gru
 # One of each kind of place; the fast tier leaves the others to the slow one.
 FAST = {
     *("candidate_path_not_gated", "last_step_lost", "resets_ignored", "sums_swapped"),
-    *("no_recurrent_weights_in_drive", "norm_without_its_mean", "not_a_number"),
+    *("no_recurrent_weights_in_input_tangent", "norm_without_its_mean", "not_a_number"),
 }
 
 
@@ -35,8 +35,8 @@ def of_step(change):
     """A fault of step_vjp: change(w_h, c, dh, dh_tm1, dp) -> dh_tm1."""
 
     def mutate(original):
-        def faulty(transposed, c, norms, dh, scale):
-            dh_tm1, dp = original(transposed, c, norms, dh, scale)
+        def faulty(transposed, c, norms, dh, dropout):
+            dh_tm1, dp = original(transposed, c, norms, dh, dropout)
             return change(jnp.concatenate(transposed.w).T, c, dh, dh_tm1, dp), dp
 
         return faulty
@@ -81,8 +81,8 @@ def of_slopes(change):
     """A fault of coefficients: change(gates, c.a, [R, Z, Q]) -> c.a, [R, Z, Q]."""
 
     def mutate(original):
-        def faulty(gates, h_tm1, spec, scale):
-            c = original(gates, h_tm1, spec, scale)
+        def faulty(gates, h_tm1, spec, dropout):
+            c = original(gates, h_tm1, spec, dropout)
             a, v = change(gates, c.a, slopes_of(c))
             return c._replace(a=a, slopes=tuple(v) if gates.q is None else (jnp.stack(v, axis=-2),))
 
@@ -124,8 +124,8 @@ def of_params(change):
     """A fault of params_vjp: change(xs, gates, h_tm1, da, du) before it."""
 
     def mutate(original):
-        def faulty(params, xs, gates, h_tm1, da, du, scale):
-            return original(params, *change(xs, gates, h_tm1, da, du), scale)
+        def faulty(params, xs, gates, h_tm1, da, du, dropout):
+            return original(params, *change(xs, gates, h_tm1, da, du), dropout)
 
         return faulty
 
@@ -161,8 +161,8 @@ def scaled_recurrent_weights(original):
 
 
 def bias_of_one_row(original):
-    def faulty(params, xs, gates, h_tm1, da, du, scale):
-        dparams = original(params, xs, gates, h_tm1, da, du, scale)
+    def faulty(params, xs, gates, h_tm1, da, du, dropout):
+        dparams = original(params, xs, gates, h_tm1, da, du, dropout)
         return dataclasses.replace(dparams, b_h=du[:, 0].sum(axis=0))
 
     return faulty
@@ -187,10 +187,10 @@ def of_loop(change):
     """A fault of the loop of the backward pass: change(g, dhs, flags) before it."""
 
     def mutate(original):
-        def faulty(config, transposed, g, c, norms, dhs, inputs, scale):
+        def faulty(config, transposed, g, c, norms, dhs, inputs, dropout):
             g, dhs, flags = change(g, dhs, inputs.flags)
             inputs = inputs._replace(flags=flags)
-            return original(config, transposed, g, c, norms, dhs, inputs, scale)
+            return original(config, transposed, g, c, norms, dhs, inputs, dropout)
 
         return faulty
 
@@ -253,28 +253,28 @@ FAULTS = {
 
 
 def no_reset_gate_in_tangent(original):
-    def faulty(recurrent, c, norms, th, drive, scale):
+    def faulty(recurrent, c, norms, th, e, dropout):
         first, *others = recurrent.w
         first = first.at[:, : th.shape[-1]].set(0)
         return original(
-            dataclasses.replace(recurrent, w=(first, *others)), c, norms, th, drive, scale
+            dataclasses.replace(recurrent, w=(first, *others)), c, norms, th, e, dropout
         )
 
     return faulty
 
 
-def no_recurrent_weights_in_drive(original):
-    def faulty(params, tparams, xs, txs, gates, h_tm1, scale):
+def no_recurrent_weights_in_input_tangent(original):
+    def faulty(params, tparams, xs, txs, gates, h_tm1, dropout):
         return original(
-            params, dataclasses.replace(tparams, w_h=None), xs, txs, gates, h_tm1, scale
+            params, dataclasses.replace(tparams, w_h=None), xs, txs, gates, h_tm1, dropout
         )
 
     return faulty
 
 
-def drive_of_half_the_inputs(original):
-    def faulty(params, tparams, xs, txs, gates, h_tm1, scale):
-        return original(params, tparams, 0.5 * xs, txs, gates, h_tm1, scale)
+def input_tangent_of_half_the_inputs(original):
+    def faulty(params, tparams, xs, txs, gates, h_tm1, dropout):
+        return original(params, tparams, 0.5 * xs, txs, gates, h_tm1, dropout)
 
     return faulty
 
@@ -291,27 +291,27 @@ WRITE = {
 }
 
 
-def scale_ignored(original):
-    def faulty(transposed, c, norms, dh, scale):
+def dropout_ignored(original):
+    def faulty(transposed, c, norms, dh, dropout):
         return original(transposed, c, norms, dh, None)
 
     return faulty
 
 
-def scale_ignored_by_weights(original):
-    def faulty(params, xs, gates, h_tm1, da, du, scale):
+def dropout_ignored_by_weights(original):
+    def faulty(params, xs, gates, h_tm1, da, du, dropout):
         return original(params, xs, gates, h_tm1, da, du, None)
 
     return faulty
 
 
-def held_units_written(original):
-    """The backward that takes the mask without the units that zoneout holds."""
+def zoned_out_units_written(original):
+    """The backward that takes the mask without the units that zoneout leaves as they are."""
 
-    def faulty(config, transposed, g, c, norms, dhs, inputs, scale):
+    def faulty(config, transposed, g, c, norms, dhs, inputs, dropout):
         mask = inputs.flags.mask.any(axis=-1, keepdims=True)
         inputs = inputs._replace(flags=dataclasses.replace(inputs.flags, mask=mask))
-        return original(config, transposed, g, c, norms, dhs, inputs, scale)
+        return original(config, transposed, g, c, norms, dhs, inputs, dropout)
 
     return faulty
 
@@ -321,14 +321,14 @@ def cut_ignored(g, dhs, flags):
 
 
 def norms_of_the_wrong_gate(original):
-    def faulty(transposed, c, norms, dh, scale):
+    def faulty(transposed, c, norms, dh, dropout):
         r, z, n = norms
-        return original(transposed, c, (z, r, n), dh, scale)
+        return original(transposed, c, (z, r, n), dh, dropout)
 
     return faulty
 
 
-def gain_of_inputs_ignored(original):
+def layer_norm_scale_of_inputs_ignored(original):
     def faulty(params, w_x_t, xs, da):
         return original(dataclasses.replace(params, g_x=None), w_x_t, xs, da)
 
@@ -341,14 +341,14 @@ def mean_of_zoneout_not_kept(original):
 
 
 def norm_without_its_mean(original):
-    def faulty(d, gain, norm):
-        wrong = original(d, gain, norm)
-        return wrong if gain is None else wrong + 0.1 * norm.i
+    def faulty(d, scale, norm):
+        wrong = original(d, scale, norm)
+        return wrong if scale is None else wrong + 0.1 * norm.i
 
     return faulty
 
 
-def gain_not_normalized(original):
+def layer_norm_scale_not_normalized(original):
     def faulty(g, da, norms):
         right = original(g, da, norms)
         return None if right is None else 1.01 * right
@@ -356,9 +356,9 @@ def gain_not_normalized(original):
     return faulty
 
 
-def scale_ignored_by_tangent(original):
-    def faulty(recurrent, c, norms, th, drive, scale):
-        return original(recurrent, c, norms, th, drive, None)
+def dropout_ignored_by_tangent(original):
+    def faulty(recurrent, c, norms, th, e, dropout):
+        return original(recurrent, c, norms, th, e, None)
 
     return faulty
 
@@ -371,19 +371,30 @@ EVERYTHING = DROPOUT | ZONEOUT | {"truncate": 2}
 INSIDE = {
     "mean_of_zoneout_not_kept": ("flags.Flags.leave_vjp", mean_of_zoneout_not_kept, MEAN),
     "norm_without_its_mean": ("derivatives.normalize_vjp", norm_without_its_mean, "layer_norm"),
-    "gain_not_normalized": ("derivatives._scale_rows", gain_not_normalized, "layer_norm"),
-    "scale_ignored_by_tangent": ("tangent.step_jvp", scale_ignored_by_tangent, DROPOUT),
-    "scale_ignored": ("bptt.step_vjp", scale_ignored, DROPOUT),
-    "scale_ignored_by_weights": ("bptt.params_vjp", scale_ignored_by_weights, DROPOUT),
-    "held_units_written": ("bptt.reverse_scan", held_units_written, ZONEOUT),
+    "layer_norm_scale_not_normalized": (
+        "derivatives._scale_rows",
+        layer_norm_scale_not_normalized,
+        "layer_norm",
+    ),
+    "dropout_ignored_by_tangent": ("tangent.step_jvp", dropout_ignored_by_tangent, DROPOUT),
+    "dropout_ignored": ("bptt.step_vjp", dropout_ignored, DROPOUT),
+    "dropout_ignored_by_weights": ("bptt.params_vjp", dropout_ignored_by_weights, DROPOUT),
+    "zoned_out_units_written": ("bptt.reverse_scan", zoned_out_units_written, ZONEOUT),
     "cut_ignored": ("bptt.reverse_scan", of_loop(cut_ignored), {"truncate": 2}),
     "norms_of_the_wrong_gate": ("bptt.step_vjp", norms_of_the_wrong_gate, "layer_norm"),
-    "gain_of_inputs_ignored": ("bptt.inputs_vjp", gain_of_inputs_ignored, "layer_norm"),
+    "layer_norm_scale_of_inputs_ignored": (
+        "bptt.inputs_vjp",
+        layer_norm_scale_of_inputs_ignored,
+        "layer_norm",
+    ),
 }
 TANGENT = {
     "no_reset_gate_in_tangent": ("step_jvp", no_reset_gate_in_tangent),
-    "no_recurrent_weights_in_drive": ("step_jvp_inputs", no_recurrent_weights_in_drive),
-    "drive_of_half_the_inputs": ("step_jvp_inputs", drive_of_half_the_inputs),
+    "no_recurrent_weights_in_input_tangent": (
+        "step_jvp_inputs",
+        no_recurrent_weights_in_input_tangent,
+    ),
+    "input_tangent_of_half_the_inputs": ("step_jvp_inputs", input_tangent_of_half_the_inputs),
 }
 
 
@@ -543,8 +554,8 @@ def test_grid_names_the_case_that_fails(monkeypatch):
 
     original = bptt.step
 
-    def faulty(recurrent, a, h, scale):
-        h, gates = original(recurrent, a, h, scale)
+    def faulty(recurrent, a, h, dropout):
+        h, gates = original(recurrent, a, h, dropout)
         bulk = a[0].ndim == 3
         return h, gates._replace(r=gates.r * 0.9) if bulk else gates
 

@@ -370,7 +370,7 @@ def small_loss(problem, spec, **variant):
 
 
 def small_problem(seed):
-    """Four steps, one row, two units; one held step and one reset, which fall together."""
+    """Four steps, one row, two units; one masked step and one reset, which fall together."""
     problem = make_problem(seed, steps=4, batch=(1,), inputs=1, hidden=2)
     mask = jnp.array([True, True, False, True])[:, None]
     resets = jnp.array([False, False, True, False])[:, None]
@@ -521,7 +521,7 @@ def test_forward_mode_of_bptt_is_refused(transform):
 @in_float64
 @mostly_after
 def test_tangent_takes_any_part_of_the_arguments(spec):
-    """The others' tangents are symbolic zeros, which the rule leaves out of its drive."""
+    """The others' tangents are symbolic zeros, which the rule leaves out."""
     problem, direction = make_problem(29, layer_norm=True), make_problem(30, layer_norm=True)
     case = {"spec": spec, "mask": problem.mask, "resets": problem.resets}
     names = (*problem.params.arrays(), "xs", "h0")
@@ -577,9 +577,9 @@ def saved_numbers(problem, **choices):
     run = functools.partial(gru, **choices)
     arguments = (problem.params, problem.xs, problem.h0)
     (_, hs), pull = jax.eval_shape(functools.partial(jax.vjp, run), *arguments)
-    kept = sum(v.size for v in jax.tree.leaves(pull) if jnp.issubdtype(v.dtype, jnp.floating))
+    saved = sum(v.size for v in jax.tree.leaves(pull) if jnp.issubdtype(v.dtype, jnp.floating))
     given = sum(v.size for v in jax.tree.leaves(arguments))
-    return kept - given - (hs.size if choices.get("residuals") != "boundaries" else 0)
+    return saved - given - (hs.size if choices.get("residuals") != "boundaries" else 0)
 
 
 @pytest.mark.parametrize("chunk_size", [12, 4, 5])
@@ -590,8 +590,8 @@ def test_backward_keeps_what_its_residuals_say(spec, residuals, chunk_size):
     problem = make_problem(40, dtype=jnp.float32, **SIZES)
     chunks = -(-12 // chunk_size)
     own = {"gates": (3 if spec.reset == "before" else 4) * TBH, "states": 0, "boundaries": 0}
-    kept = saved_numbers(problem, spec=spec, residuals=residuals, chunk_size=chunk_size)
-    assert kept == own[residuals] + chunks * BH
+    saved = saved_numbers(problem, spec=spec, residuals=residuals, chunk_size=chunk_size)
+    assert saved == own[residuals] + chunks * BH
 
 
 @both_resets

@@ -46,7 +46,7 @@ def test_parameters_have_no_hash_so_that_jit_refuses_them_as_a_static_argument()
     params, xs = draw()
     with pytest.raises(TypeError, match="unhashable"):
         hash(params)
-    with pytest.raises(ValueError, match="[Nn]on-hashable"):
+    with pytest.raises(ValueError, match="on-hashable"):
         jax.jit(run, static_argnums=0)(params, xs)
 
 

@@ -141,12 +141,12 @@ def test_row_of_any_length_is_that_row_cut_to_its_length(reverse):
         cut = problem._replace(xs=problem.xs[:length, row], h0=problem.h0[row])
         want_last, want = run_oracle(cut, CHO_2014, h0=cut.h0, reverse=reverse)
         assert_close((h_last[row], hs[:length, row]), (want_last, want), EXACT, f"row {row}")
-        held = problem.h0[row] if reverse else h_last[row]
-        np.testing.assert_array_equal(hs[length:, row], np.tile(held, (7 - length, 1)))
+        state = problem.h0[row] if reverse else h_last[row]
+        np.testing.assert_array_equal(hs[length:, row], np.tile(state, (7 - length, 1)))
 
 
 def test_zero_length_row_returns_initial_state():
-    problem = make_problem(7, dtype=jnp.float32)  # its row 0 is held throughout
+    problem = make_problem(7, dtype=jnp.float32)  # its row 0 is masked throughout
     for reverse in (False, True):
         h_last, hs = gru(problem.params, problem.xs, problem.h0, mask=problem.mask, reverse=reverse)
         np.testing.assert_array_equal(h_last[0], problem.h0[0])
@@ -189,14 +189,14 @@ def test_padding_of_nan_or_inf_changes_no_bit(gradient, spec):
         values, pull = jax.vjp(run, problem.params, xs, problem.h0)
         return values, pull(problem.cotangents)
 
-    held = ~problem.mask[..., None]
-    clean = values_and_gradients(jnp.where(held, jnp.zeros_like(problem.xs), problem.xs))
+    masked = ~problem.mask[..., None]
+    clean = values_and_gradients(jnp.where(masked, jnp.zeros_like(problem.xs), problem.xs))
     assert all(np.isfinite(v).all() for v in jax.tree.leaves(clean))
     for padding in (jnp.nan, jnp.inf, -jnp.inf, 1e30):
-        padded = jnp.where(held, jnp.full_like(problem.xs, padding), problem.xs)
+        padded = jnp.where(masked, jnp.full_like(problem.xs, padding), problem.xs)
         jax.tree.map(np.testing.assert_array_equal, values_and_gradients(padded), clean)
-    held = np.broadcast_to(np.asarray(held), problem.xs.shape)
-    np.testing.assert_array_equal(np.asarray(clean[1][1])[held], 0)
+    masked = np.broadcast_to(np.asarray(masked), problem.xs.shape)
+    np.testing.assert_array_equal(np.asarray(clean[1][1])[masked], 0)
 
 
 @pytest.mark.parametrize("residuals", ["states", "boundaries"])
@@ -208,9 +208,9 @@ def test_padding_of_nan_stays_out_when_gates_are_redone(residuals):
     def gradients(xs):
         return jax.vjp(run, problem.params, xs, problem.h0)[1](problem.cotangents)
 
-    held = ~problem.mask[..., None]
-    clean = gradients(jnp.where(held, jnp.zeros_like(problem.xs), problem.xs))
-    padded = gradients(jnp.where(held, jnp.full_like(problem.xs, jnp.nan), problem.xs))
+    masked = ~problem.mask[..., None]
+    clean = gradients(jnp.where(masked, jnp.zeros_like(problem.xs), problem.xs))
+    padded = gradients(jnp.where(masked, jnp.full_like(problem.xs, jnp.nan), problem.xs))
     assert all(np.isfinite(v).all() for v in jax.tree.leaves(clean))
     jax.tree.map(np.testing.assert_array_equal, padded, clean)
 

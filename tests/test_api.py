@@ -125,19 +125,25 @@ def test_public_name_has_a_docstring_or_is_a_constant(name):
     assert isinstance(PUBLIC[name], jaxgru.GRUSpec) or inspect.getdoc(PUBLIC[name])
 
 
-def readme_blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+READMES = [ROOT / "README.md", *sorted((ROOT / "jaxgru").rglob("README.md"))]
 
 
-def test_readme_python_examples_run(tmp_path, monkeypatch):
-    """One after the other, as in one script; in their order they build on each other."""
-    blocks = readme_blocks("python")
-    assert len(blocks) >= 3
+def readme_blocks(language, path=ROOT / "README.md"):
+    return re.findall(rf"```{language}\n(.*?)```", path.read_text(), re.S)
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        pytest.param(block, id=f"{path.parent.relative_to(ROOT)}-{number}")
+        for path in READMES
+        for number, block in enumerate(readme_blocks("python", path))
+    ],
+)
+def test_python_example_of_a_readme_runs_by_itself(block, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    names = {"__name__": "readme"}
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        for block in blocks:
-            exec(compile(block, "README.md", "exec"), names)
+        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
 
 
 @pytest.mark.slow
@@ -153,7 +159,7 @@ def test_readme_python_examples_run_as_a_script(tmp_path):
 
 def test_ci_runs_the_test_command_of_the_readme():
     commands = [line for block in readme_blocks("bash") for line in block.splitlines()]
-    tests = [line for line in commands if "pytest" in line]
+    tests = [line for line in commands if "pytest" in line and not line.startswith("#")]
     assert len(tests) == 1
     assert tests[0] in (ROOT / ".ci" / "run").read_text().splitlines()
 
@@ -161,7 +167,7 @@ def test_ci_runs_the_test_command_of_the_readme():
 def test_readme_names_only_options_that_exist():
     readme = (ROOT / "README.md").read_text()
     options = set(inspect.signature(jaxgru.gru).parameters)
-    table = readme.split("| option |")[1].split("\n\n")[0]
+    table = readme.split("| option of `gru` |")[1].split("\n\n")[0]
     named = set(re.findall(r"^\| `(\w+)`", table, re.M))
     assert named == options - {"params", "xs"}
 

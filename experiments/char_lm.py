@@ -40,8 +40,9 @@ WEIGHTS = "weights.safetensors"
 SPECS = {"cho": jaxgru.CHO_2014, "chung": jaxgru.CHUNG_2014, "pytorch": jaxgru.PYTORCH}
 PRESETS = {
     "default": {},
-    # The setting of "Gated Recurrent Unit (GRU)" with its NumPy code: the update gate writes,
-    # small normal weights, one passage as one sequence, summed loss, the final state carried over.
+    # The setting of "Gated Recurrent Unit (GRU)" with its NumPy code: z weighs the candidate, the
+    # initial weights are small and normal, the loss of one long sequence is summed over its steps,
+    # and the final state is the initial state of the next update.
     "classic": {
         "spec": "chung", "init": "small", "embedding_size": 0, "hidden_size": 64,
         "optimizer": "sgd", "learning_rate": 0.01, "warm_up": 0, "clip_norm": 0.0,

@@ -309,7 +309,7 @@ def plot_rolls(path, args, params, key, roll):
     roll = roll[: args.roll_steps]
     prompt_steps = min(args.prompt_steps, len(roll) - 1)
     probabilities, sample = predict_and_sample(params, key, jnp.asarray(roll), prompt_steps)
-    # Step 0 has no prediction.
+    # There is no prediction for step 0.
     probabilities = np.concatenate([np.full_like(roll[:1], np.nan), probabilities])
     sounding = roll.any(axis=0) | np.asarray(sample).any(axis=0)
     used = np.flatnonzero(sounding if sounding.any() else ~sounding)

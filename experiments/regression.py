@@ -331,7 +331,7 @@ def plot_forecast(path, series, predictions, free, error):
     from matplotlib.figure import Figure
 
     test, times = series.test, series.times
-    first = max(1, 2 * test - len(times))  # as long a warm-up as the forecast
+    first = max(1, 2 * test - len(times))  # as many steps before the forecast as in it
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     axes = figure.add_subplot()
     axes.axvspan(times[first], times[test - 1], color="tab:blue", alpha=0.08, linewidth=0)

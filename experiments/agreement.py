@@ -1,17 +1,19 @@
-"""Every derivative of the package beside autodiff, in float64: one table, and RTRL's flat memory.
+"""Compares every derivative of the package with autodiff in float64, and measures RTRL's memory.
 
     python -m experiments.agreement                     # all equations: four minutes
     python -m experiments.agreement --smoke             # one equation, seconds
 
-The reference is a GRU written out here as a loop over steps, in which h_{t-1} enters by four doors:
-as the state that is kept, and through update gate, reset gate and candidate. JAX differentiates it.
-Against it stand backpropagation through time, the tangent rule in forward mode, real-time recurrent
-learning and SnAp-1, the closed forms of the Jacobian, taps and paths of the gradient, and norms of
-each example's gradient, for a layer and for a stack of two. One sequence has no real step, the
-others have holes, and resets fall on real and on held steps.
+The reference is a GRU written here as a loop over time steps, which JAX differentiates. In each
+step h_{t-1} is used four times, and the reference can differentiate each use by itself: directly,
+as the part of the state that is kept, and in the update gate, the reset gate and the candidate.
+The reference is compared with backpropagation through time, the tangent rule in forward mode,
+real-time recurrent learning and SnAp-1, the closed forms of the Jacobian, the taps and paths of the
+gradient, and the norms of per-example gradients, for one layer and for a stack of two. One sequence
+is masked throughout, the others have masked steps, and resets fall on valid and on masked steps.
 
-An error is max |got - wanted| / max |wanted| of the worst array. A run folder holds agreement.json,
-agreement.txt and agreement.png; the exit code is 1 where an error exceeds the limit.
+An error is max |got - wanted| / max |wanted| of the worst array. A run folder holds config.json,
+agreement.json, agreement.txt and agreement.png. The exit code is 1 if an error exceeds the limit,
+or if the memory of RTRL grows with the number of steps.
 """
 
 import argparse
@@ -36,10 +38,10 @@ MEMORY_STEPS = (64, 256, 1024, 4096)
 
 
 class Case(NamedTuple):
-    """Parameters of one equation with everything they are run on; float64 and [T, B, ...]."""
+    """Parameters of one equation, and arguments for them in float64, time first."""
 
     params: jaxgru.GRUParams
-    layers: Any  # a stack of two
+    layers: Any  # a stack of two layers
     xs: jax.Array
     h0: jax.Array
     mask: jax.Array
@@ -53,17 +55,17 @@ class Case(NamedTuple):
 
     @property
     def options(self):
-        """The flags that every function of the package is given."""
+        """The mask and resets, for the functions of the package."""
         return {"mask": self.mask, "resets": self.resets}
 
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(
-        "python -m experiments.agreement", description="Every derivative beside autodiff."
+        "python -m experiments.agreement", description="Compares every derivative with autodiff."
     )
     add = parser.add_argument
     add("--smoke", action="store_true", help="one equation and short sequences")
-    add("--out", metavar="FOLDER", help="run folder, new or empty; runs/agreement-DATE else")
+    add("--out", metavar="FOLDER", help="new or empty run folder (default: runs/agreement-DATE)")
     add("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     if not 0 <= args.seed < 2**32:
@@ -98,34 +100,37 @@ def run_all(args):
 
 
 def compare_all(args):
-    """A row for every object, equation, activation, and once more with gains."""
+    """A row for every object, equation and activation; with layer norm only for tanh."""
     from tqdm import tqdm
 
     choices: list[Any] = [(*e, a, False) for e in EQUATIONS for a in ACTIVATIONS]
     choices += [(*e, "tanh", True) for e in EQUATIONS]
     choices = [("before", "keep", "tanh", False)] if args.smoke else choices
     rows = []
-    with jax.enable_x64(True), jax.disable_jit():  # eager: nearly all of the time is compilation
-        for reset, update, activation, gains in tqdm(choices, unit="equation"):
+    with jax.enable_x64(True), jax.disable_jit():  # compiling would take nearly all of the time
+        for reset, update, activation, layer_norm in tqdm(choices, unit="equation"):
             spec = jaxgru.GRUSpec(reset, update, activation)
-            case = make_case(args.seed, spec, gains)
+            case = make_case(args.seed, spec, layer_norm)
             for name, compare in OBJECTS.items():
-                if gains and name == "SnAp-1":
-                    continue  # refused: with gains every parameter moves all units of its gate
+                if layer_norm and name == "SnAp-1":
+                    continue  # not defined: every parameter then changes all units of its gate
                 got, wanted = compare(case)
                 row = {"object": name, "reset": reset, "update": update}
-                row |= {"activation": activation, "gains": gains}
+                row |= {"activation": activation, "layer_norm": layer_norm}
                 rows.append({**row, "error": relative_error(got, wanted)})
     return rows
 
 
-def make_case(seed, spec, gains=False, steps=6, batch=3, inputs=2, hidden=3):
-    """Random arrays; the first sequence is held throughout, resets fall on both kinds of steps."""
+def make_case(seed, spec, layer_norm=False, steps=6, batch=3, inputs=2, hidden=3):
+    """Random arrays; the first sequence is masked throughout.
+
+    Resets fall on valid and on masked steps.
+    """
     keys = jax.random.split(jax.random.key(seed), 7)
-    options = {"layer_norm": gains, "scheme": "pytorch", "dtype": jnp.float64}
+    options = {"layer_norm": layer_norm, "scheme": "pytorch", "dtype": jnp.float64}
     params = jaxgru.init_gru(keys[0], inputs, hidden, **options)
     layers = jaxgru.init_stack(keys[1], inputs, hidden, 2, **options)
-    if gains:
+    if layer_norm:
         params, layers = jax.tree.map(
             lambda v: v * (1 + 0.3 * jnp.cos(jnp.arange(v.size, dtype=v.dtype)).reshape(v.shape)),
             (params, layers),
@@ -142,22 +147,25 @@ def make_case(seed, spec, gains=False, steps=6, batch=3, inputs=2, hidden=3):
 
 
 def relative_error(got, wanted):
-    """max |got - wanted| / max |wanted| of the worst leaf; inf where it is no number."""
+    """max |got - wanted| / max |wanted| of the worst leaf; inf if it is not finite."""
     errors = []
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         a, b = np.asarray(a), np.asarray(b)
         assert a.shape == b.shape, (a.shape, b.shape)
-        off = np.abs(a - b).max() / (np.abs(b).max() or 1.0)
-        errors.append(float(off) if np.isfinite(off) else float("inf"))
+        error = np.abs(a - b).max() / (np.abs(b).max() or 1.0)
+        errors.append(float(error) if np.isfinite(error) else float("inf"))
     return max(errors)
 
 
 # The reference.
 
 
-def plain_step(params, x, doors, spec):
-    """h' from four copies of h: the kept one, and those of update gate, reset gate, candidate."""
-    kept, by_update, by_reset, by_candidate = doors
+def plain_step(params, x, copies, spec):
+    """h' from four copies of h, so that each use of h can be differentiated by itself.
+
+    The copies are for the state that is kept, the update gate, the reset gate and the candidate.
+    """
+    h_kept, h_update, h_reset, h_candidate = copies
     w_xr, w_xz, w_xn = jnp.split(params.w_x, 3, axis=-1)
     w_hr, w_hz, w_hn = jnp.split(params.w_h, 3, axis=-1)
     b_xr, b_xz, b_xn = jnp.split(params.b_x, 3)
@@ -165,33 +173,33 @@ def plain_step(params, x, doors, spec):
     g_x = [None] * 3 if params.g_x is None else jnp.split(params.g_x, 3)
     g_h = [None] * 3 if params.g_h is None else jnp.split(params.g_h, 3)
     f = getattr(jax.nn, spec.activation)
-    r = jax.nn.sigmoid(normal(x @ w_xr, g_x[0]) + b_xr + normal(by_reset @ w_hr, g_h[0]) + b_hr)
-    z = jax.nn.sigmoid(normal(x @ w_xz, g_x[1]) + b_xz + normal(by_update @ w_hz, g_h[1]) + b_hz)
-    a = normal(x @ w_xn, g_x[2]) + b_xn
+    r = jax.nn.sigmoid(norm(x @ w_xr, g_x[0]) + b_xr + norm(h_reset @ w_hr, g_h[0]) + b_hr)
+    z = jax.nn.sigmoid(norm(x @ w_xz, g_x[1]) + b_xz + norm(h_update @ w_hz, g_h[1]) + b_hz)
+    a = norm(x @ w_xn, g_x[2]) + b_xn
     if spec.reset == "before":
-        n = f(a + normal((r * by_candidate) @ w_hn, g_h[2]) + b_hn)
+        n = f(a + norm((r * h_candidate) @ w_hn, g_h[2]) + b_hn)
     else:
-        n = f(a + r * (normal(by_candidate @ w_hn, g_h[2]) + b_hn))
-    return z * kept + (1 - z) * n if spec.update == "keep" else (1 - z) * kept + z * n
+        n = f(a + r * (norm(h_candidate @ w_hn, g_h[2]) + b_hn))
+    return z * h_kept + (1 - z) * n if spec.update == "keep" else (1 - z) * h_kept + z * n
 
 
-def normal(v, gain):
-    """Layer normalization of one vector, or v itself."""
-    return v if gain is None else gain * (v - v.mean()) / jnp.sqrt(v.var() + 1e-5)
+def norm(v, scale):
+    """Layer normalization of one vector; v itself if scale is None."""
+    return v if scale is None else scale * (v - v.mean()) / jnp.sqrt(v.var() + 1e-5)
 
 
-def flagged_step(params, spec, x, h, real, reset, tap=0.0):
-    """One step of one sequence under its flags, plus a tap."""
+def masked_step(params, spec, x, h, valid, reset, tap=0.0):
+    """One step of one sequence with its mask and reset, plus a tap."""
     h = jnp.where(reset, jnp.zeros_like(h), h)
-    return jnp.where(real, plain_step(params, x, (h,) * 4, spec), h) + tap
+    return jnp.where(valid, plain_step(params, x, (h,) * 4, spec), h) + tap
 
 
 def plain_states(case, params, xs, h, taps=None, start=0):
-    """[T - start, B, H] of a layer, or of the top of a stack, step by step."""
+    """The states [T - start, B, H] of a layer, or of the top layer of a stack, step by step."""
     layers = [params] if isinstance(params, jaxgru.GRUParams) else params
     for number, layer in enumerate(layers):
         hs = []
-        one = jax.vmap(functools.partial(flagged_step, layer, case.spec))
+        one = jax.vmap(functools.partial(masked_step, layer, case.spec))
         for t in range(start, len(case.mask)):
             tap = jnp.zeros_like(h) if taps is None else taps[number][t]
             h = one(xs[t - start], h, case.mask[t], case.resets[t], tap)
@@ -201,7 +209,7 @@ def plain_states(case, params, xs, h, taps=None, start=0):
 
 
 def loss_of(ys, targets):
-    """Half the sum of squares, of a step or of a sequence."""
+    """Half the sum of squared errors of a step or of a sequence."""
     return 0.5 * jnp.sum((ys - targets) ** 2)
 
 
@@ -210,12 +218,12 @@ def plain_loss(case, params, xs, h0, taps=None):
 
 
 def plain_jacobian(case, layers, h_tm1, xs):
-    """d(all layers' h_t)/d(all layers' h_{t-1}) [T, B, S, S], from the states before each step."""
+    """d(all layers' h_t)/d(all layers' h_{t-1}) [T, B, S, S], given the states before each step."""
 
-    def joint(h, x, real, reset):
+    def joint(h, x, valid, reset):
         states = []
-        for layer, h_of in zip(layers, jnp.split(h, len(layers))):
-            x = flagged_step(layer, case.spec, x, h_of, real, reset)
+        for layer, h_layer in zip(layers, jnp.split(h, len(layers))):
+            x = masked_step(layer, case.spec, x, h_layer, valid, reset)
             states.append(x)
         return jnp.concatenate(states)
 
@@ -223,11 +231,11 @@ def plain_jacobian(case, layers, h_tm1, xs):
 
 
 def states_before(case, params, h0):
-    """h_{t-1} [T, B, H] of a layer, by the reference."""
+    """h_{t-1} [T, B, H] of a layer, from the reference."""
     return jnp.concatenate([h0[None], plain_states(case, params, case.xs, h0)[:-1]])
 
 
-# The objects: each gives what the package says, and what autodiff of the reference says.
+# The objects: each function returns the package's result and that of autodiff of the reference.
 
 
 def bptt_gradient(case):
@@ -240,7 +248,7 @@ def bptt_gradient(case):
 
 
 def tangent_forward(case):
-    """The derivative of all states in one direction, forward mode."""
+    """The derivative of all states in one direction, by forward mode."""
     arguments = (case.params, case.xs, case.h0)
     direction = jax.tree.map(lambda v: jnp.cos(3 * v), arguments)
 
@@ -260,29 +268,32 @@ def rtrl_gradient(case):
 
 
 def snap_gradient(case):
-    """Against P <- pattern * (J P + I) with J, I by autodiff, pattern the entries I can have."""
+    """SnAp-1 and its definition: P <- pattern * (J P + I), with J and I from autodiff.
+
+    The pattern is 1 at the entries that I can have.
+    """
     got = diagnostics.rtrl(
         loss_of, case.params, case.xs, case.targets, case.h0, influence="snap-1", **case.options
     )[1]
     h_tm1 = states_before(case, case.params, case.h0)
     hidden_size = case.h0.shape[-1]
     own = jnp.concatenate([jnp.eye(hidden_size)] * 3, axis=-1)
-    if case.spec.reset == "before":  # a reset gate acts on a state that every candidate reads
+    if case.spec.reset == "before":  # every candidate reads the state that a reset gate scales
         own = own.at[:, :hidden_size].set(1.0)
 
-    def of_sequence(x, h_tm1, real, reset, targets):
+    def of_sequence(x, h_tm1, valid, reset, targets):
         total = jax.tree.map(jnp.zeros_like, case.params)
         influence = jax.tree.map(lambda v: jnp.zeros((hidden_size, *v.shape)), case.params)
         for t in range(len(x)):
-            arguments = (case.params, case.spec, x[t], h_tm1[t], real[t], reset[t])
-            immediate, jacobian = jax.jacrev(flagged_step, argnums=(0, 3))(*arguments)
+            arguments = (case.params, case.spec, x[t], h_tm1[t], valid[t], reset[t])
+            immediate, jacobian = jax.jacrev(masked_step, argnums=(0, 3))(*arguments)
 
             def follow(p, i, jacobian=jacobian):
                 pattern = own.reshape(hidden_size, *(1,) * (p.ndim - 2), -1)
                 return pattern * (jnp.tensordot(jacobian, p, 1) + i)
 
             influence = jax.tree.map(follow, influence, immediate)
-            dy = flagged_step(*arguments) - targets[t]
+            dy = masked_step(*arguments) - targets[t]
             total = jax.tree.map(lambda v, p, dy=dy: v + jnp.tensordot(dy, p, 1), total, influence)
         return total
 
@@ -294,8 +305,8 @@ def snap_gradient(case):
 def step_jacobian(case):
     h_tm1 = states_before(case, case.params, case.h0)
     got = diagnostics.step_jacobian(case.params, case.xs, h_tm1)
-    everywhere = case._replace(mask=jnp.ones_like(case.mask), resets=jnp.zeros_like(case.resets))
-    return got, plain_jacobian(everywhere, (case.params,), h_tm1, case.xs)
+    unmasked = case._replace(mask=jnp.ones_like(case.mask), resets=jnp.zeros_like(case.resets))
+    return got, plain_jacobian(unmasked, (case.params,), h_tm1, case.xs)
 
 
 def jacobian_diagonal(case):
@@ -305,7 +316,7 @@ def jacobian_diagonal(case):
 
 
 def jacobian_bound(case):
-    """By how much the largest singular value exceeds its bound: nothing."""
+    """max(largest singular value, bound) and the bound: they are equal if the bound holds."""
     h_tm1 = states_before(case, case.params, case.h0)
     bound = diagnostics.step_jacobian_bound(case.params, case.xs, h_tm1)
     largest = jnp.linalg.norm(step_jacobian(case)[1], ord=2, axis=(-2, -1))
@@ -313,7 +324,7 @@ def jacobian_bound(case):
 
 
 def product_over_time(case):
-    """dh_T/dh_{t-1} of every t."""
+    """dh_T/dh_{t-1} for every t."""
     jacobians = diagnostics.sequence_jacobians(case.params, case.xs, case.h0, **case.options)
     h_tm1 = states_before(case, case.params, case.h0)
     wanted = []
@@ -322,18 +333,21 @@ def product_over_time(case):
         def last(h, t=t):
             return plain_states(case, case.params, case.xs[t:], h, start=t)[-1]
 
-        rows = jax.jacrev(last)(h_tm1[t])  # [B, H, B, H]: no sequence hears of another
+        rows = jax.jacrev(last)(h_tm1[t])  # [B, H, B, H]: zero between different sequences
         wanted.append(jnp.diagonal(rows, axis1=0, axis2=2).transpose(2, 0, 1))
     return diagnostics.jacobian_products(jacobians), jnp.stack(wanted)
 
 
 def lyapunov_sum(case):
-    """The sum of the exponents: the mean of log|det J|. Without resets, whose log is -inf."""
+    """The sum of the exponents, which is the mean of log|det J|.
+
+    Resets are left out, since log|det J| is -inf there.
+    """
     case = case._replace(resets=jnp.zeros_like(case.resets), mask=case.mask.at[:, 0].set(True))
     jacobians = diagnostics.sequence_jacobians(case.params, case.xs, case.h0, **case.options)
     h_tm1 = states_before(case, case.params, case.h0)
     growth = jnp.linalg.slogdet(plain_jacobian(case, (case.params,), h_tm1, case.xs))[1]
-    if not np.isfinite(growth).all():  # a relu may close a unit
+    if not np.isfinite(growth).all():  # J is singular where relu is zero
         return jnp.zeros(()), jnp.zeros(())
     exponents = diagnostics.lyapunov_exponents(jacobians, case.mask)
     return exponents.sum(axis=-1), growth.sum(axis=0) / case.mask.sum(axis=0, dtype=growth.dtype)
@@ -352,14 +366,14 @@ def taps(case):
 
 
 def gradient_paths(case):
-    """Each of the four doors by itself."""
+    """The gradient through each of the four uses of h_{t-1}."""
     h_tm1, dhs = states_before(case, case.params, case.h0), taps(case)[1].hs
     got = diagnostics.gradient_paths(case.params, case.xs, dhs, case.h0, **case.options)
 
-    def of_step(x, h, real, reset, dh):
-        def step(*doors):
-            doors = [jnp.where(reset, jnp.zeros_like(door), door) for door in doors]
-            return jnp.where(real, plain_step(case.params, x, doors, case.spec), doors[0])
+    def of_step(x, h, valid, reset, dh):
+        def step(*copies):
+            copies = [jnp.where(reset, jnp.zeros_like(copy), copy) for copy in copies]
+            return jnp.where(valid, plain_step(case.params, x, copies, case.spec), copies[0])
 
         return diagnostics.Paths(*jax.vjp(step, *(h,) * 4)[1](dh))
 
@@ -368,7 +382,7 @@ def gradient_paths(case):
 
 
 def flow_norms(case):
-    """`gradient_flow` of a layer: norms of what the taps and the paths say."""
+    """`gradient_flow` of a layer: the norms of the gradients from taps and paths."""
     got = diagnostics.gradient_flow(
         lambda h_last, hs: loss_of(hs, case.targets), case.params, case.xs, case.h0, **case.options
     )[1]
@@ -393,14 +407,14 @@ def example_norms(case):
 
 
 def stack_gradient(case):
-    """RTRL of a stack of two."""
+    """RTRL of a stack of two layers."""
     got = diagnostics.rtrl(loss_of, case.layers, case.xs, case.targets, **case.options)[1]
     loss = functools.partial(plain_loss, case)
     return got, jax.grad(loss)(case.layers, case.xs, jnp.zeros_like(case.h0))
 
 
 def stack_jacobian(case):
-    """All states of a stack by all states before."""
+    """The Jacobian of all states of a stack with respect to all states before the step."""
     got = diagnostics.sequence_jacobians(case.layers, case.xs, **case.options)
     zeros = jnp.zeros_like(case.h0)
     below = plain_states(case, case.layers[0], case.xs, zeros)
@@ -446,7 +460,7 @@ OBJECTS: dict[str, Any] = {
 
 
 def measure_memory(steps, batch=4, inputs=8, hidden=16):
-    """Bytes of temporaries of a compiled gradient, by method and number of steps."""
+    """Bytes of temporaries of the compiled gradient, for each method and number of steps."""
     params = jaxgru.init_gru(jax.random.key(0), inputs, hidden)
 
     def bptt(residuals):
@@ -485,23 +499,23 @@ def measure_memory(steps, batch=4, inputs=8, hidden=16):
     } | bytes_of
 
 
-# What is shown.
+# Tables and the plot.
 
 
 def format_table(rows):
-    """The worst error over activations, by object and equation; gains in a column of their own."""
+    """The largest error over activations, for each object and equation; layer norm comes last."""
     columns = [(r, u, False) for r, u in EQUATIONS] + [(None, None, True)]
-    heads = [f"{r}, {u}" for r, u, _ in columns[:-1]] + ["with gains"]
+    heads = [f"{r}, {u}" for r, u, _ in columns[:-1]] + ["layer norm"]
     lines = [f"{'largest error against autodiff':<32}" + "".join(f"{head:>16}" for head in heads)]
     for name in OBJECTS:
         cells = []
-        for reset, update, gains in columns:
+        for reset, update, layer_norm in columns:
             errors = [
                 row["error"]
                 for row in rows
                 if row["object"] == name
-                and row["gains"] == gains
-                and (gains or (row["reset"], row["update"]) == (reset, update))
+                and row["layer_norm"] == layer_norm
+                and (layer_norm or (row["reset"], row["update"]) == (reset, update))
             ]
             cells.append(f"{max(errors):>16.1e}" if errors else f"{'-':>16}")
         lines.append(f"{name:<32}" + "".join(cells))
@@ -522,22 +536,22 @@ def format_memory(memory):
 
 
 def plot(path, rows, memory):
-    """Errors of every object and equation, and temporaries against steps."""
+    """Plots the errors of every object and equation, and temporaries against time steps."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 5.6), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.5, 1))
     names, floor = list(OBJECTS), 1e-17
     for (reset, update), marker, color in zip(EQUATIONS, "os^v", COLORS):
-        for gains in (False, True):
-            kind = (reset, update, gains)
-            chosen = [r for r in rows if (r["reset"], r["update"], r["gains"]) == kind]
+        for layer_norm in (False, True):
+            kind = (reset, update, layer_norm)
+            chosen = [r for r in rows if (r["reset"], r["update"], r["layer_norm"]) == kind]
             if not chosen:
                 continue
             places = [names.index(r["object"]) for r in chosen]
             errors = [max(r["error"], floor) for r in chosen]
-            label = f"reset {reset}, update {update}" + (", with gains" if gains else "")
-            fill = "none" if gains else color
+            label = f"reset {reset}, update {update}" + (", layer norm" if layer_norm else "")
+            fill = "none" if layer_norm else color
             left.plot(
                 errors, places, marker, color=color, alpha=0.7, markerfacecolor=fill, label=label
             )
@@ -545,7 +559,7 @@ def plot(path, rows, memory):
     left.axvline(2.2e-16, color="gray", linestyle=":", label="rounding of one float64")
     left.set(
         xscale="log", xlabel="largest error / largest entry, float64 (exact ones at 1e-17)",
-        title="Against autodiff of a loop written out, with masks and resets",
+        title="Error against autodiff of a plain loop, with masks and resets",
         xlim=(None, 1e-8),
     )  # fmt: skip
     left.set_yticks(range(len(names)), names)
@@ -556,7 +570,7 @@ def plot(path, rows, memory):
         if isinstance(sizes, list) and name != "steps":
             right.plot(memory["steps"], [size / 1e3 for size in sizes], "o-", label=name)
     right.set(
-        xscale="log", yscale="log", xlabel="steps of the sequence, T",
+        xscale="log", yscale="log", xlabel="time steps T",
         ylabel="temporaries of the compiled gradient, kB",
         title=f"Memory, B={memory['batch']}, I={memory['input_size']}, H={memory['hidden_size']}",
     )  # fmt: skip

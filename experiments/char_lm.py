@@ -8,10 +8,11 @@
     python -m experiments.char_lm --resume RUN                     # after a crash, Ctrl-C, SIGTERM
     python -m experiments.char_lm --coordinator HOST:PORT --num-processes 2 --process-id 0  # and 1
 
-It first proves its gradient against `jax.grad` on its own model and first batch, then trains on
-contiguous streams with the state carried from batch to batch and cut (truncated BPTT). The batch is
-divided over all devices, of all processes. A run folder holds config.json, metrics.jsonl,
-checkpoints, loss.png, samples.txt, cross_check.txt and weights.safetensors.
+The script first compares its gradient with that of `jax.grad`, on its own model and first batch.
+Then it trains on contiguous streams of text. The state is carried from batch to batch, and the
+gradient is cut between them (truncated BPTT). The batch is divided over the devices of all
+processes. A run folder holds config.json, metrics.jsonl, checkpoints, loss.png, samples.txt,
+cross_check.txt and weights.safetensors.
 """
 
 import argparse
@@ -34,13 +35,14 @@ import jaxgru
 from experiments import data, distributed, runs
 from jaxgru import checks, interop, models, training
 
-HEADING = "--- update"  # of a sample
+HEADING = "--- update"  # the line above each sample in samples.txt begins with this
 WEIGHTS = "weights.safetensors"
 SPECS = {"cho": jaxgru.CHO_2014, "chung": jaxgru.CHUNG_2014, "pytorch": jaxgru.PYTORCH}
 PRESETS = {
     "default": {},
-    # The setting of "Gated Recurrent Unit (GRU)" with its NumPy code: the update gate writes,
-    # small normal weights, one passage as one sequence, summed loss, the final state carried over.
+    # The setting of "Gated Recurrent Unit (GRU)" with its NumPy code: z weighs the candidate, the
+    # initial weights are small and normal, the loss of one long sequence is summed over its steps,
+    # and the final state is the initial state of the next update.
     "classic": {
         "spec": "chung", "init": "small", "embedding_size": 0, "hidden_size": 64,
         "optimizer": "sgd", "learning_rate": 0.01, "warm_up": 0, "clip_norm": 0.0,
@@ -62,34 +64,34 @@ def parse_args(argv):
     add("--text", metavar="FILE", help="train on this UTF-8 file")
     add("--corpus", choices=data.CORPORA, default="pydoc")
     add("--preset", choices=("default", "classic"), default="default")
-    add("--smoke", action="store_true", help="a run of seconds, to see that all of it works")
+    add("--smoke", action="store_true", help="a tiny run of seconds that tests the script")
     add("--sample", metavar="RUN", help="continue --prompt with the weights of this run folder")
-    add("--out", metavar="FOLDER", help="run folder, new or empty; runs/char_lm-DATE unless told")
-    add("--prompt", help="what samples begin with; 'The ' (classic: 'T') unless told")
+    add("--out", metavar="FOLDER", help="new or empty run folder (default: runs/char_lm-DATE)")
+    add("--prompt", help="what samples begin with (default: 'The ', classic: 'T')")
     add("--temperature", type=float, default=0.8)
-    add("--sample-size", type=int, default=200, help="characters a sample")
-    add("--passage", type=int, default=0, help="use the first N characters; 0 for all")
+    add("--sample-size", type=int, default=200, help="characters per sample")
+    add("--passage", type=int, default=0, help="use only the first N characters; 0 for all")
     add("--spec", choices=SPECS, default="cho", help="equation of the GRU")
     add("--init", choices=("orthogonal", "pytorch", "keras", "small"), default="orthogonal")
-    add("--embedding-size", type=int, default=64, help="0 for one-hot input")
+    add("--embedding-size", type=int, default=64, help="0 for one-hot inputs")
     add("--hidden-size", type=int, default=256)
     add("--batch-size", type=int, default=32)
-    add("--num-steps", type=int, default=128, help="steps between cuts of the gradient")
+    add("--num-steps", type=int, default=128, help="time steps per batch (truncated BPTT)")
     add("--epochs", type=int, default=10)
     add("--optimizer", choices=("adamw", "sgd"), default="adamw")
     add("--learning-rate", type=float, default=3e-3)
     add("--warm-up", type=int, default=100, help="updates of warm-up before the cosine (adamw)")
     add("--weight-decay", type=float, default=1e-4)
-    add("--clip-norm", type=float, default=1.0, help="0 for none")
-    add("--clip-value", type=float, default=0.0, help="0 for none")
+    add("--clip-norm", type=float, default=1.0, help="largest global norm; 0 for no clipping")
+    add("--clip-value", type=float, default=0.0, help="largest entry; 0 for no clipping")
     add("--reduction", choices=("mean", "sum"), default="mean")
-    add("--evaluate-every", type=int, default=0, help="in updates; 0 for once an epoch")
+    add("--evaluate-every", type=int, default=0, help="in updates; 0 for once per epoch")
     add("--seed", type=int, default=0)
     runs.add_run_options(parser)
     distributed.add_options(add)
     preset = parser.parse_known_args(argv)[0]
     parser.set_defaults(**PRESETS[preset.preset], **(PRESETS["smoke"] if preset.smoke else {}))
-    args = runs.take_options(parser, argv)
+    args = runs.parse_options(parser, argv)
     counts = ("hidden_size", "batch_size", "num_steps", "epochs", "sample_size")
     amounts = (
         "passage", "embedding_size", "evaluate_every", "warm_up", "learning_rate", "weight_decay",
@@ -114,15 +116,15 @@ def main(argv=None):
 
 def train(args):
     distributed.start(args)
-    text = distributed.main_first(lambda: load_text(args))
+    text = distributed.process_zero_first(lambda: load_text(args))
     distributed.require_same("the text", text)
-    distributed.require_same("what the options say", json.dumps(runs.config_of(args)))
+    distributed.require_same("the set of options", json.dumps(runs.config_of(args)))
     vocabulary = "".join(sorted(set(text)))
     tokens = data.encode(text, vocabulary)
     prompt = choose_prompt(args, text, vocabulary)
     classic = args.preset == "classic"
     cut = len(tokens) if classic else int(0.9 * len(tokens))
-    if classic:  # one passage is one sequence, and all of it trains
+    if classic:  # the whole passage is one training sequence
         args.batch_size, args.num_steps = 1, len(tokens) - 1
     layout = distributed.make_layout(args.batch_size, batch_axes=(1, 1, None))
     rows, size = layout.process_rows(args.batch_size), (args.batch_size, args.num_steps)
@@ -133,8 +135,8 @@ def train(args):
         validation = dataclasses.replace(layout, batch_axes=2).place_batch(validation)
     inputs, targets = data.streams(tokens[:cut], *size, rows=rows)
     num_updates = args.epochs * len(inputs)
-    main, facts = distributed.is_main(), {"vocabulary": vocabulary, "num_updates": num_updates}
-    run = distributed.share_path(lambda: runs.open_run("char_lm", args, **facts))
+    main, metadata = distributed.is_main(), {"vocabulary": vocabulary, "num_updates": num_updates}
+    run = distributed.share_path(lambda: runs.open_run("char_lm", args, **metadata))
     if main:
         print(
             f"{len(text):,} characters, {len(vocabulary)} of them different; "
@@ -144,10 +146,10 @@ def train(args):
     key_params, key_state = jax.random.split(jax.random.key(args.seed))
     params = init_params(args, key_params, len(vocabulary))
     h0 = jaxgru.init_state(params.layers, (args.batch_size,))
-    checked = (run / runs.CHECKPOINTS).exists()  # before the run was stopped
-    mine = jax.tree.map(lambda h: h[rows], h0)
+    checked = (run / runs.CHECKPOINTS).exists()  # a resumed run passed the check when it began
+    local_h0 = jax.tree.map(lambda h: h[rows], h0)
     passed = training.on_process_zero(
-        lambda: checked or cross_check(args, run, params, mine, inputs[0], targets[0])
+        lambda: checked or cross_check(args, run, params, local_h0, inputs[0], targets[0])
     )
     if not training.broadcast_from_process_zero(passed):
         return 1
@@ -182,7 +184,7 @@ def train(args):
         if not main:
             return 1
         save_weights(run, args, error.state.params, vocabulary)
-        print(f"char_lm: {error} They are in {run}.", file=sys.stderr)
+        print(f"char_lm: {error} The weights are in {run}.", file=sys.stderr)
         return 1
     if not main:
         return 0
@@ -197,7 +199,7 @@ def train(args):
 
 
 def load_text(args):
-    """The text of a run."""
+    """The text that the options name, shortened to --passage characters."""
     text = data.read_text(args.text) if args.text else data.load_corpus(args.corpus)
     return text[: args.passage] if args.passage else text
 
@@ -212,33 +214,37 @@ def sample(args):
 
 
 def load_run(run):
-    """(its options, vocabulary, params) of a run folder; DataError where it is not intact."""
+    """Reads (options, vocabulary, params) from a run folder.
+
+    Raises:
+      DataError: a file is missing, or the files do not fit together.
+    """
     try:
         config = json.loads((run / "config.json").read_text("utf-8"))
         vocabulary = config["vocabulary"]
         trained = argparse.Namespace(**config)
-        like = jax.eval_shape(lambda: init_params(trained, jax.random.key(0), len(vocabulary)))
+        expected = jax.eval_shape(lambda: init_params(trained, jax.random.key(0), len(vocabulary)))
         params, metadata = interop.load_weights(run / WEIGHTS)
         if metadata["vocabulary_sha256"] != digest(vocabulary):
-            raise data.DataError(f"{run} holds weights of another vocabulary than its config.json")
-        if sizes(params) != sizes(like):
-            raise data.DataError(f"{run} holds weights of another model than its config.json")
+            raise data.DataError(f"{run}: the weights have another vocabulary than config.json")
+        if sizes(params) != sizes(expected):
+            raise data.DataError(f"{run}: the weights belong to another model than config.json")
         return trained, vocabulary, jax.tree.map(jnp.asarray, params)
     except (FileNotFoundError, KeyError) as error:
         missing = getattr(error, "filename", None) or error
-        raise data.DataError(f"{run} is no run folder of char_lm: it has no {missing}") from None
+        raise data.DataError(f"{run} is not a run folder of char_lm: it has no {missing}") from None
     except (ValueError, TypeError, AttributeError) as error:
-        raise data.DataError(f"{run} is no intact run folder: {error}") from None
+        raise data.DataError(f"{run} is not an intact run folder: {error}") from None
 
 
 def save_weights(run, args, params, vocabulary):
-    """weights.safetensors of a run, with what it takes to know whose they are."""
+    """Writes weights.safetensors with the options and the checksum of the vocabulary."""
     metadata = {"config": runs.config_of(args), "vocabulary_sha256": digest(vocabulary)}
     interop.save_weights(run / WEIGHTS, params, metadata=metadata)
 
 
 def sizes(params):
-    """The structure of parameters, with the shape and dtype of each."""
+    """The tree structure of parameters, with the shape and dtype of each leaf."""
     return jax.tree.structure(params), [(v.shape, v.dtype) for v in jax.tree.leaves(params)]
 
 
@@ -260,7 +266,7 @@ def init_params(args, key, vocab_size):
 
 
 def make_loss(args, **gru_options):
-    """loss_fn for `make_train_step`: the state is the carry, so its gradient is cut."""
+    """loss_fn for `make_train_step`; no gradient flows through the state that it carries."""
 
     def loss_fn(params, carry, batch, key):
         tokens, targets, start = batch
@@ -286,7 +292,10 @@ def make_optimizer(args, num_updates):
 
 
 def cross_check(args, run, params, h0, tokens, targets):
-    """Prints the handwritten gradient beside jax.grad's and finite differences; True if equal."""
+    """Compares the handwritten gradient with jax.grad and finite differences; True if they agree.
+
+    A table with every leaf is written to RUN/cross_check.txt.
+    """
 
     def loss(gradient):
         def loss_fn(params, h0):
@@ -308,14 +317,14 @@ def cross_check(args, run, params, h0, tokens, targets):
         ("float64", "autodiff", "jax.grad", 1e-12),
         ("float64", "finite-difference", "finite differences", 1e-6),
     ):
-        # A gradient that has vanished is below what a difference of float64 outputs can resolve;
-        # such rows have a wider tolerance of their own, and say nothing about the rule.
+        # Finite differences cannot resolve a gradient that has vanished. `check_gradients` gives
+        # such rows a wider tolerance, and they are counted apart here.
         rows = [row for row in report.rows if (row.dtype, row.reference) == (dtype, reference)]
-        clear = [row.error for row in rows if row.tolerance < 2 * limit]
-        line = f"  {dtype} against {name:<18}  largest relative error {max(clear):.1e}"
+        resolved = [row.error for row in rows if row.tolerance < 2 * limit]
+        line = f"  {dtype} against {name:<18}  largest relative error {max(resolved):.1e}"
         line += f"  (limit {limit}"
-        vanished = len(rows) - len(clear)
-        print(line + (f"; {vanished} comparisons below its resolution)" if vanished else ")"))
+        vanished = len(rows) - len(resolved)
+        print(line + (f"; {vanished} gradients too small to compare)" if vanished else ")"))
     verdict = str(report).rsplit("\n", 1)[-1]
     print(f"  {verdict}  Every leaf: {run / 'cross_check.txt'}\n", flush=True)
     if not report.passed:
@@ -324,7 +333,7 @@ def cross_check(args, run, params, h0, tokens, targets):
 
 
 def evaluate_streams(args, state, *, streams):
-    """Mean cross-entropy over the validation streams, the state carried through."""
+    """Mean cross-entropy over the validation streams; the state is carried between batches."""
     inputs, targets = streams
     loss = _mean_loss(state.params, inputs, targets)
     return {"validation_bits_per_character": float(loss) / math.log(2)}
@@ -342,7 +351,10 @@ def _mean_loss(params, inputs, targets):
 
 
 def choose_prompt(args, text, vocabulary):
-    """The prompt asked for, or the default, or the text's first letter where that does not fit."""
+    """The prompt of the options, or a default.
+
+    Where the default has characters outside the vocabulary, the first one of the text replaces it.
+    """
     if args.prompt is None:
         default = "T" if args.preset == "classic" else "The "
         return default if set(default) <= set(vocabulary) else text[0]
@@ -351,8 +363,8 @@ def choose_prompt(args, text, vocabulary):
 
 
 def draw(args, params, vocabulary, prompt, count, seed):
-    """The prompt and count characters drawn after it."""
-    params = jax.tree.map(jnp.asarray, jax.device_get(params))  # of many devices, onto one
+    """The prompt, followed by `count` sampled characters."""
+    params = jax.tree.map(jnp.asarray, jax.device_get(params))  # from all devices onto one
     tokens = models.generate(
         params, jax.random.key(seed), jnp.asarray(data.encode(prompt, vocabulary)), count,
         temperature=args.temperature,
@@ -361,7 +373,7 @@ def draw(args, params, vocabulary, prompt, count, seed):
 
 
 class Samples:
-    """A callback of `fit`: a sample with every evaluation, in samples.txt and on the screen."""
+    """A callback of `fit` that writes a sample to samples.txt and the screen at each evaluation."""
 
     def __init__(self, args, run, vocabulary, prompt):
         self.args, self.path = args, run / "samples.txt"
@@ -381,14 +393,15 @@ class Samples:
                 file.write(f"{HEADING} {update}\n{text}\n")
         except OSError as error:
             warnings.warn(
-                f"the sample of update {update} is not in {self.path}: {error}", stacklevel=2
+                f"the sample of update {update} was not written to {self.path}: {error}",
+                stacklevel=2,
             )
         shown = {k: v for k, v in record.items() if "bits" in k}
         words = ", ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in shown.items())
         tqdm.write(f"update {update}: {words}\n  {text[:100]!r}")
 
     def resume(self, update):
-        """Drops the samples of later updates."""
+        """Removes the samples of later updates."""
         text = self.path.read_text("utf-8") if self.path.exists() else ""
         for start in re.finditer(rf"^{HEADING} (\d+)$", text, re.M):
             if int(start[1]) > update:

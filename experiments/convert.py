@@ -1,35 +1,38 @@
-"""Weights of one library as another's, from file to file, checked on a random input.
+"""Converts the weights of a GRU from one library's file to another's, and checks the result.
 
     python -m experiments.convert --from torch rnn.safetensors --to onnx rnn.onnx
     python -m experiments.convert --from keras model.weights.h5 --to torch rnn.safetensors
 
-torch, keras, linen, nnx, equinox, haiku          .safetensors or .npz of arrays under that
-                                                  library's names
-keras                                             also .weights.h5, as `model.save_weights` writes
-                                                  it (read only; needs h5py)
-onnx                                              .onnx; read, its GRU nodes in the graph's order;
-                                                  written, a model that runs
+torch, keras, linen, nnx, equinox, haiku          .safetensors or .npz with the library's own
+                                                  names for the arrays
+keras                                             also .weights.h5 from `model.save_weights`
+                                                  (source only; needs h5py)
+onnx                                              .onnx: the GRU nodes of a source, in the order
+                                                  of its graph; as a target, a model that runs
 jaxgru                                            .safetensors of `interop.save_weights`
-stablehlo (written only)                          the forward program with its weights, for CPU,
-                                                  CUDA and TPU and any T and B, by `jax.export`
+stablehlo                                         the forward program with its weights, written by
+                                                  `jax.export` (target only)
 
-The program of a stablehlo file is `jax.export.deserialize(bytes).call`: of (xs [T, B, I], mask
-[T, B] bool), or with `--step` of (x [B, I], h, a tuple of [B, H]); tokens in place of inputs for a
-token model. It returns (h, outputs), and needs no jaxgru.
+The program of a stablehlo file runs on CPU, CUDA and TPU, for any T and B, and does not need
+jaxgru. Call `jax.export.deserialize(bytes).call` with xs [T, B, I] and mask [T, B] bool; it returns
+(h, outputs). With `--step` it takes x [B, I] and h, a tuple with [B, H] for each layer. A token
+model takes tokens instead of inputs.
 
-A stack has the layers "0/", "1/", ... before the names, a layer of two directions "forward/" and
-"backward/" after that; PyTorch has its own. In a larger model `--layer`, once for each layer,
-bottom first, gives what the names of a layer begin with: `--layer rnn.` for PyTorch's whole GRU,
-`--layer params/cell/` for Flax, `--layer layers/gru/` for Keras; for ONNX the name of a GRU node.
-What a file does not tell is assumed, and can be told: `--activation` and `--reset`. Of a larger
-ONNX model or Keras file the GRUs alone are read. Pickles (.pt, .pth, .pkl) can run
-code and are refused: write `safetensors.torch.save_file(module.state_dict(), FILE)` instead.
+In files other than PyTorch's, the names of a stack's layers begin with "0/", "1/", ..., followed by
+"forward/" and "backward/" if the layer is bidirectional. In the file of a larger model, give
+`--layer` once for each GRU layer, bottom layer first, with the beginning of its names: `--layer
+rnn.` for the whole GRU of PyTorch, `--layer params/cell/` for Flax, `--layer layers/gru/` for
+Keras. For ONNX it is the name of a GRU node. The rest of the model is not converted.
 
-Prints what was read, what is merged or negated, and the largest difference on a random input, of
-the largest output: between what was read and the new file, read again, in float64; and to
-onnxruntime and torch.nn.GRU themselves where they are installed. The exit code is 0 where that is
-rounding of the weights' dtype; else 1, or 2 for unusable input, and nothing is written. No file is
-overwritten.
+Some files do not hold the activation, or whether the reset gate comes before or after the product;
+`--activation` and `--reset` replace the defaults. Pickles (.pt, .pth, .pkl) can run code and are
+refused: write `safetensors.torch.save_file(module.state_dict(), FILE)` instead.
+
+The command prints what it read, and which weights it merged or negated. It then reads the new file
+again and compares the outputs for a random input in float64; where onnxruntime and torch are
+installed, it also runs their own GRUs. A difference is relative to the largest output. The exit
+code is 0 if all differences are rounding in the dtype of the weights, 1 if not, and 2 if the input
+cannot be used. The file is written only with exit code 0, and no file is overwritten.
 """
 
 import argparse
@@ -65,7 +68,7 @@ _PLUMBING = {
     *("Less", "Range", "ReduceSum", "Reshape", "Shape", "Slice", "Squeeze", "Transpose"),
     *("Unsqueeze", "Where"),
 }
-# What every layer of a format has: the end of its name tells where the layers are.
+# The end of a name that every layer of a format has once; the names are used to find the layers.
 _KEYS = {"keras": "recurrent_kernel", "linen": "hn/kernel"}
 _KEYS |= {"nnx": "dense_h/kernel", "haiku": "w_h", "equinox": "weight_hh"}
 
@@ -89,38 +92,43 @@ def parse_args(argv):
             nargs=2,
             metavar=("FORMAT", "FILE"),
             required=True,
-            help=f"one of {', '.join(kinds)}; and the file",
+            help=f"FORMAT is one of {', '.join(kinds)}",
         )
     parser.add_argument(
         "--layer",
         action="append",
         default=[],
         metavar="PREFIX",
-        help="what a layer's names begin with",
+        help="beginning of the names of a layer; once for each layer",
     )
     parser.add_argument(
-        "--reset", choices=("before", "after"), help="of a Keras layer without bias"
+        "--reset",
+        choices=("before", "after"),
+        help="reset before or after the product, for a Keras layer without bias",
     )
     parser.add_argument(
         "--activation",
         choices=("tanh", "relu", "sigmoid", "softplus", "identity"),
-        help="of keras, linen or nnx, whose files do not tell it; tanh unless told",
+        help="activation of keras, linen or nnx, whose files do not hold it (default: tanh)",
     )
     parser.add_argument(
-        "--merge", choices=("concat", "sum"), default="concat", help="of two directions"
+        "--merge",
+        choices=("concat", "sum"),
+        default="concat",
+        help="how the outputs of two directions are merged (default: concat)",
     )
     parser.add_argument("--cell", action="store_true", help="write a torch.nn.GRUCell")
     parser.add_argument("--step", action="store_true", help="write the program of one step")
-    parser.add_argument("--seed", type=int, default=0, help="of the random input")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random input")
     args = parser.parse_args(argv)
-    args.assumed = args.activation is not None
+    args.activation_given = args.activation is not None
     args.activation = args.activation or "tanh"
     if args.seed < 0:
         parser.error(f"--seed must be at least 0, got {args.seed}")
     for option in ("cell", "step"):
         kind = {"cell": "torch", "step": "stablehlo"}[option]
         if getattr(args, option) and args.target[0] != kind:
-            parser.error(f"--{option} must be left out for any target but {kind}")
+            parser.error(f"--{option} is only for the target {kind}")
     for (kind, _), kinds in ((args.source, FORMATS), (args.target, TARGETS)):
         if kind not in kinds:
             parser.error(f"a format must be one of {', '.join(kinds)}, got {kind}")
@@ -128,16 +136,20 @@ def parse_args(argv):
 
 
 def convert(args):
-    """Reads, writes beside the target, compares, and puts the new file in its place."""
+    """Converts one file.
+
+    The new file is written to a temporary folder next to the target, read again and compared. It
+    is moved to the target only if it agrees.
+    """
     (source, source_file), (target, target_file) = args.source, args.target
     place = pathlib.Path(target_file)
     if place.exists():
         raise DataError(f"{place} exists; nothing was overwritten")
     if not place.parent.is_dir():
-        raise DataError(f"{place.parent} is no folder to write into")
+        raise DataError(f"{place.parent} is not a folder")
     with (
         tempfile.TemporaryDirectory(dir=place.parent) as folder,
-        warnings.catch_warnings(record=True) as told,
+        warnings.catch_warnings(record=True) as caught,
     ):
         warnings.simplefilter("always")
         new = pathlib.Path(folder) / place.name
@@ -149,26 +161,26 @@ def convert(args):
             cure = "pip install -e '.[experiments,onnx,safetensors,export]'"
             raise DataError(f"{error} For every format: {cure}") from error
         except MemoryError as error:
-            raise DataError(f"{source_file} claims more than fits into memory") from error
+            raise DataError(f"{source_file} declares arrays that do not fit in memory") from error
         except (ValueError, TypeError) as error:
             raise DataError(str(error)) from error
-        texts = [str(w.message) for w in told if issubclass(w.category, UserWarning)]
+        texts = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
         for note in dict.fromkeys([*notes, *more, *texts]):
             print(f"note     {note}")
         agree = within_rounding(errors, model)
         if agree:
-            os.link(new, place)  # fails where another has made it in the meantime
+            os.link(new, place)  # raises if the file was created in the meantime
         print(f"{'wrote' if agree else 'not written, see below:':8} {target:8} {target_file}")
-    print(f"largest difference on a random input, T={STEPS}, B={BATCH}, of the largest output:")
+    print(f"largest difference / largest output, for a random input of T={STEPS}, B={BATCH}:")
     for name, error in errors.items():
         print(f"  {error:8.1e}  {name}")
     return 0 if agree else 1
 
 
 def write_and_compare(args, new, model):
-    """(errors by name, notes) of the new file."""
+    """Writes the new file; returns (errors by name, notes)."""
     rng = np.random.default_rng(args.seed)
-    wanted = run_stack(layers_of(model), draw_wide(model, args.seed), args.merge)
+    wanted = run_stack(layers_of(model), draw_float64(model, args.seed), args.merge)
     notes, again = write(args.target[0], new, model, args), None
     if args.target[0] != "stablehlo":
         again = read(args.target[0], new, args_of_target(args, model))
@@ -185,7 +197,7 @@ def read(kind, file, args):
     """(params, notes) of a file."""
     if kind == "jaxgru":
         if args.layer:
-            raise DataError("--layer must be left out for jaxgru, whose files hold their structure")
+            raise DataError("--layer is not for jaxgru, whose files hold their structure")
         loaded = interop.load_weights(file)
         return loaded.params, ()
     if kind == "onnx":
@@ -193,7 +205,7 @@ def read(kind, file, args):
     arrays = read_arrays(file, kind)
     if kind == "torch":
         if len(args.layer) > 1:
-            raise DataError("--layer must be given once for torch, whose names tell the layers")
+            raise DataError("--layer must be given once for torch, whose names number the layers")
         return interop.from_torch(arrays, prefix="".join(args.layer))
     options: dict[str, Any] = {}
     if kind in ("keras", "linen", "nnx"):
@@ -202,13 +214,13 @@ def read(kind, file, args):
         options["reset_after"] = args.reset == "after"
     reader = getattr(interop, f"from_{kind}")
     params, notes = reader(nest(arrays, kind, args.layer, file), **options)
-    if options.get("activation") == "tanh" and not args.assumed:
-        notes = (*notes, f"{kind} files do not tell the activation: tanh is assumed")
+    if options.get("activation") == "tanh" and not args.activation_given:
+        notes = (*notes, f"{kind} files do not hold the activation; tanh is assumed")
     return params, notes
 
 
 def read_nodes(file, names):
-    """(stack, notes) of the GRU nodes of an ONNX file, all or those that are named."""
+    """(stack, notes) of all GRU nodes of an ONNX file, or of those named."""
     nodes = interop.read_onnx(file)
     if names:
         found = {node.name: node for node in nodes}
@@ -219,24 +231,26 @@ def read_nodes(file, names):
     for lower, node in itertools.pairwise(nodes):
         if node.below != lower.name and not names:
             raise DataError(
-                f"{file}: node {node.name!r} does not read the outputs of {lower.name!r} alone, so "
-                f"they are no stack; name those that are: {listed}"
+                f"{file}: GRU nodes must be a stack, but node {node.name!r} does not read only the "
+                f"outputs of {lower.name!r}; choose the nodes of a stack from {listed}"
             )
     for node in nodes:
         if node.direction == "reverse":
-            raise DataError(f"{file}: node {node.name!r} goes backward alone; no file here can")
+            raise DataError(
+                f"{file}: node {node.name!r} has only the reverse direction, which no target holds"
+            )
         if node.sequence_lens is not None or (
             node.initial_h is not None and np.any(node.initial_h)
         ):
             raise DataError(
-                f"{file}: node {node.name!r} holds its own sequence_lens or initial_h, which no "
-                "weights can stand for; jaxgru.interop.read_onnx gives them"
+                f"{file}: node {node.name!r} has a constant sequence_lens or initial_h, which is "
+                "not part of the weights; jaxgru.interop.read_onnx returns it"
             )
-    return tuple(node.params for node in nodes), what_stays(file, nodes)
+    return tuple(node.params for node in nodes), notes_on_rest(file, nodes)
 
 
-def what_stays(file, nodes):
-    """Notes on what else an ONNX file computes than GRUs and their plumbing."""
+def notes_on_rest(file, nodes):
+    """Notes on what an ONNX file computes besides its GRUs."""
     import onnx
 
     graph = onnx.load(file, load_external_data=False).graph
@@ -245,14 +259,14 @@ def what_stays(file, nodes):
     others |= {"Gather" for v in graph.node if v.op_type == "Gather" and v.input[0] in tables}
     notes = []
     if others:
-        notes.append(f"the rest of the ONNX graph stays behind: {', '.join(sorted(others))}")
+        notes.append(f"the rest of the ONNX graph is not converted: {', '.join(sorted(others))}")
     if any("initial_h" in node.computed for node in nodes):
-        notes.append("initial_h is an input of the ONNX graph, or computed there: zeros here")
+        notes.append("initial_h, an input of the ONNX graph or computed in it, is zero here")
     return notes
 
 
 def read_arrays(file, kind):
-    """Names to arrays of a file that cannot run code."""
+    """{name: array} of a file, read without running code from it."""
     path = pathlib.Path(file)
     if kind == "keras" and path.suffix in (".h5", ".hdf5"):
         return read_hdf5(path)
@@ -261,12 +275,12 @@ def read_arrays(file, kind):
             with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as opened:
                 return {name: opened[name] for name in opened.files}
         except (ValueError, zipfile.BadZipFile, EOFError) as error:
-            raise DataError(f"{file} must be a whole .npz of arrays: {error}") from error
+            raise DataError(f"{file} must be an intact .npz file of arrays: {error}") from error
     return interop.read_safetensors(path)
 
 
 def read_hdf5(path):
-    """The variables of Keras's GRU cells, under the names that the layer gives them."""
+    """{name: array} of the GRU cells in a Keras weights file, with Keras's names."""
     try:
         import h5py
     except ImportError as error:
@@ -282,19 +296,19 @@ def read_hdf5(path):
             direction = f"{direction}/" if direction else ""
             arrays[f"{layer}{direction}{KERAS[int(number)]}"] = entry[()]
 
-    with open(path, "rb") as opened:  # a missing file is said as for every other
+    with open(path, "rb") as opened:  # a missing file raises the same error as for other formats
         try:
             with h5py.File(opened, "r") as file:
                 file.visititems(visit)
         except (OSError, RuntimeError, KeyError) as error:
-            raise DataError(f"{path} must be a whole HDF5 file of weights: {error}") from error
+            raise DataError(f"{path} must be an intact HDF5 file of weights: {error}") from error
     if not arrays:
-        raise DataError(f"{path} must hold a GRU that Keras saved, got no cell")
+        raise DataError(f"{path} must hold a GRU layer that Keras saved, got none")
     return arrays
 
 
 def nest(arrays, kind, prefixes, file):
-    """The layers that flat names stand for."""
+    """A list of layers from flat names."""
     numbers = {int(m[1]) for name in arrays if (m := re.match(r"(\d+)/", name))}
     place = re.compile(rf"(|.*/)(?:(?:forward|backward)/)?{_KEYS[kind]}")
     places = {m[1] for name in arrays if (m := place.fullmatch(name))}
@@ -305,8 +319,8 @@ def nest(arrays, kind, prefixes, file):
     elif len(places) > 1:
         named = " ".join(f"--layer {place}" for place in sorted(places, key=by_number))
         raise DataError(
-            f"{file} holds several layers, here by name; give them in your model's order, the one "
-            f"that reads the input first: {named}"
+            f"{file} holds several layers; choose them in the order of your model, the one that "
+            f"reads the input first: {named}"
         )
     else:
         starts = list(places) or [""]
@@ -314,16 +328,16 @@ def nest(arrays, kind, prefixes, file):
 
 
 def by_number(name):
-    """Sorts gru_10 behind gru_9."""
+    """A sort key that puts gru_10 after gru_9."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def layer_at(arrays, prefix, file):
-    """The arrays of one layer, both directions in a Bidirectional."""
+    """The arrays of one layer; a Bidirectional if it has two directions."""
     own = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
     if not own:
         names = ", ".join(sorted(arrays)[:20])
-        raise DataError(f"{file} has no name that begins with {prefix!r}; its names: {names}")
+        raise DataError(f"{file} has no name that begins with {prefix!r}; its names are {names}")
     if not any(k.startswith(("forward/", "backward/")) for k in own):
         return own
     directions: list[Any] = [
@@ -334,7 +348,7 @@ def layer_at(arrays, prefix, file):
 
 
 def write(kind, file, model, args):
-    """Writes the file; returns what changed on the way."""
+    """Writes the file; returns notes on what was merged, negated or left out."""
     if kind == "jaxgru":
         interop.save_weights(file, model)
         return []
@@ -345,10 +359,10 @@ def write(kind, file, model, args):
         return []
     layers, notes = layers_of(model), []
     if isinstance(model, SequenceParams | TokenParams):
-        notes = [f"the head and embedding stay behind: {kind} files hold the layers alone"]
+        notes = [f"{kind} files hold only the GRU layers: head and embedding are not written"]
     if kind == "torch":
         if args.cell and len(layers) > 1:
-            raise DataError("--cell must be left out for more than one layer")
+            raise DataError("--cell is only for a single layer")
         exported = interop.to_torch(layers[0] if args.cell else layers)
         write_arrays(file, exported.weights)
     else:
@@ -362,8 +376,8 @@ def write(kind, file, model, args):
 
 
 def flatten(weights, kind):
-    """Names to arrays of one layer."""
-    if isinstance(weights, list):  # Keras's order
+    """{name: array} of one layer."""
+    if isinstance(weights, list):  # in the order of Keras's get_weights
         count = 2 if len(weights) > 3 else 1
         each = len(weights) // count
         starts = ["forward/", "backward/"] if count == 2 else [""]
@@ -380,7 +394,7 @@ def flatten(weights, kind):
 
 
 def write_arrays(file, arrays):
-    """A new .npz or .safetensors file."""
+    """Writes a new .npz or .safetensors file."""
     suffix, data = pathlib.Path(file).suffix, io.BytesIO()
     if suffix == ".npz":
         if any(v.dtype.kind == "V" or v.dtype.name == "bfloat16" for v in arrays.values()):
@@ -398,45 +412,48 @@ def write_arrays(file, arrays):
 
 
 def args_of_target(args, model):
-    """The options that read the written file again."""
+    """The options with which the new file is read again."""
     specs = equations_of(layers_of(model))
     resets = {spec.reset for spec in specs}
-    reset = resets.pop() if len(resets) == 1 else None  # else their biases tell
-    return argparse.Namespace(layer=[], reset=reset, activation=specs[0].activation, assumed=True)
+    reset = resets.pop() if len(resets) == 1 else None  # None: from the shapes of the biases
+    return argparse.Namespace(
+        layer=[], reset=reset, activation=specs[0].activation, activation_given=True
+    )
 
 
 def layers_of(model: Any) -> Any:
-    """The stack of a model, of a stack, or of one layer."""
+    """The layers of a model, a stack or a single layer."""
     if isinstance(model, SequenceParams | TokenParams):
         return model.layers
     return (model,) if isinstance(model, GRUParams | Bidirectional) else model
 
 
 def first_cell(layers: Any) -> Any:
-    """The bottom layer, or its forward direction."""
+    """The parameters of the bottom layer, or of its forward direction."""
     return layers[0].forward if isinstance(layers[0], Bidirectional) else layers[0]
 
 
 def equations_of(layers):
-    """The specs of all layers, each once, bottom first."""
+    """The different specs of all layers, bottom layer first."""
     cells = jax.tree.leaves(layers, is_leaf=lambda leaf: isinstance(leaf, GRUParams))
     return list(dict.fromkeys(cell.spec for cell in cells))
 
 
 def describe(layers):
-    """One line on layers and equations."""
+    """One line that describes layers and equations."""
     first = first_cell(layers)
-    both = ", two directions" if isinstance(layers[0], Bidirectional) else ""
+    both = ", bidirectional" if isinstance(layers[0], Bidirectional) else ""
     sizes = f"I={first.w_x.shape[0]} H={first.w_h.shape[0]} {first.w_x.dtype}"
     equations = " / ".join(
-        f"reset {spec.reset}, z {spec.update}s, {spec.activation}" for spec in equations_of(layers)
+        f"reset {spec.reset}, update {spec.update}, {spec.activation}"
+        for spec in equations_of(layers)
     )
     return f"{len(layers)} layer{'s' * (len(layers) > 1)}{both}, {sizes}; {equations}"
 
 
 def compare(args, new, model, again, wanted, rng):
-    """The largest differences on a random input, by name."""
-    xs = draw_wide(model, args.seed)
+    """{name: largest difference of the outputs for a random input}."""
+    xs = draw_float64(model, args.seed)
     found: dict[str, Any] = {}
     if again is not None:
         found["read again, float64"] = run_stack(layers_of(again[0]), xs, args.merge)
@@ -453,18 +470,18 @@ def compare(args, new, model, again, wanted, rng):
         errors |= {} if error is None else {"in onnxruntime, float32": error}
     if args.target[0] == "stablehlo":
         error = difference_of_program(args, new, model, rng)
-        errors |= {f"of the program on {jax.default_backend()}, {dtype}": error}
+        errors |= {f"in the program on {jax.default_backend()}, {dtype}": error}
     return errors
 
 
-def draw_wide(model, seed):
-    """A random sequence in float64."""
+def draw_float64(model, seed):
+    """A random input sequence in float64."""
     size = first_cell(layers_of(model)).w_x.shape[0]
     return np.random.default_rng(seed).normal(size=(STEPS, BATCH, size))
 
 
 def largest_difference(got, wanted):
-    """The largest error, relative to the largest wanted entry; 0 for the same, NaN included."""
+    """The largest error relative to the largest wanted entry; 0 for equal arrays, also with NaN."""
     got, wanted = np.asarray(got, np.float64), np.asarray(wanted, np.float64)
     if np.array_equal(got, wanted, equal_nan=True):
         return 0.0
@@ -472,17 +489,20 @@ def largest_difference(got, wanted):
 
 
 def run_stack(layers, xs, merge):
-    """The outputs of every step, in float64."""
+    """The outputs of every step, computed in float64."""
     with jax.enable_x64(True):
-        wide = jax.tree.map(lambda v: jnp.asarray(v, jnp.float64), layers)
-        return np.asarray(jaxgru.gru_stack(wide, xs, merge=merge)[1])
+        layers = jax.tree.map(lambda v: jnp.asarray(v, jnp.float64), layers)
+        return np.asarray(jaxgru.gru_stack(layers, xs, merge=merge)[1])
 
 
 def run_torch(file, layer, args, xs):
-    """What torch.nn.GRU makes of a file, in float64; None without torch, and for cells and sums."""
-    start = "".join(layer)
-    whole = read_arrays(file, "torch")
-    arrays = {k.removeprefix(start): v for k, v in whole.items() if k.startswith(start)}
+    """The outputs of torch.nn.GRU with the weights of a file, in float64.
+
+    None without torch, for a GRUCell, and for summed directions.
+    """
+    prefix = "".join(layer)
+    found = read_arrays(file, "torch")
+    arrays = {k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)}
     try:
         import torch
     except ImportError:
@@ -507,7 +527,7 @@ def run_model(model, xs, h0, merge, mask=None):
 
 
 def draw_inputs(model, rng):
-    """Random tokens or inputs of a model, and a ragged mask's lengths."""
+    """Random tokens or inputs for a model, and random lengths for a mask."""
     lengths = rng.integers(0, STEPS + 1, BATCH).astype(np.int32)
     if isinstance(model, TokenParams):
         return rng.integers(0, model.w.shape[1], (STEPS, BATCH)), lengths
@@ -516,7 +536,7 @@ def draw_inputs(model, rng):
 
 
 def difference_of_onnxruntime(args, new, model, rng):
-    """The error of onnxruntime's outputs with ragged lengths; None without it."""
+    """The error of onnxruntime's outputs for random lengths; None if it is not installed."""
     try:
         import onnxruntime
     except ImportError:
@@ -529,15 +549,15 @@ def difference_of_onnxruntime(args, new, model, rng):
     return largest_difference(session.run(["outputs"], {name: xs, "lengths": lengths})[0], wanted)
 
 
-def is_wide(model):
-    """True where the model is float64, which JAX computes in under x64 alone."""
+def is_float64(model):
+    """True if the model is float64, for which JAX needs jax.enable_x64."""
     return first_cell(layers_of(model)).w_x.dtype == np.float64
 
 
 def write_program(file, model, args):
-    """The serialized forward program, of a sequence or a step, with symbolic T and B."""
+    """Writes the serialized forward program of a sequence or a step, with symbolic T and B."""
     if args.step and any(isinstance(layer, Bidirectional) for layer in layers_of(model)):
-        raise DataError("--step must be left out for two directions: one waits for the last step")
+        raise DataError("--step is not for two directions: one of them begins at the last step")
 
     def sequence(xs, mask):
         return run_model(model, xs, None, args.merge, mask)
@@ -546,7 +566,7 @@ def write_program(file, model, args):
         h, outputs = run_model(model, x[None], h, args.merge)
         return h, outputs[0]
 
-    with jax.enable_x64(is_wide(model)):
+    with jax.enable_x64(is_float64(model)):
         steps, batch = export.symbolic_shape("t, b")
         xs, _ = draw_inputs(model, np.random.default_rng(0))
         x = jax.ShapeDtypeStruct((batch, *xs.shape[2:]), jnp.asarray(xs).dtype)
@@ -562,10 +582,10 @@ def write_program(file, model, args):
 
 
 def difference_of_program(args, new, model, rng):
-    """The error of a written program: of a ragged batch, or of steps one after another."""
+    """The error of the written program, for random lengths or called step by step."""
     program = export.deserialize(bytearray(new.read_bytes()))
     xs, lengths = draw_inputs(model, rng)
-    with jax.enable_x64(is_wide(model)):
+    with jax.enable_x64(is_float64(model)):
         mask = None if args.step else jaxgru.length_mask(lengths, STEPS)
         wanted = run_model(model, jnp.asarray(xs), None, args.merge, mask)[1]
         if not args.step:

@@ -1,4 +1,4 @@
-"""Any handwritten derivative against autodiff and finite differences, from the command line.
+"""Compares handwritten derivatives with autodiff and finite differences, from the command line.
 
     python -m experiments.cross_check                          # this package's own rules
     python -m experiments.cross_check --full                   # every point: half an hour
@@ -6,21 +6,25 @@
     python -m experiments.cross_check --fn my.layers:fast --reference my.layers:plain \\
         --inputs my.layers:example [--mutate]
 
-A function is named MODULE:NAME, with dots inside NAME for attributes; the current folder is
-importable. `--inputs` names a function of no argument, or of one `jax.random.key`, that returns the
-tuple of positional arguments of both functions. What is compared is in `jaxgru.check_gradients`.
+A function is named MODULE:NAME, where NAME may contain dots for attributes; modules in the current
+folder can be imported. `--inputs` names a function without arguments, or of one `jax.random.key`,
+that returns the tuple of positional arguments of both functions. The check is
+`jaxgru.checks.check_gradients`, which says what it compares.
 
-The package's grid is reset x update x activation x direction x gradient of `gru`, with a mask that
-is ragged and has a hole and with resets, and again without either; by default all of it for tanh,
-and of the rest the default and the tangent forward in time, in float64 alone. `gru_cell` is
-compared with it, and a bidirectional `gru_stack` with JAX's own derivative.
+The package's grid is reset x update x activation x direction x gradient of `gru`, both with a mask
+and resets and without them. `--full` checks all of it. By default, all directions and gradients are
+checked only for tanh with mask and resets. For tanh without them, and for the other activations
+with them, only the forward direction is checked, with residuals="gates" and with
+gradient="tangent". The dtype is then float64 only. `gru_cell` is compared with `gru` over one step,
+and a bidirectional `gru_stack` with JAX's own derivative.
 
-`--mutate` seeds one fault at a time into the rules (see `experiments.mutation`): those of `--rule`,
-those that `--fn`'s `custom_vjp` or `custom_jvp` holds, or the package's own.
+`--mutate` seeds one fault at a time into derivative rules and checks whether it is caught (see
+`experiments.mutation`). The rules are those of `--rule`, or those of `--fn`'s `custom_vjp` or
+`custom_jvp`, or else `OWN_RULES`, the package's own in `jaxgru.core`.
 
 A run folder holds config.json, cross_check.json (all rows; a number that is not finite is null) and
-cross_check.txt. The exit code is 0 where all agree and no mutant survives, 1 where not, 2 for
-unusable input.
+cross_check.txt. The exit code is 0 if everything agrees and no mutant survives, 1 if not, and 2 if
+the input cannot be used.
 """
 
 import argparse
@@ -48,7 +52,7 @@ from jaxgru import checks
 
 DTYPES = ("caller", "float64", "float32", "bfloat16", "float16")
 ACTIVATIONS = ("tanh", "relu", "sigmoid", "softplus", "identity")
-GRADIENTS: dict[str, Any] = {  # by the name of a point
+GRADIENTS: dict[str, Any] = {  # part of a point's name -> its gradient
     f"residuals={residuals}{words}": jaxgru.BPTT(residuals, chunk_size)
     for words, chunk_size in (("", None), (" chunk_size=2", 2))
     for residuals in ("gates", "states", "boundaries")
@@ -69,7 +73,7 @@ OWN_RULES = [
 
 
 class Pair(NamedTuple):
-    """What the command line names."""
+    """The function under test, its reference and their inputs, from the command line."""
 
     name: str
     fn: Callable[..., Any]
@@ -78,31 +82,32 @@ class Pair(NamedTuple):
 
 
 class Raised(NamedTuple):
-    """A point whose functions raised, in place of its report."""
+    """An exception that was raised at a point; it takes the place of a report."""
 
     message: str
 
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(
-        "python -m experiments.cross_check", description="Handwritten derivatives, cross-checked."
+        "python -m experiments.cross_check", description="Cross-checks handwritten derivatives."
     )
     add = parser.add_argument
     add("--fn", metavar="MODULE:NAME", help="function with the derivative rule under test")
     add("--reference", metavar="MODULE:NAME", help="plain function that JAX differentiates")
     add("--inputs", metavar="MODULE:NAME", help="() or (key) -> tuple of their arguments")
-    add("--mutate", action="store_true", help="seed faults into the rules and see them caught")
-    add("--rule", metavar="MODULE:NAME", action="append", default=[], help="to mutate; repeatable")
-    add("--full", action="store_true", help="every point of the package's grid")
+    add("--mutate", action="store_true", help="seed faults into the rules: are they caught?")
+    add("--rule", metavar="MODULE:NAME", action="append", default=[],
+        help="rule to mutate; repeatable")  # fmt: skip
+    add("--full", action="store_true", help="check every point of the package's grid")
     add("--smoke", action="store_true", help="seconds: two points of the grid, or one rule")
-    add("--out", metavar="FOLDER", help="run folder, new or empty; runs/cross_check-DATE else")
+    add("--out", metavar="FOLDER", help="new or empty run folder (default: runs/cross_check-DATE)")
     add("--dtypes", nargs="+", choices=DTYPES,
-        help="caller and float64, but float64 alone of the grid that is not full")  # fmt: skip
+        help="default: caller and float64; for the default grid only float64")  # fmt: skip
     add("--finite-differences", action=argparse.BooleanOptionalAction, default=True)
-    add("--num-cotangents", type=int, default=3, help="random cotangents of each check")
-    add("--num-coordinates", type=int, default=8, help="entries of a leaf that are probed at most")
+    add("--num-cotangents", type=int, default=3, help="random cotangents per check")
+    add("--num-coordinates", type=int, default=8, help="entries per leaf for finite differences")
     add("--tolerance", metavar="NAME=VALUE", action="append", default=[],
-        help="of a dtype or finite-difference, relative to a leaf's largest entry")  # fmt: skip
+        help="of a dtype or finite-difference, relative to the largest entry")  # fmt: skip
     add("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     if args.fn and not (args.reference and args.inputs):
@@ -110,9 +115,9 @@ def parse_args(argv):
     if not args.fn and (args.reference or args.inputs):
         parser.error("--reference and --inputs need --fn")
     if args.full and (args.smoke or args.fn or args.mutate):
-        parser.error("--full is of the package's grid alone, without --smoke, --fn and --mutate")
+        parser.error("--full is for the package's grid, without --smoke, --fn and --mutate")
     if args.smoke and args.fn:
-        parser.error("--smoke is of the package's grid alone, without --fn")
+        parser.error("--smoke is for the package's own rules, without --fn")
     if args.rule and not args.mutate:
         parser.error("--rule needs --mutate")
     if args.dtypes is None:
@@ -170,7 +175,11 @@ def run_all(args):
 
 
 def load(option: str, text: str) -> Any:
-    """The object MODULE:NAME; DataError says what is missing."""
+    """The callable MODULE:NAME.
+
+    Raises:
+      DataError: the module cannot be imported, or has no such callable.
+    """
     module_name, _, path = text.partition(":")
     if not module_name or not path:
         raise DataError(f"{option} must be MODULE:NAME, got {text}")
@@ -178,7 +187,7 @@ def load(option: str, text: str) -> Any:
         sys.path.insert(0, os.getcwd())
     try:
         found = importlib.import_module(module_name)
-    except Exception as error:  # whatever the module does when it is imported
+    except Exception as error:  # a module may raise anything when it is imported
         raise DataError(
             f"{option} {text}: importing {module_name} raised {_one_line(error)}"
         ) from error
@@ -204,10 +213,10 @@ def load_pair(args) -> Pair:
     except TypeError:
         arguments = (jax.random.key(args.seed),)
     except ValueError:
-        pass  # some built-in callables have no signature
+        pass  # a built-in callable without a signature
     try:
         inputs = factory(*arguments)
-    except Exception as error:  # whatever is wrong in it
+    except Exception as error:  # the user's function may raise anything
         raise DataError(f"--inputs {args.inputs} raised {_one_line(error)}") from error
     if not isinstance(inputs, tuple) or hasattr(inputs, "_fields"):
         kind, cure = type(inputs).__name__, "for one argument return (argument,)"
@@ -215,7 +224,7 @@ def load_pair(args) -> Pair:
         raise DataError(f"--inputs {args.inputs} {need}, got {kind}; {cure}")
     try:
         reference(*inputs)
-    except Exception as error:  # arguments that do not fit it, or a fault of its own
+    except Exception as error:  # the arguments do not fit it, or it has a bug
         name = f"--reference {args.reference}"
         raise DataError(f"{name} raised {_one_line(error)} on the inputs") from error
     return Pair(args.fn, fn, reference, inputs)
@@ -229,12 +238,12 @@ def load_rules(args, pair: Pair | None) -> list[mutation.Rule]:
     while not isinstance(found, jax.custom_vjp | jax.custom_jvp):
         found = getattr(found, "func", None) or getattr(found, "__wrapped__", None)
         if found is None:
-            need = "is no custom_vjp or custom_jvp: name the functions to mutate with --rule"
+            need = "is not a custom_vjp or custom_jvp; name the functions to mutate with --rule"
             raise DataError(f"--fn {pair.name} {need}")
     role, define = ("bwd", "vjp") if isinstance(found, jax.custom_vjp) else ("jvp", "jvp")
     rule = getattr(found, role)
     if rule is None:
-        raise DataError(f"--fn {pair.name} has no rule: call its def{define} first")
+        raise DataError(f"--fn {pair.name} has no rule; call its def{define} first")
     return [mutation.read_rule(getattr(rule, "__qualname__", role), rule)]
 
 
@@ -250,7 +259,7 @@ def check_options(args) -> dict[str, Any]:
 
 
 def check_all(args, pair: Pair | None) -> tuple[str, dict[str, Any]]:
-    """Text and record of one pair, or of the package's grid."""
+    """(text, record) of the check of one pair, or of the package's grid."""
     if pair:
         check = functools.partial(checks.check_gradients, *pair[1:3], *pair.inputs)
         points = [Point(pair.name, functools.partial(check, **check_options(args)))]
@@ -278,7 +287,11 @@ def check_all(args, pair: Pair | None) -> tuple[str, dict[str, Any]]:
 
 
 def run_point(point: Point) -> checks.GradientReport | Raised:
-    """The point's report; what its functions raise is a result, unusable input is not."""
+    """The report of a point, or what its functions raised.
+
+    Raises:
+      DataError: `check_gradients` refused the inputs.
+    """
     try:
         return point.check()
     except Exception as error:
@@ -288,10 +301,10 @@ def run_point(point: Point) -> checks.GradientReport | Raised:
 
 
 def summarize(name: str, found: checks.GradientReport | Raised) -> list[dict[str, Any]]:
-    """For each dtype the worst errors, the largest limit of either reference, and the verdict."""
+    """For each dtype: the largest error and limit for each reference, and the verdict."""
     if isinstance(found, Raised):
-        nothing = dict.fromkeys(("autodiff", "limit", "finite_difference", "its_limit"))
-        return [{"case": name, "dtype": "-", **nothing, "verdict": f"raised {found.message}"}]
+        no_errors = dict.fromkeys(("autodiff", "limit", "finite_difference", "its_limit"))
+        return [{"case": name, "dtype": "-", **no_errors, "verdict": f"raised {found.message}"}]
     cases = []
     for dtype in dict.fromkeys(row.dtype for row in found.rows):
         rows = [row for row in found.rows if row.dtype == dtype]
@@ -323,7 +336,10 @@ def case_table(cases: list[dict[str, Any]]) -> str:
 
 
 class Sequences(NamedTuple):
-    """Arrays of `jaxgru.gru`: three sequences of five steps, a mask ragged and with a hole."""
+    """Arguments of `jaxgru.gru`: three sequences of five steps.
+
+    The first one ends early, and the second one has a masked step in the middle.
+    """
 
     params: jaxgru.GRUParams
     xs: jax.Array
@@ -351,7 +367,7 @@ def specs_of(activation) -> list[jaxgru.GRUSpec]:
 
 
 def grid_choices(args) -> Iterator[tuple[jaxgru.GRUSpec, bool, str, bool]]:
-    """(spec, reverse, name of the gradient, masked) of every point."""
+    """Yields (spec, reverse, key of GRADIENTS, masked) for every point."""
     if args.smoke:
         yield jaxgru.CHO_2014, False, FEW_GRADIENTS[0], True
         yield jaxgru.PYTORCH, True, FEW_GRADIENTS[-1], True
@@ -381,7 +397,10 @@ def grid_points(args) -> Iterator[Point]:
 
 
 def cell_and_stack_points(args, arrays: Sequences, options) -> Iterator[Point]:
-    """One step against the scan over one step, and a stack against JAX's derivative of it."""
+    """Points for `gru_cell` and for a bidirectional `gru_stack`.
+
+    The reference of the cell is `gru` over one step, that of the stack is gradient="autodiff".
+    """
     for spec in specs_of("tanh"):
 
         def one_step(params, x, h):
@@ -400,7 +419,7 @@ def cell_and_stack_points(args, arrays: Sequences, options) -> Iterator[Point]:
 
 
 def mutate(args, pair: Pair | None, rules) -> tuple[str, dict[str, Any]]:
-    """Text and record of all mutants of the rules; the rules themselves must pass first."""
+    """(text, record) of all mutants of the rules, after a check that the rules are right."""
     options = {"dtypes": ("float64",), "finite_differences": False, "num_cotangents": 1}
     from tqdm import tqdm
 
@@ -410,13 +429,13 @@ def mutate(args, pair: Pair | None, rules) -> tuple[str, dict[str, Any]]:
         points = [Point(pair.name, check)]
     else:
         points = list(mutation_points(args, options))
-    # The package's loops are short here: running them step by step is quicker than compiling.
+    # The loops are so short here that running them without jit takes less time than compiling.
     with contextlib.nullcontext() if pair else jax.disable_jit():
         sites: list[set[mutation.Site]] = []
         for point in tqdm(points, unit="point", file=sys.stderr):
             reached: set[mutation.Site] = set()
-            watched = functools.partial(mutation.watch, rules, point, reached)
-            report = run_point(Point(point.name, watched))
+            check = functools.partial(mutation.record_sites, rules, point, reached)
+            report = run_point(Point(point.name, check))
             sites.append(reached)
             if isinstance(report, Raised) or not report:
                 head = f"{point.name}: the rules must agree before they are mutated"
@@ -430,16 +449,19 @@ def mutate(args, pair: Pair | None, rules) -> tuple[str, dict[str, Any]]:
 
 
 def mutation_points(args, options) -> Iterator[Point]:
-    """Each equation and rule over flags and a batch; without a batch, with gains and dropout; and
-    with constant parameters, whose tangents are then absent.
+    """Points that together evaluate every expression of the package's rules.
+
+    They are every equation and gradient on a batch with mask and resets; zoneout; a single sequence
+    with layer norm and recurrent dropout; and constant parameters, which have no tangents.
     """
     arrays = draw_sequences(args.seed)
     flags: dict[str, Any] = {"mask": arrays.mask[2:], "resets": arrays.resets[2:]}
-    several = arrays.params, arrays.xs[2:], arrays.h0
+    batch = arrays.params, arrays.xs[2:], arrays.h0
     params = jaxgru.init_gru(jax.random.key(args.seed), 2, 4, scheme="pytorch", layer_norm=True)
-    gains = jnp.linspace(0.5, 1.5, 12)
-    single = dataclasses.replace(params, g_x=gains, g_h=gains[::-1]), arrays.xs[2:, 0], arrays.h0[0]
-    inside: dict[str, Any] = {"noise": jaxgru.Noise(0.4), "key": jax.random.key(args.seed)}
+    scale = jnp.linspace(0.5, 1.5, 12)
+    params = dataclasses.replace(params, g_x=scale, g_h=scale[::-1])
+    single = params, arrays.xs[2:, 0], arrays.h0[0]
+    dropout: dict[str, Any] = {"noise": jaxgru.Noise(0.4), "key": jax.random.key(args.seed)}
 
     def point(name, spec, gradient, run, inputs):
         pair = [functools.partial(run, spec, gradient=g) for g in (gradient, "autodiff")]
@@ -448,33 +470,35 @@ def mutation_points(args, options) -> Iterator[Point]:
 
     def with_flags(spec, params, xs, h0, gradient, **more):
         params = dataclasses.replace(params, spec=spec)
-        return weigh(jaxgru.gru(params, xs, h0, gradient=gradient, **flags, **more))
+        return weighted_sum(jaxgru.gru(params, xs, h0, gradient=gradient, **flags, **more))
 
-    def with_gains(spec, params, xs, h0, gradient):
+    def with_layer_norm(spec, params, xs, h0, gradient):
         params = dataclasses.replace(params, spec=spec)
-        return weigh(jaxgru.gru(params, xs, h0, gradient=gradient, **inside))
+        return weighted_sum(jaxgru.gru(params, xs, h0, gradient=gradient, **dropout))
 
-    def of_inputs(spec, xs, h0, gradient):
-        params = dataclasses.replace(several[0], spec=spec)
+    def with_constant_params(spec, xs, h0, gradient):
+        params = dataclasses.replace(batch[0], spec=spec)
         params = jax.tree.map(lambda v: v.astype(xs.dtype), params)
-        return weigh(jaxgru.gru(params, xs, h0, gradient=gradient))
+        return weighted_sum(jaxgru.gru(params, xs, h0, gradient=gradient))
 
     choices = list(itertools.product(("bptt", "tangent"), specs_of("tanh")))
-    yield from (point("", spec, gradient, with_flags, several) for gradient, spec in choices)
+    yield from (point("", spec, gradient, with_flags, batch) for gradient, spec in choices)
     if args.smoke:
         return
-    held = {"noise": jaxgru.Noise(zoneout=0.3), "deterministic": True}
+    zoneout = {"noise": jaxgru.Noise(zoneout=0.3), "deterministic": True}
     yield from (
-        point("held", spec, gradient, functools.partial(with_flags, **held), several)
+        point("zoneout", spec, gradient, functools.partial(with_flags, **zoneout), batch)
         for gradient, spec in choices[:2]
     )
-    yield from (point("gains", spec, gradient, with_gains, single) for gradient, spec in choices)
+    yield from (
+        point("layer norm", spec, gradient, with_layer_norm, single) for gradient, spec in choices
+    )
     for spec in specs_of("tanh")[::2]:
-        yield point("constant parameters", spec, "tangent", of_inputs, several[1:])
+        yield point("constant parameters", spec, "tangent", with_constant_params, batch[1:])
 
 
-def weigh(outputs: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """A sum of all outputs with weights of both signs: one number needs few cotangents."""
+def weighted_sum(outputs: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """The sum of all outputs with weights of both signs, since a scalar needs few cotangents."""
     total = [jnp.vdot(jnp.cos(1.0 + jnp.arange(v.size, dtype=v.dtype)), v) for v in outputs]
     return total[0] + total[1]
 

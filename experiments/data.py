@@ -1,4 +1,4 @@
-"""Text corpora, their encoding, and batches of contiguous streams; piano rolls."""
+"""Text corpora, their encoding, batches of contiguous streams, and piano rolls."""
 
 import hashlib
 import importlib
@@ -23,15 +23,15 @@ JSB_CHORALES_URL = (
 )
 JSB_CHORALES_SHA256 = "ac0e608527cc411c7e21ef7d38be47f0de7fb6b13b3ae168b8eccf1c2a9b18d4"
 ROLL_SPLITS = ("traindata", "validdata", "testdata")
-NUM_KEYS = 88  # of a piano
+NUM_KEYS = 88  # keys of a piano
 
 
 class DataError(Exception):
-    """Data that cannot be used; its message is one line for the person who named it."""
+    """Raised for input that cannot be used; its message is one line for the user."""
 
 
 def read_text(path: str | os.PathLike) -> str:
-    """The whole of a UTF-8 file."""
+    """The text of a UTF-8 file."""
     try:
         text = pathlib.Path(path).read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
@@ -44,9 +44,9 @@ def read_text(path: str | os.PathLike) -> str:
 
 
 def load_corpus(name: str) -> str:
-    """The text of a named corpus: one of CORPORA."""
+    """The text of a corpus of CORPORA."""
     if name == "pydoc":
-        # Every Python carries the topics of its own manual: real English prose, no network.
+        # Every Python installation contains these topics of its manual: English without a download.
         topics = importlib.import_module("pydoc_data.topics").topics
         return "\n".join(topics[topic] for topic in sorted(topics))
     path = cache_path("tinyshakespeare.txt")
@@ -54,15 +54,15 @@ def load_corpus(name: str) -> str:
 
 
 def cache_path(name: str) -> pathlib.Path:
-    """Where a downloaded file of that name is kept for the next run."""
+    """The path of a downloaded file in the cache folder."""
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
     return cache / "jaxgru" / name
 
 
 def download(url: str, sha256: str, path: pathlib.Path, option: str = "--text") -> pathlib.Path:
-    """Fetches a file to path unless it is there already; its bytes must have the checksum.
+    """Downloads a file to `path` unless it exists; its bytes must have the checksum.
 
-    option is what the caller's user can name a file with instead.
+    `option` is the command-line option that takes a local file instead, for the error message.
     """
     if path.exists():
         content = path.read_bytes()
@@ -87,12 +87,12 @@ def download(url: str, sha256: str, path: pathlib.Path, option: str = "--text") 
 
 
 def encode(text: str, vocabulary: str, subject: str = "the text") -> np.ndarray:
-    """int32 positions of the characters in the vocabulary; subject names the text in an error."""
+    """int32 positions of the characters in the vocabulary; an error calls the text `subject`."""
     index = {character: i for i, character in enumerate(vocabulary)}
     unknown = sorted(set(text) - set(vocabulary))
     if unknown:
         shown = " ".join(repr(character) for character in unknown[:10])
-        raise DataError(f"{subject} has characters outside of the vocabulary: {shown}")
+        raise DataError(f"{subject} has characters outside the vocabulary: {shown}")
     return np.array([index[character] for character in text], np.int32)
 
 
@@ -109,18 +109,19 @@ def streams(
     *,
     rows: slice = slice(None),
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Contiguous streams: (inputs, targets) [number of batches, T, B], targets one step ahead.
+    """Cuts tokens into contiguous streams: (inputs, targets) [number of batches, T, B].
 
-    The tokens are cut into B streams of equal length; batch k holds steps kT to (k + 1)T of each,
-    so the state after one batch is the state before the next. The tail that fills no batch is left
-    out. Only the streams of `rows` are cut: those that this process reads.
+    There are B streams of equal length. Batch k holds the steps from kT to (k + 1)T of each, so the
+    state after one batch is the state before the next. Targets are one step ahead of inputs. Tokens
+    at the end that do not fill a batch are dropped. `rows` selects the streams that this process
+    reads.
     """
     batch = batch_size * num_steps
     num_batches = (len(tokens) - 1) // batch if batch else 0
     if num_batches < 1:
         raise DataError(
-            f"{subject} has {len(tokens)} characters, fewer than the {batch + 1} of one batch of "
-            f"{batch_size} x {num_steps}; lower --batch-size or --num-steps"
+            f"{subject} has {len(tokens)} characters, but one batch of {batch_size} x {num_steps} "
+            f"needs {batch + 1}; lower --batch-size or --num-steps"
         )
     used = num_batches * batch_size * num_steps
 
@@ -139,10 +140,10 @@ def epochs(
     *,
     restart: bool = True,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """(inputs, targets, start) of every batch; start is True where the state is to be zero.
+    """Yields (inputs, targets, start) for every batch; start is True where the state becomes zero.
 
-    That is before every epoch, or before the first alone where restart is False. The first
-    `position` batches are left out.
+    That is at the start of every epoch, or with restart=False only of the first. The first
+    `position` batches are skipped.
     """
     for number in range(position, num_epochs * len(inputs)):
         epoch, batch = divmod(number, len(inputs))
@@ -153,30 +154,32 @@ def epochs(
 def read_piano_rolls(path: str | os.PathLike) -> dict[str, list[np.ndarray]]:
     """The pieces of a .mat file of polyphonic music: float32 [T, 88] of 0 and 1, for each split.
 
-    The form of the four sets of Boulanger-Lewandowski et al. 2012 (arXiv:1206.6392) that Bai et
-    al. 2018 (arXiv:1803.01271) publish with their code.
+    The format is that of the four data sets of Boulanger-Lewandowski et al. 2012 (arXiv:1206.6392)
+    which Bai et al. 2018 (arXiv:1803.01271) publish with their code.
     """
     import scipy.io
 
     try:
         with open(path, "rb") as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what is odd in a file is told by the checks below
+            warnings.simplefilter("ignore")  # the checks below report what is wrong with a file
             arrays = scipy.io.loadmat(file, variable_names=ROLL_SPLITS)
     except OSError as error:
-        if error.strerror is None:  # scipy's own, of a file that ends early
-            raise DataError(f"{path} is no whole .mat file: {error}") from None
+        if error.strerror is None:  # scipy raises this for a truncated file
+            raise DataError(f"{path} is not an intact .mat file: {error}") from None
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
-    except Exception as error:  # a damaged file makes scipy raise nearly anything
+    except Exception as error:  # scipy raises many kinds of exceptions for a damaged file
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{path} is no whole .mat file: {reason}") from None
+        raise DataError(f"{path} is not an intact .mat file: {reason}") from None
     missing = [name for name in ROLL_SPLITS if name not in arrays]
     if missing:
-        raise DataError(f"{path} lacks {', '.join(missing)}; it must hold {', '.join(ROLL_SPLITS)}")
+        raise DataError(
+            f"{path} must hold {', '.join(ROLL_SPLITS)}, got missing keys: {', '.join(missing)}"
+        )
     return {name: _require_rolls(f"{name} of {path}", arrays[name]) for name in ROLL_SPLITS}
 
 
 def _require_rolls(subject, pieces):
-    """The entries of a MATLAB cell array as float32 piano rolls, each checked."""
+    """The entries of a MATLAB cell array as float32 piano rolls; each entry is checked."""
     if getattr(pieces, "dtype", np.dtype(float)).kind != "O" or pieces.size == 0:
         raise DataError(f"{subject} must be a cell array with a piano roll for each piece")
     rolls = []
@@ -188,7 +191,7 @@ def _require_rolls(subject, pieces):
                 f"{type(piece).__name__} {list(np.shape(piece))}"
             )
         if not np.isin(roll, (0, 1)).all():
-            raise DataError(f"{subject}: piece {number} must hold 0 and 1 alone")
+            raise DataError(f"{subject}: piece {number} must hold only 0 and 1")
         if len(roll) < 2:
             raise DataError(
                 f"{subject}: piece {number} must have at least 2 steps, got {len(roll)}"
@@ -198,9 +201,9 @@ def _require_rolls(subject, pieces):
 
 
 def draw_chords(num_pieces: int, seed: int) -> list[np.ndarray]:
-    """Made-up piano rolls: four triads in turn, each held for two steps, from a random beat on.
+    """Synthetic piano rolls: four triads in turn, two steps each, from a random position.
 
-    The last step alone does not tell when the triad changes: a model has to count.
+    The last step alone does not say whether the triad changes next, so a model has to count.
     """
     generator = np.random.default_rng(seed)
     roots = np.array([39, 44, 46, 39])  # I, IV, V, I on middle C

@@ -6,10 +6,10 @@
 
 JAX compiles ahead of time for a device of which it has only a description
 (`jax.experimental.topologies`), down to machine code. For both kernels of a training step the table
-gives the registers and the spilled bytes of a thread. A thread has at most 255 registers; a kernel
-that needs more spills to slow memory, which is correct but slower. A size that does not fit is a
-row with the reason. That a kernel compiles does not prove its results: the tests do, in JAX's
-interpreter or on a GPU.
+gives the registers and the spilled bytes per thread. A thread has at most 255 registers; a kernel
+that needs more spills them to memory, which is correct but slower. If a size does not fit, its row
+gives the reason. Compilation does not prove that the results are right; the tests check those, in
+JAX's interpreter or on a GPU.
 """
 
 import argparse
@@ -47,7 +47,7 @@ platform_name: "CUDA"
 dnn_version_info { major: 9 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
-# To choose among cuBLAS algorithms, or to time them, XLA needs a device.
+# Without a device XLA cannot choose among cuBLAS algorithms or time them.
 OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 SPECS = {"before": jaxgru.CHO_2014, "after": jaxgru.PYTORCH}
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
@@ -106,7 +106,7 @@ def compile_step(device: Any, reset: str, dtype: str, size: tuple[int, int, int]
 def compiler_messages() -> Iterator[list[str]]:
     """Collects what the compiler writes to file descriptor 1, past `sys.stdout`."""
     messages: list[str] = []
-    before, asked = os.dup(1), os.environ.get("MOSAIC_GPU_DUMP_PTXAS")
+    before, previous = os.dup(1), os.environ.get("MOSAIC_GPU_DUMP_PTXAS")
     os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
     with tempfile.TemporaryFile("w+") as file:
         sys.stdout.flush()
@@ -117,14 +117,14 @@ def compiler_messages() -> Iterator[list[str]]:
             os.dup2(before, 1)
             os.close(before)
             os.environ.pop("MOSAIC_GPU_DUMP_PTXAS")
-            if asked is not None:
-                os.environ["MOSAIC_GPU_DUMP_PTXAS"] = asked
+            if previous is not None:
+                os.environ["MOSAIC_GPU_DUMP_PTXAS"] = previous
             file.seek(0)
             messages.append(file.read())
 
 
 def read_kernels(messages: str) -> list[dict[str, Any]]:
-    """Name, target, registers and spilled bytes of a thread, for each kernel in the messages."""
+    """Name, target, registers and spilled bytes per thread of each kernel in the messages."""
     return [
         {
             "kernel": found["name"],
@@ -137,7 +137,7 @@ def read_kernels(messages: str) -> list[dict[str, Any]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the table; 0, 1 where a step did not give two kernels, 2 without the compiler."""
+    """Prints the table; returns 0, 1 if a step did not give two kernels, 2 without the compiler."""
     parser = argparse.ArgumentParser(description="Compiles the fused kernels for an H100.")
     parser.add_argument("--hidden", type=int, nargs="+", default=[64, 128, 192, 256, 512])
     parser.add_argument("--batch", type=int, nargs="+", default=[16, 128])
@@ -164,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         lines += [
             f"{case}{k['kernel']:14}{k['registers']:10}{k['spilled_bytes']:9}" for k in kernels
         ]
-    print(f"for {device.device_kind}, JAX {jax.__version__}, T={args.steps}; bytes a thread")
+    print(f"for {device.device_kind}, JAX {jax.__version__}, T={args.steps}; bytes per thread")
     print(f"{'reset':8}{'dtype':10}{'H':>5}{'B':>6}  {'kernel':14}{'registers':>10}{'spilled':>9}")
     print("\n".join(lines))
     return 0 if complete else 1

@@ -1,21 +1,25 @@
-"""What gates are for: two tasks of pure memory over growing lengths, GRU against tanh RNN.
+"""Compares a GRU with a tanh RNN on two memory tasks of growing length.
 
     python -m experiments.memory_tasks                         # the default: about five minutes
     python -m experiments.memory_tasks --adding-steps 400 --copy-blanks
     python -m experiments.memory_tasks --no-chrono             # zero gate biases
 
-Adding (Hochreiter and Schmidhuber 1997; ranges and halves as Arjovsky et al. 2016,
-arXiv:1511.06464): every step brings a number from U(0, 1) and a mark, which is 1 at one step of
-each half; the target at the end is the sum of the two marked numbers. The mean, 1, has a squared
-error of 1/6. An answer counts as correct within 0.08, the 0.04 of the 1997 paper on this scale.
+Adding problem (Hochreiter and Schmidhuber 1997; ranges and halves as in Arjovsky et al. 2016,
+arXiv:1511.06464): the input of every step is a number from U(0, 1) and a mark, which is 1 at one
+step in each half and 0 otherwise. The target after the last step is the sum of the two marked
+numbers. Always answering with the mean, 1, gives a squared error of 1/6. An answer counts as
+correct within 0.08, which is the 0.04 of the 1997 paper on this scale.
 
-Copy (the same sources): 10 symbols of 8, T blanks whose last one is the signal to start, then 10
-steps that repeat the symbols. Only those ten are scored; guessing costs log 8 nats a symbol.
+Copy task (the same sources): the input is 10 symbols out of 8, then T blanks of which the last is
+the signal to start, then 10 steps in which the model repeats the symbols. Only these ten steps are
+scored. Guessing gives log 8 nats per symbol.
 
-Both models have one layer, the same size, head, optimizer, number of updates and fresh batches,
-and orthogonal recurrent weights (Saxe et al. 2014, arXiv:1312.6120). The GRU's update gate starts
-with time constants spread up to the length (Tallec and Ollivier 2018, arXiv:1804.11188). Each model
-has a learning rate of its own. A run folder holds config.json, metrics.jsonl and memory_tasks.png.
+Both models have one layer, and the same size, head, optimizer, number of updates and batches, which
+are drawn anew for every update. Their recurrent weights are orthogonal (Saxe et al. 2014,
+arXiv:1312.6120). The biases of the GRU's update gate are initialized so that its time constants are
+spread up to the length of the sequence (Tallec and Ollivier 2018, arXiv:1804.11188). Each model has
+its own learning rate. A run folder holds config.json, metrics.jsonl, checkpoints and
+memory_tasks.png.
 """
 
 import argparse
@@ -43,19 +47,19 @@ NUM_SYMBOLS, NUM_RECALLED, TEST_SIZE = 8, 10, 1000
 
 
 class Task(NamedTuple):
-    """Sequences drawn anew for every update, and how the outputs of the last steps are judged."""
+    """How a task draws its sequences, and how it scores the outputs of the last steps."""
 
     draw: Callable  # (generator, length, batch_size) -> xs [T, B, I], targets [S, B, ...]
-    judge: Callable  # (outputs [S, B, K], targets) -> loss, share of correct answers
+    judge: Callable  # (outputs [S, B, K], targets) -> loss, fraction of correct answers
     input_size: int
     output_size: int
-    num_answers: int  # S, steps at the end that are judged
-    baseline: float  # loss without any memory
-    labels: tuple[str, str, str]  # of the length, the loss and the baseline
+    num_answers: int  # S, the steps at the end that are scored
+    baseline: float  # the best loss without memory
+    labels: tuple[str, str, str]  # axis labels of the length and the loss; label of the baseline
 
 
 class VanillaParams(NamedTuple):
-    """The arrays of a tanh RNN with a head."""
+    """The parameters of a tanh RNN with a linear head."""
 
     w_x: jax.Array  # [I, H]
     w_h: jax.Array  # [H, H]
@@ -66,34 +70,36 @@ class VanillaParams(NamedTuple):
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(
-        "python -m experiments.memory_tasks", description="GRU and tanh RNN on tasks of memory."
+        "python -m experiments.memory_tasks",
+        description="Compares a GRU with a tanh RNN on memory tasks.",
     )
     add = parser.add_argument
-    add("--smoke", action="store_true", help="seconds: adding alone, at one length")
-    add("--out", metavar="FOLDER", help="run folder, new or empty; runs/memory_tasks-DATE else")
+    add("--smoke", action="store_true", help="seconds: only the adding problem, at one length")
+    add("--out", metavar="FOLDER", help="new or empty run folder (default: runs/memory_tasks-DATE)")
     add("--adding-steps", type=int, nargs="*", metavar="T", default=[10, 25, 50, 100, 200])
     add("--copy-blanks", type=int, nargs="*", metavar="T", default=[5, 10, 20, 30, 50])
-    add("--adding-updates", type=int, default=1000, help="updates for each length and model")
+    add("--adding-updates", type=int, default=1000, help="updates per length and model")
     add("--copy-updates", type=int, default=2000)
     add("--hidden-size", type=int, default=64)
     add("--batch-size", type=int, default=32)
-    add("--gru-learning-rate", type=float, default=0.03, help="falls to 0 by a cosine")
-    add("--rnn-learning-rate", type=float, default=0.003, help="falls to 0 by a cosine")
+    add("--gru-learning-rate", type=float, default=0.03, help="at the start of a cosine to 0")
+    add("--rnn-learning-rate", type=float, default=0.003, help="at the start of a cosine to 0")
     add("--clip-norm", type=float, default=1.0)
-    add("--chrono", action=argparse.BooleanOptionalAction, default=True, help="spread gate biases")
+    add("--chrono", action=argparse.BooleanOptionalAction, default=True,
+        help="spread the time constants of the update gate")  # fmt: skip
     add("--seed", type=int, default=0)
     runs.add_run_options(parser)
     parser.set_defaults(**(SMOKE if parser.parse_known_args(argv)[0].smoke else {}))
-    args = runs.take_options(parser, argv)
+    args = runs.parse_options(parser, argv)
     least = {"adding_steps": 2, "copy_blanks": 1, "seed": 0}
     least |= dict.fromkeys(("adding_updates", "copy_updates", "hidden_size", "batch_size"), 1)
-    above = ("gru_learning_rate", "rnn_learning_rate", "clip_norm")
+    positive = ("gru_learning_rate", "rnn_learning_rate", "clip_norm")
     for name, value in vars(args).items():
         option = f"--{name.replace('_', '-')}"
         for entry in value if isinstance(value, list) else [value]:
             if name in least and entry < least[name]:
                 parser.error(f"{option} must be at least {least[name]}, got {entry}")
-            if name in above and not 0 < entry < math.inf:
+            if name in positive and not 0 < entry < math.inf:
                 parser.error(f"{option} must be finite and above 0, got {entry}")
     if args.seed >= 2**32:
         parser.error(f"--seed must be below 2**32, got {args.seed}")
@@ -123,8 +129,8 @@ def train_all(args):
 
 
 def train_one(args, run, name, task, length, model):
-    """The last record of one model on one task at one length."""
-    # The same draws for both models, and other ones for every task and length.
+    """Trains one model on one task at one length; returns its last record."""
+    # Both models see the same sequences; every task and length has other ones.
     seed = [args.seed, list(TASKS).index(name), length]
     fields = {"task": name, "length": length, "model": model}
     num_updates = getattr(args, f"{name}_updates")
@@ -132,9 +138,10 @@ def train_one(args, run, name, task, length, model):
 
 
 def train_model(args, run, fields, task, num_updates, seed):
-    """(params before, params after, last record) of one model; a seed draws alike for both.
+    """Trains one model; returns (params before, params after, last record).
 
-    fields are what its records and checkpoints are known by: task, length and model.
+    The sequences depend only on the task, the length and the seed. `fields` are the task, length
+    and model; they identify the records and checkpoints.
     """
     length, model = fields["length"], fields["model"]
     generator = np.random.default_rng(seed)
@@ -160,7 +167,7 @@ def train_model(args, run, fields, task, num_updates, seed):
     schedule = optax.cosine_decay_schedule(learning_rate, num_updates)
     optimizer = optax.chain(training.clip_by_global_norm(args.clip_norm), optax.adam(schedule))
     before = init_params(key_params, task, args, len(test[0]))
-    params = jax.tree.map(jnp.copy, before)  # the train step takes its buffers over
+    params = jax.tree.map(jnp.copy, before)  # the train step donates the buffers of its state
     state = training.init_train_state(params, optimizer, key=key_state)
     every = max(1, num_updates // 10)
     part = "-".join(str(value).replace(" ", "_") for value in fields.values())
@@ -195,7 +202,7 @@ def init_gru_model(key, task, args, num_steps):
     )
     if not args.chrono:
         return params
-    # sigmoid(log c) = c / (c + 1): a unit that forgets over c + 1 steps.
+    # sigmoid(log c) = c / (c + 1): the time constant of the unit is c + 1 steps.
     constants = jax.random.uniform(key_gate, (args.hidden_size,), minval=1.0, maxval=num_steps)
     (layer,) = params.layers
     assert isinstance(layer, jaxgru.GRUParams) and layer.b_x is not None
@@ -222,10 +229,10 @@ def init_vanilla(key, task, args, num_steps):
 
 
 def apply_vanilla(params, xs):
-    """h_t = tanh(x_t w_x + h_{t-1} w_h + b_h), outputs h_t w + b; JAX differentiates the scan."""
+    """The outputs h_t w + b of h_t = tanh(x_t w_x + h_{t-1} w_h + b_h), by a plain scan."""
 
-    def body(h, drive):
-        h = jnp.tanh(drive + h @ params.w_h)
+    def body(h, projected):
+        h = jnp.tanh(projected + h @ params.w_h)
         return h, h
 
     h0 = jnp.zeros((xs.shape[1], params.w_h.shape[0]))
@@ -234,7 +241,7 @@ def apply_vanilla(params, xs):
 
 
 def draw_adding(generator, num_steps, batch_size):
-    """xs [T, B, 2], a number and a mark a step; targets [1, B, 1]."""
+    """xs [T, B, 2], a number and a mark per step; targets [1, B, 1]."""
     numbers = generator.random((num_steps, batch_size), np.float32)
     half, columns = num_steps // 2, np.arange(batch_size)
     marks = np.zeros_like(numbers)
@@ -244,7 +251,7 @@ def draw_adding(generator, num_steps, batch_size):
 
 
 def draw_copy(generator, num_blanks, batch_size):
-    """xs [T + 20, B, 10], one-hot symbols, blank and signal; targets [10, B], the symbols."""
+    """xs [T + 20, B, 10], one-hot symbols, blank or signal; targets [10, B], the symbols."""
     blank, signal = NUM_SYMBOLS, NUM_SYMBOLS + 1
     symbols = generator.integers(0, NUM_SYMBOLS, (NUM_RECALLED, batch_size), np.int32)
     after = np.full((num_blanks + NUM_RECALLED, batch_size), blank)
@@ -265,11 +272,11 @@ def judge_copy(outputs, targets):
 TASKS = {
     "adding": Task(
         draw_adding, judge_adding, 2, 1, 1, 1 / 6,
-        ("steps of the sequence, T", "mean squared error", "always the mean: 1/6"),
+        ("time steps T", "mean squared error", "always the mean: 1/6"),
     ),
     "copy": Task(
         draw_copy, judge_copy, NUM_SYMBOLS + 2, NUM_SYMBOLS, NUM_RECALLED, math.log(NUM_SYMBOLS),
-        ("blanks to wait, T", "cross-entropy, nats per recalled symbol", "guessing: log 8"),
+        ("blanks T", "cross-entropy, nats per symbol", "guessing: log 8"),
     ),
 }  # fmt: skip
 MODELS = {"GRU": (init_gru_model, apply_gru_model), "tanh RNN": (init_vanilla, apply_vanilla)}
@@ -286,7 +293,7 @@ def print_table(results):
 
 
 def plot(path, results):
-    """Test loss against length, a panel for each task."""
+    """Plots the test loss against the length, with a panel for each task."""
     from matplotlib.figure import Figure
 
     names = [name for name in TASKS if any(result["task"] == name for result in results)]

@@ -1,21 +1,22 @@
-"""Mutation tests of handwritten derivative rules: does a check notice one wrong operation?
+"""Mutation tests of handwritten derivative rules: does a check catch one wrong operation?
 
-A mutant is a rule's own source with one node changed::
+A mutant is the source of a rule with one node of its syntax tree changed::
 
     a + b  ->  a - b,  a,  b        a - b  ->  a + b        a @ b  ->  -(a @ b)
     a * b  ->  a,  b                a / b  ->  a * b        a ** b ->  a
     -a     ->  a                    c      ->  c + 1        return a, b  ->  return b, a
 
-with c a number. Its code takes the place of the rule's own, so that whoever holds the rule, a
-module, a `custom_vjp` or a closure, runs the mutant, until the rule gets its own code back. The
-changed node reports that it is evaluated, while JAX traces. A mutant is
+where c is a number. Its code replaces `__code__` of the rule during the checks. So a module, a
+`custom_vjp` or a closure that holds the rule runs the mutant. The changed node reports when JAX
+evaluates it during tracing. A mutant is
 
-* "caught" if a check disagrees or anything raises,
+* "caught" if a check disagrees or an exception is raised,
 * "not reached" if no check evaluates its node,
-* "indistinct" if it passes every check and, called by itself with random numbers in place of every
-  floating argument of every call there was, returns what the rule returns: then it is equivalent
-  (`zip` drops what a longer list adds, x + 0 is x) or acts where neither points nor numbers go,
-* "survived" otherwise: the checks are blind to that fault.
+* "indistinct" if it passes every check and also returns the same as the rule when both are called
+  with random numbers. These calls repeat those of the checks, with every floating-point argument
+  replaced. Either the mutant is equivalent (x + 0 is x, and `zip` ignores the end of a longer
+  list), or it differs only for inputs that neither the checks nor the random numbers contain,
+* "survived" otherwise: the checks do not show that fault.
 """
 
 import __future__
@@ -46,30 +47,30 @@ _PROBE = "__mutation_probe__"
 _FUTURE = sum({getattr(__future__, name).compiler_flag for name in __future__.all_feature_names})
 
 
-Site = tuple[str, int]  # a rule's name, and the number of one of its nodes
+Site = tuple[str, int]  # the name of a rule, and the number of one of its nodes
 
 
 class Point(NamedTuple):
-    """One check of the rules under some choice of inputs and options."""
+    """One check of the rules, with a choice of inputs and options."""
 
     name: str
     check: Callable[[], GradientReport]
 
 
 class Rule(NamedTuple):
-    """A function with its source, taken apart."""
+    """A function with its syntax tree."""
 
     name: str
-    function: Any  # a types.FunctionType, which pyright would bind to the tuple
+    function: Any  # a types.FunctionType, which pyright would treat as a method
     tree: ast.FunctionDef
-    first_line: int  # of the source in its file
+    first_line: int  # line of the file where its source begins
 
 
 class Mutant(NamedTuple):
     """A rule with one node changed."""
 
     rule: Rule
-    site: int  # of the node among `_sites`
+    site: int  # index of the node in `_sites`
     line: int
     original: str
     mutated: str
@@ -77,29 +78,29 @@ class Mutant(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of a mutant."""
+    """The result for one mutant."""
 
     function: str
     line: int
     original: str
     mutated: str
     verdict: str  # one of VERDICTS
-    error: float | None  # largest one seen; None where nothing could be compared
-    by: str  # the point that caught it, and what was raised there
+    error: float | None  # the largest error of the checks; None if nothing could be compared
+    by: str  # the point that caught it, and the exception if one was raised there
 
 
 def read_rule(name: str, rule: Any) -> Rule:
-    """The rule's source as a tree, without decorators, defaults and annotations.
+    """Parses a rule; decorators, defaults and annotations are removed from its tree.
 
     Raises:
-      DataError: it is not a plain function, or its source cannot be had.
+      DataError: it is not a plain function, or its source is not available.
     """
-    if hasattr(rule, "lower"):
-        rule = inspect.unwrap(rule)  # of jax.jit
+    if hasattr(rule, "lower"):  # a function under jax.jit
+        rule = inspect.unwrap(rule)
     if not inspect.isfunction(rule):
         raise DataError(f"--rule must name a function, got {name}, a {type(rule).__name__}")
     if rule.__module__.startswith("jax."):
-        cure = "name the functions of your own that it runs with --rule"
+        cure = "with --rule, name your own functions that it calls"
         raise DataError(f"{name} is JAX's own function {rule.__qualname__}; {cure}")
     try:
         lines, first_line = inspect.getsourcelines(rule)
@@ -120,7 +121,7 @@ def read_rule(name: str, rule: Any) -> Rule:
 
 
 class _Expanded(ast.NodeTransformer):
-    """x += y written out as x = x + y, so that its operation is a node like any other."""
+    """Replaces x += y by x = x + y, so that its operation can be changed too."""
 
     def visit_AugAssign(self, node: ast.AugAssign) -> ast.AST:
         if not isinstance(node.target, ast.Name):
@@ -131,28 +132,28 @@ class _Expanded(ast.NodeTransformer):
 
 
 def make_mutants(rule: Rule) -> list[Mutant]:
-    """Every mutant of a rule, in the order of its lines."""
+    """Every mutant of a rule, in the order of the lines."""
     mutants = []
     for site, node in enumerate(_sites(rule.tree)):
         line = rule.first_line + node.lineno - 1
         for shown, change in _changes(node):
             texts = ast.unparse(node), ast.unparse(shown)
-            if texts[0] != texts[1]:  # as where `return a, a` is swapped
+            if texts[0] != texts[1]:  # swapping `return a, a` changes nothing
                 mutants.append(Mutant(rule, site, line, *texts, change))
     return sorted(mutants, key=lambda mutant: mutant.line)
 
 
 def _sites(tree: ast.AST) -> list[ast.expr]:
     """The nodes that may be changed, in a fixed order."""
-    left_out: set[ast.AST] = set()  # a pattern takes no call, and text is no mathematics
+    excluded: set[ast.AST] = set()  # patterns, where Python allows no call, and f-strings
     for node in ast.walk(tree):
         if isinstance(node, ast.match_case):
-            left_out.update(ast.walk(node.pattern))
+            excluded.update(ast.walk(node.pattern))
         elif isinstance(node, ast.JoinedStr):
-            left_out.update(ast.walk(node))
-    swaps = [node.value for node in ast.walk(tree) if isinstance(node, ast.Return)]
+            excluded.update(ast.walk(node))
+    returned = [node.value for node in ast.walk(tree) if isinstance(node, ast.Return)]
     nodes = [node for node in ast.walk(tree) if isinstance(node, ast.expr)]
-    return [node for node in nodes if node not in left_out and _is_site(node, swaps)]
+    return [node for node in nodes if node not in excluded and _is_site(node, returned)]
 
 
 def _is_site(node: ast.expr, returned: Sequence[ast.expr | None]) -> bool:
@@ -162,14 +163,14 @@ def _is_site(node: ast.expr, returned: Sequence[ast.expr | None]) -> bool:
 
 
 def _changes(node: ast.expr) -> Iterator[tuple[ast.expr, ast.expr]]:
-    """What a node may become: as it is shown, and as it is run."""
+    """Yields each change of a node twice: as it is printed, and as it is compiled."""
     match node:
         case ast.BinOp(left, operation, right):
             for other in _OTHER_OPERATIONS.get(type(operation), ()):
                 changed = ast.BinOp(left, other(), right)
                 yield changed, changed
             for position in _OPERANDS.get(type(operation), ()):
-                # Both are still evaluated: the code keeps its free variables.
+                # Both operands are still evaluated, so that the code keeps its free variables.
                 pair, index = ast.Tuple([left, right], ast.Load()), ast.Constant(position)
                 yield (left, right)[position], ast.Subscript(pair, index, ast.Load())
             if isinstance(operation, ast.MatMult):
@@ -190,11 +191,11 @@ _OPERANDS = {ast.Add: (0, 1), ast.Mult: (0, 1), ast.Pow: (0,)}
 
 
 class _Probed(ast.NodeTransformer):
-    """The tree with chosen nodes changed and wrapped: `probe(rule, site, node)`."""
+    """Changes the chosen nodes of a tree, and wraps each: `probe(rule, site, node)`."""
 
     def __init__(self, rule: str, changes: dict[Any, tuple[int, Any]]):
         self.rule = rule
-        self.changes = changes  # node -> its site and what it becomes, None for itself
+        self.changes = changes  # node -> its site and its replacement; None leaves it as it is
 
     def visit(self, node: ast.AST) -> Any:
         if node not in self.changes:
@@ -206,7 +207,7 @@ class _Probed(ast.NodeTransformer):
 
 
 def _compile(rule: Rule, mutant: Mutant | None = None) -> types.CodeType:
-    """The code of a mutant, or of the rule itself with a probe around every node."""
+    """The compiled mutant; without one, the rule itself with a probe around every site."""
     tree = copy.deepcopy(rule.tree)
     sites = _sites(tree)
     if mutant is None:
@@ -215,7 +216,7 @@ def _compile(rule: Rule, mutant: Mutant | None = None) -> types.CodeType:
     else:
         changes = {sites[mutant.site]: (mutant.site, copy.deepcopy(mutant.change))}
     original = rule.function.__code__
-    # Inside another function, so that its free variables are free again.
+    # The rule is compiled inside a function that defines its free variables.
     module = ast.parse(f"def factory({', '.join(original.co_freevars)}): pass")
     factory = module.body[0]
     assert isinstance(factory, ast.FunctionDef)
@@ -235,9 +236,9 @@ def _compile(rule: Rule, mutant: Mutant | None = None) -> types.CodeType:
 
 @contextlib.contextmanager
 def _installed(codes: Sequence[tuple[types.FunctionType, types.CodeType]], probe: Callable):
-    """The functions run other code inside; they get their own back whatever happens."""
+    """A context in which the functions run other code; their own is restored at the end."""
     originals = [(function, function.__code__) for function, _ in codes]
-    _forget_traces()
+    _clear_traces()
     try:
         for function, code in codes:
             function.__globals__[_PROBE], function.__code__ = probe, code
@@ -246,17 +247,20 @@ def _installed(codes: Sequence[tuple[types.FunctionType, types.CodeType]], probe
         for function, code in originals:
             function.__code__ = code
             function.__globals__.pop(_PROBE, None)
-        _forget_traces()
+        _clear_traces()
 
 
-def _forget_traces() -> None:
-    """Without jit nothing keeps a trace, and clearing would have every operation compiled anew."""
+def _clear_traces() -> None:
+    """Clears JAX's caches, which may hold a trace of other code.
+
+    Without jit there are no such traces, and all single operations would be compiled again.
+    """
     if not jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue]
         jax.clear_caches()
 
 
-def watch(rules: Sequence[Rule], point: Point, reached: set[Site]) -> GradientReport:
-    """The report of the unchanged rules; adds to reached every node that they evaluate."""
+def record_sites(rules: Sequence[Rule], point: Point, reached: set[Site]) -> GradientReport:
+    """Checks the unchanged rules; adds every site that they evaluate to `reached`."""
 
     def probe(rule, site, value):
         reached.add((rule, site))
@@ -269,7 +273,10 @@ def watch(rules: Sequence[Rule], point: Point, reached: set[Site]) -> GradientRe
 def try_all(
     rules: Sequence[Rule], points: Sequence[Point], sites: Sequence[set[Site]]
 ) -> list[Outcome]:
-    """Every mutant of the rules, each at the points whose sites hold its node."""
+    """Tries every mutant of the rules at the points that evaluate its node.
+
+    `sites` holds the sites that each point evaluates.
+    """
     from tqdm import tqdm
 
     outcomes = []
@@ -293,14 +300,14 @@ def try_mutant(mutant: Mutant, points: Sequence[Point]) -> Outcome:
             reached.add(site)
             return value
         arguments = {name: value[name] for name in inspect.signature(rule.function).parameters}
-        arguments = jax.tree.map(_forget_value, arguments)
+        arguments = jax.tree.map(_abstract, arguments)
         calls[str(arguments)] = arguments
 
     with _installed([(rule.function, code)], probe):
         for point in points:
             try:
                 report = point.check()
-            except Exception as error:  # whatever a wrong shape or index leads to
+            except Exception as error:  # a mutant may raise anything
                 verdict, by = "caught", f"{point.name}: {type(error).__name__}"
                 break
             errors.append(report.max_error())
@@ -315,8 +322,8 @@ def try_mutant(mutant: Mutant, points: Sequence[Point]) -> Outcome:
     return Outcome(rule.name, *texts, verdict, max(errors, default=None), by)
 
 
-def _forget_value(leaf: Any) -> Any:
-    """Shape and dtype of a traced or floating array; anything else as it is."""
+def _abstract(leaf: Any) -> Any:
+    """The shape and dtype of a traced or floating-point array; other values are unchanged."""
     is_array = isinstance(leaf, jax.Array | np.ndarray)
     if isinstance(leaf, Tracer) or (is_array and jnp.issubdtype(leaf.dtype, jnp.floating)):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
@@ -324,12 +331,12 @@ def _forget_value(leaf: Any) -> Any:
 
 
 def _is_indistinct(rule: Rule, code: types.CodeType, calls: list[dict[str, Any]]) -> bool:
-    """Whether rule and mutant return the same for random arguments of the forms of all calls."""
+    """Whether rule and mutant return the same for random arguments, for all recorded calls."""
     function = rule.function
     names = {**function.__globals__, _PROBE: lambda rule_name, site, value: value}
     changed = types.FunctionType(code, names, closure=function.__closure__)
     generator = np.random.default_rng(0)
-    # Positive ones for what has logarithms and roots, all signs for what has conditions.
+    # Positive numbers are for logarithms and roots, numbers of both signs for conditions.
     draws = (lambda shape: generator.uniform(0.25, 0.75, shape), generator.standard_normal)
     try:
         with jax.enable_x64(True):
@@ -342,13 +349,13 @@ def _is_indistinct(rule: Rule, code: types.CodeType, calls: list[dict[str, Any]]
                 same = map(functools.partial(np.array_equal, equal_nan=True), *leaves)
                 if structures[0] != structures[1] or not all(same):
                     return False
-    except Exception:  # one of the two refuses such arguments, or cannot be compared
+    except Exception:  # one of the two refuses such arguments, or the results have no values
         return False
     return bool(calls)
 
 
 def _fill(draw: Callable[[tuple[int, ...]], np.ndarray], leaf: Any) -> Any:
-    """An array of the described shape and dtype, drawn anew; anything else as it is."""
+    """A random array of the given shape and dtype; other values are unchanged."""
     if not isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf
     values = draw(leaf.shape)
@@ -357,7 +364,7 @@ def _fill(draw: Callable[[tuple[int, ...]], np.ndarray], leaf: Any) -> Any:
 
 
 def table(outcomes: list[Outcome], num_points: int) -> str:
-    """One line a mutant, those that were not caught first, and the totals."""
+    """One line per mutant, those that were not caught first, and the totals."""
     lines = [["verdict", "function", "line", "original", "mutated", "error", "by"]]
     order = ("survived", "not reached", "indistinct", "caught")
     for outcome in sorted(outcomes, key=lambda outcome: order.index(outcome.verdict)):
@@ -370,10 +377,10 @@ def table(outcomes: list[Outcome], num_points: int) -> str:
     counts = ", ".join(f"{verdicts.count(name)} {name}" for name in VERDICTS)
     total = f"cross_check: {len(outcomes)} mutants at {num_points} points: {counts}"
     notes = {
-        "survived": "A survivor is a fault that these inputs do not show: other ones are needed.",
-        "indistinct": "Indistinct: it returns what the rule does for random arguments, too, so it "
-        "is equivalent, or acts where neither they nor the inputs go.",
-        "not reached": "Not reached: no point evaluates that expression.",
+        "survived": "Survived: these inputs do not show the fault; other inputs are needed.",
+        "indistinct": "Indistinct: for random arguments, too, the mutant returns what the rule "
+        "returns. It is equivalent, or differs only for other inputs.",
+        "not reached": "Not reached: no point evaluates the expression.",
     }
     return "\n".join([align(lines), "", total, *(notes[n] for n in notes if n in verdicts)])
 

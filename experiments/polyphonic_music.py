@@ -1,19 +1,19 @@
-"""Polyphonic music: which of a piano's 88 keys sound at the next step, on the JSB Chorales.
+"""Predicts which of a piano's 88 keys sound at the next step, on the JSB Chorales.
 
     python -m experiments.polyphonic_music                         # the default: some minutes
     python -m experiments.polyphonic_music --data JSB_Chorales.mat
     python -m experiments.polyphonic_music --data Nottingham.mat   # or MuseData, Piano_midi
 
 The benchmark of Chung et al. 2014 (arXiv:1412.3555) on the chorales of Boulanger-Lewandowski et
-al. 2012 (arXiv:1206.6392), with the files and the measure of Bai et al. 2018 (arXiv:1803.01271):
-the negative log-likelihood of a step given the steps before it, in nats, summed over the keys and
-averaged over all predicted steps. A recurrent mask of a sequence drops units from the products
-with w_h (Gal and Ghahramani 2016, arXiv:1512.05287), a fresh one each step from what the head
-reads. The epoch that is best on validation is kept and tested once.
+al. 2012 (arXiv:1206.6392), with the files and the metric of Bai et al. 2018 (arXiv:1803.01271): the
+negative log-likelihood of a step given the steps before it, in nats, summed over the keys and
+averaged over all predicted steps. Recurrent dropout uses one mask per sequence in the products with
+w_h (Gal and Ghahramani 2016, arXiv:1512.05287); output dropout draws a new mask at each step. The
+weights of the epoch with the best validation score are tested once, at the end.
 
 A run folder holds config.json, metrics.jsonl, checkpoints, result.json, weights.safetensors,
-loss.png and pianoroll.png: a test piece, its prediction one step ahead, and a piece that the model
-goes on with by itself.
+loss.png and pianoroll.png. The latter shows a test piece, its prediction one step ahead, and a
+continuation of its beginning that is sampled from the model.
 """
 
 import argparse
@@ -47,23 +47,23 @@ def parse_args(argv):
         "python -m experiments.polyphonic_music", description="Predicts the next chord."
     )
     add = parser.add_argument
-    add("--data", metavar="FILE", help="a .mat file of that form; else JSB Chorales, downloaded")
-    add("--smoke", action="store_true", help="a run of seconds, on made-up chords without --data")
-    add("--out", metavar="FOLDER", help="run folder, new or empty; runs/polyphonic_music-DATE else")
+    add("--data", metavar="FILE", help=".mat file of the data (default: download JSB Chorales)")
+    add("--smoke", action="store_true", help="a tiny run of seconds; synthetic data by default")
+    add("--out", metavar="FOLDER", help="new or empty folder (default: runs/polyphonic_music-DATE)")
     add("--hidden-size", type=int, default=200)
-    add("--batch-size", type=int, default=16, help="pieces of an update")
+    add("--batch-size", type=int, default=16, help="pieces per update")
     add("--epochs", type=int, default=120)
-    add("--learning-rate", type=float, default=6e-3, help="falls to 0 by a cosine")
+    add("--learning-rate", type=float, default=6e-3, help="at the start of a cosine to 0")
     add("--clip-norm", type=float, default=1.0)
     add("--recurrent-dropout", type=float, default=0.6)
     add("--output-dropout", type=float, default=0.5)
-    add("--piece", type=int, default=0, help="which test piece pianoroll.png shows")
-    add("--prompt-steps", type=int, default=16, help="steps of it that the sample starts from")
-    add("--roll-steps", type=int, default=96, help="steps of it that are shown at most")
+    add("--piece", type=int, default=0, help="number of the test piece in pianoroll.png")
+    add("--prompt-steps", type=int, default=16, help="first steps of the piece before the sample")
+    add("--roll-steps", type=int, default=96, help="largest number of steps in pianoroll.png")
     add("--seed", type=int, default=0)
     runs.add_run_options(parser)
     parser.set_defaults(**(SMOKE if parser.parse_known_args(argv)[0].smoke else {}))
-    args = runs.take_options(parser, argv)
+    args = runs.parse_options(parser, argv)
     least = dict.fromkeys(("hidden_size", "batch_size", "epochs", "prompt_steps"), 1)
     least |= {"piece": 0, "roll_steps": 2, "seed": 0}
     most = {"seed": 2**32 - 1}
@@ -110,7 +110,7 @@ def train(args):
 
 
 def load_splits(args):
-    """The rolls for training, validation and test, and the checksum of the file they come from."""
+    """The piano rolls for training, validation and test, and the checksum of their file."""
     if args.smoke and args.data is None:
         return [data.draw_chords(count, seed) for seed, count in enumerate((24, 8, 8))], None
     path = args.data
@@ -123,7 +123,7 @@ def load_splits(args):
 
 
 def fit_model(args, run, updates_per_epoch, train_rolls, valid_rolls, digest):
-    """The training state of the epoch that is best on validation."""
+    """Trains; returns the training state of the epoch with the best validation score."""
     key_params, key_state = jax.random.split(jax.random.key(args.seed))
     params = init_params(args, key_params, train_rolls)
     num_updates = args.epochs * updates_per_epoch
@@ -152,12 +152,12 @@ def fit_model(args, run, updates_per_epoch, train_rolls, valid_rolls, digest):
         log_every=updates_per_epoch,
         callbacks=logs,
     )
-    assert fitted.best is not None  # there was an evaluation
+    assert fitted.best is not None  # `fit` evaluates at least once
     return fitted.best
 
 
 def init_params(args, key, rolls):
-    """A model whose first prediction is nearly each key's share of the training steps."""
+    """A model that first predicts, nearly, the frequency of each key in the training steps."""
     key_model, key_head = jax.random.split(key)
     shares = np.concatenate(rolls).mean(axis=0)
     params = models.init_sequence_model(
@@ -168,12 +168,12 @@ def init_params(args, key, rolls):
 
 
 def share_logits(shares):
-    """log-odds of each key's share, finite for keys that never or always sound."""
+    """The log-odds of each key's frequency, finite also for keys that never or always sound."""
     return jnp.asarray(np.log((shares + 1e-3) / (1 - shares + 1e-3)), jnp.float32)
 
 
 def make_loss(args):
-    """loss_fn for `make_train_step`; every piece starts from a state of zeros, so no carry."""
+    """loss_fn for `make_train_step`; it needs no carry, as every piece starts from zeros."""
 
     def loss_fn(params, carry, batch, key):
         xs, lengths = batch
@@ -188,11 +188,11 @@ def make_loss(args):
 
 
 def draw_batches(args, rolls):
-    """Batches for all epochs: pieces of like length together, in a new order each epoch."""
+    """Yields batches of pieces with similar lengths for all epochs, each in a new order."""
     generator = np.random.default_rng(args.seed)
     lengths = np.array([len(roll) - 1 for roll in rolls])
     for _ in range(args.epochs):
-        noise = np.exp(0.08 * generator.normal(size=len(rolls)))  # other neighbours each time
+        noise = np.exp(0.08 * generator.normal(size=len(rolls)))  # new batches in each epoch
         order = np.argsort(lengths * noise, kind="stable")
         starts = range(0, len(rolls), args.batch_size)
         for start in generator.permutation(starts):
@@ -201,16 +201,16 @@ def draw_batches(args, rolls):
 
 
 def cut_batches(rolls, batch_size=32):
-    """All rolls once, shortest first."""
+    """Batches of all rolls, shortest first."""
     rolls = sorted(rolls, key=len)
     starts = range(0, len(rolls), batch_size)
     return [pad(rolls[start : start + batch_size], batch_size) for start in starts]
 
 
 def pad(rolls, batch_size):
-    """xs [T + 1, batch_size, K] and how many steps of each row are predicted, 0 for rows to spare.
+    """xs [T + 1, batch_size, K], and the number of predicted steps of each row, 0 for unused rows.
 
-    T is a power of 2 or one and a half of it, so that jit compiles few programs.
+    T is a power of 2 or 1.5 times a power of 2, so that jit compiles few programs.
     """
     lengths = np.zeros(batch_size, np.int32)
     lengths[: len(rolls)] = [len(roll) - 1 for roll in rolls]
@@ -223,7 +223,7 @@ def pad(rolls, batch_size):
 
 
 def mean_nll(params, batches):
-    """Nats per predicted step, the mean over all steps of all pieces."""
+    """The mean negative log-likelihood over all predicted steps of all pieces, in nats."""
     totals = [float(_sum_nll(params, xs, lengths)) for xs, lengths in batches]
     return sum(totals) / sum(int(lengths.sum()) for _, lengths in batches)
 
@@ -236,25 +236,26 @@ def _sum_nll(params, xs, lengths):
 
 
 def score_best(best, updates_per_epoch, train_rolls, valid_rolls, test_rolls):
-    """NLL of the parameters kept, and of each key's share of the training steps alone."""
+    """NLL of the best parameters, and of a constant prediction: the frequency of each key."""
     valid_batches, test_batches = cut_batches(valid_rolls), cut_batches(test_rolls)
     shares = np.concatenate(train_rolls).mean(axis=0)
     params, nll = best.params, mean_nll(best.params, valid_batches)
-    without = params._replace(w=jnp.zeros_like(params.w), b=share_logits(shares))
+    constant = params._replace(w=jnp.zeros_like(params.w), b=share_logits(shares))
     return {
         "best_epoch": int(best.step) // updates_per_epoch,
         "best_validation_nll": nll,
         "test_nll": mean_nll(params, test_batches),
-        "shares_validation_nll": mean_nll(without, valid_batches),
-        "shares_test_nll": mean_nll(without, test_batches),
+        "shares_validation_nll": mean_nll(constant, valid_batches),
+        "shares_test_nll": mean_nll(constant, test_batches),
     }
 
 
 @functools.partial(jax.jit, static_argnames="prompt_steps")
 def predict_and_sample(params, key, roll, prompt_steps):
-    """Probabilities of steps 1 and on given the roll before each; a sample that begins as it does.
+    """(probabilities of steps 1 to T - 1 given the true steps before; a sample).
 
-    The sample reads its own steps after the prompt, and each key is drawn by itself.
+    The sample begins with the first `prompt_steps` of the roll. After that the model reads its own
+    steps. Each key is sampled independently.
     """
     _, logits = models.sequence_outputs(params, roll[:-1])
     h, _ = jaxgru.gru_stack(params.layers, roll[:prompt_steps])
@@ -271,19 +272,19 @@ def predict_and_sample(params, key, roll, prompt_steps):
 
 
 def print_table(args, scores, digest):
-    """NLL beside the published figures, which are for the one file."""
+    """Prints the NLL, for the JSB Chorales with the published figures."""
     print("\nnegative log-likelihood, nats per step    validation     test")
     label = f"this run, best epoch {scores['best_epoch']} of {args.epochs}"
     print(f"{label:<40}  {scores['best_validation_nll']:10.3f}  {scores['test_nll']:7.3f}")
     if digest == data.JSB_CHORALES_SHA256:
         for label, nll in PUBLISHED:
             print(f"{label:<40}  {'':>10}  {nll:6.2f}")
-    label = "each key's share of the training steps"
+    label = "constant frequency of each key"
     print(f"{label:<40}  {scores['shares_validation_nll']:10.3f}  {scores['shares_test_nll']:7.3f}")
 
 
 def plot_losses(path, records, scores):
-    """NLL of training and validation against epochs."""
+    """Plots the NLL of training and validation against epochs."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -293,7 +294,7 @@ def plot_losses(path, records, scores):
     axes.plot(*zip(*[(r["epoch"], r["validation_nll"]) for r in records]), label="validation")
     axes.plot(
         scores["best_epoch"], scores["best_validation_nll"], "o", color="C1",
-        label=f"kept: {scores['best_validation_nll']:.3f}, test {scores['test_nll']:.3f}",
+        label=f"best: {scores['best_validation_nll']:.3f}, test {scores['test_nll']:.3f}",
     )  # fmt: skip
     axes.set(xlabel="epoch", ylabel="nats per step", title="Negative log-likelihood of a step")
     axes.grid(alpha=0.3)
@@ -302,13 +303,14 @@ def plot_losses(path, records, scores):
 
 
 def plot_rolls(path, args, params, key, roll):
-    """Three piano rolls over one time axis: the truth, its prediction, and a sample."""
+    """Plots three piano rolls: a test piece, its prediction, and a sample."""
     from matplotlib.figure import Figure
 
     roll = roll[: args.roll_steps]
     prompt_steps = min(args.prompt_steps, len(roll) - 1)
     probabilities, sample = predict_and_sample(params, key, jnp.asarray(roll), prompt_steps)
-    probabilities = np.concatenate([np.full_like(roll[:1], np.nan), probabilities])  # of step 0
+    # There is no prediction for step 0.
+    probabilities = np.concatenate([np.full_like(roll[:1], np.nan), probabilities])
     sounding = roll.any(axis=0) | np.asarray(sample).any(axis=0)
     used = np.flatnonzero(sounding if sounding.any() else ~sounding)
     limits = (max(used.min() - 2, 0) - 0.5, min(used.max() + 2, roll.shape[1] - 1) + 0.5)
@@ -319,7 +321,7 @@ def plot_rolls(path, args, params, key, roll):
     titles = (
         f"truth: test piece {args.piece}",
         "prediction: probability of each key, given the true steps before",
-        f"sample: the first {prompt_steps} steps of that piece; from the line on, the model's own",
+        f"sample: the first {prompt_steps} steps of the piece, then (after the line) the model's",
     )
     for axes, values, title in zip(panels, (roll, probabilities, sample), titles):
         axes.imshow(

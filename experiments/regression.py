@@ -1,20 +1,21 @@
-"""Forecasts of a series of numbers, many to many: after every step, the value of the next one.
+"""Many-to-many regression: after each value of a series, the model predicts the next one.
 
     python -m experiments.regression                            # a noisy sine wave
     python -m experiments.regression --series sunspots          # yearly, 1700 to 2008
-    python -m experiments.regression --csv FILE --column NAME   # your own, with a header line
+    python -m experiments.regression --csv FILE --column NAME   # your own file with a header line
 
-The sine wave is the setting of "Back Propagation Through Time in Many-to-Many type" (section 9.5,
-eqs. 9.17 to 9.20) and of its companion code (H. Suzuki 2024, github.com/s-hironobu/guide2dl): the
-update gate writes, every window of 25 steps starts from a zero state, every step predicts the next
-value, and the loss is half the squared errors summed over time (there with Adam at 1e-4, which
-takes more updates). The sunspot numbers come with statsmodels (source: NOAA).
+The sine wave has the setting of "Back Propagation Through Time in Many-to-Many type" (section 9.5,
+eqs. 9.17 to 9.20) and of its companion code (H. Suzuki 2024, github.com/s-hironobu/guide2dl). The
+equation is CHUNG_2014, every window of 25 steps starts from a zero state, every step predicts the
+next value, and the loss is half the squared errors summed over time. The companion code uses Adam
+at 1e-4, which needs more updates. The sunspot numbers come with statsmodels (source: NOAA).
 
-The series is split in time. The training part alone sets the scale and trains, the validation part
-chooses among the updates, and the test part is scored once, at the end: one step ahead, beside the
-last value and a linear autoregression; and free-running, where the model reads all before the test
-part and from there on its own predictions. A run folder holds config.json, metrics.jsonl (the last
-line is of the test part), loss.png, forecast.png and weights.safetensors.
+The series is split in time. Only the training part is used for scaling and training. The validation
+part chooses the update whose weights are used. The test part is scored once, at the end, in two
+ways. One step ahead, the model is compared with the last value and with a linear autoregression.
+Free-running, the model reads all values before the test part, and then its own predictions. A run
+folder holds config.json, metrics.jsonl, checkpoints, result.json (the test scores), loss.png,
+forecast.png and weights.safetensors.
 """
 
 import argparse
@@ -35,8 +36,8 @@ import jaxgru
 from experiments import data, runs
 from jaxgru import interop, losses, models
 
-SPEC = jaxgru.CHUNG_2014  # the update gate writes, the reset gate comes before the product
-AR_ORDER = 9  # of the linear autoregression beside it
+SPEC = jaxgru.CHUNG_2014  # z weighs the candidate; the reset gate comes before the product
+AR_ORDER = 9  # order of the linear autoregression used for comparison
 PRESETS = {
     "sine": {},
     "real": {
@@ -51,18 +52,21 @@ PRESETS = {
 
 
 class Series(NamedTuple):
-    """Numbers in order of time: training before index `validation`, that before `test`."""
+    """A series in order of time.
+
+    Index `validation` is where the training part ends, index `test` where the validation part ends.
+    """
 
     title: str
     unit: str
-    time: str  # what the times are
+    time: str  # what a time step is, for the axis of a plot
     times: np.ndarray  # [N]
     values: np.ndarray  # [N] float64
     validation: int
     test: int
-    mean: float  # of the training part
-    std: float
-    standard: np.ndarray  # [N] float32, the values in the scale of the training part
+    mean: float  # mean of the training part
+    std: float  # standard deviation of the training part
+    standard: np.ndarray  # [N] float32, (values - mean) / std
 
 
 def parse_args(argv):
@@ -72,14 +76,14 @@ def parse_args(argv):
     add, group = parser.add_argument, parser.add_mutually_exclusive_group()
     group.add_argument("--series", choices=("sine", "sunspots"), default="sine")
     group.add_argument("--csv", metavar="FILE", help="a UTF-8 file with a header line")
-    add("--column", metavar="NAME", help="of the CSV; the only one of numbers unless told")
-    add("--smoke", action="store_true", help="a run of seconds, to see that all of it works")
-    add("--out", metavar="FOLDER", help="run folder; runs/regression-DATE unless told")
-    add("--window", type=int, default=25, help="steps of a training sequence")
+    add("--column", metavar="NAME", help="column of the CSV file (default: its only numeric one)")
+    add("--smoke", action="store_true", help="a tiny run of seconds that tests the script")
+    add("--out", metavar="FOLDER", help="new or empty run folder (default: runs/regression-DATE)")
+    add("--window", type=int, default=25, help="time steps of a training sequence")
     add("--hidden-size", type=int, default=32)
-    add("--batch-size", type=int, default=1, help="windows an update")
+    add("--batch-size", type=int, default=1, help="windows per update")
     add("--num-updates", type=int, default=12000)
-    add("--learning-rate", type=float, default=1e-3, help="of AdamW")
+    add("--learning-rate", type=float, default=1e-3, help="learning rate of AdamW")
     add("--weight-decay", type=float, default=0.0)
     add("--recurrent-dropout", type=float, default=0.0, help="rate in [0, 1)")
     add("--evaluate-every", type=int, default=250, help="in updates")
@@ -88,7 +92,7 @@ def parse_args(argv):
     known = parser.parse_known_args(argv)[0]
     parser.set_defaults(**PRESETS["real" if known.csv or known.series == "sunspots" else "sine"])
     parser.set_defaults(**(PRESETS["smoke"] if known.smoke else {}))
-    args = runs.take_options(parser, argv)
+    args = runs.parse_options(parser, argv)
     counts = ("window", "hidden_size", "batch_size", "num_updates", "evaluate_every")
     for name in (*counts, "learning_rate", "weight_decay", "recurrent_dropout", "seed"):
         value, least = getattr(args, name), 1 if name in counts else 0
@@ -97,7 +101,7 @@ def parse_args(argv):
             option = f"--{name.replace('_', '-')}"
             parser.error(f"{option} must be at least {least} and below {limit}, got {value}")
     if args.column is not None and args.csv is None:
-        parser.error("--column is of a --csv file")
+        parser.error("--column needs --csv")
     return args
 
 
@@ -128,7 +132,7 @@ def train(args):
         callbacks=runs.loggers(run, args),
         log_every=args.evaluate_every,
     ).best
-    assert best is not None  # there was an evaluation
+    assert best is not None  # `fit` evaluates at least once
     update = int(best.step)
     metadata = {"config": runs.config_of(args)}
     interop.save_weights(run / "weights.safetensors", best.params, metadata=metadata)
@@ -136,7 +140,7 @@ def train(args):
     runs.write_json(run / "result.json", {"update": update, **scores})
     plot_loss(run / "loss.png", series, runs.read_records(run), update)
     plot_forecast(run / "forecast.png", series, *curves, scores["free_running_rmse"])
-    print(f"\nRoot mean square errors on the test part, model of update {update}:")
+    print(f"\nRoot mean square errors on the test part, with the weights of update {update}:")
     for name, score in scores.items():
         print(f"  {name.replace('_', ' '):36} {score:.4g}")
     print(f"run folder: {run}")
@@ -146,7 +150,7 @@ def train(args):
 def load_series(args):
     if args.csv:
         name, values = read_column(args.csv, args.column)
-        name = name.replace("$", r"\$")  # in a plot's text two of them enclose mathematics
+        name = name.replace("$", r"\$")  # matplotlib reads text between two $ as mathematics
         labels, times = (name, name, "row"), np.arange(1, len(values) + 1)
         validation, test = int(0.7 * len(values)), int(0.8 * len(values))
     elif args.series == "sunspots":
@@ -162,8 +166,8 @@ def load_series(args):
     source, least = args.csv or args.series, max(args.window + 1, 2 * AR_ORDER + 2)
     if validation < least:
         raise data.DataError(
-            f"{source} has {len(values)} values; its training part, the first {validation}, is "
-            f"shorter than the {least} that --window {args.window} needs"
+            f"{source} has {len(values)} values; its training part, the first {validation}, must "
+            f"have at least {least} for --window {args.window}"
         )
     training = values[:validation]
     with np.errstate(all="ignore"):
@@ -172,7 +176,7 @@ def load_series(args):
     if spread == 0 or not np.abs(standard).max() < 1e6:
         raise data.DataError(
             f"{source} cannot be scaled: its training part, the first {validation} values, is "
-            "constant, or others are a million times its spread away"
+            "constant, or another value is a million standard deviations away from its mean"
         )
     standard = standard.astype(np.float32)
     return Series(*labels, times, values, validation, test, mean, std, standard)
@@ -190,7 +194,7 @@ def read_column(path, column):
     if not rows:
         raise data.DataError(f"{path} has no rows below a header line")
     numbers = {name: np.array([parse_number(row[name]) for row in rows]) for name in names}
-    # Half of the rows are enough, so that a bad cell is named instead of hiding its column.
+    # A column is numeric if half of its cells are: then the error below names a bad cell.
     numeric = [name for name in names if np.isfinite(numbers[name]).mean() >= 0.5]
     if column is None and len(numeric) != 1:
         found = "several columns" if numeric else "no column"
@@ -210,15 +214,15 @@ def read_column(path, column):
 
 
 def parse_number(cell):
-    """The number in a cell, NaN where there is none."""
+    """The number in a cell; NaN if the cell holds no number."""
     try:
-        return math.nan if "_" in cell else float(cell)  # Python reads 1_000 as a number
+        return math.nan if "_" in cell else float(cell)  # float() accepts 1_000
     except ValueError:
         return math.nan
 
 
 def draw_batches(args, training):
-    """Batches (inputs, targets) [T, B, 1] of windows of the training part, without end."""
+    """Yields batches (inputs, targets) [T, B, 1] of random windows without end."""
     windows = np.lib.stride_tricks.sliding_window_view(training, args.window + 1)
     generator = np.random.default_rng([args.seed, 1])
     while True:
@@ -228,7 +232,7 @@ def draw_batches(args, training):
 
 
 def make_loss(args):
-    """loss_fn for `make_train_step`: eq. 9.18 of each window from a zero state, their mean."""
+    """loss_fn for `make_train_step`: eq. 9.18 for each window from a zero state, then the mean."""
 
     def loss_fn(params, carry, batch, key):
         inputs, targets = batch
@@ -243,13 +247,13 @@ def make_loss(args):
 
 @jax.jit
 def predict(params, xs):
-    """The prediction after every value of xs [T], read as one sequence."""
+    """[T]: the prediction after each value of the sequence xs [T]."""
     return models.sequence_outputs(params, xs[:, None])[1][:, 0]
 
 
 @functools.partial(jax.jit, static_argnames="num_steps")
 def run_freely(params, xs, num_steps):
-    """num_steps predictions after xs [T], each one read as the value that it predicts."""
+    """`num_steps` predictions after xs [T]; each prediction is the input of the next step."""
     h, outputs = models.sequence_outputs(params, xs[:, None])
 
     def body(carry, _):
@@ -261,7 +265,7 @@ def run_freely(params, xs, num_steps):
 
 
 def predict_series(series, params):
-    """[N - 1] predictions of values[1:], in the series' unit."""
+    """[N - 1]: predictions of values[1:], in the unit of the series."""
     return series.mean + series.std * np.asarray(predict(params, series.standard[:-1]), np.float64)
 
 
@@ -276,14 +280,14 @@ def root_mean_square(errors):
 
 
 def lag_rows(values):
-    """[N - 8, 10]: rows 1, y_{t-1}, ..., y_{t-9}, the last one of the step after the values."""
+    """[N - 8, 10]: the rows [1, y_{t-1}, ..., y_{t-9}], the last of which predicts y_N."""
     lags = np.lib.stride_tricks.sliding_window_view(values, AR_ORDER)[:, ::-1]
     return np.column_stack([np.ones(len(lags)), lags])
 
 
-@np.errstate(all="ignore")  # an autoregression may explode where it runs freely
+@np.errstate(all="ignore")  # a free-running autoregression may diverge
 def score_test(series, params):
-    """(scores, curves): root mean square errors on the test part, and the GRU's predictions."""
+    """(scores, curves): root mean square errors on the test part, and the GRU's two forecasts."""
     values, test, count = series.values, series.test, len(series.values) - series.test
     training = values[: series.validation]
     coefficients = np.linalg.lstsq(lag_rows(training[:-1]), training[AR_ORDER:], rcond=None)[0]
@@ -305,14 +309,14 @@ def score_test(series, params):
 
 
 def plot_loss(path, series, records, chosen):
-    """Root mean square error one step ahead against updates, training and validation."""
+    """Plots the root mean square error one step ahead against updates."""
     from matplotlib.figure import Figure
 
     updates = [record["update"] for record in records]
     training = [series.std * math.sqrt(record["training_mse"]) for record in records]
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
-    axes.plot(updates, training, label="training windows, each from a zero state")
+    axes.plot(updates, training, label="training, each window from a zero state")
     axes.plot(updates, [r["validation_rmse"] for r in records], label="validation, state carried")
     axes.axvline(chosen, color="gray", linestyle=":", label=f"model chosen, update {chosen}")
     axes.set(xlabel="update", ylabel=f"root mean square error ({series.unit})")
@@ -323,20 +327,20 @@ def plot_loss(path, series, records, chosen):
 
 
 def plot_forecast(path, series, predictions, free, error):
-    """The end of the warm-up, read from the truth, and the free-running forecast after it."""
+    """Plots the free-running forecast, and the one-step forecasts before it."""
     from matplotlib.figure import Figure
 
     test, times = series.test, series.times
-    first = max(1, 2 * test - len(times))  # as long a warm-up as the forecast
+    first = max(1, 2 * test - len(times))  # as many steps before the forecast as in it
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     axes = figure.add_subplot()
     axes.axvspan(times[first], times[test - 1], color="tab:blue", alpha=0.08, linewidth=0)
     axes.plot(times[first:], series.values[first:], color="black", linewidth=1, label="truth")
     warm_up = predictions[first - 1 : test - 1]
-    label = "warm-up: one step ahead, reads the truth"
+    label = "one step ahead: reads the true values"
     axes.plot(times[first:test], warm_up, ".-", color="tab:blue", linewidth=1, label=label)
     name, count = series.time, len(times) - test
-    label = f"free-running: reads itself, {count} {name}s, root mean square error {error:.3g}"
+    label = f"free-running for {count} {name}s, root mean square error {error:.3g}"
     axes.plot(times[test:], free, ".-", color="tab:red", label=label)
     axes.set(xlabel=name, ylabel=series.unit, title=f"{series.title}: free-running forecast")
     axes.grid(alpha=0.3)

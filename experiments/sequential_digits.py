@@ -1,19 +1,20 @@
-"""Handwritten digits read pixel by pixel, by several members trained at once through `jax.vmap`.
+"""Classifies handwritten digits pixel by pixel, with an ensemble trained at once by `jax.vmap`.
 
     python -m experiments.sequential_digits                    # the default: two to four minutes
     python -m experiments.sequential_digits --permute --members 3
     python -m experiments.sequential_digits --pixels-per-step 8  # row by row: seconds
 
 The 8 x 8 images that come with scikit-learn (Alpaydin and Kaynak 1998, UCI "Optical Recognition of
-Handwritten Digits") are sequences of 64 numbers; the class is read off the last state. Le, Jaitly
-and Hinton (2015, arXiv:1504.00941) read MNIST so, also in an order of pixels shuffled once for all
-images (`--permute`).
+Handwritten Digits") are sequences of 64 numbers, and the class is predicted from the last state.
+Le, Jaitly and Hinton (2015, arXiv:1504.00941) do the same with MNIST, also with the pixels in one
+random order for all images (`--permute`).
 
-A member is a seed: its own initial weights, order of images and random shifts. Their parameters are
-stacked on a leading axis, and the loss is the sum over members of a vmapped loss, so the gradient
-of each is its own; Adam works entry by entry, so one update trains all of them independently.
-Nothing is chosen by the test images; the weights are those after the last epoch. A run folder holds
-config.json, metrics.jsonl, result.json, accuracy.png and digits.png.
+Each member of the ensemble has its own initial weights, order of images and random shifts. The
+parameters of all members are stacked on a leading axis. The loss is the sum over members of a
+vmapped loss, so each member has its own gradient. Adam works on each entry separately, so one
+update trains all members independently. The test images choose nothing; the weights are those after
+the last epoch. A run folder holds config.json, metrics.jsonl, checkpoints, result.json,
+accuracy.png and digits.png.
 """
 
 import argparse
@@ -39,25 +40,25 @@ IMAGE_SHAPE, NUM_CLASSES = (8, 8), 10
 def parse_args(argv):
     parser = argparse.ArgumentParser(
         "python -m experiments.sequential_digits",
-        description="Trains an ensemble of GRUs to read digits pixel by pixel.",
+        description="Trains an ensemble of GRUs to classify digits pixel by pixel.",
     )
     add = parser.add_argument
-    add("--smoke", action="store_true", help="a run of seconds, row by row")
+    add("--smoke", action="store_true", help="a tiny run of seconds, row by row")
     add(
-        "--out", metavar="FOLDER", help="run folder, new or empty; runs/sequential_digits-DATE else"
+        "--out", metavar="FOLDER", help="new or empty folder (default: runs/sequential_digits-DATE)"
     )
     add("--members", type=int, default=5)
-    add("--permute", action="store_true", help="read the pixels in one fixed random order")
+    add("--permute", action="store_true", help="read the pixels in a fixed random order")
     add("--pixels-per-step", type=int, choices=(1, 2, 4, 8, 16, 32, 64), default=1)
     add("--hidden-size", type=int, default=64)
-    add("--batch-size", type=int, default=48, help="images a member and update")
+    add("--batch-size", type=int, default=48, help="images per member and update")
     add("--epochs", type=int, default=60)
-    add("--learning-rate", type=float, default=0.01, help="falls to 0 by a cosine")
+    add("--learning-rate", type=float, default=0.01, help="at the start of a cosine to 0")
     add("--shift", type=int, default=1, help="largest shift of a training image, in pixels")
     add("--seed", type=int, default=0)
     runs.add_run_options(parser)
     parser.set_defaults(**(SMOKE if parser.parse_known_args(argv)[0].smoke else {}))
-    args = runs.take_options(parser, argv)
+    args = runs.parse_options(parser, argv)
     limits = {"members": (1, 1000), "hidden_size": (1, math.inf), "epochs": (1, math.inf)}
     limits |= {"batch_size": (1, SIZES["train"]), "shift": (0, 3), "seed": (0, 2**32 - 1)}
     for name, (least, most) in limits.items():
@@ -79,13 +80,13 @@ def train(args):
     splits = load_splits()
     run = runs.open_run("sequential_digits", args, sizes=SIZES)
     num_steps = math.prod(IMAGE_SHAPE) // args.pixels_per_step
-    print(f"{args.members} members, {num_steps} steps an image; {runs.describe_device()}")
+    print(f"{args.members} members, {num_steps} steps per image; {runs.describe_device()}")
 
     key_params, key_state = jax.random.split(jax.random.key(args.seed))
     params = init_members(args, key_params)
     updates_per_epoch = SIZES["train"] // args.batch_size
     num_updates = args.epochs * updates_per_epoch
-    # Nothing here may look across members, as a clip of the global norm would.
+    # The optimizer must not mix members, as clipping by the global norm would.
     optimizer = optax.adam(optax.cosine_decay_schedule(args.learning_rate, num_updates))
     order = choose_order(args.permute)
     state, *_ = training.fit(
@@ -115,7 +116,7 @@ def train(args):
 
 
 def load_splits():
-    """Images [N, 8, 8] in [0, 1] and labels [N] of each split, the same whatever the seed."""
+    """Images [N, 8, 8] in [0, 1] and labels [N] of each split, which do not depend on the seed."""
     from sklearn.datasets import load_digits
 
     pixels, targets = map(np.asarray, load_digits(return_X_y=True))
@@ -129,14 +130,14 @@ def load_splits():
 
 
 def choose_order(permute):
-    """In which order the pixels are read."""
+    """The order in which the pixels are read."""
     pixels = np.arange(math.prod(IMAGE_SHAPE))
     return np.random.default_rng(1).permutation(pixels) if permute else pixels
 
 
 def init_members(args, key):
     """The parameters of all members, stacked on a leading axis."""
-    # A loop, since compiling a vmapped orthogonal initializer takes longer than all its draws.
+    # A loop takes less time than compiling a vmapped orthogonal initializer.
     members = [
         models.init_sequence_model(key, args.pixels_per_step, args.hidden_size, NUM_CLASSES)
         for key in jax.random.split(key, args.members)
@@ -145,7 +146,7 @@ def init_members(args, key):
 
 
 def draw_batches(args, images, labels):
-    """Images [M, B, 8, 8] and labels [M, B], each member in its own order; epochs without end."""
+    """Yields images [M, B, 8, 8] and labels [M, B] without end; each member has its own order."""
     generator = np.random.default_rng(args.seed)
     order = np.tile(np.arange(len(labels)), (args.members, 1))
     while True:
@@ -156,13 +157,13 @@ def draw_batches(args, images, labels):
 
 
 def as_sequences(args, order, images):
-    """xs [T, B, I]: the pixels of images [B, 8, 8] in the order of reading."""
+    """xs [T, B, I]: the pixels of images [B, 8, 8] in the given order."""
     pixels = images.reshape(len(images), -1)[:, order]
     return pixels.reshape(len(images), -1, args.pixels_per_step).swapaxes(0, 1)
 
 
 def shift_images(key, images, largest):
-    """Each image moved by up to `largest` pixels in both directions; zeros come in."""
+    """Each image shifted by up to `largest` pixels along both axes, and filled with zeros."""
     padded = jnp.pad(images, ((0, 0), (largest, largest), (largest, largest)))
     corners = jax.random.randint(key, (len(images), 2), 0, 2 * largest + 1)
     return jax.vmap(lambda image, corner: jax.lax.dynamic_slice(image, corner, IMAGE_SHAPE))(
@@ -171,7 +172,7 @@ def shift_images(key, images, largest):
 
 
 def make_loss(args, order):
-    """loss_fn for `make_train_step`: the sum over members, so that no gradient is shared."""
+    """loss_fn for `make_train_step`: the sum over members, so that each has its own gradient."""
 
     def member_loss(params, key, images, labels):
         shifted = shift_images(key, images, args.shift) if args.shift else images
@@ -189,7 +190,7 @@ def make_loss(args, order):
 
 
 def predict(args, order, params, images):
-    """Probabilities [M, N, 10] of every member."""
+    """The probabilities [M, N, 10] of every member."""
     return _predict(params, as_sequences(args, order, images))
 
 
@@ -210,7 +211,7 @@ def evaluate(args, order, split, state):
 
 
 def summarize(probabilities, labels):
-    """Test accuracies: of each member, their mean and spread, and of the averaged probabilities."""
+    """Test accuracies of each member, their mean and spread, and that of the mean probabilities."""
     accuracies = (probabilities.argmax(axis=-1) == labels).mean(axis=1)
     return {
         "members": accuracies.tolist(),
@@ -227,13 +228,13 @@ def print_result(result):
     print(
         f"\ntest accuracy of {len(result['members'])} members: mean {percent['mean']}, standard "
         f"deviation {percent['standard_deviation']}, lowest {percent['lowest']}, highest "
-        f"{percent['highest']}\ntest accuracy of their averaged probabilities: "
+        f"{percent['highest']}\ntest accuracy of the ensemble's mean probabilities: "
         f"{percent['ensemble']}"
     )
 
 
 def plot_accuracy(path, records, updates_per_epoch, probabilities, labels):
-    """Accuracy by epoch with the band of members, and the ensemble's confusions."""
+    """Plots the accuracy of the members by epoch, and the ensemble's confusion matrix."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.6), layout="constrained")
@@ -265,7 +266,7 @@ def plot_accuracy(path, records, updates_per_epoch, probabilities, labels):
 
 
 def plot_digits(path, images, probabilities, labels):
-    """The test images with the least probability on their own class."""
+    """Plots the test images whose true class has the smallest probability."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5.2), layout="constrained")
@@ -274,7 +275,7 @@ def plot_digits(path, images, probabilities, labels):
         guess = probabilities[index].argmax()
         axes.imshow(images[index], cmap="gray_r", vmin=0, vmax=1)
         axes.set_title(
-            f"{labels[index]} read as {guess}\n({100 * probabilities[index, guess]:.0f} %)",
+            f"{labels[index]} predicted {guess}\n({100 * probabilities[index, guess]:.0f} %)",
             color="tab:red" if guess != labels[index] else "tab:green",
         )
         axes.set_axis_off()

@@ -1,1 +1,1 @@
-"""jaxgru side by side with other implementations: each script writes JSON, a table and a plot."""
+"""Benchmarks of jaxgru and other GRU implementations; results are JSON, tables and plots."""

@@ -1,26 +1,28 @@
-"""The fused kernel beside the scan on one GPU: is it faster, at which sizes, and by how much?
+"""Compares the speed of the fused kernel with that of the scan and of torch, on one GPU.
 
     python -m experiments.benchmarks.fused --minutes 8 --out runs/fused
     python -m experiments.benchmarks.fused --sizes 512,16,256,256 --dtypes bfloat16
-    python -m experiments.benchmarks.fused --smoke    # on a CPU, in seconds; its times mean nothing
+    python -m experiments.benchmarks.fused --smoke    # seconds, on a CPU; the times mean nothing
 
 A training step is the value and all gradients (params, xs, h0) of <h_last, dh_last> + <hs, dhs>; a
 forward pass gives h_last and hs. The contenders hold the same weights in the same dtype:
 
-* scan: `gru` by default; scan, unroll=8;
-* torch.nn.GRU where torch is installed, which runs cuDNN on a GPU; reset "after" only;
+* scan: `gru` with its defaults;
+* scan, unroll=8;
+* torch.nn.GRU if torch is installed, which runs cuDNN on a GPU; only with reset "after";
 * fused: `gru` with the fused kernel.
 
-Before anything is timed at a point, each contender's results are compared with those of the scan in
-float32 with full products. A wrong result ends the run with code 1. A contender that refuses a
-size, or fails, becomes a row with the reason, and the run continues.
+Before anything is timed at a point, the results of each contender are compared with those of the
+scan in float32 with full precision. A wrong result ends the run with code 1. If a contender refuses
+a size or fails, its row gives the reason, and the run continues.
 
-The contenders are timed in turn, in one process. A timed call waits for the device, and therefore
-includes the cost of its dispatch; compilation is timed apart. By default a GPU multiplies float32
-numbers in TF32, in the scan and in torch alike; the kernel adds up three bfloat16 products.
+The contenders are timed in turn, in one process. A timed call waits for the device, so it includes
+the cost of the dispatch; compilation is timed separately. By default the scan and torch multiply
+float32 numbers in TF32 on a GPU; the kernel sums three bfloat16 products.
 
 fused.json and fused.md are written to --out after each point. The most informative points come
-first, so that --minutes may end the run early; the options then select the rest for another --out.
+first, as --minutes may end the run early. The options then select the remaining points, for another
+--out.
 """
 
 import argparse
@@ -57,18 +59,18 @@ SMOKE_SIZES = [Size(3, 2, 4, 4)]
 EMPTY = ("difference", "reason", "median_ms", "us_per_step", "compile_seconds", "temporaries_bytes")
 UNTIMED = dict.fromkeys(EMPTY)
 
-# Relative to the largest entry of each leaf. Products in TF32, emulated on a CPU, gave differences
-# of 6e-4 at T=512, and bfloat16 ones gave 4e-3. torch also rounds its states and its sums of weight
-# gradients to bfloat16, and was 7e-2 away on a CPU.
+# Relative to the largest entry of each leaf. At T=512, products in TF32, emulated on a CPU, gave
+# differences of 6e-4, and products in bfloat16 gave 4e-3. torch also rounds its states and its sums
+# of weight gradients to bfloat16, which gave 7e-2 on a CPU.
 TOLERANCES = {"float32": 3e-3, "bfloat16": 3e-2}
 TORCH_FACTOR = 10
 
-# The kernel should be this many (third) times as fast as the other, at every H up to the second.
+# (contender, largest H, how many times as fast as the contender the kernel should be)
 GOALS = ((SCAN, 512, 10.0), (TORCH, 512, 1.0), (TORCH, 256, 1.5))
 
 
 class Point(NamedTuple):
-    """What is compared and timed together."""
+    """A choice of equation, task, dtype and size at which all contenders are timed."""
 
     reset: Reset
     task: Task
@@ -76,12 +78,12 @@ class Point(NamedTuple):
     size: Size
 
     def __str__(self):
-        """training, reset after, bfloat16, T=512 B=16 D=256 H=256, for example."""
+        """For example: training, reset after, bfloat16, T=512 B=16 D=256 H=256."""
         return f"{self.task}, reset {self.reset}, {self.dtype}, {self.size}"
 
 
 def contenders(interpreted: bool) -> dict[str, Library]:
-    """name -> contender; the kernel can run in JAX's interpreter, on a CPU."""
+    """{name: contender}; on a CPU the kernel runs in JAX's interpreter."""
     found = {SCAN: ours(SEQUENCES), UNROLLED: ours(SEQUENCES, BPTT(unroll=8))}
     if importlib.util.find_spec("torch") is not None:
         found[TORCH] = PEERS[TORCH]
@@ -89,13 +91,13 @@ def contenders(interpreted: bool) -> dict[str, Library]:
 
 
 def reference(point: Point) -> tuple[Problem, Result, float]:
-    """The arrays in the point's dtype, the scan's results in float32, and the size of its value."""
+    """(arrays in the point's dtype, results of the scan in float32, magnitude of the value)."""
     drawn = problems.draw_problem(point.size, point.reset, 0)
     problem = problems.cast(drawn, jnp.dtype(point.dtype))
-    wide = problems.cast(problem, jnp.float32)
+    exact = problems.cast(problem, jnp.float32)
     with jax.default_matmul_precision("highest"):
-        program = build(our_layer(point.reset), point.task, wide)
-        return problem, program.read(program.call()), problems.value_scale(wide)
+        program = build(our_layer(point.reset), point.task, exact)
+        return problem, program.read(program.call()), problems.value_scale(exact)
 
 
 def require_equal(point: Point, name: str, found: dict[str, float]) -> float:
@@ -108,15 +110,15 @@ def require_equal(point: Point, name: str, found: dict[str, float]) -> float:
     for leaf, difference in found.items():
         if not difference <= tolerance:
             sys.exit(
-                f"fused: nothing is timed at {point}: {leaf} of {name!r} differs from the scan's "
-                f"in float32 by {difference:.1e} of its largest entry; at most {tolerance:.0e} "
-                f"is rounding."
+                f"fused: nothing is timed at {point}: {leaf} of {name!r} differs from that of the "
+                f"scan in float32 by {difference:.1e} of its largest entry; rounding gives at most "
+                f"{tolerance:.0e}."
             )
     return max(found.values())
 
 
 def measure(point: Point, chosen: dict[str, Library], seconds: float, smoke: bool) -> Rows:
-    """A row for each contender that has this equation: all are compared, then timed in turn."""
+    """Compares all contenders that have this equation, then times them; a row for each."""
     problem, expected, scale = reference(point)
     fields = {**point._asdict(), **point.size._asdict()}
     del fields["size"]
@@ -130,7 +132,7 @@ def measure(point: Point, chosen: dict[str, Library], seconds: float, smoke: boo
             make = library.make(point.reset, point.size, jnp.dtype(point.dtype))
             program = make(point.task, problem, 1)
             result = program.read(program.call())
-        except Exception as error:  # a compiler and a GPU may fail in any way
+        except Exception as error:  # a compiler or a GPU may raise anything
             row["reason"] = reason_of(error)
             continue
         found = problems.differences(expected, result, {"value": scale})
@@ -148,19 +150,19 @@ def measure(point: Point, chosen: dict[str, Library], seconds: float, smoke: boo
 
 
 def ratio(time: float | None, other: float | None) -> float | None:
-    """time / other; None where one of them is missing."""
+    """time / other; None if one of them is missing."""
     return time / other if time and other else None
 
 
 def reason_of(error: Exception) -> str:
-    """The first line of an error: "refused" where `gru` itself names what it cannot do."""
+    """The first line of an error, after "refused" if `gru` raised it, else after "failed"."""
     text = str(error).strip().partition("\n")[0][:400]
     refused = isinstance(error, ValueError | NotImplementedError) and text.startswith("gru: ")
     return f"refused: {text}" if refused else f"failed: {type(error).__name__}: {text}"
 
 
 def by_point(rows: Rows) -> dict[Point, dict[str, dict[str, Any]]]:
-    """point -> contender -> row, in the order of measuring."""
+    """{point: {contender: row}}, in the order of measuring."""
     points: dict[Point, dict[str, dict[str, Any]]] = {}
     for row in rows:
         size = Size(*(row[field] for field in Size._fields))
@@ -170,12 +172,12 @@ def by_point(rows: Rows) -> dict[Point, dict[str, dict[str, Any]]]:
 
 
 def speedup(found: dict[str, dict[str, Any]], other: str) -> float | None:
-    """The other's time over the kernel's: above 1 the kernel is faster."""
+    """The time of another contender over the kernel's; the kernel is faster above 1."""
     return ratio(*(found.get(name, UNTIMED)["median_ms"] for name in (other, FUSED)))
 
 
 def table(rows: Rows) -> str:
-    """Microseconds a step and speedups in Markdown, then the reason of each row without a time."""
+    """A Markdown table of microseconds per step, and the reasons of rows without a time."""
     names = list(dict.fromkeys(row["contender"] for row in rows))
     head = ["task", "reset", "dtype", "T", "B", "H", *names, "scan / fused", "torch / fused"]
     lines = [head, ["---"] * len(head)]
@@ -185,7 +187,7 @@ def table(rows: Rows) -> str:
         cells = [*times, *(speedup(found, other) for other in (SCAN, TORCH))]
         texts = ["-" if cell is None else f"{cell:.3g}" for cell in cells]
         lines.append([point.task, point.reset, point.dtype, steps, batch, hidden, *texts])
-    title = "Microseconds a step, and the time of the scan and of torch over that of the kernel:"
+    title = "Microseconds per step, and the time of the scan and of torch over that of the kernel:"
     untimed = [
         f"* {point}: {row['contender']} {row['reason']}"
         for point, found in by_point(rows).items()
@@ -196,9 +198,9 @@ def table(rows: Rows) -> str:
 
 
 def verdicts(rows: Rows) -> list[str]:
-    """For each task, dtype and goal: the range of speedups, and at how many points it is missed.
+    """The range of speedups for each task, dtype and goal, and the points that miss the goal.
 
-    A point at which the kernel has no time, since it refused or failed, counts as missed.
+    A point at which the kernel refused or failed counts as missed.
     """
     lines, points = [], by_point(rows)
     groups = dict.fromkeys((point.task, point.dtype) for point in points)
@@ -242,7 +244,7 @@ def describe(args: argparse.Namespace, argv: Sequence[str], chosen: dict[str, Li
 
 
 def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Measures, prints and writes; 1 where a contender failed."""
+    """Measures, prints and writes; returns 1 if a contender failed."""
     begin, rows, chosen = time.monotonic(), [], contenders(args.smoke)
     choices = itertools.product(args.resets, args.tasks, args.dtypes, args.sizes)
     points = [Point(*choice) for choice in choices]
@@ -251,21 +253,21 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     print(f"{about['device']} ({about['platform']}); {about['cpu']}; {about['versions']}")
     for k, point in enumerate(tqdm(points, disable=None)):
         if time.monotonic() - begin > 60 * args.minutes:
-            print(f"{args.minutes:g} minutes are over: {len(points) - k} points are not measured.")
+            print(f"{args.minutes:g} minutes are over; {len(points) - k} points are not measured.")
             break
         rows += measure(point, chosen, args.seconds, args.smoke)
-        left = [str(later) for later in points[k + 1 :]]
-        runs.write_json(out / "fused.json", {**about, "not_measured": left, "rows": rows})
+        remaining = [str(later) for later in points[k + 1 :]]
+        runs.write_json(out / "fused.json", {**about, "not_measured": remaining, "rows": rows})
         (out / "fused.md").write_text(table(rows), encoding="utf-8")
     print(table(rows), *([] if args.smoke else verdicts(rows)), f"Written to {out}.", sep="\n")
     return int(any((row["reason"] or "").startswith("failed") for row in rows))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0; 1 where a contender failed or was wrong; 2 without a GPU or a new folder."""
+    """Returns 0; 1 if a contender failed or was wrong; 2 without a GPU or a new folder."""
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
-    # Before JAX first looks for devices: it would take most of the GPU's memory from torch.
+    # JAX must not reserve most of the GPU's memory, which torch needs too.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if not args.smoke and jax.default_backend() != "gpu":
         kind = jax.devices()[0].device_kind
@@ -280,14 +282,16 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         description=(__doc__ or "").partition("\n")[0],
     )
     add = parser.add_argument
-    add("--out", type=Path, default=Path("runs/benchmark_fused"), metavar="FOLDER", help="new")
-    add("--sizes", type=parse_size, nargs="+", metavar="T,B,D,H", help="(default: 12 of T=512)")
+    add("--out", type=Path, default=Path("runs/benchmark_fused"), metavar="FOLDER",
+        help="new or empty folder (default: runs/benchmark_fused)")  # fmt: skip
+    add("--sizes", type=parse_size, nargs="+", metavar="T,B,D,H", help="(default: 12 with T=512)")
     add("--resets", nargs="+", choices=RESETS, default=("after", "before"))
     add("--tasks", nargs="+", choices=SEQUENCES, default=SEQUENCES)
     add("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
-    add("--seconds", type=positive_number, metavar="N", help="of timing a point (default 2)")
-    add("--minutes", type=positive_number, default=1440.0, metavar="M", help="then no more points")
-    add("--smoke", action="store_true", help="one tiny size, interpreted: does it run?")
+    add("--seconds", type=positive_number, metavar="N", help="of timing per point (default: 2)")
+    add("--minutes", type=positive_number, default=1440.0, metavar="M",
+        help="do not begin a point after M minutes")  # fmt: skip
+    add("--smoke", action="store_true", help="one tiny size in JAX's interpreter, as a test")
     args = parser.parse_args(argv)
     args.sizes = args.sizes or (SMOKE_SIZES if args.smoke else SIZES)
     args.seconds = args.seconds or (0.01 if args.smoke else 2.0)

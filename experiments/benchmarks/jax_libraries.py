@@ -1,12 +1,13 @@
-"""One `Layer` for each other JAX library, with weights that are ours, converted exactly.
+"""A `Layer` for each of the other JAX libraries, with jaxgru's weights converted exactly.
 
-* Flax linen: a kernel for each gate and side; biases of the input, and one for n of the state.
-* Flax nnx: blocks r | z | n; no bias of the state, so b_h's candidate block must be zero.
-* Equinox: transposed, blocks r | z | n; one bias, and one for n of the state.
-* Haiku: blocks z | r | n, one bias, reset before; z writes where ours keeps: its block is negated.
-* Keras: blocks z | r | n; biases of input and state where reset is after, else one.
+* Flax linen has a kernel for each gate, of input and state; biases of the input, and b_hn.
+* Flax nnx has blocks r | z | n and no bias of the state, so the candidate block of b_h must be 0.
+* Equinox has transposed blocks r | z | n, one bias, and b_hn.
+* Haiku has blocks z | r | n, one bias, and reset before. Its z weighs the candidate, so the block
+  of z is negated.
+* Keras has blocks z | r | n; biases of input and state with reset after, else one bias.
 
-They are imported when a layer is made, by `importlib`, since not everybody has them.
+Each library is imported by `importlib` when its layer is made, as it may not be installed.
 """
 
 import importlib
@@ -28,7 +29,7 @@ OUR_KEYS = ("w_x", "w_h", "b_x")
 
 
 def _merged_bias(params: GRUParams, reset: Reset) -> tuple[Array, Array]:
-    """The biases added up as far as the equation allows: [3H], and what is left of n's, [H]."""
+    """b_x + b_h [3H] as far as the equation allows, and the remaining b_hn [H]."""
     assert params.b_x is not None and params.b_h is not None
     b_hr, b_hz, b_hn = jnp.split(params.b_h, 3)
     if reset == "before":
@@ -37,7 +38,7 @@ def _merged_bias(params: GRUParams, reset: Reset) -> tuple[Array, Array]:
 
 
 def flax_linen(reset: Reset, size: Size, dtype: Any) -> Layer:
-    """nn.RNN over nn.GRUCell, time-major."""
+    """nn.RNN with nn.GRUCell, time-major."""
     nn = importlib.import_module("flax.linen")
     cell = nn.GRUCell(size.hidden_size)
     rnn = nn.RNN(cell, time_major=True, return_carry=True)
@@ -70,7 +71,7 @@ def flax_linen(reset: Reset, size: Size, dtype: Any) -> Layer:
 
 
 def flax_nnx(reset: Reset, size: Size, dtype: Any) -> Layer:
-    """nnx.RNN over nnx.GRUCell, time-major, merged from its parts inside the jitted function."""
+    """nnx.RNN with nnx.GRUCell, time-major; nnx.merge is called inside the jitted function."""
     nnx = importlib.import_module("flax.nnx")
     cell = nnx.GRUCell(size.input_size, size.hidden_size, rngs=nnx.Rngs(0))
     rnn = nnx.RNN(cell, time_major=True, return_carry=True)
@@ -86,7 +87,7 @@ def flax_nnx(reset: Reset, size: Size, dtype: Any) -> Layer:
     def pack(params):
         bias, b_hn = _merged_bias(params, reset)
         if np.any(np.asarray(b_hn)):
-            raise ValueError("Flax nnx holds no candidate bias of the state: b_h's must be zero.")
+            raise ValueError("flax_nnx: b_h must be 0 for the candidate, as nnx has no such bias.")
         return dict(zip(NNX_KEYS, (params.w_x, params.w_h, bias)))
 
     def unpack(weights):
@@ -102,7 +103,7 @@ def flax_nnx(reset: Reset, size: Size, dtype: Any) -> Layer:
 
 
 def equinox(reset: Reset, size: Size, dtype: Any) -> Layer:
-    """lax.scan over eqx.nn.GRUCell, which takes vectors: vmapped, but for a batch of one."""
+    """lax.scan over eqx.nn.GRUCell, which takes vectors; it is vmapped unless the batch is 1."""
     eqx = importlib.import_module("equinox")
     template = eqx.nn.GRUCell(size.input_size, size.hidden_size, key=jax.random.key(0))
 
@@ -138,8 +139,8 @@ def haiku(reset: Reset, size: Size, dtype: Any) -> Layer:
         hs, h_last = hk.dynamic_unroll(hk.GRU(size.hidden_size), xs, h0)
         return h_last, hs
 
-    whole = hk.without_apply_rng(hk.transform(unroll))
-    one = hk.without_apply_rng(hk.transform(lambda x, h: hk.GRU(size.hidden_size)(x, h)[1]))
+    sequence = hk.without_apply_rng(hk.transform(unroll))
+    step = hk.without_apply_rng(hk.transform(lambda x, h: hk.GRU(size.hidden_size)(x, h)[1]))
 
     def to_theirs(v):
         r, z, n = jnp.split(v, 3, axis=-1)
@@ -156,16 +157,16 @@ def haiku(reset: Reset, size: Size, dtype: Any) -> Layer:
     def unpack(weights):
         return {ours: to_ours(weights["gru"][key]) for ours, key in zip(OUR_KEYS, HAIKU_KEYS)}
 
-    return Layer(pack, unpack, whole.apply, one.apply)
+    return Layer(pack, unpack, sequence.apply, step.apply)
 
 
 def keras_gru(reset: Reset, size: Size, dtype: Any) -> Layer:
-    """keras.layers.GRU and its cell by stateless_call, batch-major, on the JAX backend."""
+    """keras.layers.GRU and its cell on the JAX backend, called by stateless_call, batch-major."""
     keras = importlib.import_module("keras")
     options = {
         "reset_after": reset == "after",
         "dtype": jnp.dtype(dtype).name,
-        "recurrent_initializer": "zeros",  # its own knows no bfloat16, and ours come instead
+        "recurrent_initializer": "zeros",  # the default one does not support bfloat16
     }
     layer = keras.layers.GRU(size.hidden_size, return_sequences=True, return_state=True, **options)
     layer.build((size.batch_size, size.num_steps, size.input_size))

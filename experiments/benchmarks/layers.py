@@ -1,7 +1,7 @@
-"""One GRU layer in the terms of JAX: jaxgru, the plain scans, and the programs made of a layer.
+"""The layers of jaxgru and of the plain scans, and the programs that are made from a layer.
 
-A `Layer` is what a JAX library needs to take part: its own form of the weights, from ours and back,
-its own sequence and its own step. Everything here works on any of them.
+A `Layer` holds what the benchmarks need of a JAX library: the conversion of weights from jaxgru's
+layout and back, a function for a sequence, and a function for one step.
 """
 
 import functools
@@ -28,14 +28,14 @@ from jaxgru.models import generate
 
 Array = jax.Array
 Generate = Callable[[CharModel], tuple[Callable[..., Any], tuple]]
-STEPS_PER_CALL = 300  # of the task "step"
+STEPS_PER_CALL = 300  # in a timed call of the task "step"
 
 
 class Layer(NamedTuple):
-    """How one JAX library holds and runs a GRU layer.
+    """How a JAX library stores and runs a GRU layer.
 
-    unpack takes gradients as well as weights, so it must be the transpose of pack: both only move
-    numbers and change signs, and a bias that pack adds up from two goes to b_x.
+    `unpack` takes weights or gradients, so it must be the transpose of `pack`. Both only move
+    numbers and change signs; a bias that `pack` sums from b_x and b_h becomes b_x in `unpack`.
     """
 
     pack: Callable[[GRUParams], Any]
@@ -43,11 +43,11 @@ class Layer(NamedTuple):
     run: Callable[[Any, Array, Array], tuple[Array, Array]]  # weights, xs, h0 -> h_last, hs
     cell: Callable[[Any, Array, Array], Array] | None  # weights, x [B, D], h [B, H] -> h
     batch_major: bool = False  # xs [B, T, D] and hs [B, T, H]
-    generate: Generate | None = None  # the library's own loop; a scan over cell where None
+    generate: Generate | None = None  # the library's own loop; if None, a scan over the cell
 
 
 def build(layer: Layer, task: Task, problem: Problem | CharModel, compiles: int = 1) -> Program:
-    """The program of a task on the arrays of a problem, which are converted here, untimed."""
+    """The program of a task; the arrays are converted here, which is not timed."""
     if isinstance(problem, CharModel):
         return _generation(layer, problem)
     if task == "step":
@@ -70,12 +70,12 @@ def build(layer: Layer, task: Task, problem: Problem | CharModel, compiles: int 
 
 
 def _swap(layer: Layer, v: Array) -> Array:
-    """Between [T, B, ...] and the layer's own order of axes."""
+    """Converts [T, B, ...] to the layer's own order of axes, or back."""
     return jnp.swapaxes(v, 0, 1) if layer.batch_major else v
 
 
 def _steps(layer: Layer, problem: Problem) -> Program:
-    """The layer's step, jitted by itself and called from Python with its state fed back."""
+    """The layer's jitted step, called from Python in a loop that passes the state on."""
     assert layer.cell is not None
     cell, weights, x = jax.jit(layer.cell), layer.pack(problem.params), problem.xs[0]
 
@@ -89,7 +89,7 @@ def _steps(layer: Layer, problem: Problem) -> Program:
 
 
 def _generation(layer: Layer, model: CharModel) -> Program:
-    """All characters as one jitted loop: embedding, step, head, likeliest character."""
+    """Greedy generation in one jitted loop: embedding, step, head, argmax."""
     function, arguments = (layer.generate or functools.partial(_scan_cell, layer))(model)
 
     def call():
@@ -99,7 +99,7 @@ def _generation(layer: Layer, model: CharModel) -> Program:
 
 
 def _scan_cell(layer: Layer, model: CharModel):
-    """A scan over the library's own cell that carries state and character."""
+    """Greedy generation by a scan over the library's cell, which carries state and character."""
     assert layer.cell is not None and model.params.embedding is not None
     cell = layer.cell
 
@@ -122,7 +122,7 @@ def _scan_cell(layer: Layer, model: CharModel):
 
 
 def our_layer(reset: Reset, gradient: Any = "bptt") -> Layer:
-    """`jaxgru.gru`; with its default gradient also `gru_cell` and `generate`."""
+    """A layer of `jaxgru.gru`; with the default gradient also `gru_cell` and `generate`."""
 
     def write(model: CharModel):
         key, prompt = jax.random.key(0), jnp.full((1, 1), model.first, jnp.int32)
@@ -143,27 +143,27 @@ def our_layer(reset: Reset, gradient: Any = "bptt") -> Layer:
 
 
 def unpack_ours(params: GRUParams) -> dict[str, Any]:
-    """The leaves of our layout; where reset is before, b_h's candidate block is b_hn too."""
+    """The leaves in jaxgru's layout; b_hn is the candidate block of b_h for both resets."""
     b_h = params.b_h
     b_hn = None if b_h is None else b_h[2 * params.w_h.shape[0] :]
     return {"w_x": params.w_x, "w_h": params.w_h, "b_x": params.b_x, "b_hn": b_hn}
 
 
 def plain_layer(reset: Reset, *, hoist: bool) -> Layer:
-    """A scan of the cell in every textbook; nothing of jaxgru but its layout.
+    """A scan over the textbook cell; it shares only the layout of weights with jaxgru.
 
-    The input is projected inside the step, one product for all gates, as Equinox and Haiku have it,
-    and weights are cut there; or, hoisted, both are done before the loop.
+    The step projects the input, with one product for all gates, and splits the weights, as in
+    Equinox and Haiku. With `hoist` both are done before the loop.
     """
 
     def run(params, xs, h0):
-        pieces = _cut(params, reset)
+        blocks = _split(params, reset)
 
         def body(h, x):
             if hoist:
-                h = _textbook_step(pieces, x, h, reset)
+                h = _textbook_step(blocks, x, h, reset)
             else:
-                h = _textbook_step(_cut(params, reset), project(params, x), h, reset)
+                h = _textbook_step(_split(params, reset), project(params, x), h, reset)
             return h, h
 
         return lax.scan(body, h0, project(params, xs) if hoist else xs)
@@ -172,13 +172,13 @@ def plain_layer(reset: Reset, *, hoist: bool) -> Layer:
         return xs @ params.w_x + params.b_x.reshape((1,) * (xs.ndim - 1) + (-1,))
 
     def cell(params, x, h):
-        return _textbook_step(_cut(params, reset), project(params, x), h, reset)
+        return _textbook_step(_split(params, reset), project(params, x), h, reset)
 
     return Layer(lambda params: params, unpack_ours, run, None if hoist else cell)
 
 
-def _cut(params, reset):
-    """(weight, bias) of each product with the state: one of width 3H, or those of r | z and n."""
+def _split(params, reset):
+    """(weight, bias) of each product with the state: one for r | z | n, or r | z and n apart."""
     w_h, b_h = params.w_h, params.b_h[None]
     if reset == "after":
         return ((w_h, b_h),)
@@ -186,16 +186,16 @@ def _cut(params, reset):
     return (w_h[:, :two], b_h[:, :two]), (w_h[:, two:], b_h[:, two:])
 
 
-def _textbook_step(pieces, a, h, reset):
-    """h' = z h + (1 - z) n from the projected input a [B, 3H], blocks r | z | n."""
+def _textbook_step(blocks, a, h, reset):
+    """h' = z h + (1 - z) n from the projected input a [B, 3H], with blocks r | z | n."""
     two = 2 * h.shape[-1]
     if reset == "after":
-        ((w, b),) = pieces
+        ((w, b),) = blocks
         u = h @ w + b
         r, z = jnp.split(jax.nn.sigmoid(a[:, :two] + u[:, :two]), 2, axis=-1)
         n = jnp.tanh(a[:, two:] + r * u[:, two:])
     else:
-        (w_rz, b_rz), (w_n, b_n) = pieces
+        (w_rz, b_rz), (w_n, b_n) = blocks
         r, z = jnp.split(jax.nn.sigmoid(a[:, :two] + h @ w_rz + b_rz), 2, axis=-1)
         n = jnp.tanh(a[:, two:] + (r * h) @ w_n + b_n)
     return z * h + (1 - z) * n

@@ -1,6 +1,6 @@
 """The contenders by name: jaxgru, the plain scans, and the other libraries.
 
-A library is imported when it is chosen, not before, and what is missing is one clear line.
+A library is imported only when it is chosen. If it is missing, the error is one line.
 """
 
 import functools
@@ -27,27 +27,27 @@ Build = Callable[..., Program]  # task, problem, compiles -> Program
 
 
 class Library(NamedTuple):
-    """A contender: how its programs are made, and what it can do."""
+    """A contender: how its programs are made, and what it supports."""
 
     make: Callable[[Reset, Size, Any], Build]  # reset, size, dtype
     resets: tuple[Reset, ...] = RESETS
     tasks: tuple[Task, ...] = TASKS
-    module: str | None = None  # what must be installed
+    module: str | None = None  # the module that must be installed
     packages: tuple[str, ...] = ()  # distributions whose versions are recorded
 
 
-def ours(tasks: tuple[Task, ...], gradient: Any = "bptt", whole: bool = False) -> Library:
-    """jaxgru with this gradient; whole: with BPTT of the whole sequence in one chunk."""
+def ours(tasks: tuple[Task, ...], gradient: Any = "bptt", one_chunk: bool = False) -> Library:
+    """jaxgru with this gradient; with one_chunk, BPTT of the whole sequence in one chunk."""
 
     def make(reset, size, dtype):
-        chosen = BPTT(chunk_size=size.num_steps) if whole else gradient
+        chosen = BPTT(chunk_size=size.num_steps) if one_chunk else gradient
         return functools.partial(build, our_layer(reset, chosen))
 
     return Library(make, tasks=tasks)
 
 
 def _plain(hoist: bool) -> Library:
-    """A plain scan; hoisted, only over sequences."""
+    """A plain scan; the hoisted one has no single step."""
 
     def make(reset, size, dtype):
         return functools.partial(build, plain_layer(reset, hoist=hoist))
@@ -84,17 +84,19 @@ PEERS: dict[str, Library] = {
 }
 LIBRARIES: dict[str, Library] = {
     OURS: ours(TASKS),
-    GATES: ours(TRAINING, BPTT("gates")),  # forward, what is kept makes no difference
+    GATES: ours(TRAINING, BPTT("gates")),  # residuals do not matter in the forward pass
     STATES: ours(TRAINING, BPTT("states")),
     "jaxgru boundaries": ours(TRAINING, BPTT("boundaries")),
-    "jaxgru tangent": ours(SEQUENCES, "tangent"),  # forward, the whole sequence at once
+    "jaxgru tangent": ours(SEQUENCES, "tangent"),  # its forward pass has no chunks
     "jaxgru autodiff": ours(TRAINING, "autodiff"),
     **PEERS,
 }
 
 
 def choose(names: Sequence[str], chunks: Sequence[int | None] = ()) -> dict[str, Library]:
-    """name -> library, jaxgru first since all others are measured by it; a chunk of None is all.
+    """{name: library}; jaxgru comes first, as all others are compared with it.
+
+    For each chunk there is one more contender; None means the whole sequence in one chunk.
 
     Raises:
       SystemExit: a library is not installed.
@@ -102,7 +104,7 @@ def choose(names: Sequence[str], chunks: Sequence[int | None] = ()) -> dict[str,
     chosen = {name: LIBRARIES[name] for name in dict.fromkeys((OURS, *names))}
     for chunk in chunks:
         name = "jaxgru whole sequence" if chunk is None else f"jaxgru chunk_size={chunk}"
-        chosen[name] = ours(SEQUENCES, BPTT(chunk_size=chunk), whole=chunk is None)
+        chosen[name] = ours(SEQUENCES, BPTT(chunk_size=chunk), one_chunk=chunk is None)
     for name, library in chosen.items():
         if library.module is not None:
             _import(library.module, name)
@@ -110,7 +112,7 @@ def choose(names: Sequence[str], chunks: Sequence[int | None] = ()) -> dict[str,
 
 
 def _import(module: str, name: str) -> None:
-    """Imports it; Keras must be told its backend before."""
+    """Imports a library; the backend of Keras must be set before."""
     if module == "keras":
         os.environ["KERAS_BACKEND"] = "jax"
     try:
@@ -128,16 +130,16 @@ def _import(module: str, name: str) -> None:
 
 
 def can_run(library: Library, task: Task, reset: Reset) -> bool:
-    """Whether the library has that task with that equation."""
+    """Whether the library supports this task with this equation."""
     return task in library.tasks and reset in library.resets
 
 
 def set_tf32(chosen: dict[str, Library], allowed: bool) -> None:
-    """What jax.default_matmul_precision is for the others, for torch if it is among them."""
+    """Sets the precision of torch, if it is chosen; JAX has jax.default_matmul_precision."""
     if TORCH in chosen:
         allow_tf32(allowed)
 
 
 def versions_of(chosen: dict[str, Library]) -> tuple[str, ...]:
-    """The distributions behind the contenders."""
+    """The distributions of the contenders."""
     return tuple(dict.fromkeys(name for library in chosen.values() for name in library.packages))

@@ -1,32 +1,33 @@
-"""jaxgru beside the other GRUs one can use: the same function, equal results, then the time.
+"""Compares the speed and memory of jaxgru with those of other GRU implementations.
 
     python -m experiments.benchmarks.peers                       # everything: half an hour
     python -m experiments.benchmarks.peers --tasks training --sizes 64,32,64,64 --reset after
     python -m experiments.benchmarks.peers --contenders jaxgru "plain scan" --chunks 8 16 32 whole
-    python -m experiments.benchmarks.peers --smoke               # seconds, figures worthless
+    python -m experiments.benchmarks.peers --smoke               # seconds; the times mean nothing
 
 Tasks:
 
 * training: the value and all gradients (weights, xs, h0) of <h_last, dh_last> + <hs, dhs>.
 * forward: h_last and hs.
-* step: a single step at batch 1, called from Python with its state fed back; time of one step.
-* generation: 1000 characters at batch 1, each the likeliest, written by jaxgru.generate, by one
-  jitted scan over the cell of a JAX library, and by the quickest of three loops of eager torch.
+* step: single steps at batch 1, called from Python; each gets the state of the step before. The
+  time is that of one step.
+* generation: greedy generation of 1000 characters at batch 1, by jaxgru.models.generate, by one
+  jitted scan over the cell of a JAX library, and by the fastest of three loops in eager torch.
 
-Contenders are jaxgru with its defaults and with each other `residuals` and `gradient`, two plain
-scans under jax.grad, Flax linen and nnx, Equinox, Haiku, Keras (on JAX) and torch.nn.GRU; a chunk
-size of jaxgru is one more for each `--chunks`. All hold the same weights. With reset after, the
-candidate's bias of the state is zero, as Flax nnx has none. "matmul limit" is no GRU, only the same
-number of floating-point operations as large products.
+The contenders are jaxgru with its defaults and with each other choice of `residuals` and
+`gradient`, two plain scans under jax.grad, Flax linen and nnx, Equinox, Haiku, Keras (on JAX) and
+torch.nn.GRU. Each chunk size in `--chunks` adds another contender. All have the same weights. With
+reset after, the candidate block of b_h is zero, as Flax nnx has no such bias. "matmul limit" is not
+a GRU, but the same number of floating-point operations in large matrix products.
 
-Nothing is timed before every contender's results equal jaxgru's, in float32 with full products. In
-bfloat16 or with TF32 products each library then rounds in other places, so equality is not asked of
-what is timed there; its distance from the float32 result stands beside its time instead, so that no
-speed is bought unseen. Each call is a library's own, on arrays in its own layout. Contenders take
-turns; compilation is timed apart.
+Nothing is timed until the results of all contenders equal jaxgru's, in float32 with full precision.
+In bfloat16 or TF32 each library rounds in different places, so there the results need not be equal.
+The table then gives the error of each contender relative to the float32 result beside its time.
+Each contender uses its library's own functions, on arrays in its own layout. Contenders are timed
+in turn; compilation is timed separately.
 
-Written to `--out`, which must be new or empty: peers.json (every figure), peers.md, peers.png. The
-targets, reached, missed or not measured, are printed last.
+peers.json (every figure), peers.md and peers.png are written to `--out`, which must be new or
+empty. At the end the script prints which targets are reached, missed or not measured.
 """
 
 import argparse
@@ -76,7 +77,7 @@ Group = tuple[Task, Reset, Size]
 
 
 def measure(group: Group, chosen: dict[str, Library], args: argparse.Namespace, bar: tqdm) -> Rows:
-    """A row for each contender that can run the task, and the limit: compared, timed in turn."""
+    """Compares all contenders that support the task, then times them and the limit; a row each."""
     task, reset, size = group
     chosen = {name: lib for name, lib in chosen.items() if can_run(lib, task, reset)}
     programs, found, errors = compare(group, chosen, args, bar)
@@ -97,7 +98,7 @@ def measure(group: Group, chosen: dict[str, Library], args: argparse.Namespace, 
 def compare(
     group: Group, chosen: dict[str, Library], args: argparse.Namespace, bar: tqdm
 ) -> tuple[dict[str, Program], dict[str, float], dict[str, float]]:
-    """The programs to time, their differences in float32, and the errors of what is timed."""
+    """(programs to time, their differences in float32, the errors of the programs to time)."""
     plain = (args.dtype, args.precision) == ("float32", "highest")
     exact = make_problem(group, args)
     with jax.default_matmul_precision("highest"):
@@ -122,13 +123,13 @@ def compare(
 
 
 def where(group: Group) -> str:
-    """The group in words."""
+    """The group as text."""
     task, reset, size = group
     return f"{task}, reset {reset}, {size}"
 
 
 def make_problem(group: Group, args: argparse.Namespace) -> Any:
-    """The arrays of a task in float32, rounded before if the timed ones will be."""
+    """The arrays of a task in float32, rounded to the dtype in which it is timed."""
     task, reset, size = group
     draw = draw_model if task == "generation" else draw_problem
     return cast(cast(draw(size, reset, args.seed), jnp.dtype(args.dtype)), jnp.float32)
@@ -137,7 +138,7 @@ def make_problem(group: Group, args: argparse.Namespace) -> Any:
 def make_programs(
     group: Group, chosen: dict[str, Library], problem: Any, dtype: Any, compiles: int, bar: tqdm
 ) -> dict[str, Program]:
-    """name -> program; only the compilation of training steps is repeated."""
+    """{name: program}; only the compilation of training steps is repeated."""
     task, reset, size = group
     compiles = compiles if task == "training" else 1
     programs = {}
@@ -150,10 +151,10 @@ def make_programs(
 def check_equal(
     results: dict[str, Result], scales: dict[str, float], place: str, command: str = "peers"
 ) -> dict[str, float]:
-    """name -> greatest relative difference from jaxgru's result.
+    """{name: largest relative difference from jaxgru's result}.
 
     Raises:
-      SystemExit: one is beyond TOLERANCE (or NaN), so that nothing is timed.
+      SystemExit: a difference is above TOLERANCE, or NaN.
     """
     worst = {}
     for name, result in results.items():
@@ -161,9 +162,9 @@ def check_equal(
         for leaf, difference in found.items():
             if not difference <= TOLERANCE:
                 sys.exit(
-                    f"{command}: nothing timed at {place}: {leaf} of {name!r} differs from that of "
-                    f"{OURS!r} by {difference:.1e} of its largest entry; at most {TOLERANCE:.0e} "
-                    f"is rounding."
+                    f"{command}: nothing is timed at {place}: {leaf} of {name!r} differs from that "
+                    f"of {OURS!r} by {difference:.1e} of its largest entry; rounding gives at most "
+                    f"{TOLERANCE:.0e}."
                 )
         worst[name] = max(found.values())
     return worst
@@ -177,7 +178,7 @@ def make_row(
     difference: float | None,
     error: float | None,
 ) -> dict[str, Any]:
-    """What was measured of one contender."""
+    """The row of one contender."""
     task, reset, size = group
     times = summarize([seconds / program.repeats for seconds in samples])
     per_second = 1e3 * size.num_steps / times["median_ms"]
@@ -197,7 +198,7 @@ def make_row(
 
 
 def with_ratios(rows: Rows) -> Rows:
-    """Every row with its time, and its temporaries, over jaxgru's."""
+    """Adds to every row its time and its temporaries relative to jaxgru's."""
     ours = next(row for row in rows if row["contender"] == OURS)
 
     def ratio(row, field):
@@ -216,7 +217,7 @@ def with_ratios(rows: Rows) -> Rows:
 
 
 def describe(args: argparse.Namespace, argv: list[str], chosen: dict[str, Library]):
-    """The machine, the libraries, and what was asked for."""
+    """The machine, the libraries and the options."""
     device = jax.devices()[0]
     return {
         "command": shlex.join(["python", "-m", "experiments.benchmarks.peers", *argv]),
@@ -234,7 +235,7 @@ def describe(args: argparse.Namespace, argv: list[str], chosen: dict[str, Librar
 
 
 def groups_of(args: argparse.Namespace) -> list[Group]:
-    """Every task with every equation, at its sizes."""
+    """Every task with every equation and size."""
     single = {"step": STEP_SIZE, "generation": GENERATION_SIZE}
     if args.smoke:
         single = {"step": Size(1, 1, 3, 4), "generation": Size(9, 1, 3, 4)}
@@ -247,7 +248,7 @@ def groups_of(args: argparse.Namespace) -> list[Group]:
 
 
 def run(args: argparse.Namespace, argv: list[str]) -> int:
-    """Measures, prints, writes."""
+    """Measures, prints and writes."""
     chosen = libraries.choose(args.contenders, args.chunks)
     about = describe(args, argv, chosen)
     out = runs.make_run_folder("benchmark_peers", str(args.out), about)
@@ -272,7 +273,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
 
 
 def write(out: Path, about: dict[str, Any], rows: Rows) -> None:
-    """What is known so far."""
+    """Writes the rows measured so far."""
     judged = [target._asdict() for target in targets.judge(rows)]
     text = json.dumps({**about, "targets": judged, "rows": rows}, indent=1)
     (out / "peers.json").write_text(text + "\n", encoding="utf-8")
@@ -280,31 +281,34 @@ def write(out: Path, about: dict[str, Any], rows: Rows) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0; 2 where the folder cannot be used; a SystemExit where contenders disagree."""
+    """Returns 0, or 2 if the folder cannot be used; raises SystemExit if contenders disagree."""
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
     return runs.run_script("peers", lambda: run(args, argv))
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    """The options; --smoke shrinks what is not given."""
+    """Parses the options; with --smoke the defaults are smaller."""
     parser = argparse.ArgumentParser(
         prog="python -m experiments.benchmarks.peers",
         description=(__doc__ or "").partition("\n")[0],
     )
     add = parser.add_argument
-    add("--out", type=Path, default=Path("runs/benchmark_peers"), metavar="FOLDER")
+    add("--out", type=Path, default=Path("runs/benchmark_peers"), metavar="FOLDER",
+        help="new or empty folder (default: runs/benchmark_peers)")  # fmt: skip
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     add("--reset", nargs="+", choices=RESETS, default=list(RESETS))
-    add("--sizes", type=parse_size, nargs="+", metavar="T,B,D,H", help="of training and forward")
+    add("--sizes", type=parse_size, nargs="+", metavar="T,B,D,H", help="for training and forward")
     add("--contenders", type=parse_contender, nargs="+", metavar="NAME", default=list(LIBRARIES))
-    add("--chunks", type=parse_chunk, nargs="+", default=[], metavar="N", help="or 'whole'")
+    add("--chunks", type=parse_chunk, nargs="+", default=[], metavar="N",
+        help="chunk sizes of jaxgru, or 'whole' for the whole sequence")  # fmt: skip
     add("--dtype", choices=("float32", "bfloat16"), default="float32")
     add("--precision", choices=("highest", "tf32"), default="highest", help="of float32 products")
-    add("--seconds", type=positive_number, metavar="N", help="for all of a size (default 20)")
-    add("--compiles", type=parse_count, metavar="N", help="of a training step (default 3)")
+    add("--seconds", type=positive_number, metavar="N", help="of timing per size (default: 20)")
+    add("--compiles", type=parse_count, metavar="N",
+        help="compilations of each training step (default: 3)")  # fmt: skip
     add("--seed", type=int, default=0)
-    add("--smoke", action="store_true", help="tiny and quick: does it run?")
+    add("--smoke", action="store_true", help="a tiny run of seconds that tests the script")
     args = parser.parse_args(argv)
     args.sizes = args.sizes or (SMOKE_SIZES if args.smoke else SIZES)
     args.seconds = args.seconds or (0.05 if args.smoke else 20.0)
@@ -327,7 +331,7 @@ def parse_count(text: str) -> int:
 
 
 def parse_size(text: str) -> Size:
-    """T,B,D,H."""
+    """A size T,B,D,H."""
     parts = text.split(",")
     if len(parts) != 4 or not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise argparse.ArgumentTypeError(f"must be four positive integers T,B,D,H, got {text!r}")
@@ -340,7 +344,7 @@ def parse_chunk(text: str) -> int | None:
 
 
 def parse_contender(text: str) -> str:
-    """A name of LIBRARIES."""
+    """A key of LIBRARIES."""
     if text not in LIBRARIES:
         known = ", ".join(map(repr, LIBRARIES))
         raise argparse.ArgumentTypeError(f"must be one of {known}; got {text!r}")

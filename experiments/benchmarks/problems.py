@@ -1,7 +1,7 @@
-"""What the benchmarks compute: sizes, weights and data, the training functional, compiled programs.
+"""What the benchmarks compute: sizes, weights, data, the training step and compiled programs.
 
-A training step is the value of <h_last, dh_last> + <hs, dhs> for fixed random dh_last and dhs, and
-all its gradients: weights, xs, h0. Everything is drawn in float32.
+A training step computes <h_last, dh_last> + <hs, dhs> for fixed random dh_last and dhs, and its
+gradients with respect to weights, xs and h0. All arrays are drawn in float32.
 """
 
 import dataclasses
@@ -22,17 +22,17 @@ Task = Literal["training", "forward", "step", "generation"]
 RESETS: tuple[Reset, ...] = ("before", "after")
 TASKS: tuple[Task, ...] = ("training", "forward", "step", "generation")
 
-# Of the largest entry of each leaf. float32 rounds at 6e-8, but the contenders add up the T * B
-# rows of a weight gradient in different orders, and every rounding of h_t is carried on by the
-# recurrence: a CPU shows 2e-6 at T = 2048. More would be ordinary for longer T; a formula that is
-# wrong in one step of 2048 would show 5e-4.
+# Relative to the largest entry of each leaf. float32 rounds at 6e-8, but the contenders sum the
+# T * B rows of a weight gradient in different orders, and the recurrence propagates every rounding
+# of h_t: on a CPU the differences are 2e-6 at T = 2048, and larger for longer T. A formula that is
+# wrong in one step of 2048 would give 5e-4.
 TOLERANCE = 1e-4
 
-Result = dict[str, np.ndarray]  # name of a leaf -> it, in the layout of GRUParams, time first
+Result = dict[str, np.ndarray]  # name of a leaf -> array, in the layout of GRUParams, time first
 
 
 class Size(NamedTuple):
-    """Steps T, batch B, input D, hidden H."""
+    """Time steps T, batch size B, input size D and hidden size H."""
 
     num_steps: int
     batch_size: int
@@ -40,7 +40,7 @@ class Size(NamedTuple):
     hidden_size: int
 
     def __str__(self):
-        """T=64 B=32 D=64 H=64, say."""
+        """For example T=64 B=32 D=64 H=64."""
         return "T={} B={} D={} H={}".format(*self)
 
 
@@ -70,7 +70,7 @@ class Problem(NamedTuple):
 
 
 class CharModel(NamedTuple):
-    """A character model (one layer), its first character, and how many are to follow."""
+    """A character model of one layer, its first character, and how many to generate."""
 
     params: TokenParams
     first: int
@@ -78,10 +78,10 @@ class CharModel(NamedTuple):
 
 
 class Program(NamedTuple):
-    """Something to time.
+    """A program to time.
 
-    call returns a result that is ready; read turns that into arrays to compare, outside of what is
-    timed. One call does `repeats` units of work. note says how, where there was a choice.
+    `call` returns a result that is ready. `read` converts that into arrays for comparison and is
+    not timed. One call does `repeats` units of work. `note` names the variant, if there are any.
     """
 
     call: Callable[[], Any]
@@ -93,7 +93,7 @@ class Program(NamedTuple):
 
 
 def draw_problem(size: Size, reset: Reset, seed: int) -> Problem:
-    """Biases are drawn too, but b_h's candidate block is zero where reset is after.
+    """Random weights and data; with reset after, the candidate block of b_h is zero.
 
     A cell without that bias (Flax nnx) then computes the same function as all others.
     """
@@ -114,7 +114,7 @@ def draw_problem(size: Size, reset: Reset, seed: int) -> Problem:
 
 
 def draw_model(size: Size, reset: Reset, seed: int) -> CharModel:
-    """A character model; what it writes is fixed by the seed."""
+    """A random character model; the seed determines the characters that it generates."""
     num_tokens, _, embedding_size, hidden_size = size
     params = init_token_model(
         jax.random.key(seed),
@@ -132,18 +132,18 @@ def draw_model(size: Size, reset: Reset, seed: int) -> CharModel:
 
 
 def _without_candidate_bias(params: GRUParams) -> GRUParams:
-    """b_h with zeros in its block n."""
+    """The parameters with zeros in the candidate block of b_h."""
     assert params.b_h is not None
     return dataclasses.replace(params, b_h=params.b_h.at[2 * params.w_h.shape[0] :].set(0))
 
 
 def cast(problem: Any, dtype: Any) -> Any:
-    """Every float array in that dtype."""
+    """Casts every array to a dtype."""
     return jax.tree.map(lambda v: v.astype(dtype) if isinstance(v, Array) else v, problem)
 
 
 def training_step(run: Callable[..., Any]) -> Callable[..., Any]:
-    """(weights, xs, h0, dh_last, dhs) -> the functional and all its gradients."""
+    """A function of (weights, xs, h0, dh_last, dhs) that returns the value and its gradients."""
 
     def value(weights, xs, h0, dh_last, dhs):
         h_last, hs = run(weights, xs, h0)
@@ -153,10 +153,11 @@ def training_step(run: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def limit_program(size: Size, task: Task, seed: int, dtype: Any) -> Program:
-    """The floating-point operations of a task as large products with no recurrence between them.
+    """A program with as many floating-point operations as a task, in large matrix products.
 
-    6TBH(D + H) of the forward pass are [TB, D+H] [D+H, 3H]; the 18TBH(D + H) of a training step add
-    the product's cotangent of its inputs and that of its weights.
+    The forward pass has 6TBH(D + H) operations; they become the product [TB, D+H] [D+H, 3H]. A
+    training step has 18TBH(D + H); the other two products have the shapes of the input and weight
+    gradients.
     """
     rows, inner = size.num_steps * size.batch_size, size.input_size + size.hidden_size
     outer = 3 * size.hidden_size
@@ -181,7 +182,7 @@ def compile_program(
     read: Callable[[Any], Result],
     compiles: int = 1,
 ) -> Program:
-    """The function compiled for these arguments; the seconds are the median of all compilations."""
+    """Compiles a function for these arguments, `compiles` times; records the median seconds."""
 
     def timed():
         jax.clear_caches()
@@ -200,7 +201,7 @@ def compile_program(
 
 
 def as_result(**leaves: Any) -> Result:
-    """Named arrays as NumPy's: float64 if they are floats; None is left out."""
+    """Converts named arrays to NumPy, floats to float64; leaves out those that are None."""
     arrays = {name: np.asarray(leaf) for name, leaf in leaves.items() if leaf is not None}
     return {
         name: leaf if leaf.dtype.kind in "iu" else leaf.astype(np.float64)
@@ -209,19 +210,19 @@ def as_result(**leaves: Any) -> Result:
 
 
 def value_scale(problem: Problem) -> float:
-    """The size that the functional has for states of one and random signs.
+    """The magnitude that the value would have for states of 1 with random signs.
 
-    Its own size may be small by chance, while its rounding is that of its summands.
+    The value itself may be close to zero by chance, but its rounding is that of its summands.
     """
     cotangents = (problem.dh_last, problem.dhs)
     return float(np.sqrt(sum(np.sum(np.square(as_result(d=d)["d"])) for d in cotangents)))
 
 
 def differences(expected: Result, actual: Result, scales: dict[str, float]) -> dict[str, float]:
-    """leaf -> greatest deviation, relative to the expected leaf's largest entry (or its scale).
+    """{leaf: largest difference, relative to the largest expected entry or the given scale}.
 
-    Integers count as infinitely far unless equal, and so does a leaf that is missing, but for b_hn,
-    which not every library has.
+    The difference is infinite for integers that are not equal, for a wrong shape and for a missing
+    leaf. Only b_hn may be missing, as not every library has it.
     """
     found = {}
     for name, want in expected.items():
@@ -239,7 +240,10 @@ def differences(expected: Result, actual: Result, scales: dict[str, float]) -> d
 
 
 def relative_error(expected: Result, actual: Result) -> float:
-    """The worst leaf's |actual - expected| / |expected| in Euclidean norm; of tokens, the share."""
+    """|actual - expected| / |expected| of the worst leaf in the Euclidean norm.
+
+    For tokens it is the fraction of wrong ones. The value is left out.
+    """
     errors = []
     for name, want in expected.items():
         got = actual.get(name)

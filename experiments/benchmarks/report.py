@@ -1,4 +1,4 @@
-"""Rows of measurements as text, as a table for a README, and as a picture."""
+"""Formats rows of measurements as text, as a Markdown table, and as a plot."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from experiments.benchmarks.libraries import JAX_PEERS, OURS, STATES, TORCH
 from experiments.benchmarks.problems import Size
 from experiments.benchmarks.targets import LIMIT, Rows, size_of
 
-LOG_ABOVE = 4.0  # a ratio that would flatten the other bars of a linear plot
+LOG_ABOVE = 4.0  # a plot with a ratio above this has a logarithmic axis
 TITLES = {
     "training": "training step: value and all gradients",
     "forward": "forward pass",
@@ -35,7 +35,7 @@ COLOURS = {
 
 
 def group_table(rows: Rows) -> str:
-    """The rows of one task, equation and size; a ratio above 1 is slower than jaxgru."""
+    """A table of one task, equation and size; a contender with a ratio above 1 is slower."""
     first = rows[0]
     lines = [
         "",
@@ -56,24 +56,24 @@ def group_table(rows: Rows) -> str:
 
 
 def _time(milliseconds: float) -> str:
-    """Three digits in us or ms."""
+    """A time with three digits, in us or ms."""
     if milliseconds < 0.1:
         return f"{1e3 * milliseconds:.3g} us"
     return f"{milliseconds:.1f} ms" if milliseconds >= 10 else f"{milliseconds:.2f} ms"
 
 
 def _megabytes(count: int | None) -> str:
-    """MB, or a dash where it is not known."""
+    """A number of MB, or a dash if it is not known."""
     return "-" if count is None else f"{count / 1e6:.1f} MB"
 
 
 def _seconds(seconds: float | None) -> str:
-    """s, or a dash where nothing is compiled apart."""
+    """A number of seconds, or a dash if there is no separate compilation."""
     return "-" if seconds is None else f"{seconds:.2f} s"
 
 
 def markdown(rows: Rows) -> str:
-    """A table for each task: jaxgru beside the best JAX peer, torch and the limit."""
+    """A Markdown table for each task: jaxgru, the best JAX peer, torch and the limit."""
     parts = []
     for task in dict.fromkeys(row["task"] for row in rows):
         lines = [
@@ -92,7 +92,7 @@ def markdown(rows: Rows) -> str:
 
 
 def _markdown_line(group: Rows) -> str:
-    """One size; a dash stands for what was not measured."""
+    """The line of one size; a dash stands for what was not measured."""
     by_name = {row["contender"]: row for row in group}
     ours, peers = by_name[OURS], [row for row in group if row["contender"] in JAX_PEERS]
     best = min(peers, key=lambda row: row["median_ms"], default=None)
@@ -117,7 +117,7 @@ def _markdown_line(group: Rows) -> str:
 
 
 def plot(rows: Rows, title: str, path: Path) -> None:
-    """A row of panels for each task and for temporaries, a column for each equation."""
+    """Plots rows of panels for the tasks and the temporaries, with a column per equation."""
     resets = list(dict.fromkeys(row["reset"] for row in rows))
     panels = [(task, "ratio") for task in dict.fromkeys(row["task"] for row in rows)]
     if ("training", "ratio") in panels:
@@ -139,7 +139,7 @@ def plot(rows: Rows, title: str, path: Path) -> None:
 
 
 def _panel(panel: Any, rows: Rows, field: str) -> dict[str, Any]:
-    """Bars grouped by size: time, or temporaries, over jaxgru's; name -> the bars."""
+    """Draws time or temporaries relative to jaxgru's, grouped by size; returns {name: bars}."""
     sizes = list(dict.fromkeys(size_of(row) for row in rows))
     rows = [row for row in rows if row[field] is not None and row["contender"] != OURS]
     names = list(dict.fromkeys(row["contender"] for row in rows))
@@ -163,5 +163,5 @@ def _panel(panel: Any, rows: Rows, field: str) -> dict[str, Any]:
 
 
 def _label(size: Size) -> str:
-    """Two lines."""
+    """A size in two lines."""
     return f"T={size.num_steps} B={size.batch_size}\nD={size.input_size} H={size.hidden_size}"

@@ -1,19 +1,20 @@
-"""How the cost of a training step grows with T, B and H, and its memory with T up to a million.
+"""Measures how time and memory of a training step grow with T, B and H, for T up to a million.
 
     python -m experiments.benchmarks.scaling                 # ten minutes on two cores
     python -m experiments.benchmarks.scaling --reset before
-    python -m experiments.benchmarks.scaling --smoke         # seconds, figures worthless
+    python -m experiments.benchmarks.scaling --smoke         # seconds; the times mean nothing
 
-Around T=128, B=32, D=64, H=128 one of T, B and H is doubled again and again: the training step of
-`peers` (value and all gradients) by jaxgru's defaults, its residuals "states" and "boundaries", and
-a plain scan under jax.grad, compared and then timed in turn. An exponent is the slope of log time
-against log size over the last three points: 1 is linear.
+The training step is that of `peers` (the value and all gradients). From T=128, B=32, D=64, H=128,
+either T, B or H is varied by doubling. The contenders are jaxgru with its defaults and with the
+residuals "states" and "boundaries", and a plain scan under jax.grad. At each size their results are
+compared before they are timed in turn. An exponent is the slope of log time against log size over
+the last three points; 1 means linear.
 
-The memory curve is of many-to-one training: the gradients of params, xs and h0 of <h_last, dh_last>
-alone at B=4, D=1, H=64; it is XLA's own account of the compiled programs, which are not run. At the
-last T, "boundaries" is run once in earnest.
+The memory curve is for many-to-one training: the gradients of <h_last, dh_last> with respect to
+params, xs and h0, at B=4, D=1, H=64. It is XLA's memory analysis of the compiled programs, which
+are not run. Only at the last T, the program with "boundaries" is run once.
 
-Written to `--out`, which must be new or empty: scaling.json and scaling.png.
+scaling.json and scaling.png are written to `--out`, which must be new or empty.
 """
 
 import argparse
@@ -48,8 +49,8 @@ COLOURS = {
     "jaxgru boundaries": "tab:blue",
     "plain scan": "0.35",
 }
-LINEAR = 1.1  # an exponent above this is more than linear
-LONG_BYTES = 100e6  # of temporaries at a million steps
+LINEAR = 1.1  # the largest exponent that counts as linear
+LONG_BYTES = 100e6  # the bound for temporaries at a million steps
 Rows = list[dict[str, Any]]
 
 
@@ -59,12 +60,12 @@ class Plan(NamedTuple):
     base: Size
     doublings: dict[str, tuple[int, ...]]
     curve: tuple[int, ...]  # T of the memory curve
-    long: Size  # T is replaced
-    options: dict[str, Any]  # of interleave
+    long: Size  # size of the long run; the memory curve varies its T
+    options: dict[str, Any]  # for interleave
 
 
 def _powers(first: int, last: int) -> tuple[int, ...]:
-    """first, 2 first, ..., last."""
+    """(first, 2 * first, ..., last)."""
     return tuple(first << k for k in range((last // first).bit_length()))
 
 
@@ -85,7 +86,7 @@ SMOKE = Plan(
 
 
 def make_layers(reset: Reset) -> dict[str, Layer]:
-    """The contenders."""
+    """{name: contender}."""
     return {
         "jaxgru": our_layer(reset),
         "jaxgru states": our_layer(reset, BPTT("states")),
@@ -95,7 +96,7 @@ def make_layers(reset: Reset) -> dict[str, Layer]:
 
 
 def points_of(plan: Plan) -> dict[tuple[str, int], Size]:
-    """(axis, count) -> the base with that count on that axis."""
+    """{(axis, count): the base size with that count on that axis}."""
     return {
         (axis, count): plan.base._replace(**{AXES[axis]: count})
         for axis, counts in plan.doublings.items()
@@ -104,7 +105,7 @@ def points_of(plan: Plan) -> dict[tuple[str, int], Size]:
 
 
 def measure(size: Size, args: argparse.Namespace, plan: Plan, bar: tqdm) -> Rows:
-    """A row for each contender at one size, compared before they are timed."""
+    """Compares the contenders at one size, then times them; a row for each."""
     problem = draw_problem(size, args.reset, args.seed)
     bar.set_description(f"{size}: compile")
     programs = {
@@ -128,7 +129,7 @@ def measure(size: Size, args: argparse.Namespace, plan: Plan, bar: tqdm) -> Rows
 
 
 def last_state_gradients(layer: Layer):
-    """(params, xs, h0, dh_last) -> the gradients of <h_last, dh_last>."""
+    """A function of (params, xs, h0, dh_last) that returns the gradients of <h_last, dh_last>."""
 
     def value(params, xs, h0, dh_last):
         return jnp.sum(layer.run(params, xs, h0)[0] * dh_last)
@@ -137,7 +138,7 @@ def last_state_gradients(layer: Layer):
 
 
 def memory_curve(args: argparse.Namespace, plan: Plan, bar: tqdm) -> Rows:
-    """Temporaries of many-to-one training for every T; nothing is allocated."""
+    """The temporaries of many-to-one training for every T; no arrays are allocated."""
     rows = []
     for num_steps in plan.curve:
         size = plan.long._replace(num_steps=num_steps)
@@ -154,7 +155,7 @@ def memory_curve(args: argparse.Namespace, plan: Plan, bar: tqdm) -> Rows:
 
 
 def long_run(args: argparse.Namespace, plan: Plan, bar: tqdm) -> dict[str, Any]:
-    """One training step with "boundaries" at the greatest T, after its compilation."""
+    """Runs one compiled training step with "boundaries" at the largest T."""
     problem = draw_problem(plan.long, args.reset, args.seed)
     arguments = (problem.params, problem.xs, problem.h0, problem.dh_last)
     layer = make_layers(args.reset)["jaxgru boundaries"]
@@ -181,7 +182,7 @@ def exponent(sizes: Sequence[int], values: Sequence[float]) -> float:
 
 
 def fit(rows: Rows) -> Rows:
-    """The exponents of time and temporaries, for each axis and contender."""
+    """The exponents of time and temporaries for each axis and contender."""
     found = []
     for axis, name in dict.fromkeys((row["axis"], row["contender"]) for row in rows):
         mine = [row for row in rows if (row["axis"], row["contender"]) == (axis, name)]
@@ -195,7 +196,7 @@ def fit(rows: Rows) -> Rows:
 
 
 def judge(fits: Rows, run: dict[str, Any], plan: Plan) -> Rows:
-    """The targets; None where the plan was not the full one."""
+    """The targets; `reached` is None unless the plan is the full one."""
     exponents = {(f["axis"], f["contender"]): f["median_ms_exponent"] for f in fits}
     targets = [
         {
@@ -219,14 +220,14 @@ def judge(fits: Rows, run: dict[str, Any], plan: Plan) -> Rows:
 
 
 def format_target(target: dict[str, Any]) -> str:
-    """One line."""
+    """A target in one line."""
     state = {True: "reached", False: "MISSED", None: "not measured"}[target["reached"]]
     figure = "" if target["figure"] is None else f" {target['figure']:.2f}"
     return f"{state:13}{target['claim']}{figure} (wanted {target['wanted']})"
 
 
 def table(rows: Rows, fits: Rows, curve: Rows) -> str:
-    """Medians in ms with temporaries in MB, the exponents, and the memory curve."""
+    """A table of medians and temporaries, the exponents, and the memory curve."""
     names = list(COLOURS)
     lines = ["", f"{'':14}" + "".join(f"{name:>26}" for name in names)]
 
@@ -248,24 +249,24 @@ def table(rows: Rows, fits: Rows, curve: Rows) -> str:
 
 
 def _time_and_memory(row: dict[str, Any]) -> str:
-    """ms and MB."""
+    """The median time in ms and the temporaries in MB."""
     return f"{row['median_ms']:.2f} ms {_megabytes(row):7.1f} MB"
 
 
 def _exponents(entry: dict[str, Any]) -> str:
-    """Of time and of temporaries."""
+    """The exponents of time and of temporaries."""
     values = (entry["median_ms_exponent"], entry["temporaries_bytes_exponent"])
     return " ".join("       -" if v is None else f"{v:8.2f}" for v in values)
 
 
 def _megabytes(row: dict[str, Any]) -> float:
-    """NaN where it is not known."""
+    """The temporaries in MB; NaN if they are not known."""
     count = row["temporaries_bytes"]
     return float("nan") if count is None else count / 1e6
 
 
 def plot(rows: Rows, curve: Rows, title: str, path: Path) -> None:
-    """Three panels of time and temporaries, and the memory curve."""
+    """Plots time and temporaries against T, B and H, and the memory curve."""
     figure = Figure(figsize=(12, 9))
     figure.set_layout_engine("constrained")
     panels = figure.subplots(2, 2).ravel()
@@ -278,7 +279,7 @@ def plot(rows: Rows, curve: Rows, title: str, path: Path) -> None:
         right.set(ylabel="temporaries, MB (dotted)")
     _lines(panels[3], curve, "num_steps", _megabytes, "x:", "temporaries")
     panels[3].set(xlabel="steps T", ylabel="temporaries, MB")
-    panels[3].set_title("many to one: gradients of h_last alone", fontsize=10)
+    panels[3].set_title("many-to-one training: gradients of h_last", fontsize=10)
     panels[3].legend(fontsize=8)
     panels[0].legend(fontsize=8)
     figure.suptitle(title, fontsize=10)
@@ -286,7 +287,7 @@ def plot(rows: Rows, curve: Rows, title: str, path: Path) -> None:
 
 
 def _lines(panel: Any, rows: Rows, field: str, value: Any, style: str, what: str) -> None:
-    """A line for each contender, both axes logarithmic."""
+    """Draws a line for each contender on logarithmic axes."""
     for name, colour in COLOURS.items():
         mine = [row for row in rows if row["contender"] == name]
         x, y = [row[field] for row in mine], [value(row) for row in mine]
@@ -300,7 +301,7 @@ def _lines(panel: Any, rows: Rows, field: str, value: Any, style: str, what: str
 
 
 def run(args: argparse.Namespace, argv: list[str]) -> int:
-    """Measures, prints, writes."""
+    """Measures, prints and writes."""
     plan, device = SMOKE if args.smoke else FULL, jax.devices()[0]
     about = {
         "command": shlex.join(["python", "-m", "experiments.benchmarks.scaling", *argv]),
@@ -316,7 +317,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
     title += f"{about['cores']} cores; jax {about['versions']['jax']}; {about['date']}"
     print(title)
     points = points_of(plan)
-    sizes = dict.fromkeys(points.values())  # the base is on every axis, and measured once
+    sizes = dict.fromkeys(points.values())  # the base is a point of every axis, measured once
     total, layout = len(sizes) + len(plan.curve) + 1, "{desc} {percentage:3.0f}%|{bar}| {elapsed}"
     with (
         jax.default_matmul_precision("highest"),
@@ -338,18 +339,19 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0; 2 where the folder cannot be used; a SystemExit where contenders disagree."""
+    """Returns 0, or 2 if the folder cannot be used; raises SystemExit if contenders disagree."""
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
         prog="python -m experiments.benchmarks.scaling",
         description=(__doc__ or "").partition("\n")[0],
     )
     add = parser.add_argument
-    add("--out", type=Path, default=Path("runs/benchmark_scaling"), metavar="FOLDER")
+    add("--out", type=Path, default=Path("runs/benchmark_scaling"), metavar="FOLDER",
+        help="new or empty folder (default: runs/benchmark_scaling)")  # fmt: skip
     add("--reset", choices=RESETS, default="after")
-    add("--seconds", type=positive_number, metavar="N", help="for all of a size (default 5)")
+    add("--seconds", type=positive_number, metavar="N", help="of timing per size (default: 5)")
     add("--seed", type=int, default=0)
-    add("--smoke", action="store_true", help="tiny and quick: does it run?")
+    add("--smoke", action="store_true", help="a tiny run of seconds that tests the script")
     args = parser.parse_args(argv)
     args.seconds = args.seconds or (0.01 if args.smoke else 5.0)
     return runs.run_script("scaling", lambda: run(args, argv))

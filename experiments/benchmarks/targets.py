@@ -1,7 +1,7 @@
-"""What jaxgru set out to reach beside other libraries, and whether rows of measurements show it.
+"""The targets of jaxgru's speed and memory, and whether rows of measurements reach them.
 
-A ratio is the other's time over jaxgru's, so above 1 jaxgru is faster. A target counts as measured
-when every size, equation and contender that it speaks of is among the rows.
+A ratio is the time of another contender over jaxgru's, so jaxgru is faster above 1. A target counts
+as measured if the rows contain every size, equation and contender that it needs.
 """
 
 import functools
@@ -38,35 +38,35 @@ Rows = list[dict[str, Any]]
 
 
 class Target(NamedTuple):
-    """A figure beside what was wanted of it; reached is None where it was not measured."""
+    """A claim with its figure and bound; `reached` is None if it was not measured."""
 
     claim: str
     figure: float | None
     wanted: str
     reached: bool | None
-    place: str = ""  # where the figure comes from, of a worst case
+    place: str = ""  # where a worst case was measured
 
     def __str__(self):
-        """One line."""
+        """The target in one line."""
         state = {True: "reached", False: "MISSED", None: "not measured"}[self.reached]
         figure = "" if self.figure is None else f": {self.figure:.2f} (wanted {self.wanted})"
         return f"{state:13}{self.claim}{figure}{self.place and f'; {self.place}'}"
 
 
 class NotMeasured(Exception):
-    """A row that a target needs is not there."""
+    """Raised if a row that a target needs is missing."""
 
 
 def size_of(row: dict[str, Any]) -> Size:
-    """The size that a row is of."""
+    """The size of a row."""
     return Size(*(row[field] for field in Size._fields))
 
 
 def find(rows: Rows, task: Task, reset: Reset, size: Size, contender: str, field: str) -> float:
-    """That field of that contender's row.
+    """A field of a contender's row.
 
     Raises:
-      NotMeasured: there is no such row, or nothing in the field.
+      NotMeasured: there is no such row, or the field is None.
     """
     for row in rows:
         where = (row["task"], row["reset"], size_of(row), row["contender"])
@@ -78,7 +78,7 @@ def find(rows: Rows, task: Task, reset: Reset, size: Size, contender: str, field
 def best(
     rows: Rows, task: Task, reset: Reset, size: Size, names: Iterable[str], field: str
 ) -> float:
-    """The least of that field among the contenders that can run the task with that equation."""
+    """The smallest value of a field among the contenders that support the task and equation."""
     able = [name for name in names if can_run(PEERS[name], task, reset)]
     return min(find(rows, task, reset, size, name, field) for name in able)
 
@@ -100,36 +100,36 @@ def ratios(
 
 
 def geometric_mean(values: Iterable[float]) -> float:
-    """exp of the mean of logarithms."""
+    """exp of the mean of the logarithms."""
     return float(np.exp(np.mean(np.log(list(values)))))
 
 
 def _worst(rows: Rows, task: Task, sizes: Iterable[Size] = SIZES) -> float:
-    """The best peer's time over jaxgru's where jaxgru does worst."""
+    """The smallest ratio of the best peer's time to jaxgru's."""
     return min(ratios(rows, task, PEERS, sizes))
 
 
 def _mean(
     rows: Rows, task: Task, names: Iterable[str] = PEERS, resets: Iterable[Reset] = RESETS
 ) -> float:
-    """The best of these peers' time over jaxgru's, in geometric mean."""
+    """The geometric mean of the ratios of the best peer's time to jaxgru's."""
     return geometric_mean(ratios(rows, task, names, resets=resets))
 
 
 def _share_of_limit(rows: Rows, reset: Reset, size: Size) -> float:
-    """The limit's time over jaxgru's."""
+    """The time of the matmul limit over jaxgru's."""
     limit = find(rows, "training", reset, size, LIMIT, "median_ms")
     return limit / find(rows, "training", reset, size, OURS, "median_ms")
 
 
 def _share_of_temporaries(rows: Rows, reset: Reset, name: str) -> float:
-    """jaxgru's temporaries over the least of the JAX peers', long sequence."""
+    """jaxgru's temporaries over the smallest of a JAX peer, for a long sequence."""
     theirs = best(rows, "training", reset, LONG, JAX_PEERS, "temporaries_bytes")
     return find(rows, "training", reset, LONG, name, "temporaries_bytes") / theirs
 
 
 def _compilation(rows: Rows) -> float:
-    """Flax linen's time to compile a training step over jaxgru's, in geometric mean."""
+    """The geometric mean of Flax linen's compilation time over jaxgru's, for training steps."""
 
     def seconds(size, name):
         return find(rows, "training", "after", size, name, "compile_seconds")
@@ -138,7 +138,7 @@ def _compilation(rows: Rows) -> float:
 
 
 class Goal(NamedTuple):
-    """A claim to be held against rows."""
+    """A claim, how to measure it from rows, and its bound."""
 
     claim: str
     measure: Callable[[Rows], float]
@@ -154,7 +154,7 @@ RELATIONS: dict[str, Callable[[float, float], bool]] = {
 
 
 def _goals_of(reset: Reset) -> list[Goal]:
-    """Shares of the limit and of the peers' temporaries, for one equation."""
+    """The goals on the matmul limit and on the peers' temporaries, for one equation."""
     shares = [
         Goal(
             f"training: share of the matmul limit, H={size.hidden_size}, reset {reset}",
@@ -231,12 +231,12 @@ GOALS = (
 
 
 def judge(rows: Rows) -> list[Target]:
-    """Every goal, held against these rows."""
+    """The target of every goal, for these rows."""
     return [_judge(goal, rows) for goal in GOALS]
 
 
 def _judge(goal: Goal, rows: Rows) -> Target:
-    """Reached, missed, or not measured where a row is missing."""
+    """The target of one goal; it is not measured if a row is missing."""
     wanted = f"{goal.relation} {goal.bound:g}"
     try:
         figure = float(goal.measure(rows))

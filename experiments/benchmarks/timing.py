@@ -1,6 +1,6 @@
-"""What every benchmark needs: contenders timed in turn, samples summed up, the machine named.
+"""Times contenders in turn, summarizes samples, and describes the machine.
 
-No framework is imported here, so a benchmark of JAX and one of PyTorch can both use it.
+No framework is imported here, so benchmarks of JAX and of PyTorch can both use this module.
 """
 
 import datetime
@@ -30,27 +30,27 @@ def interleave(
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], Any] = time.sleep,
 ) -> dict[str, list[float]]:
-    """Seconds of every timed call, in rounds A B C B C A: a drifting machine hurts all alike.
+    """Times contenders in rounds A B C, B C A, ..., so that slow phases affect all of them alike.
 
-    A contender's turn is a pause, one call that is not timed, and a burst of calls that are, each
-    by itself. The pause lets the threads of the one before come to rest (those of OpenMP spin for
-    a while), and the call brings back to the caches what the others drove out of them.
+    In its turn, a contender has a pause, one call that is not timed, and a burst of calls that are
+    timed one by one. During the pause the threads of the previous contender come to rest (those of
+    OpenMP keep spinning for a while). The untimed call fills the caches again.
 
     Args:
-      contenders: name -> a function of no arguments that returns when its result is *ready*:
-        one that runs asynchronously must wait for its result itself.
-      seconds: for everything but the warm-up together; the last round is finished.
-      warm_up: rounds that are run first and not timed.
-      min_rounds: are timed even if they take longer than `seconds`.
-      burst_seconds: a burst ends with the call in which it reaches this; it has at least one.
-      pause_seconds: before every turn.
-      advance: is told after each round which further fraction of the work is done; the fractions
-        add up to 1.
-      clock: seconds that have passed since some moment.
-      sleep: passes a number of seconds.
+      contenders: name -> a function without arguments that returns when its result is *ready*; an
+        asynchronous one must wait for its result.
+      seconds: for all rounds together, without the warm-up; the last round is finished.
+      warm_up: number of untimed rounds at the beginning.
+      min_rounds: number of rounds that are timed even if they take longer than `seconds`.
+      burst_seconds: a burst ends with the first call after which it has taken this long.
+      pause_seconds: of the pause before every turn.
+      advance: is called after each round with the fraction of the work that the round has done;
+        the fractions add up to 1.
+      clock: returns the seconds since a fixed moment.
+      sleep: waits for a number of seconds.
 
     Returns:
-      name -> the seconds of each timed call; quick contenders have more of them.
+      name -> the seconds of each timed call; fast contenders have more calls.
     """
     for _ in range(warm_up):
         for call in contenders.values():
@@ -76,14 +76,14 @@ def interleave(
 
 
 def _rotated(contenders: Mapping[str, Any], rounds: int) -> list[tuple[str, Any]]:
-    """The contenders, from another one on in each round, so that each comes first in its turn."""
+    """The contenders in the order of this round; each round begins with another one."""
     items = list(contenders.items())
     first = rounds % max(len(items), 1)
     return items[first:] + items[:first]
 
 
 def _burst(call: Callable[[], Any], burst_seconds: float, clock: Callable[[], float]):
-    """The seconds of each of one or more calls that together take burst_seconds."""
+    """The seconds of each call; there are as many calls as it takes to reach burst_seconds."""
     samples: list[float] = []
     total = 0.0
     while not samples or total < burst_seconds:
@@ -95,7 +95,7 @@ def _burst(call: Callable[[], Any], burst_seconds: float, clock: Callable[[], fl
 
 
 def summarize(samples: list[float]) -> dict[str, Any]:
-    """Median, least, quartiles (milliseconds) and number of samples that are in seconds."""
+    """Median, minimum and quartiles in milliseconds, and the number of samples, of seconds."""
     low, median, high = np.percentile(samples, (25, 50, 75)) * 1e3
     return {
         "median_ms": float(median),
@@ -118,11 +118,12 @@ def describe_machine(packages: Iterable[str] = ()) -> dict[str, Any]:
 
 
 def describe_gpu() -> dict[str, Any]:
-    """What the driver says of each GPU, and the distributions that bring CUDA, cuDNN, or a plugin.
+    """The output of nvidia-smi, and the versions of the CUDA, cuDNN and plugin distributions.
 
-    The line of a GPU is its name, driver, power limit, highest clock and memory; None without one.
+    nvidia-smi prints the name, driver, power limit, highest clock and memory of each GPU. Without
+    nvidia-smi the output is None.
     """
-    tool, said = shutil.which("nvidia-smi"), None
+    tool, output = shutil.which("nvidia-smi"), None
     if tool is not None:
         fields = "name,driver_version,power.limit,clocks.max.sm,memory.total"
         command = [tool, f"--query-gpu={fields}", "--format=csv,noheader"]
@@ -130,16 +131,16 @@ def describe_gpu() -> dict[str, Any]:
             answer = subprocess.run(
                 command, capture_output=True, text=True, timeout=30, check=False
             )
-            said = (answer.stdout or answer.stderr).strip()
+            output = (answer.stdout or answer.stderr).strip()
         except (OSError, subprocess.TimeoutExpired) as error:
-            said = f"no answer: {error}"
+            output = f"no answer: {error}"
     packages = ((d.metadata["Name"] or "", d.version) for d in importlib.metadata.distributions())
     cuda = sorted(item for item in packages if item[0].startswith(("nvidia-", "jax-cuda")))
-    return {"nvidia_smi": said, "cuda_packages": dict(cuda)}
+    return {"nvidia_smi": output, "cuda_packages": dict(cuda)}
 
 
 def _cpu_model() -> str:
-    """The model name the kernel gives, or what Python knows where it gives none."""
+    """The model name from /proc/cpuinfo, or else from Python's platform module."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -1,22 +1,22 @@
-"""A character language model in PyTorch: the peer of jaxgru's, on the same batches.
+"""Trains a character language model in PyTorch, for comparison with `experiments.char_lm`.
 
     python -m experiments.benchmarks.torch_char_lm --text tinyshakespeare.txt
     python -m experiments.benchmarks.torch_char_lm --text FILE --epochs 10 --seed 1 --out runs/torch
 
-Embedding -> one GRU layer -> linear head, each with PyTorch's own initialisation, trained by
-truncated backpropagation through time: the text is cut into `--batch-size` contiguous streams, the
-state is carried from batch to batch, detached, and zeroed at the start of an epoch. The first 90 %
-of the text are for training, the last 10 % for validation after every epoch, with the state
-carried in the same way.
+The model is an embedding, one GRU layer and a linear head, with PyTorch's own initialization. It
+sees the same batches as jaxgru's and is trained by truncated BPTT: the text is cut into
+`--batch-size` contiguous streams, and the state is carried from batch to batch, detached, and set
+to zero at the start of each epoch. The first 90 % of the text are for training, the last 10 % for
+validation after every epoch, where the state is carried in the same way.
 
-AdamW decays every parameter, the biases too. The learning rate of update u = 0, 1, ... of U is
-peak * u / W below the warm-up W, then peak * (1 + cos(pi (u - W) / (U - W))) / 2. Gradients are
-clipped by their global norm.
+AdamW decays every parameter, also the biases. The learning rate of update u = 0, 1, ... of U is
+peak * u / W during the warm-up of W updates, then peak * (1 + cos(pi (u - W) / (U - W))) / 2.
+Gradients are clipped by their global norm.
 
-Prints a line for each epoch, then the result as JSON, which is also written to
+The script prints a line for each epoch, and then the result as JSON, which it also writes to
 `--out`/torch_char_lm.json: losses in nats and bits per character, seconds, characters per second.
-Training seconds leave validation out. A text that cannot be used gives one line on stderr and exit
-code 2.
+Training seconds do not include validation. If the text cannot be used, the script prints one line
+to stderr and exits with code 2.
 """
 
 import argparse
@@ -46,21 +46,21 @@ class CharModel(nn.Module):
     """Embedding -> GRU -> linear head over the vocabulary."""
 
     def __init__(self, vocabulary_size: int, embedding_size: int, hidden_size: int):
-        """PyTorch's own initialisation of all three."""
+        """Makes the three modules with PyTorch's own initialization."""
         super().__init__()
         self.embedding = nn.Embedding(vocabulary_size, embedding_size)
         self.gru = nn.GRU(embedding_size, hidden_size)
         self.head = nn.Linear(hidden_size, vocabulary_size)
 
     def forward(self, ids: torch.Tensor, h0: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """ids [T, B], h0 [1, B, H] -> logits [T, B, V], the last state [1, B, H]."""
+        """Maps ids [T, B] and h0 [1, B, H] to logits [T, B, V] and the last state [1, B, H]."""
         hs, h_last = self.gru(self.embedding(ids), h0)
         return self.head(hs), h_last
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Contiguous streams of one part of the text, [B, num_batches * T], and how to cut them."""
+    """Contiguous streams [B, num_batches * T] of one part of the text."""
 
     inputs: np.ndarray
     targets: np.ndarray
@@ -68,16 +68,16 @@ class Split:
 
     @property
     def num_batches(self) -> int:
-        """Batches in one pass."""
+        """The number of batches in one epoch."""
         return self.inputs.shape[1] // self.num_steps
 
     @property
     def num_chars(self) -> int:
-        """Characters predicted in one pass."""
+        """The number of characters predicted in one epoch."""
         return self.inputs.size
 
     def batches(self) -> Iterator[Batch]:
-        """The batches in the order of the text, time-major."""
+        """Yields the batches in the order of the text, time-major."""
         for k in range(self.num_batches):
             columns = slice(k * self.num_steps, (k + 1) * self.num_steps)
             inputs, targets = self.inputs[:, columns].T, self.targets[:, columns].T
@@ -88,16 +88,16 @@ class Split:
 
 
 def make_split(ids: np.ndarray, batch_size: int, num_steps: int, name: str) -> Split:
-    """The streams of ids; what fills no batch is left over at the end.
+    """Cuts ids into streams; ids at the end that do not fill a batch are dropped.
 
     Raises:
-      ValueError: there is not one batch in ids.
+      ValueError: ids has less than one batch.
     """
     num_batches = (len(ids) - 1) // (batch_size * num_steps)
     if num_batches < 1:
         raise ValueError(
-            f"its {name} part has {len(ids)} characters and one batch needs "
-            f"{batch_size * num_steps + 1} (batch size {batch_size} times {num_steps} steps, and 1)"
+            f"its {name} part has {len(ids)} characters, but one batch of {batch_size} x "
+            f"{num_steps} needs {batch_size * num_steps + 1}"
         )
     used = batch_size * num_batches * num_steps
     inputs = ids[:used].reshape(batch_size, -1)
@@ -112,7 +112,7 @@ def load_text(path: Path, batch_size: int, num_steps: int) -> tuple[Split, Split
       OSError, UnicodeDecodeError: the file cannot be read as text.
       ValueError: it is empty or too short.
     """
-    text = path.read_bytes().decode("utf-8")  # no translation of line ends
+    text = path.read_bytes().decode("utf-8")  # keeps line ends as they are
     if not text:
         raise ValueError("it is empty")
     vocabulary = sorted(set(text))
@@ -125,24 +125,24 @@ def load_text(path: Path, batch_size: int, num_steps: int) -> tuple[Split, Split
 
 
 def learning_rate_factor(update: int, warm_up: int, num_updates: int) -> float:
-    """Linear from 0 to 1 over the warm-up, then half a cosine to 0 at the last update."""
+    """Linear from 0 to 1 during the warm-up, then half a cosine to 0 at the last update."""
     if update < warm_up:
         return update / warm_up
     return 0.5 * (1 + math.cos(math.pi * (update - warm_up) / max(1, num_updates - warm_up)))
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Mean over [T, B], in nats."""
+    """The mean cross-entropy over [T, B], in nats."""
     return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 def initial_state(model: CharModel, batch_size: int) -> torch.Tensor:
-    """Zeros [1, B, H]."""
+    """A state of zeros [1, B, H]."""
     return torch.zeros(1, batch_size, model.gru.hidden_size)
 
 
 def train_epoch(model, optimizer, scheduler, split: Split, clip: float, bar: tqdm) -> float:
-    """One pass of updates; the mean training loss on the way."""
+    """Trains for one epoch; returns the mean training loss."""
     model.train()
     h = initial_state(model, split.inputs.shape[0])
     total = torch.zeros(())
@@ -161,7 +161,7 @@ def train_epoch(model, optimizer, scheduler, split: Split, clip: float, bar: tqd
 
 @torch.no_grad()
 def evaluate(model: CharModel, split: Split) -> float:
-    """Mean cross-entropy of the split, nats per character."""
+    """The mean cross-entropy of a split in nats per character."""
     model.eval()
     h = initial_state(model, split.inputs.shape[0])
     total = torch.zeros(())
@@ -172,7 +172,7 @@ def evaluate(model: CharModel, split: Split) -> float:
 
 
 def train(model: CharModel, train_split: Split, valid_split: Split, args) -> list[dict[str, Any]]:
-    """All epochs: a record for each, printed as it ends."""
+    """Trains for all epochs; prints and returns a record for each."""
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=args.learning_rate,
@@ -203,7 +203,7 @@ def train(model: CharModel, train_split: Split, valid_split: Split, args) -> lis
 
 
 def summarize(history: list[dict[str, Any]], chars_per_epoch: int) -> dict[str, Any]:
-    """Final and best validation loss, and the speed of training."""
+    """The final and the best validation loss, and the speed of training."""
     best = min(history, key=lambda record: record["valid_nats"])
     final, seconds = history[-1], sum(record["seconds"] for record in history)
     return {
@@ -218,7 +218,7 @@ def summarize(history: list[dict[str, Any]], chars_per_epoch: int) -> dict[str, 
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Trains, prints, writes; 0, or 2 where the text or the folder cannot be used."""
+    """Trains, prints and writes; returns 0, or 2 if the text or the folder cannot be used."""
     argv = sys.argv[1:] if argv is None else argv
     args = _parse(argv)
     try:
@@ -258,7 +258,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    """The options."""
+    """Parses the options."""
     parser = argparse.ArgumentParser(
         prog="python -m experiments.benchmarks.torch_char_lm",
         description=(__doc__ or "").partition("\n")[0],
@@ -268,12 +268,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--embedding-size", type=_count, default=64, help=" ")
     parser.add_argument("--hidden-size", type=_count, default=256, help=" ")
     parser.add_argument("--batch-size", type=_count, default=32, help="number of streams")
-    parser.add_argument("--num-steps", type=_count, default=128, help="characters a batch")
+    parser.add_argument("--num-steps", type=_count, default=128, help="time steps per batch")
     parser.add_argument("--epochs", type=_count, default=10, help=" ")
-    parser.add_argument("--learning-rate", type=positive_number, default=3e-3, help="at its peak")
-    parser.add_argument("--warm-up", type=_count, default=100, help="updates")
+    parser.add_argument("--learning-rate", type=positive_number, default=3e-3, help="peak value")
+    parser.add_argument("--warm-up", type=_count, default=100, help="in updates")
     parser.add_argument("--weight-decay", type=non_negative_number, default=1e-4, help=" ")
-    parser.add_argument("--clip", type=positive_number, default=1.0, help="greatest global norm")
+    parser.add_argument("--clip", type=positive_number, default=1.0, help="largest global norm")
     parser.add_argument("--seed", type=int, default=0, help=" ")
     parser.add_argument("--threads", type=_count, default=os.cpu_count() or 1, help=" ")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark_torch_char_lm"), help=" ")

@@ -1,8 +1,8 @@
-"""torch.nn.GRU as a contender: its own autograd, on the device that JAX uses.
+"""torch.nn.GRU as a contender: eager torch with its own autograd, on the device that JAX uses.
 
-The weights are ours, transposed. On a CPU every call is tried with torch's own number of threads
-and with one, which wins at small sizes, and the quicker of them is what counts; on CUDA every call
-is synchronized. It is eager torch: nothing is compiled.
+The weights are those of jaxgru, transposed. On a CPU every task is tried with torch's default
+number of threads and with one thread, which is faster at small sizes; the faster one is timed. On
+CUDA every call is synchronized. Nothing is compiled.
 """
 
 import functools
@@ -28,18 +28,18 @@ from experiments.benchmarks.problems import (
 from experiments.benchmarks.timing import interleave
 from jaxgru import GRUParams
 
-TRIAL_SECONDS = 0.1  # for each way to do a task, before the quickest is chosen
-Calls = dict[str, Callable[[], Any]]  # how -> call
+TRIAL_SECONDS = 0.1  # for each variant of a task, before the fastest is chosen
+Calls = dict[str, Callable[[], Any]]  # name of a variant -> call
 
 
 def torch_gru(reset: Reset, size: Size, dtype: Any) -> Callable[..., Program]:
-    """The builder of torch's programs."""
+    """A function that builds torch's programs."""
     torch = importlib.import_module("torch")
     device = "cuda" if jax.default_backend() == "gpu" else "cpu"
-    kind = getattr(torch, jnp.dtype(dtype).name)
+    torch_dtype = getattr(torch, jnp.dtype(dtype).name)
 
     def array(v):
-        return torch.tensor(np.asarray(v, np.float32), dtype=kind, device=device)
+        return torch.tensor(np.asarray(v, np.float32), dtype=torch_dtype, device=device)
 
     def build(task: Task, problem: Problem | CharModel, compiles: int = 1) -> Program:
         if isinstance(problem, CharModel):
@@ -47,14 +47,14 @@ def torch_gru(reset: Reset, size: Size, dtype: Any) -> Callable[..., Program]:
         else:
             make = {"training": _training, "forward": _forward, "step": _steps}[task]
             calls, read = make(torch, array, problem)
-        how, call = _quickest(_finish(torch, device, calls))
-        return Program(call, read, repeats=STEPS_PER_CALL if task == "step" else 1, note=how)
+        name, call = _fastest(_finish(torch, device, calls))
+        return Program(call, read, repeats=STEPS_PER_CALL if task == "step" else 1, note=name)
 
     return build
 
 
 def _finish(torch: Any, device: str, calls: Calls) -> Calls:
-    """The calls with each number of threads, or synchronized."""
+    """The calls with each number of threads; on CUDA the calls with a synchronization."""
     if device == "cuda":
 
         def synchronized(call):
@@ -62,7 +62,7 @@ def _finish(torch: Any, device: str, calls: Calls) -> Calls:
             torch.cuda.synchronize()
             return result
 
-        return {how: functools.partial(synchronized, call) for how, call in calls.items()}
+        return {name: functools.partial(synchronized, call) for name, call in calls.items()}
 
     def threaded(call, count):
         if torch.get_num_threads() != count:
@@ -70,45 +70,45 @@ def _finish(torch: Any, device: str, calls: Calls) -> Calls:
         return call()
 
     return {
-        f"{how}, threads: {count}": functools.partial(threaded, call, count)
-        for how, call in calls.items()
-        for count in sorted({_own_threads(), 1}, reverse=True)
+        f"{name}, threads: {count}": functools.partial(threaded, call, count)
+        for name, call in calls.items()
+        for count in sorted({_default_threads(), 1}, reverse=True)
     }
 
 
 @functools.cache
-def _own_threads() -> int:
-    """How many threads torch takes unless told, asked before anything here tells it."""
+def _default_threads() -> int:
+    """torch's default number of threads; the first call is before this module changes it."""
     return importlib.import_module("torch").get_num_threads()
 
 
-def _quickest(calls: Calls) -> tuple[str, Callable[[], Any]]:
-    """The way that takes the least time."""
+def _fastest(calls: Calls) -> tuple[str, Callable[[], Any]]:
+    """The name and call of the variant with the smallest median time."""
     samples = interleave(calls, TRIAL_SECONDS * len(calls), min_rounds=3)
-    how = min(samples, key=lambda how: float(np.median(samples[how])))
-    return how, calls[how]
+    name = min(samples, key=lambda name: float(np.median(samples[name])))
+    return name, calls[name]
 
 
 def allow_tf32(allowed: bool) -> None:
-    """Lets torch's float32 products on CUDA round their operands to TF32, or not."""
+    """Allows torch's float32 products on CUDA to round their operands to TF32, or forbids it."""
     torch = importlib.import_module("torch")
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch.backends.cudnn.allow_tf32 = allowed
 
 
 def _load(module: Any, params: GRUParams, array: Callable[[Any], Any], suffix: str) -> Any:
-    """The module with our weights, in the dtype and on the device of what array makes."""
+    """Loads jaxgru's weights into a module, with the dtype and device that `array` gives."""
     names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
     arrays = (np.asarray(v).T for v in (params.w_x, params.w_h, params.b_x, params.b_h))
     state = {name + suffix: array(v) for name, v in zip(names, arrays)}
-    (like, *_) = state.values()
-    module = module.to(device=like.device, dtype=like.dtype)
+    (first, *_) = state.values()
+    module = module.to(device=first.device, dtype=first.dtype)
     module.load_state_dict(state)
     return module
 
 
 def _sequence(torch, array, problem: Problem):
-    """nn.GRU with our weights, xs, h0 [1, B, H], dh_last [1, B, H], dhs."""
+    """(nn.GRU with jaxgru's weights, xs, h0 [1, B, H], dh_last [1, B, H], dhs)."""
     _, _, input_size, hidden_size = (*problem.xs.shape, problem.h0.shape[1])
     module = _load(torch.nn.GRU(input_size, hidden_size), problem.params, array, "_l0")
     xs, dhs = array(problem.xs), array(problem.dhs)
@@ -116,10 +116,10 @@ def _sequence(torch, array, problem: Problem):
 
 
 def _training(torch, array, problem: Problem) -> tuple[Calls, Callable[[Any], Result]]:
-    """Forward, the functional, and autograd of everything.
+    """Two variants of a training step: autograd from the value, and from given cotangents.
 
-    Given the cotangents, autograd starts at the GRU: the functional's own backward, some small
-    kernels that a compiler would have fused, is left out.
+    With given cotangents autograd starts at the GRU's outputs. That saves the backward pass of the
+    value, a few small kernels that a compiler would have fused.
     """
     module, xs, h0, dh_last, dhs = _sequence(torch, array, problem)
     xs, h0 = xs.requires_grad_(), h0.requires_grad_()
@@ -147,13 +147,13 @@ def _training(torch, array, problem: Problem) -> tuple[Calls, Callable[[Any], Re
 def _forward(torch, array, problem: Problem) -> tuple[Calls, Callable[[Any], Result]]:
     """nn.GRU in inference mode."""
     module, xs, h0, *_ = _sequence(torch, array, problem)
-    module.eval()  # cuDNN then keeps nothing for a backward pass
+    module.eval()  # so that cuDNN saves nothing for a backward pass
     call = torch.inference_mode()(lambda: module(xs, h0))
     return {"nn.GRU": call}, lambda result: _read(h_last=result[1][0], hs=result[0])
 
 
 def _steps(torch, array, problem: Problem) -> tuple[Calls, Callable[[Any], Result]]:
-    """One step in three ways, in inference mode, its state fed back."""
+    """Three variants of single steps in inference mode; each step gets the state before."""
     x, h0 = array(problem.xs)[0], array(problem.h0)
 
     @torch.inference_mode()
@@ -164,23 +164,23 @@ def _steps(torch, array, problem: Problem) -> tuple[Calls, Callable[[Any], Resul
         return h
 
     advances = _advances(torch, array, problem.params)
-    calls = {how: functools.partial(run, advance) for how, advance in advances.items()}
+    calls = {name: functools.partial(run, advance) for name, advance in advances.items()}
     return calls, lambda h: _read(h=h)
 
 
 def _generation(torch, array, model: CharModel) -> tuple[Calls, Callable[[Any], Result]]:
-    """Three loops that write the same characters."""
+    """Three variants of a loop that generates the same characters."""
     (params,) = model.params.layers
     assert isinstance(params, GRUParams)
     calls = {
-        how: _writer(torch, array, model, advance)
-        for how, advance in _advances(torch, array, params).items()
+        name: _generator(torch, array, model, advance)
+        for name, advance in _advances(torch, array, params).items()
     }
     return calls, lambda tokens: _read(tokens=tokens)
 
 
 def _advances(torch, array, params: GRUParams) -> dict[str, Callable[[Any, Any], Any]]:
-    """name -> (x [1, E], h [1, H]) -> h by nn.GRUCell, the functional cell and nn.GRU."""
+    """{name: function of x [1, E] and h [1, H]} of nn.GRUCell, the functional cell and nn.GRU."""
     input_size, hidden_size = params.w_x.shape[0], params.w_h.shape[0]
     cell = _load(torch.nn.GRUCell(input_size, hidden_size), params, array, "")
     gru = _load(torch.nn.GRU(input_size, hidden_size), params, array, "_l0")
@@ -192,8 +192,8 @@ def _advances(torch, array, params: GRUParams) -> dict[str, Callable[[Any, Any],
     }
 
 
-def _writer(torch, array, model: CharModel, advance):
-    """A loop in inference mode that writes all characters; they stay on the device till the end."""
+def _generator(torch, array, model: CharModel, advance):
+    """A loop in inference mode that generates all characters, on the device until the end."""
     embedding, w, b = (array(v) for v in (model.params.embedding, model.params.w, model.params.b))
     first = torch.full((1,), model.first, dtype=torch.int64, device=w.device)
     w_t = w.T.contiguous()
@@ -212,7 +212,7 @@ def _writer(torch, array, model: CharModel, advance):
 
 
 def _read(**leaves) -> Result:
-    """torch's arrays as NumPy's; NumPy has no bfloat16."""
+    """Converts torch's tensors to NumPy; bfloat16, which NumPy lacks, becomes float32."""
     return as_result(
         **{
             name: (v.float() if v.is_floating_point() else v).detach().cpu().numpy()

@@ -1,1 +1,1 @@
-"""The equations of five documents on the GRU, each as printed and as corrected, beside autodiff."""
+"""Compares the equations of five documents on the GRU, printed and corrected, with autodiff."""

@@ -1,9 +1,9 @@
-"""Five documents on the GRU, equation by equation: as printed and as corrected, beside autodiff.
+"""Compares the equations of five documents on the GRU, printed and corrected, with autodiff.
 
-    python -m experiments.derivation                       # the tape with f = tanh, seconds
+    python -m experiments.derivation                       # f = tanh in the sixteen steps
     python -m experiments.derivation --activation softplus
 
-The documents, by their titles, and the short names of the table:
+The table uses short names for the documents:
 
 * sixteen steps: "Feedforward and Backward Propagation in Gated Recurrent Unit (GRU)"
 * Tian 2016: Zhiliang Tian, "Recurrent Unit and Gated Recurrent Unit" (2016)
@@ -11,10 +11,11 @@ The documents, by their titles, and the short names of the table:
 * GRU networks: "Gated Recurrent Unit Networks"
 * NumPy article: "Gated Recurrent Unit (GRU)", with NumPy code
 
-Errors are max|a - b| / max|b| in float64, b from autodiff of that document's own forward equations.
-Exact is at most 1e-12, wrong at least 1e-3; `verdicts` says what each verdict asks of a row. The
-exit code is 1 where a row has other errors than its verdict asks. A run folder holds config.json,
-derivation.json (all rows), derivation.txt (what is printed), graph.png and errata.png.
+Errors are max|a - b| / max|b| in float64, where b is autodiff of that document's own forward
+equations. An equation is exact if its error is at most 1e-12, and wrong if it is at least 1e-3. The
+module `verdicts` defines the errors that each verdict requires. The exit code is 1 if a row does
+not have the errors of its verdict. A run folder holds config.json, derivation.json (all rows),
+derivation.txt (the printed tables), graph.png and errata.png.
 """
 
 import argparse
@@ -42,15 +43,13 @@ DOCUMENTS = (sixteen_steps, tian, many_to_many, gru_networks, numpy_article)
 def parse_args(argv):
     parser = argparse.ArgumentParser(
         "python -m experiments.derivation",
-        description="The equations of five documents on the GRU beside autodiff.",
+        description="Compares the equations of five documents on the GRU with autodiff.",
     )
     add = parser.add_argument
     choices = tuple(sixteen_steps.ACTIVATIONS)
-    add("--activation", choices=choices, default="tanh", help="f of the table of sixteen steps")
-    add(
-        "--out", metavar="FOLDER", help="run folder, new or empty; runs/derivation-DATE unless told"
-    )
-    add("--seed", type=int, default=0, help="of the random weights and inputs")
+    add("--activation", choices=choices, default="tanh", help="f in the sixteen steps")
+    add("--out", metavar="FOLDER", help="new or empty run folder (default: runs/derivation-DATE)")
+    add("--seed", type=int, default=0, help="seed of the random weights and inputs")
     args = parser.parse_args(argv)
     if not 0 <= args.seed < 2**32:
         parser.error(f"--seed must be at least 0 and below 2**32, got {args.seed}")
@@ -83,7 +82,7 @@ def check_all(args):
 
 
 def compute(seed, activation):
-    """The rows of every document by its label, and the two sides of the table of sixteen steps."""
+    """({label of a document: rows}, the tape's and autodiff's values of the sixteen steps)."""
     groups, sides = {}, []
     for index, document in enumerate(DOCUMENTS):
         generator = np.random.default_rng([seed, index])
@@ -95,11 +94,9 @@ def compute(seed, activation):
 
 
 def tape_table(activation, sides):
-    """Every value and every cotangent of one step: the first entry, of the tape and of autodiff."""
+    """A table of every value and cotangent of one step: the first entry, by tape and autodiff."""
     (values, cotangents), (true_values, true_cotangents) = sides
-    lines = [
-        f"The tape with f = {activation}, one step: the first entry, by the tape and by autodiff"
-    ]
+    lines = [f"One step with f = {activation}: the first entry of each array, by tape and autodiff"]
     lines.append(f"{'':8}{'value':>12}{'autodiff':>12}{'':4}{'cotangent':>12}{'autodiff':>12}")
     for name in (*sixteen_steps.VALUES, *sixteen_steps.WEIGHTS):
         numbers = [cotangents[name], true_cotangents[name]]
@@ -111,7 +108,7 @@ def tape_table(activation, sides):
 
 
 def table(groups):
-    """The rows of every document under its title, in aligned columns."""
+    """The lines of a table with the rows of every document under its title."""
     lines = []
     for document in DOCUMENTS:
         rows = groups[document.LABEL]
@@ -135,20 +132,22 @@ def show(error):
 
 
 def summary(groups):
-    """How many rows of each verdict a document has, and the largest error of what is exact."""
+    """For each document: the number of rows with each verdict, and the largest exact error."""
     lines = [""]
     for label, rows in groups.items():
         counts = collections.Counter(row.verdict for row in rows)
         double = [row for row in rows if row.limit == EXACT]
         exact = [row.printed if row.verdict == "OK" else row.corrected for row in double]
-        held = sum(row.holds for row in rows)
+        num_holding = sum(row.holds for row in rows)
         count = ", ".join(f"{number} {verdict}" for verdict, number in sorted(counts.items()))
-        lines.append(f"{label}: {held} of {len(rows)} hold, exact to {max(exact):.1e}; {count}")
+        lines.append(
+            f"{label}: {num_holding} of {len(rows)} hold, exact to {max(exact):.1e}; {count}"
+        )
     return lines
 
 
 def records(groups):
-    """Every row as JSON; an error that is not finite is named."""
+    """Every row as JSON; an error that is not finite becomes a string."""
 
     def number(error):
         if error is None or math.isfinite(error):

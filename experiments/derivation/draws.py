@@ -1,4 +1,4 @@
-"""Random numbers away from 0 and from saturation, so that what is wrong shows."""
+"""Random numbers away from 0 and from saturation, so that wrong equations have large errors."""
 
 import numpy as np
 

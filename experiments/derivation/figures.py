@@ -1,4 +1,4 @@
-"""The graph of the sixteen steps, and the errors of all documents on one axis."""
+"""Plots the graph of the sixteen steps, and the errors of all documents."""
 
 import math
 
@@ -7,7 +7,7 @@ import numpy as np
 from experiments.derivation.sixteen_steps import TAPE
 from experiments.derivation.verdicts import EXACT, WRONG
 
-FLOOR, CEILING = 1e-17, 1e4  # exactly equal, and not finite
+FLOOR, CEILING = 1e-17, 1e4  # where errors of 0 and errors that are not finite are drawn
 PITCH, WIDTH, LINE = 2.2, 2.0, 0.34
 PLACES = {
     "g1": (1.5, 6.3), "g2": (1.5, 4.1), "g3": (4, 5.2), "z": (5, 5.2), "g11": (7, 6.3),
@@ -15,14 +15,14 @@ PLACES = {
     "g8": (4, 1.5), "g9": (4, -0.6), "g10": (5, 0.5), "h~": (6, 0.5), "g12": (7.2, 1.6),
     "h_t": (8.3, 4),
 }  # fmt: skip
-BARS = {"h_tm1": (8.2, 7), "x": (-2.6, 4)}  # height, and the column it reaches
+BARS = {"h_tm1": (8.2, 7), "x": (-2.6, 4)}  # height, and the column where the bar ends
 COLORS = {"matvec": "tab:orange", "sigmoid": "tab:green", "f": "tab:green"}
 
 
 def plot_graph(path, operations, values, cotangents):
-    """The sixteen steps: norms of the values forward, of the cotangents backward.
+    """Plots the sixteen steps with the norms of their values and cotangents.
 
-    A step's box names its equation; weights stand in the boxes of the products that read them.
+    Each step is a box with its equation. A weight is shown in the box of its product.
     """
     from matplotlib.figure import Figure
 
@@ -40,16 +40,16 @@ def plot_graph(path, operations, values, cotangents):
     axes.set(xlim=(-1.2, PITCH * 8.3 + 1.2), ylim=(-3.2, 8.8))
     axes.set_axis_off()
     axes.set_title(
-        "The sixteen steps: Euclidean norms of values forward (black) and of cotangents backward "
-        "(red), which run against the arrows.\nOrange: products with a weight, and the norm of "
-        "its gradient; green: s and f; blue: sums and elementwise products.",
+        "The sixteen steps: Euclidean norms of values (black) and of cotangents (red), which flow "
+        "against the arrows.\nOrange: products with a weight, and the norm of its gradient; "
+        "green: s and f; blue: sums and elementwise products.",
         fontsize=12,
     )
     figure.savefig(path, dpi=100)
 
 
 def draw_step(axes, step, template, values, cotangents):
-    """A box with the equation and its norms, and an arrow from each input."""
+    """Draws a box with the equation and its norms, and an arrow from each input."""
     from matplotlib.patches import Rectangle
 
     name, column_row = step.output, PLACES[step.output]
@@ -73,7 +73,7 @@ def draw_step(axes, step, template, values, cotangents):
             draw_arrow(axes, (x, height), (x, y + half if height > y else y - half))
         elif source in PLACES:
             column, row = PLACES[source]
-            side = 0.3 * np.sign(row - y)  # two arrows end beside each other
+            side = 0.3 * np.sign(row - y)  # so that two arrows do not end at the same point
             draw_arrow(axes, (PITCH * column + WIDTH / 2, row), (x - WIDTH / 2, y + side))
 
 
@@ -87,7 +87,7 @@ def norm(value):
 
 
 def plot_errata(path, groups):
-    """Printed and corrected error of every row, a panel for each document."""
+    """Plots the printed and the corrected error of every row, with a panel for each document."""
     from matplotlib.figure import Figure
 
     counts = [len(rows) for rows in groups.values()]
@@ -104,8 +104,8 @@ def plot_errata(path, groups):
         axes.grid(alpha=0.25)
         axes.tick_params(labelbottom=True, labeltop=True)
     panels[-1].set_xlabel(
-        "largest relative error against autodiff, float64 but where said; at the left edge exactly "
-        "equal, at the right edge not a number or not computable"
+        "largest relative error against autodiff, in float64 or as said; left edge: 0, right edge: "
+        "NaN or not computable"
     )
     axes = panels[0]
     axes.plot([], [], "o", color="tab:red", label="as printed")
@@ -117,7 +117,7 @@ def plot_errata(path, groups):
 
 
 def draw_errors(axes, index, row):
-    """One row: the printed error, the corrected one, and a line between them."""
+    """Draws the printed and the corrected error of a row, and a line between them."""
     printed, corrected = row.printed, row.corrected
     points = [clamp(error) for error in (printed, corrected) if error is not None]
     if len(points) == 2:

@@ -1,13 +1,14 @@
-"""The article's Jacobian dh_t/dh_{t-1}, its product over time and its three cases.
+"""The article's Jacobian dh_t/dh_{t-1}, its product over time, and its three cases.
 
-Column vectors, one matrix for each gate over [h; x], no bias. The box lets z multiply the
-candidate, the formula below it and all that follows let z multiply the kept state, as here::
+The article uses column vectors, one matrix for each gate that multiplies [h; x], and no biases. In
+its box z weighs the candidate; in the formula below the box and in the rest of the article z weighs
+the previous state, as here::
 
     dh_t/dh = diag(z) + diag(1 - z) dh~/dh + diag((h - h~) z (1 - z)) U_z
     dh~/dh  = diag(1 - h~^2) U (diag(r) + diag(h r (1 - r)) U_r)
 
-The print has neither of the paths through the gates, which carry z (1 - z) and r (1 - r): it is
-right only in the limit of saturated gates.
+The printed Jacobian lacks both paths through the gates, which have the factors z (1 - z) and
+r (1 - r). So it is right only in the limit of saturated gates.
 """
 
 import functools
@@ -48,7 +49,7 @@ def cell(weights, x, h, keep, shift=(0.0, 0.0)):
 
 
 def values_of(weights, x, h, shift=(0.0, 0.0)):
-    """Gates and candidate by letter; 1 - z as s(-a), which saturation leaves exact."""
+    """{letter: value} of gates and candidate; 1 - z is s(-a), which is exact when z saturates."""
     stacked = np.concatenate([h, x])
     a_z, a_r = weights["z"] @ stacked + shift[0], weights["r"] @ stacked + shift[1]
     z, r = sigmoid(a_z), sigmoid(a_r)
@@ -74,7 +75,7 @@ def jacobian(weights, v, keep=True, gates=True, inner_gates=None):
 
 
 def autodiff(weights, x, h, keep=True, shift=(0.0, 0.0)):
-    """JAX's dh_t/dh and dh~/dh."""
+    """(dh_t/dh, dh~/dh) by JAX."""
     return _jacobians(weights, x, h, keep, jnp.asarray(shift))
 
 
@@ -84,7 +85,7 @@ def _jacobians(weights, x, h, keep, shift):
 
 
 def rows(generator):
-    """Every checkable statement of the article, in its order."""
+    """Rows for every statement of the article that can be checked, in its order."""
     columns = HIDDEN_SIZE + INPUT_SIZE
     weights = {gate: draw(generator, HIDDEN_SIZE, columns, low=0.3, high=0.9) for gate in "zrh"}
     head = draw(generator, OUTPUT_SIZE, HIDDEN_SIZE)
@@ -102,7 +103,7 @@ def rows(generator):
 
 
 def forward_rows(weights, x, h):
-    """The box beside the formula for h_t, and the Hadamard products with weights."""
+    """The box and the formula for h_t, and the elementwise products with weights."""
     v = values_of(weights, x, h)
     turned = values_of({**weights, "z": -weights["z"]}, x, h)
     box = (1 - v["z"]) * h + v["z"] * v["hc"]
@@ -137,7 +138,7 @@ def run(weights, head, xs, h0, targets):
 
 
 def loss_rows(weights, head, xs, h0, targets):
-    """E_t, its sum, and the chain rule through time for every weight of the three gates."""
+    """E_t, its sum, and the chain rule through time for the weights of the three gates."""
     arguments = jax.tree.map(jnp.asarray, (weights, head, xs, h0, targets))
     losses, per_step = run(*arguments), jax.jit(jax.jacobian(run))(*arguments)
     total = jax.jit(jax.grad(lambda *arguments: run(*arguments).sum()))(*arguments)
@@ -157,14 +158,17 @@ def loss_rows(weights, head, xs, h0, targets):
     want = {gate: per_step[gate][-1] for gate in "zrh"}
     parts = immediate_parts(weights, trace, upstream)
     fixed = largest_error({gate: sum(part[gate] for part in parts) for gate in "zrh"}, want)
-    nothing = {gate: np.zeros_like(w) for gate, w in weights.items()}
+    zeros = {gate: np.zeros_like(w) for gate, w in weights.items()}
     cure = "sum over k of (prod dh_j/dh_j-1) d+h_k/dW"
-    for says, guess in (("one product, down to dh_0/dW = 0", nothing), ("k = 1 alone", parts[0])):
+    for says, guess in (("one product, down to dh_0/dW = 0", zeros), ("only k = 1", parts[0])):
         yield Row("dE_t/dW", says, "WRONG", largest_error(guess, want), cure, fixed)
 
 
 def immediate_parts(weights, trace, upstream):
-    """For each k: (dE_t/dh_t) (prod_{j > k} dh_j/dh_{j-1}) d+h_k/dW, d+ of W at step k alone."""
+    """For each k, (dE_t/dh_t) (prod_{j > k} dh_j/dh_{j-1}) d+h_k/dW.
+
+    d+ is the derivative with respect to the use of W at step k only.
+    """
     parts, g = [], upstream
     for v in reversed(trace):
         a = g * v["rest"] * (1 - v["hc"] ** 2)
@@ -222,12 +226,12 @@ def product_row(weights, xs, h):
 
 
 def case_rows(generator, weights, x, h):
-    """The cases as limits of saturated gates; errors are absolute where the limit is 0."""
+    """The cases as limits for saturated gates; errors are absolute where the limit is 0."""
     v = values_of(weights, x, h)
     printed = absolute_error(v["z"], np.round(v["z"]))
     rounds = [float(sigmoid(np.asarray(a))) for a in (36.0, 37.0)]
     fixed = 0.0 if rounds[0] < 1 == rounds[1] else 1.0
-    cure = "open; rounds to 1 above 36.7"
+    cure = "inside (0, 1); rounded to 1 above 36.7"
     yield Row("values of the gates", "either 0 or 1", "TEXT", printed, cure, fixed)
     kept, inner = autodiff(weights, x, h, shift=(SATURATED, 0.0))
     identity = np.eye(HIDDEN_SIZE)
@@ -252,7 +256,7 @@ def case_rows(generator, weights, x, h):
 
 
 def shift_rows(weights, x, h):
-    """max|printed - true| of dh_t/dh as z and r close, pre-activations shifted by -s."""
+    """max|printed - true| of dh_t/dh when the pre-activations of z and r are shifted by -s."""
     for s in SHIFTS:
         shift = (-float(s), -float(s))
         v, want = values_of(weights, x, h, shift), autodiff(weights, x, h, shift=shift)[0]
@@ -267,7 +271,7 @@ def shift_rows(weights, x, h):
 
 
 def package_row(weights, xs, h0):
-    """The product of the corrected Jacobians beside the Jacobian of this package's gru."""
+    """Compares the product of the corrected Jacobians with the Jacobian of `jaxgru.gru`."""
     w_h = [weights[gate][:, :HIDDEN_SIZE].T for gate in "rzh"]
     w_x = [weights[gate][:, HIDDEN_SIZE:].T for gate in "rzh"]
     arrays = [jnp.asarray(np.concatenate(blocks, axis=1)) for blocks in (w_x, w_h)]

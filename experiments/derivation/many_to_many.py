@@ -1,11 +1,12 @@
 """Section 9.5: the recursion (9.22) for dh^(t), and the parameter gradients it refers to.
 
-z multiplies the candidate, biases, a head y = g(h V + c) at each of T + 1 steps, and the summed
-half squared error. In rows, with t for the transpose and a = dh z tanh'::
+z weighs the candidate, there are biases, a head y = g(h V + c) at each of T + 1 steps, and half the
+sum of squared errors as the loss. With row vectors, tU for the transpose of U, and
+a = dh z tanh'::
 
     dh^(t) = dense + (dh (h^ - h) s'_z) tU_z + (a tU) r + ((a tU) h s'_r) tU_r + dh (1 - z)
 
-where everything on the right of dense is of step t + 1 and juxtaposed vectors multiply elementwise.
+Adjacent vectors are multiplied elementwise. All terms but dense are those of step t + 1.
 """
 
 import jax
@@ -32,7 +33,7 @@ def sigmoid(a):
 
 
 def draw_problem(generator):
-    """Parameters in rows, xs [T + 1, D], the state before the first step, targets [T + 1, K]."""
+    """(parameters for row vectors, xs [T + 1, D], the initial state, targets [T + 1, K])."""
     rows_of = {"W": INPUT_SIZE, "U": HIDDEN_SIZE, "V": HIDDEN_SIZE}
     params = {}
     for name in PARAMS:
@@ -44,7 +45,7 @@ def draw_problem(generator):
 
 
 def cell(p, x, reads):
-    """One step in JAX; reads gives the state apart for the paths z, r, candidate and kept."""
+    """One step in JAX; `reads` holds a copy of the state for each path: z, r, candidate, kept."""
     z = jax.nn.sigmoid(x @ p["Wz"] + reads["z"] @ p["Uz"] + p["bz"])
     r = jax.nn.sigmoid(x @ p["Wr"] + reads["r"] @ p["Ur"] + p["br"])
     candidate = jnp.tanh(x @ p["W"] + (r * reads["candidate"]) @ p["U"] + p["b"])
@@ -52,7 +53,7 @@ def cell(p, x, reads):
 
 
 def loss(p, xs, h, nudges, targets, g, dense_from=0):
-    """(9.18) from step dense_from on, with a nudge of zeros on every h^(t)."""
+    """(9.18) from step dense_from on; zeros (the nudges) are added to every h^(t)."""
 
     def body(h, inputs):
         h = cell(p, inputs[0], dict.fromkeys(("z", "r", "candidate", "kept"), h)) + inputs[1]
@@ -63,7 +64,7 @@ def loss(p, xs, h, nudges, targets, g, dense_from=0):
 
 
 def autodiff(problem, g, dense_from=0):
-    """The loss, and JAX's gradients of parameters, the state before step 0 and every h^(t)."""
+    """(the loss, JAX's gradients of parameters, the initial state and every h^(t))."""
     params, xs, h, targets = jax.tree.map(jnp.asarray, problem)
     nudges = jnp.zeros((NUM_STEPS, HIDDEN_SIZE))
     gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 2, 3)), static_argnums=(5, 6))
@@ -71,7 +72,7 @@ def autodiff(problem, g, dense_from=0):
 
 
 def forward(problem, g):
-    """The values of (9.17) at every step, by letter."""
+    """{letter: value} of (9.17) at every step."""
     p, xs, h, _ = problem
     trace = []
     for x in xs:
@@ -87,7 +88,7 @@ def forward(problem, g):
 
 
 def terms(p, v, dh):
-    """The four terms of (9.22) in rows, corrected: the paths z, candidate, r and kept."""
+    """The four corrected terms of (9.22): the paths z, candidate, r and kept."""
     a = dh * v["z"] * (1 - v["hc"] ** 2)
     s_z, s_r = v["z"] * (1 - v["z"]), v["r"] * (1 - v["r"])
     return {
@@ -99,21 +100,21 @@ def terms(p, v, dh):
 
 
 def parentheses_first(p, v, dh):
-    """(r tU) and (h tU) as products of their own, as the brackets of terms 2 and 3 say."""
+    """Terms 2 and 3 with the brackets (r tU) and (h tU) evaluated first."""
     a, s_r = dh * v["z"] * (1 - v["hc"] ** 2), v["r"] * (1 - v["r"])
     second = {"candidate": a * (v["r"] @ p["U"].T)}
     return {**terms(p, v, dh), **second, "r": (a * (v["h"] @ p["U"].T) * s_r) @ p["Ur"].T}
 
 
 def left_to_right(p, v, dh):
-    """Terms 2 and 3 strictly in the printed order."""
+    """Terms 2 and 3 evaluated from left to right."""
     a, s_r = dh * v["z"] * (1 - v["hc"] ** 2), v["r"] * (1 - v["r"])
     second = {"candidate": (a * v["r"]) @ p["U"].T}
     return {**terms(p, v, dh), **second, "r": (((a * v["h"]) @ p["U"].T) * s_r) @ p["Ur"].T}
 
 
 def scaled_matrices(p, v, dh):
-    """(r tU) and (h tU) read as the matrices tU diag(r) and tU diag(h)."""
+    """Terms 2 and 3 with (r tU) and (h tU) as the matrices tU diag(r) and tU diag(h)."""
     a, s_r = dh * v["z"] * (1 - v["hc"] ** 2), v["r"] * (1 - v["r"])
     second = {"candidate": a @ (p["U"].T @ np.diag(v["r"]))}
     third = {"r": (a @ (p["U"].T @ np.diag(v["h"])) * s_r) @ p["Ur"].T}
@@ -121,18 +122,18 @@ def scaled_matrices(p, v, dh):
 
 
 def columns_untransposed(p, v, dh):
-    """Column weights, W := tW, with 1-D arrays and `v @ tU` where tU v is meant."""
+    """Weights for column vectors, W := tW, with 1-D arrays and `v @ tU` where tU v is meant."""
     column = {name: p[name].T for name in ("Uz", "Ur", "U")}
     return terms({**p, **column}, v, dh)
 
 
 def dense(p, v, target, slope):
-    """(9.21) in rows: [(y - Y) g'] tV."""
+    """(9.21) for row vectors: [(y - Y) g'] tV."""
     return ((v["y"] - target) * slope(v["o"])) @ p["V"].T
 
 
 def recursion(problem, trace, slope, rule=terms, dense_from=0):
-    """dh^(t) [T + 1, H] by (9.22), and the gradient of the state before step 0."""
+    """(dh^(t) [T + 1, H] by (9.22), the gradient of the initial state)."""
     p, _, _, targets = problem
     dh, carried = [], np.zeros(HIDDEN_SIZE)
     for t in reversed(range(NUM_STEPS)):
@@ -143,7 +144,7 @@ def recursion(problem, trace, slope, rule=terms, dense_from=0):
 
 
 def rebuild(problem, trace, dhs, slope):
-    """(9.8)-(9.16) and the head's two: every parameter gradient from dh^(t), summed over t."""
+    """(9.8)-(9.16) and those of the head: every parameter gradient, from dh^(t)."""
     p, _, _, targets = problem
     total = {name: np.zeros_like(p[name]) for name in PARAMS}
     for v, dh, target in zip(trace, dhs, targets):
@@ -161,7 +162,7 @@ def rebuild(problem, trace, dhs, slope):
 
 
 def rows(generator):
-    """Every checkable equation of the section, in its order."""
+    """Rows for every equation of the section that can be checked, in its order."""
     problem = draw_problem(generator)
     wants = {g: autodiff(problem, functions[2]) for g, functions in HEADS.items()}
     return [
@@ -176,7 +177,7 @@ def rows(generator):
 
 
 def forward_rows(problem, wants):
-    """(9.17) read as columns throughout, as rows throughout, and as it is printed; the loss."""
+    """(9.17) as printed, compared with consistent column and row vectors; the loss."""
     p, xs, h, targets = problem
     v = forward(problem, np.tanh)[0]
     column = {name: w.T for name, w in p.items()}
@@ -198,7 +199,7 @@ def forward_rows(problem, wants):
 
 
 def dense_rows(problem, wants):
-    """(9.21), and (9.22) at t = T, where it is all there is; without g' it is wrong."""
+    """(9.21), which is also (9.22) at t = T; it is wrong without g'."""
     p, _, _, targets = problem
     for g, (value, slope, _) in HEADS.items():
         v, want = forward(problem, value)[-1], wants[g][1][2][-1]
@@ -212,7 +213,7 @@ def dense_rows(problem, wants):
 
 
 def term_rows(problem):
-    """The four terms one by one: JAX differentiates each path of the state by itself."""
+    """The four terms one by one, as JAX differentiates each path of the state by itself."""
     p, xs, h, _ = problem
     v, dh = forward(problem, np.tanh)[0], np.linspace(-1.0, 1.3, HIDDEN_SIZE)
     reads = dict.fromkeys(("z", "r", "candidate", "kept"), jnp.asarray(h))
@@ -236,7 +237,7 @@ def term_rows(problem):
 
 
 def recursion_rows(problem, want):
-    """(9.22) as a whole over all steps, in the readings of its terms 2 and 3."""
+    """(9.22) over all steps, for each reading of its terms 2 and 3."""
     value, slope, _ = HEADS["tanh"]
     trace = forward(problem, value)
     fixed = relative_error(recursion(problem, trace, slope)[0], want[1][2])
@@ -252,7 +253,7 @@ def recursion_rows(problem, want):
 
 
 def pair_row(problem):
-    """With (r h) U read literally beside W x the candidate's path needs U, and (9.22) has tU."""
+    """With W x + (r h) U taken literally, the path of the candidate needs U; (9.22) has tU."""
     p, xs, h, _ = problem
     v, column = forward(problem, np.tanh)[0], {name: w.T for name, w in p.items()}
     dh = np.linspace(-1.0, 1.3, HIDDEN_SIZE)
@@ -269,12 +270,12 @@ def pair_row(problem):
 
 
 def gradient_rows(problem, wants):
-    """What (9.22) refers to: (9.7) for one output at the end, and the gradients from dh^(t)."""
+    """The equations that (9.22) refers to: (9.7) for one output at the end, and the gradients."""
     value, slope, reference = HEADS["identity"]
     trace = forward(problem, value)
     got = recursion(problem, trace, slope, dense_from=NUM_STEPS - 1)[0]
     error = relative_error(got, autodiff(problem, reference, NUM_STEPS - 1)[1][2])
-    yield Row("(9.7)", "(not given)", "MISSING", None, "(9.22) with dense at t = T alone", error)
+    yield Row("(9.7)", "(not given)", "MISSING", None, "(9.22), dense only at t = T", error)
     cures = {"W": "sum_t tx a", "U": "sum_t th a", "b": "sum_t a", "V": "sum_t th do",
              "c": "sum_t do"}  # fmt: skip
     for g, (value, slope, _) in HEADS.items():
@@ -291,7 +292,7 @@ def gradient_rows(problem, wants):
 
 
 def package_row(problem):
-    """The rebuilt gradients beside those of this package's gru, whose blocks are r | z | c."""
+    """Compares the reconstructed gradients with those of `jaxgru.gru`, with blocks r | z | c."""
     p, xs, h0, targets = problem
     value, slope, _ = HEADS["identity"]
     trace = forward(problem, value)

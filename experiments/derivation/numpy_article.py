@@ -1,12 +1,13 @@
-"""The article's cell_backward: a backward step over batch columns, [h; x] stacked, softmax head.
+"""The function cell_backward of the article: the backward pass of one step with a softmax head.
 
-z (there u) multiplies the candidate. With dzy = y^ - Y and da = Wy^T dzy + what comes from t + 1::
+The batch is along the columns, and one matrix per gate multiplies [h; x]. z, which the article
+calls u, weighs the candidate. With dzy = y^ - Y and da = Wy^T dzy + da_prev of step t + 1::
 
     dc = da u (1 - c^2)      du = da (c - a_prev) u (1 - u)      p = (Wc^T dc)[:H]
     dr = p a_prev r (1 - r)  da_prev = da (1 - u) + p r + (Wr^T dr + Wu^T du)[:H]
-    dW. = d. [a_prev; x]^T, with r a_prev for Wc, and db. = the sum of d. over the batch
+    dW = d [a_prev; x]^T for each gate, with r a_prev for Wc;  db = the sum of d over the batch
 
-It is the gradient of softmax cross-entropy summed over the batch and over time.
+This is the gradient of the softmax cross-entropy summed over batch and time.
 """
 
 import jax
@@ -29,7 +30,7 @@ def sigmoid(a):
 
 
 def draw_problem(generator):
-    """Parameters, xs [T, D, B], one-hot targets [T, K, B] and the first state [H, B]."""
+    """(parameters, xs [T, D, B], the initial state [H, B], one-hot targets [T, K, B])."""
     params = {}
     for name in PARAMS:
         size = NUM_CLASSES if name.endswith("y") else HIDDEN_SIZE
@@ -42,7 +43,7 @@ def draw_problem(generator):
 
 
 def forward_step(p, x, a_prev):
-    """The values of one step by letter; y is softmax(Wy a + by)."""
+    """{letter: value} of one step; y is softmax(Wy a + by)."""
     stacked = np.concatenate([a_prev, x])
     u, r = sigmoid(p["Wu"] @ stacked + p["bu"]), sigmoid(p["Wr"] @ stacked + p["br"])
     reset = np.concatenate([r * a_prev, x])
@@ -54,7 +55,7 @@ def forward_step(p, x, a_prev):
 
 
 def backward_step(p, v, target, da):
-    """Every gradient of one step; da is what arrives from the step after."""
+    """Every gradient of one step; da comes from the step after."""
     dzy = v["y"] - target
     total = p["Wy"].T @ dzy + da
     dc = total * v["u"] * (1 - v["c"] ** 2)
@@ -77,7 +78,7 @@ def row_sum(array):
 
 
 def run(problem, da_last=None):
-    """The values of every step, its gradients, and the parameters' summed over time."""
+    """(values of every step, gradients of every step, parameter gradients summed over time)."""
     p, xs, a, targets = problem
     trace = []
     for x in xs:
@@ -91,7 +92,10 @@ def run(problem, da_last=None):
 
 
 def loss(params, xs, a, targets, nudges):
-    """Softmax cross-entropy in JAX, summed over batch and time; a nudge on each value of a step."""
+    """Softmax cross-entropy in JAX, summed over batch and time.
+
+    Zeros (the nudges) are added to each value of a step, to differentiate with respect to it.
+    """
     p = params
 
     def body(a, inputs):
@@ -112,7 +116,7 @@ def loss(params, xs, a, targets, nudges):
 
 
 def autodiff(problem, da_last=None):
-    """The states, and JAX's gradients of parameters, inputs, first state and nudges."""
+    """(the states, JAX's gradients of parameters, inputs, initial state and nudges)."""
     params, xs, a, targets = jax.tree.map(jnp.asarray, problem)
     names = ("u", "r", "c", "a_u", "a_r", "a_c", "a")
     nudges = dict.fromkeys(names, jnp.zeros((NUM_STEPS, *a.shape)))
@@ -127,7 +131,7 @@ def autodiff(problem, da_last=None):
 
 
 def rows(generator):
-    """Every checkable statement about the code."""
+    """Rows for every statement about the code that can be checked."""
     problem = draw_problem(generator)
     got, want = run(problem), autodiff(problem)
     return [
@@ -142,7 +146,7 @@ def rows(generator):
 
 
 def backward_rows(got, want):
-    """The forward pass and everything that cell_backward returns."""
+    """Rows for the forward pass and everything that cell_backward returns."""
     trace, steps, total = got
     states = np.stack([v["a"] for v in trace])
     yield Row("forward", "a_t, all steps", "OK", relative_error(states, want[0]))
@@ -156,7 +160,7 @@ def backward_rows(got, want):
 
 
 def name_rows(got, want):
-    """Gradients by another name: of pre-activations, and of a_t without the head's part."""
+    """Gradients with misleading names: those of pre-activations, and of a_t without the head."""
     step, nudges = got[1][-1], want[1]["nudges"]
     for name, gate in (("dcct", "c"), ("dut", "u"), ("drt", "r")):
         printed, fixed = (
@@ -170,7 +174,7 @@ def name_rows(got, want):
 
 
 def reduction_rows(total, want):
-    """A mean over the batch, or over batch and time, divides every gradient by B or T B."""
+    """With a mean over the batch, or over batch and time, every gradient is divided by B or TB."""
     for name, count in (("batch", BATCH_SIZE), ("batch and time", BATCH_SIZE * NUM_STEPS)):
         mean = {key: value / count for key, value in want.items()}
         fixed = largest_error({key: value / count for key, value in total.items()}, mean)
@@ -179,7 +183,7 @@ def reduction_rows(total, want):
 
 
 def final_state_row(generator, problem):
-    """dat = 0 at the end is right for this loss, and drops a cotangent on the final state."""
+    """dat = 0 at the end is right for this loss, but not for a loss on the final state."""
     cotangent = draw(generator, HIDDEN_SIZE, BATCH_SIZE)
     want = autodiff(problem, cotangent)[1]["params"]
     printed, fixed = (largest_error(run(problem, da)[2], want) for da in (None, cotangent))
@@ -188,19 +192,20 @@ def final_state_row(generator, problem):
 
 
 def clip_rows(total):
-    """1 - cos of the gradient and its clipped self; the threshold is the median magnitude."""
+    """1 - cosine between the gradient and the clipped one; the threshold is the median size."""
     flat = np.concatenate([value.ravel() for value in total.values()])
     threshold = float(np.median(np.abs(flat)))
 
     def clip(gradient, threshold):
         return np.clip(gradient, -threshold, threshold)
 
-    def turn(clipped):
+    def change_of_direction(clipped):
         norms = np.linalg.norm(flat) * np.linalg.norm(clipped)
         return abs(1 - float(flat @ clipped / norms))
 
-    printed = turn(clip(flat, threshold))
-    fixed = turn(flat * min(1.0, threshold / float(np.linalg.norm(flat))))
+    printed = change_of_direction(clip(flat, threshold))
+    norm = float(np.linalg.norm(flat))
+    fixed = change_of_direction(flat * min(1.0, threshold / norm))
     says = f"by value, cos {1 - printed:.2f}"
     yield Row("clip, direction", says, "MISSING", printed, "by norm, cos 1", fixed)
     clipped = clip(flat, threshold) / BATCH_SIZE
@@ -211,7 +216,7 @@ def clip_rows(total):
 
 
 def entropy_rows():
-    """-sum Y log y^ where a probability underflows is 0 * -inf."""
+    """-sum Y log y^ is NaN if a probability underflows: 0 * -inf."""
     logits, label = np.array([0.0, 800.0, 1.0]), 1
     shifted = logits - logits.max()
     with np.errstate(all="ignore"):
@@ -224,7 +229,7 @@ def entropy_rows():
 
 
 def package_row(problem, got):
-    """The code's gradients beside those of this package's gru, in rows with blocks r | z | c."""
+    """Compares the code's gradients with those of `jaxgru.gru`, whose blocks are r | z | c."""
     p, xs, a, targets = problem
 
     def pack(table, part):

@@ -1,8 +1,9 @@
-"""The sixteen unary and binary steps of one GRU step, run forward and run in reverse.
+"""Reverse-mode differentiation of the sixteen unary and binary steps of one GRU step.
 
-The tape is data. Forward, each step computes its output; backward, the same steps run in reverse,
-and each adds to the cotangents of its inputs by the rule of its operation: `+=` wherever a value is
-read more than once, over the steps of time too. Column vectors, no bias, any activation f::
+`TAPE` lists the steps. The forward pass computes the output of each step. The backward pass goes
+through the steps in reverse order, and the rule of each operation gives the cotangents of its
+inputs. Cotangents of a value that is used more than once, also by several time steps, are added.
+The document uses column vectors, no biases, and any activation f::
 
     z = s(W_zh h_tm1 + W_zx x)            h~  = f(W_h (r * h_tm1) + W_x x)
     r = s(W_rh h_tm1 + W_rx x)            h_t = z * h_tm1 + (1 - z) * h~
@@ -36,16 +37,16 @@ class Step(NamedTuple):
 
 
 class Operation(NamedTuple):
-    """What a step computes, and its transpose: from dv to a cotangent for each input."""
+    """What a step computes, and its transpose: the cotangent of each input, given dv."""
 
     forward: Callable
     backward: Callable  # (dv, *inputs)
     text: str
-    transposed: tuple[str, ...]  # of each input's cotangent
+    transposed: tuple[str, ...]  # texts of the cotangents of the inputs
 
 
 class Activation(NamedTuple):
-    """f and f', both of the argument, and JAX's own f."""
+    """f and f' as functions of the argument, and JAX's own f."""
 
     value: Callable
     slope: Callable
@@ -93,7 +94,7 @@ ACTIVATIONS = {
     "silu": Activation(
         lambda a: a * sigmoid(a), lambda a: sigmoid(a) + a * sigmoid_slope(a), jax.nn.silu
     ),
-}  # silu falls and rises again: its slope is no function of its value
+}  # silu is not monotonic, so its slope is not a function of its value
 OPERATIONS = {
     "matvec": Operation(
         lambda w, v: w @ v,
@@ -126,14 +127,14 @@ OPERATIONS = {
 
 
 def operations_of(activation: str) -> dict[str, Operation]:
-    """The operations of the tape with f in its place."""
+    """The operations of the tape, with this activation as f."""
     f = ACTIVATIONS[activation]
     rule = Operation(f.value, lambda du, a: (du * f.slope(a),), "f({0})", ("d{out} * f'({0})",))
     return {**OPERATIONS, "f": rule}
 
 
 def run_forward(operations, weights, x, h_tm1):
-    """Every value of one GRU step by name, from the tape."""
+    """Runs the tape forward; returns {name: value} for one GRU step."""
     values = {**weights, "x": x, "h_tm1": h_tm1}
     for step in TAPE:
         inputs = (values[name] for name in step.inputs)
@@ -142,7 +143,10 @@ def run_forward(operations, weights, x, h_tm1):
 
 
 def run_backward(operations, values, dh_t, forget=()):
-    """Every cotangent of one GRU step by name; names in `forget` are assigned where they add up."""
+    """Runs the tape backward; returns {name: cotangent} for one GRU step.
+
+    For names in `forget`, a new cotangent replaces the previous one instead of being added.
+    """
     cotangents = {"h_t": dh_t}
     for step in reversed(TAPE):
         inputs = (values[name] for name in step.inputs)
@@ -173,7 +177,7 @@ def draw_problem(generator, num_steps):
 
 
 def run_tape(operations, problem, forget=()):
-    """Values and cotangents of every step of time, and the gradients summed over them."""
+    """(values of every time step, cotangents of every time step, gradients summed over time)."""
     h, trace, carried = problem.h0, [], np.zeros(HIDDEN_SIZE)
     for x in problem.xs:
         trace.append(run_forward(operations, problem.weights, x, h))
@@ -187,7 +191,10 @@ def run_tape(operations, problem, forget=()):
 
 
 def equations(weights, x, h_tm1, nudges, f):
-    """(1)-(4), every sub-expression named; a nudge of zeros makes each a variable of its own."""
+    """(1)-(4) with a name for every sub-expression.
+
+    Zeros are added to each (its nudge), so that JAX can differentiate with respect to it.
+    """
     values = {}
 
     def name(key, value):
@@ -207,7 +214,7 @@ def equations(weights, x, h_tm1, nudges, f):
 
 
 def run_autodiff(problem, activation):
-    """What `run_tape` returns, from JAX: d(sum_t dL/dh_t . h_t) by every weight and every nudge."""
+    """The same as `run_tape`, by JAX's gradients of sum_t dL/dh_t . h_t."""
     index = list(ACTIVATIONS).index(activation)
     gradients, trace = jax.device_get(_gradients(problem, index))
     tables = trace, gradients[1]
@@ -238,7 +245,7 @@ def select(table, names):
 
 
 def errors_of(got, want):
-    """The largest errors of values, of their cotangents and of the gradients of the weights."""
+    """The largest errors of values, cotangents and weight gradients."""
     forward, backward = (
         max(largest_error(*tables) for tables in zip(got[side], want[side])) for side in (0, 1)
     )
@@ -246,9 +253,9 @@ def errors_of(got, want):
 
 
 def rows(generator, activation="tanh"):
-    """The rows of the document, and the two sides of its table: what the tape and autodiff give.
+    """The rows of the document, and the values and cotangents of one step by tape and autodiff.
 
-    The table is of the last step, where no cotangent arrives from a later one.
+    That is the last time step, which gets no cotangent from a later one.
     """
     operations, problem = operations_of(activation), draw_problem(generator, NUM_STEPS)
     got, want = run_tape(operations, problem), run_autodiff(problem, activation)
@@ -264,7 +271,7 @@ def rows(generator, activation="tanh"):
 
 
 def step_rows(operations, tape, autodiff):
-    """Each value forward, then every cotangent in the order in which the tape assigns them."""
+    """Rows for each value, then for every cotangent in the order of the backward pass."""
     (values, cotangents), (true_values, true_cotangents) = tape, autodiff
     for step in TAPE:
         text = f"{step.output} = {operations[step.operation].text.format(*step.inputs)}"
@@ -281,28 +288,28 @@ def step_rows(operations, tape, autodiff):
 
 
 def forgetting_rows(operations, problem, tape, autodiff):
-    """dz, dh_tm1 and dx are read more than once: assigning each time keeps one path alone."""
+    """z, h_tm1 and x are used more than once: assigning their cotangents keeps only one path."""
     for name, place in (("z", "after (18)"), ("h_tm1", "(13), (9), (5)"), ("x", "(10), (6)")):
         true = autodiff[1][name]
-        forgot = run_tape(operations, problem, forget=(name,))[1][-1][name]
-        printed, fixed = relative_error(forgot, true), relative_error(tape[1][name], true)
+        assigned = run_tape(operations, problem, forget=(name,))[1][-1][name]
+        printed, fixed = relative_error(assigned, true), relative_error(tape[1][name], true)
         yield Row(place, f"= for d{name}", "MISSING", printed, f"d{name} += each time", fixed)
 
 
 def time_rows(operations, problem, got, want):
-    """Over T > 1 steps every dW adds up and dh_tm1 is carried to the step before."""
+    """For T > 1, every dW is summed over time, and dh_tm1 is passed to the step before."""
     errors = errors_of(got, want)
     printed = largest_error(select(got[1][-1], WEIGHTS), want[2])
     says = f"complete; T = {NUM_STEPS}, last step's dW"
     yield Row("closing line", says, "TEXT", printed, "dW += over time", errors[2])
-    alone = run_backward(operations, got[0][0], problem.upstream[0])
-    printed = relative_error(alone["h_tm1"], want[1][0]["h_tm1"])
+    single_step = run_backward(operations, got[0][0], problem.upstream[0])
+    printed = relative_error(single_step["h_tm1"], want[1][0]["h_tm1"])
     cure = "dh_t = dL/dh_t + dh_tm1 of step t + 1"
     yield Row("closing line, dh", "dh_tm1 not carried", "TEXT", printed, cure, max(errors[:2]))
 
 
 def activation_rows(problem):
-    """f in general: f' at its argument g10; 1 - h~^2 is the derivative of tanh alone."""
+    """For general f the factor is f'(g10); 1 - h~^2 is right only for tanh."""
     says, cure = "dg10 = dh~ * (1 - h~^2)", "dg10 = dh~ * f'(g10)"
     for name in ACTIVATIONS:
         want = run_autodiff(problem, name)
@@ -315,7 +322,7 @@ def activation_rows(problem):
 
 
 def tanh_rule_error(problem, name, want):
-    """The error of every gradient where step (17) takes 1 - h~^2 for f', whatever f is."""
+    """The error of the gradients if step (17) uses 1 - h~^2 for f', for any f."""
     value = ACTIVATIONS[name].value
     operations = operations_of(name)
     rule = operations["f"]._replace(backward=lambda du, a: (du * (1 - value(a) ** 2),))
@@ -323,7 +330,7 @@ def tanh_rule_error(problem, name, want):
 
 
 def package_rows(problem):
-    """The tape beside this package: the same sums in rows, and what its specs have in common."""
+    """Compares the tape with this package, and the package's three specs with each other."""
     trace, _, total = run_tape(operations_of("tanh"), problem)
     states = np.stack([values["h_t"] for values in trace])
     params = pack(problem.weights)
@@ -339,7 +346,7 @@ def package_rows(problem):
     error = max(relative_error(write[0], states), relative_error(turned, write[1]))
     printed = relative_error(run_package(params, problem, jaxgru.CHUNG_2014)[0], states)
     cure = "the same with W_zh, W_zx negated"
-    yield Row("keep or write", "z keeps = z writes", "NOTATION", printed, cure, error)
+    yield Row("keep or write", "same weights, same model", "NOTATION", printed, cure, error)
     printed = relative_error(run_package(params, problem, jaxgru.PYTORCH)[0], states)
     diagonal = pack({**problem.weights, "W_h": np.diag(np.diag(problem.weights["W_h"]))})
     before, after = (
@@ -350,20 +357,20 @@ def package_rows(problem):
 
 
 def pack(weights):
-    """The arrays of this package, [I, 3H] and [H, 3H] with blocks r | z | n, from columns."""
+    """The weights in the layout of this package: [I, 3H] and [H, 3H] with blocks r | z | n."""
     w_x = np.concatenate([weights[name].T for name in ("W_rx", "W_zx", "W_x")], axis=1)
     w_h = np.concatenate([weights[name].T for name in ("W_rh", "W_zh", "W_h")], axis=1)
     return jaxgru.GRUParams(jnp.asarray(w_x), jnp.asarray(w_h), None, None, spec=jaxgru.CHO_2014)
 
 
 def stacked(params):
-    """The weights of the input above those of the state."""
+    """The weights of the input and of the state, concatenated along the rows."""
     return jnp.concatenate([params.w_x, params.w_h])
 
 
 @functools.partial(jax.jit, static_argnames="spec")
 def run_package(params, problem, spec):
-    """The states [T, H] of `jaxgru.gru`, and the gradient of upstream . states, w_x over w_h."""
+    """(the states [T, H] of `jaxgru.gru`, the gradient of upstream . states, stacked)."""
 
     def loss(params):
         with_spec = dataclasses.replace(params, spec=spec)

@@ -1,11 +1,11 @@
-"""Zhiliang Tian's numbered equations (1)-(50), under both readings of their products.
+"""Zhiliang Tian's numbered equations (1)-(50), for both readings of their products.
 
-The matrix form (7) multiplies W x; the index form (8) sums W_ij x_i over i, which is W^T x. Every
-gradient is of sum_j h_j, an upstream gradient of ones, and z multiplies the candidate. With an
-upstream gradient delta, which belongs inside the innermost bracket::
+The matrix form (7) computes W x; the index form (8) sums W_ij x_i over i, which is W^T x. z weighs
+the candidate. Every printed gradient is that of sum_j h_j, so the upstream gradient is 1. With a
+general upstream gradient delta, which belongs inside the innermost bracket::
 
     v_c = delta * z * tanh'(t)    v_z = delta * (h~ - h) * s'(tz)    v_r = (U^T v_c) * h * s'(tr)
-    dW = v_c x^T    dU = v_c (r * h)^T    and so on, transposed throughout for the index form
+    dW = v_c x^T    dU = v_c (r * h)^T    and so on; all matrices are transposed in the index form
 """
 
 import math
@@ -28,18 +28,18 @@ from experiments.derivation.verdicts import (
 
 LABEL = "Tian 2016"
 TITLE = "Recurrent Unit and Gated Recurrent Unit (Zhiliang Tian, 2016)"
-SIZE, NUM_STEPS = 4, 6  # the document's matrices are all N x N
+SIZE, NUM_STEPS = 4, 6  # all matrices of the document are N x N
 GATES = {"W": "c", "U": "c", "Wz": "z", "Uz": "z", "Wr": "r", "Ur": "r"}
-SINGLE = 1e-6  # of what counts as exact in float32
+SINGLE = 1e-6  # the largest error that counts as exact in float32
 
 
 class Reading(NamedTuple):
-    """What a product of a weight and a vector means: that, its transpose, and its gradient."""
+    """A meaning of the product of a weight and a vector, with its transpose and its gradient."""
 
     name: str
     apply: Callable
     transpose: Callable
-    outer: Callable  # (v, c), v the cotangent of apply(w, c)
+    outer: Callable  # (v, c) -> the gradient of w, where v is the cotangent of apply(w, c)
 
 
 MATRIX = Reading(
@@ -54,17 +54,20 @@ def sigmoid(a):
 
 
 def sigmoid_slope(a):
-    """(18) as it is printed."""
+    """(18) as printed."""
     return np.exp(-a) / (1 + np.exp(-a)) ** 2
 
 
 def tanh_slope(a):
-    """(16) as it is printed."""
+    """(16) as printed."""
     return 4 / (np.exp(a) + np.exp(-a)) ** 2
 
 
 def cell(weights, x, h, reading, nudges=None, read=None):
-    """(11)-(14) in JAX: h_t, with a nudge on z, r and h~, and optionally r held at `read`."""
+    """(11)-(14) in JAX: h_t.
+
+    The nudges, zeros by default, are added to z, r and h~. `read` replaces r if it is given.
+    """
     zero = jnp.zeros_like(h)
     nudges = nudges or {"z": zero, "r": zero, "h~": zero}
     apply = reading.apply
@@ -77,7 +80,7 @@ def cell(weights, x, h, reading, nudges=None, read=None):
 
 
 def forward(weights, x, h, reading):
-    """The letters of the document at one step: t, tz, tr, z, r, h~, h_t and the slopes."""
+    """{letter: value} of one step: the inputs, z, r, h~, h_t, the slopes and the weights."""
     apply = reading.apply
     tz = apply(weights["Wz"], x) + apply(weights["Uz"], h)
     tr = apply(weights["Wr"], x) + apply(weights["Ur"], h)
@@ -91,14 +94,14 @@ def forward(weights, x, h, reading):
 
 
 def vectors(v, delta, reading):
-    """v_c, v_z and v_r, the cotangents of t, tz and tr."""
+    """The cotangents v_c, v_z and v_r of t, tz and tr."""
     v_c = delta * v["z"] * v["dt"]
     v_z = delta * (v["hc"] - v["h"]) * v["dz"]
     return {"c": v_c, "z": v_z, "r": reading.transpose(v["U"], v_c) * v["h"] * v["dr"]}
 
 
 def column_of(name, v):
-    """What the weight of this name multiplies: x, h or r * h."""
+    """The vector that the weight of this name multiplies: x, h or r * h."""
     return v["x"] if name.startswith("W") else v["r"] * v["h"] if name == "U" else v["h"]
 
 
@@ -114,7 +117,7 @@ def backward(v, delta, reading):
 
 
 def autodiff(weights, x, h, delta, reading):
-    """JAX's gradients of delta . h_t by weights, x, h, z, r and h~."""
+    """JAX's gradients of delta . h_t with respect to weights, x and h, and to z, r and h~."""
     nudges = {name: np.zeros_like(h) for name in ("z", "r", "h~")}
     arguments = jax.tree.map(jnp.asarray, (weights, x, h, nudges))
 
@@ -126,18 +129,18 @@ def autodiff(weights, x, h, delta, reading):
 
 
 class Side(NamedTuple):
-    """One reading: its values, and autodiff's gradients for delta of ones and for a general one."""
+    """One reading: its values, and autodiff's gradients for delta = 1 and for a general delta."""
 
     reading: Reading
     v: dict
     ones: dict
     general: dict
-    nudged: dict  # the gradients of sum_j h_j by z, r and h~
-    nudged_general: dict
+    nudged: dict  # the gradients with respect to z, r and h~, for delta = 1
+    nudged_general: dict  # the same for a general delta
 
 
 def rows(generator):
-    """Every checkable numbered equation, in the order of the document."""
+    """Rows for every numbered equation that can be checked, in the order of the document."""
     weights = {name: draw(generator, SIZE, SIZE) for name in GATES}
     x, h, delta = draw(generator, 3, SIZE)
     sides = []
@@ -163,7 +166,7 @@ def rows(generator):
 
 
 def forward_rows(generator, weights, x, h, sides):
-    """(1)-(14): the two readings, sizes, and what r = 0 leaves of the state."""
+    """(1)-(14): the two readings, the sizes, and the effect of r = 0."""
     w = weights["W"]
     yield Row("(1), (2)", "W^T x + b, then W x + b", "NOTATION", relative_error(w.T @ x, w @ x),
               "one convention: W := W^T",
@@ -187,7 +190,7 @@ def forward_rows(generator, weights, x, h, sides):
 
 
 def size_row(generator):
-    """W is N x D: N x N only where the input is as wide as the state."""
+    """W is N x D, and N x N only if input and state have the same size."""
     wide = SIZE + 1
     weights = {
         name: draw(generator, SIZE, wide if name.startswith("W") else SIZE) for name in GATES
@@ -200,20 +203,20 @@ def size_row(generator):
 
 
 def reset_row(side):
-    """r = 0 hides the state from the candidate; h_t keeps (1 - z) * h and z still reads h."""
+    """With r = 0 the candidate does not depend on h, but (1 - z) * h and z still do."""
     v, zero = side.v, jnp.zeros(SIZE)
     weights = {name: jnp.asarray(v[name]) for name in GATES}
     jacobian = jax.jit(jax.jacobian(lambda h: cell(weights, v["x"], h, MATRIX, read=zero)))(v["h"])
     candidate = np.tanh(v["W"] @ v["x"])
     fixed = np.diag(1 - v["z"]) + np.diag((candidate - v["h"]) * v["dz"]) @ v["Uz"]
     printed = relative_error(np.zeros((SIZE, SIZE)), jacobian)
-    cure = "the candidate alone forgets"
+    cure = "only the candidate forgets"
     error = relative_error(fixed, jacobian)
     return Row("2.3.4, r = 0", "forgets all of h", "TEXT", printed, cure, error)
 
 
 def slope_rows():
-    """(15)-(18) where exp neither overflows nor its square, and where one of them does."""
+    """(15)-(18) without overflow, and where exp or its square overflows."""
     a = np.linspace(-4, 4, 9)
 
     def reference(function):
@@ -241,7 +244,7 @@ def slope_rows():
 
 
 def single_precision_rows():
-    """The same overflows in float32, which come at an eighth of the argument."""
+    """The same overflows in float32, which occur at an eighth of the argument."""
 
     def single(x):
         return np.asarray(x, np.float32)
@@ -265,7 +268,7 @@ def single_precision_rows():
 
 
 def candidate_rows(sides, delta):
-    """(19)-(23) and (27), (28): h_t by h~ and z, and the entries of dW."""
+    """(19)-(23), (27), (28): derivatives with respect to h~ and z, and the entries of dW."""
     v, index = sides[0].v, sides[1].v
     for place, got, name in (("(19), (20)", v["z"], "h~"), ("(27), (28)", v["hc"] - v["h"], "z")):
         says = "dh/dh~ = z" if name == "h~" else "dh/dz = h~ - h"
@@ -277,7 +280,7 @@ def candidate_rows(sides, delta):
     printed = relative_error(np.einsum("j,i->ij", v["z"] * v["dt"], v["x"]), sides[0].ones["W"])
     entries = np.einsum("j,i->ij", index["z"] * index["dt"], index["x"])
     fixed = relative_error(entries, sides[1].ones["W"])
-    cure = "the index form (8) alone"
+    cure = "only the index form (8)"
     yield Row("(23), matrix form", "dh/dW_ij = z_j tanh'_j x_i", "NOTATION", printed, cure, fixed)
     entries = np.einsum("j,i->ji", v["z"] * v["dt"], v["x"])
     fixed = relative_error(entries, sides[0].ones["W"])
@@ -285,7 +288,10 @@ def candidate_rows(sides, delta):
 
 
 def weight_rows(sides, delta):
-    """(column v){c, ..., c}: as a product, as a broadcast, and as v c^T or c v^T; delta outside."""
+    """(column v){c, ..., c} as a matrix product, as a broadcast, and as v c^T or c v^T.
+
+    The last row of each weight has delta outside the bracket.
+    """
     places = {"W": "(25)", "U": "(26)", "Wz": "(30)", "Uz": "(31)", "Wr": "(43)", "Ur": "(44)"}
     for name, place in places.items():
         for side in sides:
@@ -315,7 +321,7 @@ def weight_rows(sides, delta):
 
 
 def chain_rows(sides, delta):
-    """(32)-(35): h_t by r."""
+    """(32)-(35): derivatives with respect to r."""
     v, want = sides[0].v, sides[0].nudged["r"]
     chain = (v["z"] * v["dt"]) @ v["U"] @ np.diag(v["h"])
     yield Row("(32)-(34)", "row z * tanh', U, diag(h)", "OK", relative_error(chain, want))
@@ -338,7 +344,7 @@ def chain_to_r(v, delta, reading):
 
 
 def matrix_law_rows(generator):
-    """(36)-(41): y = W^T x with W N x M."""
+    """(36)-(41): y = W^T x, where W is N x M."""
     w, x, dx = draw(generator, 3, 5), *draw(generator, 2, 3)
     w_square = draw(generator, 3, 3)
     jacobian = jax.jacobian(lambda x: jnp.asarray(w).T @ x)(x)
@@ -354,7 +360,7 @@ def matrix_law_rows(generator):
     true_dx = jax.vjp(lambda x: jnp.asarray(w).T @ x, x)[1](jnp.asarray(dy))[0]
     tangent = jax.jvp(lambda x: jnp.asarray(w).T @ x, (x,), (dx,))[1]
     printed, fixed = relative_error(w.T @ true_dx, dy), relative_error(w.T @ dx, tangent)
-    yield Row("(39)", "Delta(y) = W^T Delta(x)", "WRONG", printed, "of tangents alone", fixed)
+    yield Row("(39)", "Delta(y) = W^T Delta(x)", "WRONG", printed, "only for tangents", fixed)
     yield Row("(40), (41)", "dJ/dx = W dJ/dy", "OK", relative_error(w @ dy, true_dx))
     dy = dy[:3]
     true_dx = jax.vjp(lambda x: jnp.asarray(w_square) @ x, x)[1](jnp.asarray(dy))[0]
@@ -366,26 +372,29 @@ def matrix_law_rows(generator):
 
 
 def label_rows(sides):
-    """(42): the right side is the gradient of Wr."""
+    """(42): the right-hand side is the gradient of Wr."""
     gradient = backward(sides[0].v, np.ones(SIZE), MATRIX)["Wr"]
     printed, fixed = (relative_error(gradient, sides[0].ones[name]) for name in ("Wz", "Wr"))
     yield Row("(42)", "left side dh/dWz", "WRONG", printed, "dh/dWr", fixed)
 
 
 def products(v, names, reading, inner=None):
-    """The products with the cotangents of ones, for z, r and c; `inner` reads U inside r."""
+    """The transposed products with the cotangents for delta = 1, for z, r and c.
+
+    `inner` is the reading of U inside the cotangent of r.
+    """
     slopes = vectors(v, np.ones(SIZE), inner or reading)
     return [reading.transpose(v[name], slopes[gate]) for name, gate in zip(names, "zrc")]
 
 
 def input_rows(sides):
-    """(45)-(47): h_t by x."""
+    """(45)-(47): derivatives with respect to x."""
     names, (matrix, index) = ("Wz", "Wr", "W"), sides
     v, want = matrix.v, matrix.ones["x"]
     through_z, through_r, through_c = products(v, names, MATRIX)
     fixed = relative_error(through_z + through_r + through_c, want)
     printed = relative_error(through_z + through_r + v["W"].T @ v["dt"], want)
-    yield Row("(45)", "last path dh/dh", "NOTATION", printed, "dh/dh~, r held in dh~/dx", fixed)
+    yield Row("(45)", "last path dh/dh", "NOTATION", printed, "dh/dh~, r fixed in dh~/dx", fixed)
     spurious = v["Wz"].T @ ((v["ht"] - v["h"]) * v["dz"])
     printed = relative_error(spurious + through_r + through_c, want)
     yield Row("(46)", "(h_t - h) * s'(tz)", "WRONG", printed, "(h~ - h) * s'(tz)", fixed)
@@ -399,7 +408,7 @@ def input_rows(sides):
 
 
 def state_rows(sides, delta):
-    """(48)-(50): h_t by the state before."""
+    """(48)-(50): derivatives with respect to the state before."""
     names, (matrix, index) = ("Uz", "Ur", "U"), sides
     v, want = matrix.v, matrix.ones["h"]
     weights = {name: jnp.asarray(v[name]) for name in GATES}
@@ -424,7 +433,10 @@ def state_rows(sides, delta):
 
 
 def state_jacobian(v):
-    """dh_t/dh = diag(1-z) + (dh/dz)(dz/dh) + (dh/dr)(dr/dh) + (dh/dh~)(dh~/dh), r held last."""
+    """dh_t/dh = diag(1-z) + (dh/dz)(dz/dh) + (dh/dr)(dr/dh) + (dh/dh~)(dh~/dh).
+
+    In the last term r is held fixed.
+    """
     candidate = np.diag(v["z"] * v["dt"]) @ v["U"]
     through_z = np.diag((v["hc"] - v["h"]) * v["dz"]) @ v["Uz"]
     through_r = candidate @ np.diag(v["h"] * v["dr"]) @ v["Ur"]
@@ -432,7 +444,7 @@ def state_jacobian(v):
 
 
 def parenthesis_rows(side):
-    """(30), (33), (46), (47), (50): the print closes a bracket that it never opened."""
+    """(30), (33), (46), (47), (50): the printed equations close a bracket without opening it."""
     v, ones = side.v, np.ones(SIZE)
     vz, ut = "((hc - h) * dz)", "(U.T @ (z * dt))"
     for place, printed, fixed, want in (
@@ -451,7 +463,7 @@ def parenthesis_rows(side):
 
 
 def time_rows(generator, weights, h0):
-    """3.3 as a whole: one step; chained over T steps every dW adds up and dh is carried."""
+    """Section 3.3 covers one step; over T steps, every dW is summed and dh is passed on."""
     xs, upstream = draw(generator, 2, NUM_STEPS, SIZE)
     for reading in READINGS:
         last, total = chain(weights, xs, h0, upstream, reading)
@@ -466,7 +478,7 @@ def time_rows(generator, weights, h0):
 
 
 def chain(weights, xs, h0, upstream, reading):
-    """The corrected equations over T steps: the last step's gradients, and all of them summed."""
+    """The corrected equations over T steps: (gradients of the last step, summed gradients)."""
     h, trace = h0, []
     for x in xs:
         trace.append(forward(weights, x, h, reading))
@@ -495,7 +507,7 @@ def chain_autodiff(weights, xs, h0, upstream, reading):
 
 
 def package_row(weights, xs, h0, upstream):
-    """The chained equations beside the gradient of this package's gru, with blocks r | z | c."""
+    """Compares the equations over T steps with the gradient of `jaxgru.gru`, blocks r | z | c."""
     _, total = chain(weights, xs, h0, upstream, MATRIX)
 
     def packed(table):

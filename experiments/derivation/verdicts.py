@@ -1,16 +1,18 @@
-"""A row of the table: what a document prints, its error, the error of its correction, a verdict.
+"""The rows of the table: a printed equation, its error, its correction's error, and a verdict.
 
-Errors are max|a - b| / max|b| in float64 with b from autodiff of the document's own forward
-equations. A verdict says which errors a row must have:
+Errors are max|a - b| / max|b| in float64, where b is autodiff of the document's own forward
+equations. A verdict defines the errors that a row must have. Unless it says otherwise, the printed
+equation has an error of at least 1e-3 or NaN, and the corrected one an error of at most 1e-12.
 
-    OK          as printed at 1e-12; nothing to correct
-    NOTATION    one reading of the print is right, the other is not
-    WRONG       as printed at least 1e-3 or nan, corrected at 1e-12
-    ILL-FORMED  wrong, and it cannot be evaluated: shapes or parentheses do not conform
-    MISSING     referred to or garbled; rebuilt at 1e-12, what leaves it out is wrong
-    UNSAFE      right in exact arithmetic, wrong in floating point
-    LIMIT       neither: off by more than 1e-12, and vanishing as gates saturate
-    TEXT        a claim in prose that a number contradicts
+    OK          the printed equation has an error of at most 1e-12 and needs no correction
+    NOTATION    one reading of the printed equation is right, another one is wrong
+    WRONG       the printed equation is wrong
+    ILL-FORMED  the printed equation cannot be evaluated: its shapes or parentheses do not fit
+    MISSING     the equation is referred to, but absent or garbled, and is reconstructed here
+    UNSAFE      the printed equation is right in exact arithmetic, but wrong in floating point
+    LIMIT       the error of the printed equation is between 1e-12 and 0.1, and vanishes as the
+                gates saturate
+    TEXT        a number contradicts a claim in prose
 """
 
 import math
@@ -23,19 +25,19 @@ ILL_FORMED = math.inf
 
 
 class Row(NamedTuple):
-    """One equation: errors as printed and as corrected, None where there is nothing to evaluate."""
+    """One equation with the errors of its printed and corrected form; None if there is no form."""
 
-    place: str  # the number of the equation, or where it stands
+    place: str  # the number of the equation, or its place in the document
     says: str
     verdict: str
     printed: float | None
     cure: str = ""
     corrected: float | None = None
-    limit: float = EXACT  # of what counts as exact
+    limit: float = EXACT  # the largest error that counts as exact
 
     @property
     def holds(self) -> bool:
-        """Whether the errors are those of the verdict."""
+        """Whether the errors are as the verdict requires."""
         printed, corrected = self.printed, self.corrected
         exact = corrected is not None and corrected <= self.limit
         wrong = printed is not None and (math.isnan(printed) or printed >= WRONG)
@@ -56,7 +58,11 @@ class Row(NamedTuple):
 
 
 def absolute_error(got, want) -> float:
-    """max|got - want|; ValueError where the shapes differ."""
+    """max|got - want|.
+
+    Raises:
+      ValueError: the shapes differ.
+    """
     got, want = np.asarray(got), np.asarray(want)
     if got.shape != want.shape:
         raise ValueError(f"absolute_error: shapes must be equal, got {got.shape}, {want.shape}.")
@@ -64,24 +70,24 @@ def absolute_error(got, want) -> float:
 
 
 def relative_error(got, want) -> float:
-    """max|got - want| / max|want|, or max|got| where the wanted value is 0."""
+    """max|got - want| / max|want|, or max|got| if want is 0."""
     return absolute_error(got, want) / (float(np.abs(np.asarray(want)).max()) or 1.0)
 
 
 def largest_error(got, want) -> float:
-    """The largest relative error over two dicts with the same keys; nan where one of them is."""
+    """The largest relative error over two dicts with the same keys; NaN if one of them is NaN."""
     if got.keys() != want.keys():
         raise ValueError(f"largest_error: keys must be equal, got {set(got)}, {set(want)}.")
     return float(np.max([relative_error(got[name], want[name]) for name in got]))
 
 
 def evaluate(expression: str, **values) -> np.ndarray:
-    """The value of a formula written as Python source; @ is the matrix product."""
+    """The value of a formula in Python syntax, where @ is the matrix product."""
     return eval(expression, {"__builtins__": {}}, values)
 
 
 def attempt(expression: str, want, **values) -> float:
-    """The error of a formula, infinite where it cannot be evaluated to the shape that is wanted."""
+    """The error of a formula; infinite if it cannot be evaluated or has another shape."""
     try:
         return relative_error(evaluate(expression, **values), want)
     except (SyntaxError, ValueError, IndexError):

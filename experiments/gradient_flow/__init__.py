@@ -1,1 +1,1 @@
-"""How gradient flows through a tanh RNN and a GRU, before and after training: one picture."""
+"""Plots how the gradient flows through a tanh RNN and a GRU, before and after training."""

@@ -1,4 +1,4 @@
-"""What is seen of a network on a batch: credit over distance, Jacobians, gates; and three cases."""
+"""Observes credit, Jacobians and gates of a network on a batch, and computes the three cases."""
 
 import dataclasses
 import functools
@@ -14,14 +14,14 @@ from jaxgru import diagnostics
 
 QUANTILES = (0.1, 0.5, 0.9)
 BINS = 25
-SHIFTS = (0.0, 1.0, 2.0, 4.0, 6.0, 8.0, 10.0, 12.0)
-REACHES = (0.1, 0.01)
+SHIFTS = (0.0, 1.0, 2.0, 4.0, 6.0, 8.0, 10.0, 12.0)  # of the gates' pre-activations
+REACHES = (0.1, 0.01)  # fractions of the credit, for `diagnostics.credit_reach`
 
 
 class Network(NamedTuple):
-    """A layer and its head: a `jaxgru.GRUParams`, or a `memory_tasks.VanillaParams`."""
+    """A layer and its head."""
 
-    params: Any
+    params: Any  # jaxgru.GRUParams or memory_tasks.VanillaParams
     w: jax.Array  # [H, K]
     b: jax.Array  # [K]
 
@@ -32,11 +32,12 @@ class Network(NamedTuple):
 
 
 def observe(network: Network, xs: Any, loss_fn: Any) -> dict[str, Any]:
-    """Curves and numbers, JSON-ready, of loss_fn(outputs of the last step [B, K]) on xs [T, B, I].
+    """Curves and numbers for JSON, of one network on xs [T, B, I].
 
-    The loss is of the last step alone, so that |dL/dh_t| is what is left of it T - t steps back.
+    loss_fn maps the outputs of the last step [B, K] to the loss of each sequence [B]. No other step
+    has a loss, so |dL/dh_t| is the gradient that is left T - t steps before the end.
     """
-    seen = jax.tree.map(np.asarray, _look(network, jnp.asarray(xs), loss_fn))
+    seen = jax.tree.map(np.asarray, _observe(network, jnp.asarray(xs), loss_fn))
     distance = np.arange(len(xs))[::-1]
     curves = {
         "distance": distance.tolist(),
@@ -67,7 +68,7 @@ def observe(network: Network, xs: Any, loss_fn: Any) -> dict[str, Any]:
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _look_gru(network, xs, loss_fn):
+def _observe_gru(network, xs, loss_fn):
     params, w, b = network
     spec = params.spec
 
@@ -84,14 +85,14 @@ def _look_gru(network, xs, loss_fn):
         "statistics": diagnostics.gate_statistics(params, xs),
     }
     if spec.reset == "before" and spec.activation == "tanh":
-        off = jnp.linalg.norm(printed_jacobian(params, gates) - jacobians, axis=(-2, -1))
-        seen["printed_error"] = off / jnp.linalg.norm(jacobians, axis=(-2, -1))
+        error = jnp.linalg.norm(printed_jacobian(params, gates) - jacobians, axis=(-2, -1))
+        seen["printed_error"] = error / jnp.linalg.norm(jacobians, axis=(-2, -1))
     return seen | _spectra(jacobians)
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _look_vanilla(params, xs, loss_fn):
-    """The same of h' = tanh(x w_x + h w_h + b_h), whose Jacobian is diag(1 - h'^2) w_h^T."""
+def _observe_vanilla(params, xs, loss_fn):
+    """The same for h' = tanh(x w_x + h w_h + b_h), whose Jacobian is diag(1 - h'^2) w_h^T."""
 
     def states(tap):
         def body(h, inputs):
@@ -109,14 +110,14 @@ def _look_vanilla(params, xs, loss_fn):
     return {"credit": jnp.linalg.norm(jax.grad(last_loss)(tap), axis=-1)} | _spectra(jacobians)
 
 
-def _look(network, xs, loss_fn):
+def _observe(network, xs, loss_fn):
     if network.spec is None:
-        return _look_vanilla(network.params, xs, loss_fn)
-    return _look_gru(network, xs, loss_fn)
+        return _observe_vanilla(network.params, xs, loss_fn)
+    return _observe_gru(network, xs, loss_fn)
 
 
 def _spectra(jacobians):
-    """Singular values of every step [T, B, H], and Lyapunov exponents [B, H]."""
+    """The singular values of every step [T, B, H], and the Lyapunov exponents [B, H]."""
     return {
         "singular_values": diagnostics.singular_values(jacobians),
         "lyapunov": diagnostics.lyapunov_exponents(jacobians),
@@ -124,9 +125,10 @@ def _spectra(jacobians):
 
 
 def printed_jacobian(params: jaxgru.GRUParams, gates: diagnostics.GateValues) -> jax.Array:
-    """dh_t/dh_{t-1} without the paths through the gates, as "Gated Recurrent Unit Networks" has it.
+    """The Jacobian as "Gated Recurrent Unit Networks" prints it, for reset="before" and tanh.
 
-    diag(k) + diag((1 - k) (1 - n^2)) w_hn^T diag(r),    for reset="before" and tanh
+    dh_t/dh_{t-1} = diag(k) + diag((1 - k) (1 - n^2)) w_hn^T diag(r), where k is the fraction of the
+    state that is kept. The paths through the gates are missing.
     """
     k, r, n = gates.kept, gates.reset, gates.candidate
     hidden_size = k.shape[-1]
@@ -138,11 +140,12 @@ def printed_jacobian(params: jaxgru.GRUParams, gates: diagnostics.GateValues) ->
 
 
 def saturation_cases(seed: int, hidden_size: int = 32) -> dict[str, Any]:
-    """The three cases of "Gated Recurrent Unit Networks", as limits of gates shifted by +-s.
+    """The three cases of "Gated Recurrent Unit Networks", as limits for saturated gates.
 
+    The pre-activations of the gates are shifted by +s or -s. For s to infinity, the cases are
     1: z -> 1, J -> I. 2A: z -> 0, r -> 0, J -> 0. 2B: z -> 0, r -> 1, J -> diag(1 - n^2) w_hn^T.
-    For every s the largest entry by which the printed and the full Jacobian differ, by which the
-    full one differs from its limit, and its largest singular value. float64.
+    For every s the result has, in float64, the largest entry of |printed J - J| and of
+    |J - its limit|, and the largest singular value of J.
     """
     cases = {"1: z to 1": (0, 1), "2A: z to 0, r to 0": (-1, -1), "2B: z to 0, r to 1": (1, -1)}
     with jax.enable_x64(True):
@@ -161,23 +164,23 @@ def saturation_cases(seed: int, hidden_size: int = 32) -> dict[str, Any]:
 
 
 def _case(params, x, h, signs, shift):
-    """Three numbers of one case at one shift of the gates' biases."""
+    """The three numbers of `saturation_cases` for one case at one shift."""
     size = h.shape[-1]
-    moves = jnp.concatenate([jnp.full(size, sign * shift, h.dtype) for sign in (*signs, 0)])
-    params = dataclasses.replace(params, b_x=params.b_x + moves)
+    shifts = jnp.concatenate([jnp.full(size, sign * shift, h.dtype) for sign in (*signs, 0)])
+    params = dataclasses.replace(params, b_x=params.b_x + shifts)
     gates = jax.tree.map(lambda v: v[0], diagnostics.gate_values(params, x[None], h))
     full, printed = diagnostics.step_jacobian(params, x, h), printed_jacobian(params, gates)
-    open_ = dataclasses.replace(
+    saturated = dataclasses.replace(  # r = 1
         params, b_x=params.b_x + jnp.repeat(jnp.array([60.0, 0, 0], h.dtype), size)
     )
-    candidate = diagnostics.gate_values(open_, x[None], h).candidate[0]
+    candidate = diagnostics.gate_values(saturated, x[None], h).candidate[0]
     limit = {
         (0, 1): jnp.eye(size, dtype=h.dtype)[None],
         (-1, -1): jnp.zeros_like(full),
         (1, -1): (1 - candidate**2)[..., None] * params.w_h[:, 2 * size :].T[None],
     }[signs]
-    off = (jnp.abs(v).max() for v in (printed - full, full - limit))
-    return (*off, diagnostics.singular_values(full).max())
+    errors = (jnp.abs(v).max() for v in (printed - full, full - limit))
+    return (*errors, diagnostics.singular_values(full).max())
 
 
 def vanilla_network(params: memory_tasks.VanillaParams) -> Network:
@@ -185,19 +188,19 @@ def vanilla_network(params: memory_tasks.VanillaParams) -> Network:
 
 
 def _quantiles(v):
-    """Over the batch [T, B], lists over T."""
+    """{level: list over T} of the quantiles over the batch of v [T, B]."""
     levels = np.quantile(v, QUANTILES, axis=1)
     return {f"{level:g}": row.tolist() for level, row in zip(QUANTILES, levels)}
 
 
 def _share(path, paths):
-    """A path's part of the sum of the four norms, mean over the batch; 0 where nothing arrives."""
+    """A path's fraction of the sum of the four norms, averaged over the batch; 0 if they are 0."""
     total = sum(paths.values())
     return (path / np.where(total > 0, total, 1.0)).mean(axis=1).tolist()
 
 
 def _histogram(gate):
-    """Shares of [0, 1] in equal bins."""
+    """The fraction of values in each of the equal bins of [0, 1]."""
     return (np.histogram(gate, BINS, (0.0, 1.0))[0] / gate.size).tolist()
 
 

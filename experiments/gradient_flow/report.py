@@ -1,8 +1,8 @@
-"""The picture of what was observed, and the table on the screen."""
+"""The figure and the table of the observations."""
 
 import numpy as np
 
-FLOOR = 1e-12  # of a logarithmic axis: what is less is not drawn
+FLOOR = 1e-12  # the lower end of logarithmic axes; smaller values are not drawn
 COLORS = {"GRU": "tab:blue", "tanh RNN": "tab:red"}
 PATH_LABELS = {
     "kept": "kept state", "update": "update gate", "reset": "reset gate",
@@ -11,7 +11,7 @@ PATH_LABELS = {
 
 
 def print_table(tasks):
-    """One line a model, before and after training."""
+    """Prints a line for each model before and after training."""
     print(
         f"\n{'task':<10}{'model':<10}{'':<8}{'test loss':>10}{'10% reach':>11}{'1% reach':>10}"
         f"{'largest s.v.':>14}{'top Lyapunov':>14}{'memory':>9}"
@@ -29,13 +29,14 @@ def print_table(tasks):
                     f"{memory:>9}"
                 )
     print(
-        "reach: steps back at which |dL/dh_t| is last above that share of what it is at the end; "
-        "memory:\nmedian over units of the steps in which the kept state falls to 1/e"
+        "reach: the largest T - t at which |dL/dh_t| is above that fraction of |dL/dh_T|; memory: "
+        "the\nmedian over units of the steps in which the part of the state that is kept falls to "
+        "1/e"
     )
 
 
 def plot(path, found):
-    """A row of panels for each task, and one for the three cases."""
+    """Plots a row of panels for each task, and a row for the three cases."""
     from matplotlib.figure import Figure
 
     tasks = found["tasks"]
@@ -45,7 +46,7 @@ def plot(path, found):
         _plot_task(panels, task)
     _plot_cases(rows[-1], found["cases"], tasks)
     figure.suptitle(
-        "How gradient flows: dashed before training, solid after; bands hold 80 % of the sequences",
+        "Gradient flow before training (dashed) and after it (solid); bands: 80 % of the sequences",
         fontsize=15,
     )
     figure.savefig(path, dpi=80)
@@ -78,7 +79,7 @@ def _plot_task(panels, task):
         labels=list(PATH_LABELS.values()), alpha=0.8,
     )  # fmt: skip
     paths.set(
-        xlabel="distance from the loss, steps", ylabel="share of the four norms", ylim=(0, 1),
+        xlabel="distance from the loss, steps", ylabel="fraction of the four norms", ylim=(0, 1),
         title=f"{title}: paths of the trained GRU's credit",
     )  # fmt: skip
     _plot_gates(gates, task["models"]["GRU"], title)
@@ -91,7 +92,7 @@ def _plot_task(panels, task):
 
 
 def _plot_credit(axes, seen, style, color, label):
-    """Quantiles over sequences, relative to the last step's."""
+    """Quantiles over the sequences, relative to the median of the last step."""
     last = seen["credit"]["0.5"][-1] or 1.0
     low, middle, high = (np.array(v) / last for v in seen["credit"].values())
     drawn = np.where(middle >= FLOOR, middle, np.nan)
@@ -109,24 +110,24 @@ def _plot_spectrum(axes, seen, style, color, label):
 
 
 def _plot_gates(axes, record, title):
-    """Histograms of r and of the share that is kept, and the units' memories as an inset."""
+    """Histograms of the reset gate and of the kept fraction; the memory of the units is inset."""
     from matplotlib.ticker import LogLocator
 
     bins = len(record["after"]["gates"]["reset"])
     edges = np.linspace(0, 1, bins + 1)
     for gate, label, color in (
         ("reset", "reset gate r", "tab:green"),
-        ("kept", "kept share k", "tab:blue"),
+        ("kept", "kept fraction k", "tab:blue"),
     ):
         axes.stairs(record["after"]["gates"][gate], edges, color=color, fill=True, alpha=0.35)
         axes.stairs(record["after"]["gates"][gate], edges, color=color, label=f"{label}, after")
         before = record["before"]["gates"][gate]
         axes.stairs(before, edges, color=color, linestyle="--", label=f"{label}, before")
     axes.set(
-        xlabel="value of the gate", ylabel="share of all units and steps",
+        xlabel="value of the gate", ylabel="fraction of all units and steps",
         title=f"{title}: gates of the GRU",
     )  # fmt: skip
-    axes.set_ylim(0, 1.9 * axes.get_ylim()[1])  # room for what lies above the bars
+    axes.set_ylim(0, 1.9 * axes.get_ylim()[1])  # room for the legend and the inset
     inset = axes.inset_axes((0.55, 0.6, 0.42, 0.34))
     axes.legend(fontsize=9, loc="upper left")
     for when, style in (("before", "--"), ("after", "-")):
@@ -137,12 +138,12 @@ def _plot_gates(axes, record, title):
     inset.yaxis.set_major_formatter("{x:g}")
     inset.yaxis.set_minor_formatter("")
     inset.tick_params(labelsize=8)
-    inset.set_title("memory, steps (units in order)", fontsize=9)
+    inset.set_title("memory in steps (units sorted)", fontsize=9)
     inset.grid(alpha=0.3)
 
 
 def _plot_cases(panels, cases, tasks):
-    """Errors against the shift that saturates the gates; and in the networks."""
+    """Errors against the shift that saturates the gates, and errors in the trained networks."""
     errors, limits, largest, networks = panels
     shift = cases["shift"]
     for (name, case), marker in zip(((k, v) for k, v in cases.items() if k != "shift"), "os^"):
@@ -154,8 +155,8 @@ def _plot_cases(panels, cases, tasks):
     label = "shift s of the gates' pre-activations"
     errors.set(
         yscale="log", xlabel=label, ylabel="max |printed - full|",
-        title='three cases of "Gated Recurrent Unit Networks": its\n'
-        "Jacobian, without gate paths, is right for saturated gates",
+        title='Jacobian as "Gated Recurrent Unit Networks" prints it,\n'
+        "without gate paths: right for saturated gates",
     )  # fmt: skip
     limits.set(
         yscale="log", xlabel=label, ylabel="max |full - limit|",

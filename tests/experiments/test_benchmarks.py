@@ -1,6 +1,6 @@
-"""The benchmarks: short runs from end to end, what they refuse, and their arithmetic.
+"""The benchmarks: short runs from end to end, bad input, and their arithmetic.
 
-Nothing here depends on how long anything takes.
+No test depends on measured times.
 """
 
 import functools
@@ -173,7 +173,9 @@ def test_contender_with_a_wrong_gradient_is_refused_before_anything_is_timed(mon
     with pytest.raises(SystemExit) as stopped:
         run_peers(tmp_path / "run", "--tasks", "training", contenders=["plain scan"])
     message = str(stopped.value.code)
-    assert message.startswith("peers: nothing timed at training, reset before, T=12 B=3 D=4 H=5: ")
+    assert message.startswith(
+        "peers: nothing is timed at training, reset before, T=12 B=3 D=4 H=5: "
+    )
     assert "w_h of 'plain scan' differs from that of 'jaxgru' by 1.0e-03" in message
 
 
@@ -200,7 +202,7 @@ def test_comparison_refuses_what_is_not_the_same(broken):
         peers.check_equal({"jaxgru": ours, "other": broken}, {}, "here")
 
 
-def test_comparison_forgives_a_bias_that_a_library_does_not_have():
+def test_comparison_accepts_that_a_library_lacks_a_bias():
     ours = {"hs": np.ones(2), "b_hn": np.ones(2)}
     worst = peers.check_equal({"jaxgru": ours, "other": {"hs": np.ones(2) + 1e-5}}, {}, "here")
     assert worst["other"] == pytest.approx(1e-5, rel=1e-3)
@@ -247,11 +249,11 @@ def test_peer_that_is_not_installed_is_one_line_with_the_cure(monkeypatch, tmp_p
     assert not (tmp_path / "run").exists()
 
 
-# How time is taken.
+# Timing.
 
 
 class FakeMachine:
-    """A clock that only calls and pauses move, and a record of who ran when."""
+    """A clock that only calls and pauses advance, and a log of them."""
 
     def __init__(self, **costs):
         self.now, self.log, self.costs = 0.0, [], costs
@@ -273,7 +275,7 @@ class FakeMachine:
 
 
 def test_interleave_runs_bursts_in_turns_each_after_a_pause_and_an_untimed_call():
-    """And another contender is the first in every round; all seconds are sums of powers of two."""
+    """Each round begins with another contender. All seconds are exact binary fractions."""
     machine = FakeMachine(quick=1 / 64, slow=0.5)
     options = {"warm_up": 1, "min_rounds": 2, "burst_seconds": 3 / 64, "pause_seconds": 0.125}
     samples = machine.interleave(1e-9, **options)
@@ -284,7 +286,7 @@ def test_interleave_runs_bursts_in_turns_each_after_a_pause_and_an_untimed_call(
     np.testing.assert_allclose(samples["slow"], 0.5)
 
 
-def test_interleave_goes_on_until_its_seconds_are_over_and_tells_how_far_it_is():
+def test_interleave_continues_until_its_seconds_are_over_and_reports_its_progress():
     machine, fractions = FakeMachine(a=1.0), []
     options = {"warm_up": 0, "min_rounds": 1, "burst_seconds": 0.5, "pause_seconds": 0.0}
     samples = machine.interleave(7.0, advance=fractions.append, **options)
@@ -311,7 +313,7 @@ def test_time_of_a_step_is_a_share_of_the_burst_of_steps():
 
 @pytest.mark.slow
 def test_limit_counts_the_operations_of_the_task():
-    """From the shapes of its products: 18TBH(D + H) and 6TBH(D + H)."""
+    """The shapes of its products give 18TBH(D + H) and 6TBH(D + H) operations."""
     size, count = Size(8, 4, 16, 32), {}
     flops = 6 * 8 * 4 * 32 * (16 + 32)
     for task in ("training", "forward"):
@@ -322,11 +324,11 @@ def test_limit_counts_the_operations_of_the_task():
     assert count == {"training": 3 * flops, "forward": flops}
 
 
-# What the targets say.
+# Targets.
 
 
 def made_rows(**changes):
-    """Rows of a complete run where peers take twice jaxgru's time; changes by contender."""
+    """Rows of a run in which peers take twice jaxgru's time; `changes` are fields by contender."""
     rows = []
     for task, reset, size in [
         *((task, r, s) for task in ("training", "forward") for r in problems.RESETS
@@ -354,7 +356,7 @@ def made_rows(**changes):
 
 
 def state_of(rows):
-    """claim -> reached."""
+    """{claim: reached}."""
     return {target.claim: target.reached for target in targets.judge(rows)}
 
 
@@ -423,7 +425,7 @@ def test_target_just_beyond_its_bound_is_missed(changes, claim):
     assert found and all(entry.startswith(claim) for entry in found)
 
 
-def test_temporaries_are_held_against_the_peer_that_has_the_least():
+def test_temporaries_are_compared_with_the_peer_that_has_the_least():
     rows = made_rows(Keras={"temporaries_bytes": 16})
     assert {claim.partition(" / ")[0] for claim in missed(rows)} == {
         "training: temporaries of jaxgru gates",
@@ -473,13 +475,13 @@ def test_scaling_targets_hold_the_exponents_and_the_long_run_to_their_bounds(slo
     assert not_finite[-1]["reached"] is False
 
 
-# Each library is what its adapter says.
+# The adapters of the libraries.
 
 MODULES = {name: library.module for name, library in libraries.LIBRARIES.items() if library.module}
 
 
 def results_of(name, task, reset):
-    """What an adapter's program gives for a small problem."""
+    """The results of an adapter's program for a small problem."""
     size = Size(9, 1, 3, 4) if task in ("step", "generation") else Size(5, 2, 3, 4)
     draw = problems.draw_model if task == "generation" else problems.draw_problem
     library = libraries.choose([name])[name]
@@ -494,7 +496,7 @@ our_results = functools.cache(functools.partial(results_of, "jaxgru"))  # for ev
 @pytest.mark.parametrize("task", problems.TASKS)
 @pytest.mark.parametrize("name", MODULES)
 def test_library_has_our_values_and_gradients(name, task, monkeypatch):
-    monkeypatch.setenv("KERAS_BACKEND", "jax")  # its default is a library that may not be there
+    monkeypatch.setenv("KERAS_BACKEND", "jax")  # its default backend may not be installed
     pytest.importorskip(MODULES[name].partition(".")[0], reason=f"{name} is in the extra `peers`")
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         for reset in libraries.choose([name])[name].resets:
@@ -507,7 +509,7 @@ def test_library_has_our_values_and_gradients(name, task, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore")  # of torch
 def test_every_way_of_torch_to_train_gives_the_same():
-    """The quickest of them is timed, whichever that is."""
+    """The fastest of them is timed, so all must be right."""
     torch = pytest.importorskip("torch", reason="torch is in the extra `peers`")
     problem = problems.draw_problem(Size(5, 2, 3, 4), "after", 1)
     calls, read = torch_library._training(torch, lambda v: torch.tensor(np.array(v)), problem)
@@ -519,7 +521,7 @@ def test_every_way_of_torch_to_train_gives_the_same():
 
 @pytest.mark.slow
 def test_reference_is_jaxgru_itself():
-    """What all others are compared with is gru's own values and autodiff's gradients."""
+    """The results with which all others are compared are gru's values and autodiff's gradients."""
     size = Size(5, 2, 3, 4)
     for reset in problems.RESETS:
         problem = problems.draw_problem(size, reset, 1)

@@ -1,4 +1,4 @@
-"""The main job: a run of seconds from end to end, and what it says of bad input."""
+"""The character model: a run of seconds from end to end, and its messages for bad input."""
 
 import hashlib
 import json
@@ -52,7 +52,7 @@ def test_run_that_was_stopped_goes_on_to_the_same_bytes(tmp_path, run, capsys):
     out = stop_and_resume(char_lm.main, arguments, tmp_path / "run", 37)
     assert (out / "checkpoints" / "step-00000175").exists()  # 7 times 25: after the stop, too
     shown = capsys.readouterr().err
-    assert f"go on with: python -m experiments.char_lm --resume {out}" in shown
+    assert f"continue with: python -m experiments.char_lm --resume {out}" in shown
     assert "char_lm: stopped by SIGTERM after update 37, saved in" in shown
     for name in ("samples.txt", "cross_check.txt"):
         assert (out / name).read_bytes() == (run / name).read_bytes(), name
@@ -147,19 +147,19 @@ def bad_inputs(tmp_path, run):
         "empty file": (["--text", str(tmp_path / "empty")], "is empty"),
         "short file": (
             ["--text", str(tmp_path / "short")],
-            "fewer than the 4097 of one batch of 32 x 128",
+            "characters, but one batch of 32 x 128 needs 4097",
         ),
         "one character": (["--text", str(tmp_path / "one"), "--preset", "classic"], "has 1 char"),
         "default prompt asked for": ([*fine, "--prompt", "T"], "--prompt has characters outside"),
         "undecodable": (["--text", str(tmp_path / "latin")], "not UTF-8 text: byte 3"),
-        "unknown prompt": ([*fine, "--prompt", "Ω"], "outside of the vocabulary: 'Ω'"),
+        "unknown prompt": ([*fine, "--prompt", "Ω"], "outside the vocabulary: 'Ω'"),
         "unwritable": ([*fine, "--out", str(tmp_path / "fine" / "run")], "Not a directory"),
         "used folder": ([*fine, "--out", str(tmp_path / "used")], "nothing was overwritten"),
-        "no run": (["--sample", str(tmp_path / "none")], "is no run folder of char_lm: it has no"),
-        "broken run": (["--sample", str(tmp_path / "broken")], "is no intact run folder"),
+        "no run": (["--sample", str(tmp_path / "none")], "is not a run folder of char_lm: it has"),
+        "broken run": (["--sample", str(tmp_path / "broken")], "is not an intact run folder"),
         "unknown prompt of a run": (
             ["--sample", str(run), "--prompt", "Ω"],
-            "outside of the vocabulary: 'Ω'",
+            "outside the vocabulary: 'Ω'",
         ),
     }
 
@@ -212,10 +212,10 @@ def test_run_folder_of_another_vocabulary_is_refused(tmp_path, run, capsys):
     for path in filter(pathlib.Path.is_file, run.iterdir()):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     config = json.loads((run / "config.json").read_text())
-    config["vocabulary"] = config["vocabulary"][1:] + "é"  # the same size: shapes cannot tell
+    config["vocabulary"] = config["vocabulary"][1:] + "é"  # all shapes are the same
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert char_lm.main(["--sample", str(tmp_path), "--prompt", "the"]) == 2
-    assert "weights of another vocabulary" in capsys.readouterr().err
+    assert "weights have another vocabulary" in capsys.readouterr().err
 
 
 def test_run_folder_of_another_model_is_refused(tmp_path, run, capsys):
@@ -224,7 +224,7 @@ def test_run_folder_of_another_model_is_refused(tmp_path, run, capsys):
     config = json.loads((run / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_size": 5}))
     assert char_lm.main(["--sample", str(tmp_path), "--prompt", "the"]) == 2
-    assert "weights of another model than its config.json" in capsys.readouterr().err
+    assert "weights belong to another model than config.json" in capsys.readouterr().err
 
 
 def test_streams_go_on_from_batch_to_batch_and_targets_are_next_tokens():

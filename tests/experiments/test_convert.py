@@ -55,24 +55,24 @@ def test_weights_that_went_through_every_format_are_the_same(tmp_path, capsys, b
         code, printed = run(capsys, "--from", *source, "--to", *target)
         assert code == 0, printed
         assert "0.0e+00  read again, float64" in printed
-        assert printed.count("note  ") == (source[0] == "keras")  # tanh is assumed
+        assert printed.count("note  ") == (source[0] == "keras")  # the note that tanh is assumed
         source = target
     with np.load(source[1]) as file:
         same(interop.from_torch(dict(file)).params, layers)
 
 
 @pytest.mark.parametrize("kind", ["linen", "equinox"])
-def test_merged_biases_are_told_and_the_function_is_kept(tmp_path, capsys, kind):
+def test_merged_biases_are_noted_and_the_function_is_the_same(tmp_path, capsys, kind):
     torch_file(tmp_path / "t.safetensors", num_layers=2)
     target = tmp_path / "m.safetensors"
     code, printed = run(capsys, "--from", "torch", tmp_path / "t.safetensors", "--to", kind, target)
     assert code == 0, printed
     assert "note     b_x and b_h are summed: r and z have one bias" in printed
-    # Merged in float32: rounding, and no more.
+    # Biases that are merged in float32 are rounded.
     assert 0 < float(printed.split("  read again")[0].split()[-1]) < 1e-6
 
 
-def test_negated_update_is_told(tmp_path, capsys):
+def test_negated_update_is_noted(tmp_path, capsys):
     params = init_stack(jax.random.key(0), 2, 3, spec=CHUNG_2014)
     interop.save_weights(tmp_path / "j", params)
     code, printed = run(capsys, "--from", "jaxgru", tmp_path / "j", "--to", "onnx", tmp_path / "o")
@@ -82,10 +82,10 @@ def test_negated_update_is_told(tmp_path, capsys):
         capsys, "--from", "onnx", tmp_path / "o", "--to", "haiku", tmp_path / "h.npz"
     )
     assert code == 0, printed
-    assert "I=2 H=3 float32; reset before, z keeps, tanh\n" in printed
+    assert "I=2 H=3 float32; reset before, update keep, tanh\n" in printed
 
 
-def test_layers_of_several_equations_keep_each_its_own(tmp_path, capsys):
+def test_each_layer_keeps_its_own_equation(tmp_path, capsys):
     specs = CHUNG_2014, PYTORCH
     layers = tuple(init_gru(jax.random.key(0), n, 3, spec=v) for n, v in zip((2, 3), specs))
     interop.save_weights(tmp_path / "j", layers)
@@ -93,7 +93,7 @@ def test_layers_of_several_equations_keep_each_its_own(tmp_path, capsys):
     for kind, target in (("onnx", tmp_path / "o"), ("keras", tmp_path / "k.npz")):
         code, printed = run(capsys, *argv, kind, target)
         assert code == 0, printed
-        assert "reset before, z writes, tanh / reset after, z keeps, tanh\n" in printed
+        assert "reset before, update write, tanh / reset after, update keep, tanh\n" in printed
     code, printed = run(
         capsys, "--from", "keras", tmp_path / "k.npz", "--to", "jaxgru", tmp_path / "k"
     )
@@ -121,10 +121,10 @@ def test_model_goes_to_onnx_whole_and_elsewhere_without_its_head(tmp_path, capsy
     argv = ("--from", "jaxgru", tmp_path / "j", "--to")
     code, printed = run(capsys, *argv, "onnx", tmp_path / "m.onnx")
     assert code == 0, printed
-    assert "stay behind" not in printed
+    assert "not written" not in printed
     code, printed = run(capsys, *argv, "torch", tmp_path / "t.npz")
     assert code == 0, printed
-    assert "the head and embedding stay behind" in printed
+    assert "head and embedding are not written" in printed
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -150,7 +150,7 @@ def test_weights_file_of_keras_is_read(tmp_path, capsys, bias):
 
 
 def test_layers_of_numbered_names_come_in_their_order(tmp_path, capsys):
-    """Ten and more: 10/ after 9/."""
+    """With more than ten layers, 10/ comes after 9/."""
     layers = init_stack(jax.random.key(0), 3, [3] * 11, spec=PYTORCH, scheme="pytorch")
     interop.save_weights(tmp_path / "j", layers)
     code, printed = run(
@@ -189,7 +189,8 @@ def test_nodes_of_onnx_are_a_stack_where_each_reads_the_one_below(tmp_path, caps
     assert [node.below for node in interop.read_onnx(chain)] == ["", "lower"]
     beside = write_nodes(tmp_path / "beside.onnx", False)
     code, printed = run(capsys, "--from", "onnx", beside, *target)
-    assert (code, "they are no stack; name those that are: --layer lower" in printed) == (2, True)
+    message = "choose the nodes of a stack from --layer lower"
+    assert (code, message in printed) == (2, True)
     code, printed = run(capsys, "--from", "onnx", beside, *target, "--layer", "upper")
     assert code == 0, printed
     same(interop.load_weights(tmp_path / "j").params, (interop.read_onnx(beside)[1].params,))
@@ -202,17 +203,17 @@ def test_nodes_of_onnx_are_a_stack_where_each_reads_the_one_below(tmp_path, caps
 def test_state_that_an_onnx_file_holds_is_not_dropped(tmp_path, capsys):
     path = write_nodes(tmp_path / "m.onnx", True, h0=np.ones((1, 4, 3)))
     code, printed = run(capsys, "--from", "onnx", path, "--to", "jaxgru", tmp_path / "j")
-    assert (code, "holds its own sequence_lens or initial_h" in printed) == (2, True)
+    assert (code, "has a constant sequence_lens or initial_h" in printed) == (2, True)
 
 
-def test_rest_of_an_onnx_graph_is_told(tmp_path, capsys):
+def test_rest_of_an_onnx_graph_is_noted(tmp_path, capsys):
     model = init_token_model(jax.random.key(0), 5, 3, embedding_size=2)
     interop.write_onnx(tmp_path / "m.onnx", model, lengths=True, state=True)
     argv = ("--from", "onnx", tmp_path / "m.onnx", "--to", "jaxgru", tmp_path / "j")
     code, printed = run(capsys, *argv)
     assert code == 0, printed
-    assert "note     the rest of the ONNX graph stays behind: Add, Gather, MatMul\n" in printed
-    assert "note     initial_h is an input of the ONNX graph" in printed
+    assert "note     the rest of the ONNX graph is not converted: Add, Gather, MatMul\n" in printed
+    assert "note     initial_h, an input of the ONNX graph" in printed
 
 
 def test_names_of_flax_are_found_in_a_larger_model(tmp_path, capsys):
@@ -223,12 +224,12 @@ def test_names_of_flax_are_found_in_a_larger_model(tmp_path, capsys):
     argv = ("--from", "linen", tmp_path / "f.safetensors", "--to", "jaxgru", tmp_path / "j")
     code, printed = run(capsys, *argv)
     assert code == 0, printed
-    assert "note     linen files do not tell the activation: tanh is assumed" in printed
+    assert "note     linen files do not hold the activation; tanh is assumed" in printed
     np.testing.assert_array_equal(interop.load_weights(tmp_path / "j").params[0].w_x, cell.w_x)
 
 
 def test_layers_that_do_not_fit_leave_no_file(tmp_path, capsys):
-    """Two directions that were summed, read as if side by side."""
+    """The model sums its two directions, but --merge is concat by default."""
     layers = init_stack(jax.random.key(0), 2, 3, 2, bidirectional=True, merge="sum", spec=PYTORCH)
     interop.save_weights(tmp_path / "j", layers)
     argv = ("--from", "jaxgru", tmp_path / "j", "--to", "keras", tmp_path / "new.npz")
@@ -267,23 +268,23 @@ def test_cells_of_a_keras_rnn_are_not_taken_for_a_gru(tmp_path, capsys):
                 file[f"layers/rnn/cell/cells/{name}/vars/{number}"] = np.ones(shape)
     argv = ("--from", "keras", tmp_path / "k.weights.h5", "--to", "jaxgru", tmp_path / "j")
     code, printed = run(capsys, *argv)
-    assert (code, "must hold a GRU that Keras saved, got no cell" in printed) == (2, True)
+    assert (code, "must hold a GRU layer that Keras saved, got none" in printed) == (2, True)
 
 
 def test_options_of_other_formats_are_refused(tmp_path, capsys):
     argv = ["--from", "torch", "a", "--to", "onnx", "b"]
-    for option, told in (
-        (["--cell"], "--cell must be left out for any target but torch"),
-        (["--step"], "--step must be left out for any target but stablehlo"),
+    for option, message in (
+        (["--cell"], "--cell is only for the target torch"),
+        (["--step"], "--step is only for the target stablehlo"),
         (["--seed", "-1"], "--seed must be at least 0, got -1"),
     ):
         with pytest.raises(SystemExit):
             main(argv + option)
-        assert told in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     torch_file(tmp_path / "t.safetensors", num_layers=2)
     argv = ("--from", "torch", tmp_path / "t.safetensors", "--to", "torch", tmp_path / "n.npz")
     code, printed = run(capsys, *argv, "--cell")
-    assert (code, "--cell must be left out for more than one layer" in printed) == (2, True)
+    assert (code, "--cell is only for a single layer" in printed) == (2, True)
     code, printed = run(capsys, *argv, "--layer", "a", "--layer", "b")
     assert (code, "--layer must be given once for torch" in printed) == (2, True)
 
@@ -299,7 +300,7 @@ REFUSED = {
         "which can run code; save the weights again with safetensors.torch.save_file",
     ),
     "no_file": (lambda path: ("onnx", path / "none.onnx"), "No such file or directory"),
-    "truncated_npz": (lambda path: ("keras", bad(path / "m.npz", b"PK\x03\x04")), "whole .npz"),
+    "truncated_npz": (lambda path: ("keras", bad(path / "m.npz", b"PK\x03\x04")), "intact .npz"),
     "pickled_npz": (
         lambda path: (np.savez(path / "m.npz", w=np.array([{}])), ("haiku", path / "m.npz"))[1],
         "Object arrays cannot be loaded when allow_pickle=False",
@@ -350,14 +351,14 @@ def test_no_file_is_overwritten(tmp_path, capsys):
     assert json.loads((tmp_path / "old").read_text()) == "mine"
 
 
-def test_weights_that_are_not_finite_are_told(tmp_path, capsys):
+def test_weights_that_are_not_finite_are_noted(tmp_path, capsys):
     weights = {"weight_ih": np.ones((9, 2)), "weight_hh": np.ones((9, 3))}
     weights["weight_hh"][0, 0] = np.nan
     np.savez(tmp_path / "t.npz", **weights)
     argv = ("--from", "torch", tmp_path / "t.npz", "--to", "jaxgru", tmp_path / "j")
     code, printed = run(capsys, *argv)
     assert "weight_hh'] holds 1 values that are not finite" in printed
-    assert code == 0  # the same values, NaN for NaN
+    assert code == 0  # the values are the same, with NaN equal to NaN
 
 
 def test_difference_beyond_rounding_is_exit_code_1(tmp_path, capsys, monkeypatch):
@@ -384,7 +385,7 @@ def test_difference_beyond_rounding_is_exit_code_1(tmp_path, capsys, monkeypatch
     ],
 )
 def test_program_with_its_weights_runs_without_the_package(tmp_path, capsys, kind):
-    """Every length and batch, and step by step; the command itself compares one."""
+    """The program runs for any length and batch, as a sequence and step by step."""
     if kind == "tokens":
         model = init_token_model(
             jax.random.key(0), 5, 3, embedding_size=2, num_layers=2, spec=PYTORCH
@@ -400,7 +401,7 @@ def test_program_with_its_weights_runs_without_the_package(tmp_path, capsys, kin
         with jax.disable_jit(False):  # the program is what jit makes of the model
             code, printed = run(capsys, *argv, *options)
         assert code == 0, printed
-        assert "of the program on cpu" in printed
+        assert "in the program on cpu" in printed
     if kind == "stack":
         xs = np.random.default_rng(1).normal(size=(7, 2, 2)).astype(np.float32)
         h, ys = export.deserialize((tmp_path / "m0").read_bytes()).call(xs, np.ones((7, 2), bool))
@@ -416,7 +417,7 @@ def test_program_of_a_step_in_two_directions_is_refused(tmp_path, capsys):
     torch_file(tmp_path / "t.safetensors", bidirectional=True)
     argv = ("--from", "torch", tmp_path / "t.safetensors", "--to", "stablehlo", tmp_path / "m")
     code, printed = run(capsys, *argv, "--step")
-    assert (code, "--step must be left out for two directions" in printed) == (2, True)
+    assert (code, "--step is not for two directions" in printed) == (2, True)
     assert not (tmp_path / "m").exists()
 
 

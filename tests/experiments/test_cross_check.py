@@ -248,7 +248,7 @@ def test_module_in_the_current_folder_is_found(tmp_path, monkeypatch):
     [
         (["--fn", "a:b"], "--fn needs --reference and --inputs"),
         (["--inputs", "a:b"], "--reference and --inputs need --fn"),
-        (["--full", "--smoke"], "--full is of the package's grid alone"),
+        (["--full", "--smoke"], "--full is for the package's grid, without --smoke"),
         (["--rule", "a:b"], "--rule needs --mutate"),
         (["--dtypes", "float32"], "finite differences need float64"),
         (["--dtypes", "int8"], "invalid choice"),
@@ -307,7 +307,7 @@ def test_inputs_blind_to_a_fault_let_mutants_survive(tmp_path):
     assert "indistinct" not in verdicts(found)
 
 
-def test_mutants_that_change_nothing_are_told_from_survivors(tmp_path):
+def test_mutants_that_change_nothing_are_distinguished_from_survivors(tmp_path):
     code, found = run(tmp_path, "long", "--mutate")
     assert code == 0
     assert verdicts(found)["indistinct"] == {("x - x + 3 * x * x", "3 * x * x")}
@@ -330,7 +330,7 @@ def test_wrong_rule_is_reported_and_not_mutated(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("fn", "options", "message"),
     [
-        ("cube", (), "is no custom_vjp or custom_jvp: name the functions to mutate with --rule"),
+        ("cube", (), "is not a custom_vjp or custom_jvp; name the functions to mutate with"),
         ("of_lambda", (), "must be written as a def"),
         ("without_rule", (), "call its defvjp first"),
         ("right", ("--rule", f"{HERE}:right"), "must name a function"),

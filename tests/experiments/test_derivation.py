@@ -1,4 +1,4 @@
-"""Every equation of the five documents keeps its verdict, and a broken rule does not pass."""
+"""Every equation of the five documents has the errors of its verdict; a broken rule has not."""
 
 import json
 import math
@@ -69,7 +69,7 @@ def test_numbered_equations_of_each_document_are_there(groups):
     assert [place for place in wanted if place not in text] == []
 
 
-def test_what_does_not_conform_is_attempted_and_fails():
+def test_formula_that_cannot_be_evaluated_has_an_infinite_error():
     ones = np.ones((2, 1))
     assert verdicts.attempt("v @ C", ones, v=ones, C=np.ones((2, 2))) == math.inf
     assert verdicts.attempt("v) * 2", ones, v=ones) == math.inf
@@ -104,7 +104,7 @@ def test_tape_is_autodiff_for_any_activation(activation, x64):
         ("LIMIT", 1e-13, 0.0, False),
     ],
 )
-def test_verdict_asks_for_its_errors(verdict, printed, corrected, holds):
+def test_verdict_requires_its_errors(verdict, printed, corrected, holds):
     assert Row("(1)", "", verdict, printed, "", corrected).holds is holds
 
 

@@ -1,4 +1,4 @@
-"""The benchmark of the fused kernel: right results before times, right figures, clear refusals."""
+"""The benchmark of the fused kernel: it checks results before timing, and refuses bad input."""
 
 import json
 import types
@@ -18,7 +18,7 @@ TOO_LARGE = ValueError("gru: params.w_h must have at most 256 rows, got 512; use
 
 
 def library(change):
-    """The scan, whose gradient of w_h is changed."""
+    """The scan with a changed gradient of w_h."""
 
     def make(reset, size, dtype):
         layer = layers.our_layer(reset)
@@ -34,7 +34,7 @@ def library(change):
 
 
 def fail_with(error):
-    """A contender that raises it."""
+    """A contender that raises an error."""
 
     def make(reset, size, dtype):
         raise error
@@ -47,7 +47,7 @@ EQUAL = library(lambda w_h: w_h)
 
 @pytest.fixture
 def timed(monkeypatch):
-    """The contenders that were timed; the scan takes 4 and 8 ms, the others a quarter of that."""
+    """Names of timed contenders; the scan takes 4 and 8 ms, the others a quarter of that."""
     names = []
 
     def interleave(calls, seconds, **options):
@@ -60,7 +60,7 @@ def timed(monkeypatch):
 
 
 def run(monkeypatch, folder, kernel, *options):
-    """The exit code and fused.json of a run in which another contender takes the kernel's place."""
+    """The exit code and fused.json of a run in which a contender replaces the kernel."""
     monkeypatch.setattr(fused, "contenders", lambda interpreted: {SCAN: EQUAL, FUSED: kernel})
     code = fused.main([*ONE, *options, "--out", str(folder)])
     return code, json.loads((folder / "fused.json").read_text())

@@ -1,4 +1,4 @@
-"""The picture of gradient flow: what it shows is what autodiff says, and its inputs are checked."""
+"""The figure of gradient flow: its values agree with autodiff, and bad input is refused."""
 
 import json
 
@@ -91,7 +91,7 @@ def test_vanilla_network_is_seen_as_autodiff_sees_it():
             h = jnp.tanh(x @ params.w_x + h @ params.w_h + params.b_h)
         return ((h @ params.w + params.b) ** 2).sum()
 
-    seen = observe._look_vanilla(params, xs, lambda outputs: (outputs**2).sum(-1))
+    seen = observe._observe_vanilla(params, xs, lambda outputs: (outputs**2).sum(-1))
     h = jnp.tanh(xs[0, 1] @ params.w_x + params.b_h)
     wanted = jnp.linalg.norm(jax.grad(last)(h, 1, 1))
     np.testing.assert_allclose(seen["credit"][0, 1], wanted, rtol=1e-5)
@@ -113,7 +113,7 @@ def model_run(tmp_path_factory, text_file):
 
 
 @pytest.mark.slow
-def test_saved_character_model_is_looked_at_before_and_after(tmp_path, model_run, capsys):
+def test_saved_character_model_is_observed_before_and_after_training(tmp_path, model_run, capsys):
     out = tmp_path / "flow"
     command = ["--run", str(model_run), "--num-steps", "10", "--out", str(out)]
     assert gradient_flow.main(command) == 0
@@ -125,7 +125,7 @@ def test_saved_character_model_is_looked_at_before_and_after(tmp_path, model_run
     assert (out / "gradient_flow.png").exists()
 
     assert gradient_flow.main(["--run", str(tmp_path), "--out", str(tmp_path / "x")]) == 2
-    assert "is no run folder of char_lm: it has no" in capsys.readouterr().err
+    assert "is not a run folder of char_lm: it has no" in capsys.readouterr().err
     long = [*command[:2], "--num-steps", "5000", "--out", str(tmp_path / "y")]
     assert gradient_flow.main(long) == 2
     assert "lower --num-steps" in capsys.readouterr().err and not (tmp_path / "y").exists()
@@ -149,4 +149,4 @@ def test_text_that_is_too_short_is_refused(tmp_path, capsys):
     (tmp_path / "short.txt").write_text("abc")
     out = tmp_path / "run"
     assert gradient_flow.main(["--text", str(tmp_path / "short.txt"), "--out", str(out)]) == 2
-    assert "fewer than 20 sequences of 100" in capsys.readouterr().err and not out.exists()
+    assert "at least 20 sequences of 101" in capsys.readouterr().err and not out.exists()

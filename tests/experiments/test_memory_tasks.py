@@ -1,4 +1,4 @@
-"""The memory tasks: what they ask for, that both models learn them, and what bad input says."""
+"""The memory tasks: their sequences, that both models learn them, and messages for bad input."""
 
 import json
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("saved_programs")
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The smoke, and the shortest copy by the GRU."""
+    """The run folders of the smoke test, and of the shortest copy task with the GRU."""
     folder = tmp_path_factory.mktemp("runs")
     assert memory_tasks.main(["--smoke", "--out", str(folder / "smoke")]) == 0
     arguments = ["--smoke", "--adding-steps", "--copy-blanks", "1", "--out", str(folder / "copy")]
@@ -28,7 +28,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def repeated(tmp_path_factory):
-    """Twice the same few updates, the second time stopped and resumed, and another seed's."""
+    """Run folders of a few updates: uninterrupted, stopped and resumed, and with another seed."""
     folder = tmp_path_factory.mktemp("repeated")
     with pytest.MonkeyPatch.context() as patch:
         patch.delitem(memory_tasks.MODELS, "tanh RNN")
@@ -40,7 +40,7 @@ def repeated(tmp_path_factory):
 
 
 def read_metrics(run):
-    """Records without what depends on the clock."""
+    """The records without their times."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     clock = ("seconds", "sequences_per_second")
     return [{k: v for k, v in record.items() if k not in clock} for record in records]

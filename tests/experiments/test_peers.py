@@ -1,4 +1,4 @@
-"""Side by side with torch: the same weights give the same values and the same gradients."""
+"""torch.nn.GRU and jaxgru have the same values and gradients for the same weights."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def make_peer(num_layers, bidirectional):
 
 
 def gather(peer, of):
-    """`of` each torch array, in the form of a stack of ours."""
+    """Applies `of` to each torch parameter; returns the arrays as a stack of jaxgru."""
 
     def direction(layer, suffix):
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
@@ -38,7 +38,7 @@ def gather(peer, of):
 
 
 def gather_state(peer, h):
-    """torch's [layers * directions, B, H] in the form of our state."""
+    """Converts torch's state [layers * directions, B, H] to a state of jaxgru."""
     h = [jnp.asarray(np.array(v)) for v in h]
     return tuple(map(Bidirectional, h[::2], h[1::2])) if peer.bidirectional else tuple(h)
 
@@ -48,7 +48,7 @@ def gather_state(peer, h):
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["one_way", "both_ways"])
 @pytest.mark.parametrize("num_layers", [1, 2])
 def test_torch_gru_has_the_same_values_and_gradients(num_layers, bidirectional, lengths):
-    """Packed sequences on torch's side are a mask on ours; their padded outputs are zero there."""
+    """Packed sequences of torch are a mask in jaxgru; torch's padded outputs are zero."""
     peer, rng = make_peer(num_layers, bidirectional), np.random.default_rng(1)
     directions = 2 if bidirectional else 1
     xs, dys = rng.normal(size=(T, B, I_SIZE)), rng.normal(size=(T, B, directions * H))

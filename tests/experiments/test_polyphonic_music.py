@@ -1,4 +1,4 @@
-"""Polyphonic music: a run of seconds from end to end, what its score means, and bad input."""
+"""Polyphonic music: a run of seconds from end to end, the meaning of its score, and bad input."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("saved_programs")
 
 
 def write_rolls(path, splits, **changed):
-    """A .mat file with the rolls of each split in a cell array; changed replaces whole entries."""
+    """Writes a .mat file with a cell array of rolls for each split; `changed` replaces arrays."""
     arrays = {}
     for name, rolls in zip(data.ROLL_SPLITS, splits):
         arrays[name] = np.empty((1, len(rolls)), object)
@@ -33,7 +33,7 @@ def write_rolls(path, splits, **changed):
 
 
 def made_up_splits():
-    """What --smoke draws without --data."""
+    """The synthetic rolls of --smoke."""
     return [data.draw_chords(count, seed) for seed, count in enumerate((24, 8, 8))]
 
 
@@ -65,7 +65,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def second_run(tmp_path_factory):
-    """The same from chords that are drawn again, stopped in the middle of an epoch and resumed."""
+    """The same run with the chords drawn again, stopped in the middle of an epoch and resumed."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     return stop_and_resume(polyphonic_music.main, ["--smoke"], folder, 38, signal.SIGINT)
 
@@ -94,7 +94,7 @@ def test_run_leaves_all_its_files(run):
 
 
 @pytest.mark.slow
-def test_run_learns_chords_that_the_shares_of_the_keys_do_not_tell(run):
+def test_run_learns_chords_that_key_frequencies_do_not_predict(run):
     records, scores = read_records(run), read_scores(run)
     assert [record["epoch"] for record in records] == list(range(26))
     assert scores["test_nll"] < 0.2 * scores["shares_test_nll"]
@@ -102,7 +102,7 @@ def test_run_learns_chords_that_the_shares_of_the_keys_do_not_tell(run):
 
 
 @pytest.mark.slow
-def test_weights_kept_are_those_of_the_best_epoch_on_validation(run):
+def test_saved_weights_are_those_of_the_epoch_with_the_best_validation_score(run):
     records, scores = read_records(run), read_scores(run)
     best = min(records, key=lambda record: record["validation_nll"])
     assert scores["best_epoch"] == best["epoch"] > 0
@@ -238,17 +238,23 @@ def bad_inputs(tmp_path):
     return {
         "missing file": (["--data", str(tmp_path / "none")], "cannot be read: No such file"),
         "folder as file": (["--data", str(tmp_path)], "cannot be read: Is a directory"),
-        "truncated": (["--data", str(tmp_path / "cut.mat")], "is no whole .mat file: "),
-        "text": (["--data", str(tmp_path / "text.mat")], "is no whole .mat file: "),
-        "empty": (["--data", str(tmp_path / "empty.mat")], "is no whole .mat file: "),
-        "wrong keys": (["--data", str(lacking)], "lacks testdata; it must hold traindata, valid"),
+        "truncated": (["--data", str(tmp_path / "cut.mat")], "is not an intact .mat file: "),
+        "text": (["--data", str(tmp_path / "text.mat")], "is not an intact .mat file: "),
+        "empty": (["--data", str(tmp_path / "empty.mat")], "is not an intact .mat file: "),
+        "wrong keys": (
+            ["--data", str(lacking)],
+            "must hold traindata, validdata, testdata, got missing keys: testdata",
+        ),
         "no cell array": (["--data", str(numbers)], "validdata of"),
         "no pieces": (["--data", str(none)], "must be a cell array with a piano roll for each"),
         "keys": (["--data", changed("87", np.ones((4, 87)))], f"{shape} ndarray [4, 87]"),
         "axes": (["--data", changed("3d", np.ones((4, 88, 2)))], f"{shape} ndarray [4, 88, 2]"),
         "letters": (["--data", changed("abc", np.full((4, 88), "a"))], shape),
-        "counts": (["--data", changed("2", np.full((4, 88), 2))], "must hold 0 and 1 alone"),
-        "not a number": (["--data", changed("nan", np.full((4, 88), np.nan))], "0 and 1 alone"),
+        "counts": (["--data", changed("2", np.full((4, 88), 2))], "must hold only 0 and 1"),
+        "not a number": (
+            ["--data", changed("nan", np.full((4, 88), np.nan))],
+            "must hold only 0 and 1",
+        ),
         "one step": (
             ["--data", changed("1", np.ones((1, 88)))],
             "must have at least 2 steps, got 1",

@@ -1,4 +1,4 @@
-"""Regression of a series: runs of seconds from end to end, and what it says of bad input."""
+"""Regression of a series: runs of seconds from end to end, and its messages for bad input."""
 
 import json
 import pathlib
@@ -110,7 +110,7 @@ def test_model_is_the_one_with_the_least_validation_error(csv_runs):
     records, scores = read_metrics(csv_runs[0])
     best = min(records, key=lambda record: record["validation_rmse"])
     assert scores["update"] == best["update"]
-    assert best["update"] != records[-1]["update"]  # else the last one would do
+    assert best["update"] != records[-1]["update"]  # the best update is not the last
     like = models.init_sequence_model(jax.random.key(0), 1, 12, 1, spec=jaxgru.CHUNG_2014)
     params = interop.load_weights(csv_runs[0] / "weights.safetensors").params
     assert jax.tree.structure(params) == jax.tree.structure(like)
@@ -179,7 +179,7 @@ def test_sunspots_are_split_by_year_and_scaled_by_the_training_part():
 
 
 def bad_inputs(tmp_path):
-    """Arguments, and what the one line has to say."""
+    """{name: (arguments, part of the one-line message)}."""
     tmp_path, good = pathlib.Path(tmp_path), [f"{i},{i % 7}" for i in range(200)]
 
     def table(name, header, rows):
@@ -226,7 +226,7 @@ def bad_inputs(tmp_path):
         "underscore": (table("under", "level", ["1", "2", "1_000"] * 20), "got '1_000'"),
         "short": (
             [*table("short", "row,level", good[:40]), *level, "--window", "30"],
-            "has 40 values; its training part, the first 28, is shorter than the 31 that --window",
+            "has 40 values; its training part, the first 28, must have at least 31 for --window 30",
         ),
         "one row": ([*table("one", "row,level", good[:1]), *level], "has 1 values"),
         "constant": (table("flat", "level", ["0.1"] * 100), "cannot be scaled"),
@@ -260,7 +260,7 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(tmp_path, capsys):
         (["--weight-decay", "-1"], "--weight-decay must be at least 0"),
         (["--recurrent-dropout", "1"], "--recurrent-dropout must be at least 0 and below 1"),
         (["--seed", "-1"], "--seed must be at least 0"),
-        (["--column", "level"], "--column is of a --csv file"),
+        (["--column", "level"], "--column needs --csv"),
         (["--series", "cosine"], "invalid choice"),
         (["--series", "sunspots", "--csv", "file"], "not allowed with argument"),
     ],

@@ -1,4 +1,4 @@
-"""Digits read in sequence: the smoke learns, members are independent, and what bad input says."""
+"""Sequential digits: the smoke run learns, members are independent, and bad input is refused."""
 
 import json
 import sys
@@ -25,7 +25,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory):
-    """The smoke once more, stopped and resumed, and that of another seed and order of pixels."""
+    """The smoke run stopped and resumed, and one with another seed and order of pixels."""
     folder = tmp_path_factory.mktemp("others")
     stop_and_resume(sequential_digits.main, ["--smoke"], folder / "same", 111)
     arguments = ["--smoke", "--permute", "--seed", "1", "--out", str(folder / "other")]
@@ -34,7 +34,7 @@ def others(tmp_path_factory):
 
 
 def read_metrics(run):
-    """Records without what depends on the clock."""
+    """The records without their times."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     clock = ("seconds", "images_per_second")
     return [{k: v for k, v in record.items() if k not in clock} for record in records]
@@ -153,7 +153,7 @@ def test_shifted_image_keeps_its_shape_and_moves_by_at_most_the_largest_shift():
 
 
 def test_summary_of_known_probabilities():
-    """Two members right on different halves of four images, one of them sure where it is right."""
+    """Two members are right on different halves of four images, and one is certain where right."""
     labels = np.array([0, 1, 2, 3])
     wrong = np.full((4, 10), 0.0)
     wrong[:, 9] = 1

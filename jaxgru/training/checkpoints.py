@@ -1,6 +1,5 @@
 """Atomic, verified checkpoints of a training state, written by Orbax: see README.md."""
 
-import contextlib
 import hashlib
 import json
 import os
@@ -21,6 +20,7 @@ from jaxgru.training.processes import on_all_processes, on_process_zero
 _FORMAT = "jaxgru checkpoint 1"
 _MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{8,})")
+_REPLACED = ".replaced"  # ends the name of a checkpoint until the new one has taken its place
 _NUM_LAST = 3  # checkpoints that are retained in addition to the best
 _MOST_METADATA = 2**20  # bytes that Orbax writes in addition to the arrays
 
@@ -65,28 +65,31 @@ def save_checkpoint(
 
     Raises:
       OSError: it cannot be written; the earlier checkpoints are unchanged.
-      ValueError: step is negative, or metadata contains NaN or infinity.
-      TypeError: step is not an integer, or metadata is not JSON.
+      ValueError: a step is negative, or metadata changes when it is saved as JSON and loaded: it
+        contains NaN, infinity, a tuple, or a key that is not a string.
+      TypeError: a step is not an integer, or metadata is not JSON.
       ImportError: Orbax is missing.
 
     Cost: Orbax's write of the state, and one read of its files for the sha256.
     """
-    require_count("save_checkpoint", "step", step, least=0)
+    step = _python_int("step", step)
+    best_step = None if best_step is None else _python_int("best_step", best_step)
     orbax = require_extra("save_checkpoint", "orbax", "orbax.checkpoint").checkpoint
-    leaves = _leaves(state)[0]
+    leaves, metadata = _leaves(state)[0], {"run": run or {}, "loop": loop or {}}
     arrays = _arrays(leaves)
+    for name, value in metadata.items():
+        _require_json("save_checkpoint", name, value)
     record = {
         "format": _FORMAT,
         "leaves": {name: _form(leaf) for name, leaf in leaves.items()},
-        "metadata": {"step": step, "run": run or {}, "loop": loop or {}, "best_step": best_step},
+        "metadata": {"step": step, **metadata, "best_step": best_step},
     }
-    json.dumps(record, allow_nan=False)  # refuses NaN, which would never compare equal on loading
     path = pathlib.Path(folder) / f"step-{step:08}"
     temporary = path.absolute().with_name(f"{PREFIX}{path.name}{SUFFIX}")
 
     def prepare():
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(path.parent)
+        tidy(path.parent)
 
     def write():
         try:
@@ -102,14 +105,13 @@ def save_checkpoint(
         sealed = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "manifest": text}
         write_atomically(temporary / _MANIFEST, json.dumps(sealed).encode())
         if path.exists():
-            shutil.rmtree(path)
+            path.rename(f"{temporary}{_REPLACED}")
         temporary.rename(path)
         flush_folder(path.parent)  # before other checkpoints are removed
         for old_step, old in list_checkpoints(path.parent)[_NUM_LAST:]:
             if old_step not in (step, best_step):
-                with contextlib.suppress(OSError):  # e.g. a file with the name of a checkpoint
-                    shutil.rmtree(old)
-        remove_leftovers(path.parent)
+                shutil.rmtree(old, ignore_errors=True)  # it may be a file with such a name
+        tidy(path.parent)
 
     on_process_zero(prepare)
     try:
@@ -117,12 +119,21 @@ def save_checkpoint(
         if jax.process_count() > 1 and hasattr(os, "posix_fallocate"):  # macOS has no such call
             on_all_processes(lambda: _require_room(temporary, arrays.values()))
         on_all_processes(write)
+        on_process_zero(commit)
     except OSError:
         if jax.process_index() == 0:
-            remove_leftovers(path.parent)
+            tidy(path.parent)
         raise
-    on_process_zero(commit)
     return path
+
+
+def tidy(folder: pathlib.Path) -> None:
+    """Removes temporary files; first, a checkpoint whose replacement failed gets its name back."""
+    for replaced in folder.glob(f"{PREFIX}*{SUFFIX}{_REPLACED}"):
+        path = folder / replaced.name.removeprefix(PREFIX).removesuffix(f"{SUFFIX}{_REPLACED}")
+        if not path.exists():
+            replaced.rename(path)
+    remove_leftovers(folder)
 
 
 def find_checkpoint(
@@ -182,18 +193,19 @@ def load_checkpoint(
     Raises:
       OSError: the checkpoint cannot be read.
       CheckpointError: it is damaged, or belongs to another model or run; every difference is named.
+      ValueError, TypeError: run is refused as in `save_checkpoint`.
       ImportError: Orbax is missing.
 
     Cost: two reads, one of them for the sha256.
     """
     orbax = require_extra("load_checkpoint", "orbax", "orbax.checkpoint").checkpoint
+    _require_json("load_checkpoint", "run", run)
     path = pathlib.Path(path)
     try:
         record = _read_manifest(path)
     except ValueError as error:
         raise CheckpointError(f"load_checkpoint: {error}.") from None
-    wanted = None if run is None else json.loads(json.dumps(run))
-    differences = [] if run is None else list(_differences(record["metadata"]["run"], wanted))
+    differences = [] if run is None else list(_differences(record["metadata"]["run"], run))
     if differences:
         raise CheckpointError(
             f"load_checkpoint: {path} belongs to another run: {'; '.join(differences)}. Resume "
@@ -212,6 +224,25 @@ def load_checkpoint(
         arrays = checkpointer.restore(path.absolute(), args=orbax.args.StandardRestore(target))
     loaded = [_leaf(arrays.get(str(n)), leaf) for n, leaf in enumerate(leaves.values())]
     return jax.tree_util.tree_unflatten(treedef, loaded)
+
+
+def _python_int(argument, value):
+    """A step as JSON takes it; NumPy's and JAX's scalars are converted."""
+    value = value.item() if getattr(value, "shape", None) == () else value
+    require_count("save_checkpoint", argument, value, least=0)
+    return value
+
+
+def _require_json(function, name, value):
+    """Raises ValueError if JSON changes the value, which would then never be equal on loading."""
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        for key, entry in value.items():
+            _require_json(function, f"{name}[{key!r}]", entry)
+    elif json.loads(json.dumps(value, allow_nan=False)) != value:
+        raise ValueError(
+            f"{function}: {name} must be the same after it is saved as JSON, got {value!r}; use "
+            "lists instead of tuples, and strings as keys."
+        )
 
 
 def _first_intact(numbered):

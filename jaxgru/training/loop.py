@@ -18,6 +18,7 @@ from jaxgru.training.checkpoints import (
     list_checkpoints,
     load_checkpoint,
     save_checkpoint,
+    tidy,
 )
 from jaxgru.training.lock import locked
 from jaxgru.training.logs import Callback, JsonLines
@@ -224,6 +225,8 @@ def _require_arguments(given):
 def _begin(state, monitor, checkpoints, callbacks, num_updates):
     """(state, loop, best state, seconds of training) of a new or a resumed run."""
     loop, best, seconds = LoopState(skipped=int(state.skipped)), None, 0.0
+    if checkpoints is not None:
+        on_process_zero(lambda: tidy(pathlib.Path(checkpoints.folder)))
     if checkpoints is not None and list_checkpoints(checkpoints.folder):
         if not checkpoints.resume:
             raise FileExistsError(
@@ -307,7 +310,7 @@ def _save(checkpoints, update, state, loop, unsaved, *, required):
     folder, best_step = checkpoints.folder, loop.best_step
     options = {"run": checkpoints.run, "best_step": best_step}
     try:
-        if unsaved is not None and best_step not in dict(list_checkpoints(folder)):
+        if unsaved is not None and best_step not in {update, *dict(list_checkpoints(folder))}:
             best, counters = unsaved
             save_checkpoint(folder, best_step, best, loop=counters, **options)
         save_checkpoint(folder, update, state, loop=loop.to_json(), **options)

@@ -27,7 +27,6 @@ from jaxgru.training.processes import on_process_zero, same_on_all_processes
 from jaxgru.training.signals import stop_signals
 from jaxgru.training.step import TrainState, TrainStep
 
-_END = object()
 _MAX_SKIPPED_IN_ROW = 10
 
 
@@ -148,18 +147,13 @@ def fit(
         called = list(callbacks or ()) if jax.process_index() == 0 else []
         state, loop, best, seconds = _begin(state, monitor, checkpoints, called, num_updates)
         start, records, unsaved = int(state.step), [], None
-        remaining = iter(batches(start))
+        updates = range(start + 1, 1 + (start if loop.is_exhausted(monitor) else num_updates))
+        numbered = zip(updates, batches(start))
         meter = Meter(loop, seconds, items_per_update, items_name)
         asked_to_stop = stack.enter_context(stop_signals(checkpoints is not None))
-        shown = progress and jax.process_index() == 0
-        called.append(stack.enter_context(_progress_bar(start, num_updates, shown)))
-        for update in range(start + 1, num_updates + 1):
-            if loop.is_exhausted(monitor):
-                break
-            if (batch := next(remaining, _END)) is _END:
-                raise ValueError(
-                    f"fit: batches must last for {num_updates} updates, got {update - 1}."
-                )
+        if progress and jax.process_index() == 0:
+            called.append(_progress_bar(stack, start, num_updates))
+        for update, batch in numbered:
             state, metrics = train_step(state, batch)
             loop.pending.append(metrics)
             last = update == num_updates
@@ -192,8 +186,13 @@ def fit(
                     f"them{where}. Lower the learning rate.",
                     state,
                 )
-            if stop is not None:
+            if ends:
                 break
+        else:
+            if updates:
+                raise ValueError(
+                    f"fit: batches must last for {num_updates} updates, got {int(state.step)}."
+                )
         stop = asked_to_stop(None)
         if stop is not None and checkpoints is not None:  # or during the last evaluation or save
             raise Interrupted(stop, int(state.step), pathlib.Path(checkpoints.folder))
@@ -201,24 +200,22 @@ def fit(
 
 
 def _require_arguments(given):
-    checkpoints, monitor = given["checkpoints"], given["monitor"]
+    checkpoints, monitor, batches = given["checkpoints"], given["monitor"], given["batches"]
+    counts = {name: given[name] for name in ("num_updates", "log_every", "evaluate_every")}
     if monitor is not None:
         require_choice("fit", "monitor.mode", monitor.mode, ("min", "max"))
         if given["evaluate"] is None:
             raise ValueError("fit: monitor must be given with evaluate, which computes its metric.")
-    for name in ("num_updates", "log_every"):
-        require_count("fit", name, given[name])
-    for name, value in (
-        ("evaluate_every", given["evaluate_every"]),
-        ("checkpoints.every", checkpoints and checkpoints.every),
-        ("monitor.patience", monitor and monitor.patience),
-    ):
-        if value is not None:
+        counts["monitor.patience"] = monitor.patience
+    if checkpoints is not None:
+        counts["checkpoints.every"] = checkpoints.every
+    for name, value in counts.items():
+        if value is not None or name not in ("evaluate_every", "monitor.patience"):
             require_count("fit", name, value)
-    if not callable(given["batches"]):
+    if not callable(batches):
         raise TypeError(
             "fit: batches must be a function, batches(n), of the number of its first batch, got "
-            f"{type(given['batches']).__name__}."
+            f"{type(batches).__name__}."
         )
 
 
@@ -323,25 +320,23 @@ def _save(checkpoints, update, state, loop, unsaved, *, required):
     return True
 
 
-@contextlib.contextmanager
-def _progress_bar(start, num_updates, shown):
-    """Yields a callback that updates the bar, or one that does nothing."""
-    if not shown:
-        yield lambda state, record: None
-        return
+def _progress_bar(stack, start, num_updates):
+    """Returns a callback that updates a bar, which the stack closes."""
     try:
         from tqdm import tqdm
     except ImportError as error:
         raise ImportError(
             "fit: progress=True needs tqdm; install jaxgru[experiments] or pass progress=False."
         ) from error
+    bar = stack.enter_context(
+        tqdm(total=num_updates, initial=start, unit="update", dynamic_ncols=True)
+    )
     values = {}
-    with tqdm(total=num_updates, initial=start, unit="update", dynamic_ncols=True) as bar:
 
-        def show(state, record):
-            hidden = {"update", "seconds", "gradient_norm", "" if record["skipped"] else "skipped"}
-            values.update({k: f"{v:.4g}" for k, v in record.items() if k not in hidden})
-            bar.update(record["update"] - bar.n)
-            bar.set_postfix(values)
+    def show(state, record):
+        hidden = {"update", "seconds", "gradient_norm", "" if record["skipped"] else "skipped"}
+        values.update({k: f"{v:.4g}" for k, v in record.items() if k not in hidden})
+        bar.update(record["update"] - bar.n)
+        bar.set_postfix(values)
 
-        yield show
+    return show

@@ -1,8 +1,9 @@
 """Atomic writes: a file appears complete, or not at all."""
 
 import os
+import pathlib
+import secrets
 import shutil
-import tempfile
 
 PREFIX, SUFFIX = ".jaxgru-", ".tmp"  # of the names of temporary files
 
@@ -17,21 +18,18 @@ def write_atomically(path: str | os.PathLike, data: bytes) -> None:
     Raises:
       OSError: the file cannot be written; the folder is unchanged.
     """
-    folder = os.path.dirname(os.path.abspath(path))
-    descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=PREFIX, suffix=SUFFIX)
+    path = pathlib.Path(path).absolute()
+    temporary = path.with_name(f"{PREFIX}{secrets.token_hex(8)}{SUFFIX}")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with open(temporary, "xb") as file:  # not `tempfile`, whose files only their owner may read
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)  # it can be read only by setting it
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
+        temporary.replace(path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
-    flush_folder(folder)
+    flush_folder(path.parent)
 
 
 def flush_folder(folder: str | os.PathLike) -> None:

@@ -6,6 +6,7 @@ import os
 import pathlib
 import re
 import shutil
+import tempfile
 import warnings
 from typing import Any, Literal, NamedTuple
 
@@ -117,7 +118,7 @@ def save_checkpoint(
     try:
         # Where one process cannot write, Orbax's other processes wait for 20 minutes or longer.
         if jax.process_count() > 1 and hasattr(os, "posix_fallocate"):  # macOS has no such call
-            on_all_processes(lambda: _require_room(temporary, arrays.values()))
+            on_all_processes(lambda: _require_room(path.parent, arrays.values()))
         on_all_processes(write)
         on_process_zero(commit)
     except OSError:
@@ -258,16 +259,12 @@ def _first_intact(numbered):
     return None
 
 
-def _require_room(temporary, arrays):
+def _require_room(folder, arrays):
     """Raises OSError unless the disk has room for the parts of this process."""
     parts = [part for array in arrays for part in array.addressable_shards if part.replica_id == 0]
     size = sum(part.data.nbytes for part in parts) + _MOST_METADATA
-    path = temporary.with_name(f"{PREFIX}{jax.process_index()}-{temporary.name}")
-    try:
-        with open(path, "wb") as file:
-            os.posix_fallocate(file.fileno(), 0, size)
-    finally:
-        path.unlink(missing_ok=True)
+    with tempfile.NamedTemporaryFile(prefix=PREFIX, suffix=SUFFIX, dir=folder) as file:
+        os.posix_fallocate(file.fileno(), 0, size)
 
 
 def _read_manifest(path):
@@ -282,11 +279,11 @@ def _read_manifest(path):
         if record["format"] != _FORMAT:
             raise ValueError(f"its format is {record['format']!r}")
         sums, found = record["files"], _sums(path)
+        changed = sorted(name for name in {*sums, *found} if sums.get(name) != found.get(name))
+        if changed:
+            raise ValueError(f"files {changed} were changed")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} must be an intact {_FORMAT!r}: {error}") from None
-    changed = sorted(name for name in {*sums, *found} if sums.get(name) != found.get(name))
-    if changed:
-        raise ValueError(f"{path} must be an intact {_FORMAT!r}: files {changed} were changed")
     return record
 
 
@@ -365,11 +362,12 @@ def _require_same_forms(path, saved, leaves):
             f"load_checkpoint: {path} must hold the leaves of `like`, got missing keys {missing} "
             f"and unexpected keys {unexpected}."
         )
-    wrong = []
-    for name, leaf in leaves.items():
-        (dtype, shape), (got, size) = _form(leaf), saved[name]
-        if [dtype, shape] != [got, size]:
-            wrong.append(f"{name} must be {dtype}{shape}, got {got}{size}")
+    forms = [(name, *_form(leaf), *saved[name]) for name, leaf in leaves.items()]
+    wrong = [
+        f"{name} must be {dtype}{shape}, got {got}{size}"
+        for name, dtype, shape, got, size in forms
+        if (dtype, shape) != (got, size)
+    ]
     if wrong:
         raise CheckpointError(
             f"load_checkpoint: {path} belongs to another model: {'; '.join(wrong)}."

@@ -62,13 +62,12 @@ class Layout:
                 "one with jax.make_mesh."
             )
         names = self.mesh.axis_names
-        hidden = () if self.hidden is None else (self.hidden,)
-        for argument, value in (("batch", self._batch_names), ("hidden", hidden)):
-            for name in value:
-                if name not in names:
-                    raise ValueError(
-                        f"Layout: {argument} must name axes of the mesh, {names}, got {name!r}."
-                    )
+        hidden = [] if self.hidden is None else [("hidden", self.hidden)]
+        for argument, name in [("batch", name) for name in self._batch_names] + hidden:
+            if name not in names:
+                raise ValueError(
+                    f"Layout: {argument} must name axes of the mesh, {names}, got {name!r}."
+                )
         found = {device.process_index for device in self.mesh.devices.flat}
         if jax.process_count() > 1 and len(found) < jax.process_count():
             raise ValueError(

@@ -61,7 +61,7 @@ def broadcast_from_process_zero(value: Any) -> Any:
       value: a JSON value; it is ignored on other processes than 0.
 
     Returns:
-      The value of process 0, decoded from JSON if there are several processes.
+      The value, decoded from JSON if there are several processes.
 
     Raises:
       TypeError: value is not JSON.

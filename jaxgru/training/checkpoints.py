@@ -73,8 +73,8 @@ def save_checkpoint(
 
     Cost: Orbax's write of the state, and one read of its files for the sha256.
     """
-    step = _python_int("step", step)
-    best_step = None if best_step is None else _python_int("best_step", best_step)
+    step = _require_step("step", step)
+    best_step = None if best_step is None else _require_step("best_step", best_step)
     orbax = require_extra("save_checkpoint", "orbax", "orbax.checkpoint").checkpoint
     leaves, metadata = _leaves(state)[0], {"run": run or {}, "loop": loop or {}}
     arrays = _arrays(leaves)
@@ -172,9 +172,8 @@ def find_step(folder: str | os.PathLike, step: int | None) -> Checkpoint | None:
 def list_checkpoints(folder: str | os.PathLike) -> list[tuple[int, pathlib.Path]]:
     """Returns (step, path) of all checkpoints of a folder, intact or not, newest first."""
     folder = pathlib.Path(folder)
-    if not folder.exists():
-        return []
-    found = [(_NAME.fullmatch(path.name), path) for path in folder.iterdir()]
+    paths = folder.iterdir() if folder.exists() else ()
+    found = [(_NAME.fullmatch(path.name), path) for path in paths]
     return sorted(((int(m[1]), path) for m, path in found if m), reverse=True)
 
 
@@ -227,11 +226,11 @@ def load_checkpoint(
     return jax.tree_util.tree_unflatten(treedef, loaded)
 
 
-def _python_int(argument, value):
-    """A step as JSON takes it; NumPy's and JAX's scalars are converted."""
-    value = value.item() if getattr(value, "shape", None) == () else value
-    require_count("save_checkpoint", argument, value, least=0)
-    return value
+def _require_step(argument, step):
+    """The step as a Python integer, from one of NumPy or JAX too."""
+    step = step.item() if getattr(step, "shape", None) == () else step
+    require_count("save_checkpoint", argument, step, least=0)
+    return step
 
 
 def _require_json(function, name, value):

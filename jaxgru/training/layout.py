@@ -147,9 +147,9 @@ class Layout:
         return jax.tree.map(lambda leaf: _move(leaf, self._sharding(None, None)), tree)
 
     def wrap_gradient(self, gradient_fn: Callable[..., Any]) -> Callable[..., Any]:
-        """Wraps gradient_fn(params, ...) -> (result, grads): gathers params, divides grads.
+        """Wraps gradient_fn(params, ...) -> (result, grads), for use inside jit.
 
-        The returned function must be called inside jit.
+        The result gathers params and divides grads.
         """
 
         @functools.wraps(gradient_fn)
@@ -163,10 +163,9 @@ class Layout:
         return wrapped
 
     def wrap_step(self, train_step: Callable[..., Any]) -> Callable[..., Any]:
-        """Wraps train_step(state, batch) to run on this mesh and to keep the state's sharding.
+        """Wraps train_step(state, batch), for use inside jit, to run on this mesh.
 
-        The state then never moves or causes a second compilation. The returned function must be
-        called inside jit.
+        The state keeps its sharding, so that it never moves or causes a second compilation.
         """
 
         @functools.wraps(train_step)

@@ -109,12 +109,11 @@ def fit(
       batches: batches(n) returns the batches from number n on, counted from 0. n is state.step, or
         that of the checkpoint.
       num_updates: the total number of updates, at least 1; state.step counts towards it.
-      evaluate: evaluate(state) -> dict, called every evaluate_every updates and after the last.
-      evaluate_every: updates between evaluations; None evaluates only at the end.
+      evaluate: evaluate(state) -> dict of numbers.
+      evaluate_every: updates between evaluations; there is always one after the last update.
       monitor: selects the state of the best evaluation, and stops early if it has a patience.
       checkpoints: saves the state at intervals and after every best evaluation.
-      callbacks: see `Callback`. By default, a `JsonLines` writes metrics.jsonl into the folder of
-        checkpoints, if there is one.
+      callbacks: see `Callback`; by default, a `JsonLines` writes metrics.jsonl beside checkpoints.
       log_every: updates between records; the loop waits for the device only for a record.
       items_per_update: items in a batch, for the rate in the records.
       items_name: name of the items, e.g. "characters".
@@ -133,17 +132,19 @@ def fit(
         is damaged.
       OSError: the folder of checkpoints is in use, holds another run, or cannot be written at the
         start or the end. In between, `fit` only warns.
-      NonFiniteError: at least the last ten updates were skipped as not finite. This is checked when
-        a record is made. The state with the last finite parameters is in the error and saved.
+      NonFiniteError: when a record is made, at least the last ten updates were skipped as not
+        finite. The state with the last finite parameters is in the error and saved.
       Interrupted: SIGTERM or Ctrl-C.
       ImportError: tqdm is missing but progress is True, or Orbax is missing but checkpoints is set.
     """
     _require_arguments(locals())
     with contextlib.ExitStack() as stack:
         if checkpoints is not None:
-            stack.enter_context(locked(checkpoints.folder))
+            folder = pathlib.Path(checkpoints.folder)
+            stack.enter_context(locked(folder))
+            on_process_zero(lambda: tidy(folder))
             if callbacks is None:
-                callbacks = [JsonLines(pathlib.Path(checkpoints.folder) / "metrics.jsonl")]
+                callbacks = [JsonLines(folder / "metrics.jsonl")]
         called = list(callbacks or ()) if jax.process_index() == 0 else []
         state, loop, best, seconds = _begin(state, monitor, checkpoints, called, num_updates)
         start, records, unsaved = int(state.step), [], None
@@ -222,8 +223,6 @@ def _require_arguments(given):
 def _begin(state, monitor, checkpoints, callbacks, num_updates):
     """(state, loop, best state, seconds of training) of a new or a resumed run."""
     loop, best, seconds = LoopState(skipped=int(state.skipped)), None, 0.0
-    if checkpoints is not None:
-        on_process_zero(lambda: tidy(pathlib.Path(checkpoints.folder)))
     if checkpoints is not None and list_checkpoints(checkpoints.folder):
         if not checkpoints.resume:
             raise FileExistsError(

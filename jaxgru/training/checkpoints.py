@@ -14,14 +14,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgru.atomic_files import PREFIX, SUFFIX, flush_folder, remove_leftovers, write_atomically
+from jaxgru.atomic_files import (
+    PREFIX,
+    SUFFIX,
+    flush_folder,
+    remove_leftovers,
+    replace_folder,
+    write_atomically,
+)
 from jaxgru.core.checks import require_choice, require_count, require_extra
 from jaxgru.training.processes import on_all_processes, on_process_zero
 
 _FORMAT = "jaxgru checkpoint 1"
 _MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{8,})")
-_REPLACED = ".replaced"  # ends the name of a checkpoint until the new one has taken its place
 _NUM_LAST = 3  # checkpoints that are retained in addition to the best
 _MOST_METADATA = 2**20  # bytes that Orbax writes in addition to the arrays
 
@@ -90,7 +96,7 @@ def save_checkpoint(
 
     def prepare():
         path.parent.mkdir(parents=True, exist_ok=True)
-        tidy(path.parent)
+        remove_leftovers(path.parent)
 
     def write():
         try:
@@ -105,14 +111,11 @@ def save_checkpoint(
         text = json.dumps({**record, "files": _sums(temporary, flush=True)})
         sealed = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "manifest": text}
         write_atomically(temporary / _MANIFEST, json.dumps(sealed).encode())
-        if path.exists():
-            path.rename(f"{temporary}{_REPLACED}")
-        temporary.rename(path)
-        flush_folder(path.parent)  # before other checkpoints are removed
+        replace_folder(path, temporary)  # also on the disk, before other checkpoints are removed
         for old_step, old in list_checkpoints(path.parent)[_NUM_LAST:]:
             if old_step not in (step, best_step):
                 shutil.rmtree(old, ignore_errors=True)  # it may be a file with such a name
-        tidy(path.parent)
+        remove_leftovers(path.parent)
 
     on_process_zero(prepare)
     try:
@@ -123,18 +126,9 @@ def save_checkpoint(
         on_process_zero(commit)
     except OSError:
         if jax.process_index() == 0:
-            tidy(path.parent)
+            remove_leftovers(path.parent)
         raise
     return path
-
-
-def tidy(folder: pathlib.Path) -> None:
-    """Removes temporary files; first, a checkpoint whose replacement failed gets its name back."""
-    for replaced in folder.glob(f"{PREFIX}*{SUFFIX}{_REPLACED}"):
-        path = folder / replaced.name.removeprefix(PREFIX).removesuffix(f"{SUFFIX}{_REPLACED}")
-        if not path.exists():
-            replaced.rename(path)
-    remove_leftovers(folder)
 
 
 def find_checkpoint(

@@ -152,7 +152,6 @@ class Layout:
         The result gathers params and divides grads.
         """
 
-        @functools.wraps(gradient_fn)
         def wrapped(params, *arguments):
             result, grads = gradient_fn(self.gather(params), *arguments)
             # Gathering before dividing makes the compiler sum the gradients over the devices.
@@ -200,8 +199,7 @@ class Layout:
     def _state_shardings(self, method, state):
         """The shardings of a TrainState, as a TrainState."""
         carry, axes = state.carry, self.carry_axes
-        replicated = jax.tree.map(lambda _: self._sharding(None, None), state)
-        return replicated._replace(
+        return jax.tree.map(lambda _: self._sharding(None, None), state)._replace(
             params=self._shares(state.params),
             opt_state=self._shares(state.opt_state),
             carry=self._row_shardings(method, "state.carry", carry, axes, self.num_shards),

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxgru.atomic_files import remove_leftovers
 from jaxgru.core.checks import require_choice, require_count
 from jaxgru.training.checkpoints import (
     CheckpointError,
@@ -18,7 +19,6 @@ from jaxgru.training.checkpoints import (
     list_checkpoints,
     load_checkpoint,
     save_checkpoint,
-    tidy,
 )
 from jaxgru.training.lock import locked
 from jaxgru.training.logs import Callback, JsonLines
@@ -125,9 +125,10 @@ def fit(
       (but "skipped" is a total), f"{items_name}_per_second", and what evaluate returned.
 
     Raises:
-      ValueError: a count is below 1, num_updates is below state.step, there are too few batches, or
-        evaluate does not return the monitor's metric or returns a name of the record.
-      TypeError: a count is not an integer.
+      ValueError: a count is below 1, num_updates is below state.step, there are too few batches,
+        evaluate does not return the monitor's metric or returns a name of the record, or
+        `save_checkpoint` refuses checkpoints.run.
+      TypeError: a count is not an integer, or checkpoints.run is not JSON.
       CheckpointError: the checkpoint belongs to another model, run or monitor, or every checkpoint
         is damaged.
       OSError: the folder of checkpoints is in use, holds another run, or cannot be written at the
@@ -142,7 +143,7 @@ def fit(
         if checkpoints is not None:
             folder = pathlib.Path(checkpoints.folder)
             stack.enter_context(locked(folder))
-            on_process_zero(lambda: tidy(folder))
+            on_process_zero(lambda: remove_leftovers(folder))
             if callbacks is None:
                 callbacks = [JsonLines(folder / "metrics.jsonl")]
         called = list(callbacks or ()) if jax.process_index() == 0 else []

@@ -17,6 +17,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
+from jaxgru.atomic_files import remove_leftovers
 from jaxgru.training import (
     CheckpointError,
     find_checkpoint,
@@ -24,7 +25,6 @@ from jaxgru.training import (
     load_checkpoint,
     save_checkpoint,
 )
-from jaxgru.training.checkpoints import tidy
 from jaxgru.training.lock import locked
 
 RUN = {"config": {"hidden_size": 3, "spec": "cho"}, "vocabulary_sha256": "abc"}
@@ -179,7 +179,7 @@ def test_failure_between_two_names_loses_no_checkpoint(tmp_path, monkeypatch, fa
     if failure is Death:  # both are there; the next run gives the old one its name again
         moved = [".jaxgru-step-00000007.tmp", ".jaxgru-step-00000007.tmp.replaced"]
         assert sorted(p.name for p in tmp_path.iterdir()) == moved
-        tidy(tmp_path)
+        remove_leftovers(tmp_path)
     assert contents(tmp_path) == before
     assert bits(load_checkpoint(path, make_state())) == bits(make_state())
     save(tmp_path, 7, seed=1)

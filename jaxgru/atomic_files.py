@@ -1,4 +1,4 @@
-"""Atomic writes: a file appears complete, or not at all."""
+"""Atomic writes: a file or folder appears complete, or not at all."""
 
 import os
 import pathlib

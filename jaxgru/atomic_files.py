@@ -1,10 +1,12 @@
-"""Atomic writes: a file appears complete, or not at all."""
+"""Atomic writes: a file or folder appears complete, or not at all."""
 
 import os
+import pathlib
+import secrets
 import shutil
-import tempfile
 
 PREFIX, SUFFIX = ".jaxgru-", ".tmp"  # of the names of temporary files
+_REPLACED = ".replaced"  # follows them in the name of a folder that is being replaced
 
 
 def write_atomically(path: str | os.PathLike, data: bytes) -> None:
@@ -17,21 +19,18 @@ def write_atomically(path: str | os.PathLike, data: bytes) -> None:
     Raises:
       OSError: the file cannot be written; the folder is unchanged.
     """
-    folder = os.path.dirname(os.path.abspath(path))
-    descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=PREFIX, suffix=SUFFIX)
+    path = pathlib.Path(path).absolute()
+    temporary = path.with_name(f"{PREFIX}{secrets.token_hex(8)}{SUFFIX}")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with open(temporary, "xb") as file:  # not `tempfile`, whose files only their owner may read
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)  # it can be read only by setting it
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
+        temporary.replace(path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
-    flush_folder(folder)
+    flush_folder(path.parent)
 
 
 def flush_folder(folder: str | os.PathLike) -> None:
@@ -43,9 +42,22 @@ def flush_folder(folder: str | os.PathLike) -> None:
         os.close(opened)
 
 
-def remove_leftovers(folder: str | os.PathLike) -> None:
+def replace_folder(path: pathlib.Path, temporary: pathlib.Path) -> None:
+    """Gives a temporary folder beside `path` that name; an existing folder is moved aside first.
+
+    If that fails in between, `remove_leftovers` gives the existing folder its name back.
+    """
+    if path.exists():
+        path.rename(path.with_name(f"{PREFIX}{path.name}{SUFFIX}{_REPLACED}"))
+    temporary.rename(path)
+    flush_folder(path.parent)
+
+
+def remove_leftovers(folder: pathlib.Path) -> None:
     """Removes the temporary files of killed processes; no other process may use the folder."""
-    for name in os.listdir(folder):
-        if name.startswith(PREFIX) and SUFFIX in name:  # Orbax appends its own suffix
-            path = os.path.join(folder, name)
-            shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
+    for replaced in folder.glob(f"{PREFIX}*{SUFFIX}{_REPLACED}"):
+        path = folder / replaced.name.removeprefix(PREFIX).removesuffix(f"{SUFFIX}{_REPLACED}")
+        if not path.exists():
+            replaced.rename(path)
+    for path in folder.glob(f"{PREFIX}*{SUFFIX}*"):  # Orbax appends its own suffix
+        shutil.rmtree(path) if path.is_dir() else path.unlink()

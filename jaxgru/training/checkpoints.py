@@ -1,12 +1,12 @@
 """Atomic, verified checkpoints of a training state, written by Orbax: see README.md."""
 
-import contextlib
 import hashlib
 import json
 import os
 import pathlib
 import re
 import shutil
+import tempfile
 import warnings
 from typing import Any, Literal, NamedTuple
 
@@ -14,7 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgru.atomic_files import PREFIX, SUFFIX, flush_folder, remove_leftovers, write_atomically
+from jaxgru.atomic_files import (
+    PREFIX,
+    SUFFIX,
+    flush_folder,
+    remove_leftovers,
+    replace_folder,
+    write_atomically,
+)
 from jaxgru.core.checks import require_choice, require_count, require_extra
 from jaxgru.training.processes import on_all_processes, on_process_zero
 
@@ -65,22 +72,25 @@ def save_checkpoint(
 
     Raises:
       OSError: it cannot be written; the earlier checkpoints are unchanged.
-      ValueError: step is negative, or metadata contains NaN or infinity.
-      TypeError: step is not an integer, or metadata is not JSON.
+      ValueError: a step is negative, or metadata changes when it is saved as JSON and loaded: it
+        contains NaN, infinity, a tuple, or a key that is not a string.
+      TypeError: a step is not an integer, or metadata is not JSON.
       ImportError: Orbax is missing.
 
     Cost: Orbax's write of the state, and one read of its files for the sha256.
     """
-    require_count("save_checkpoint", "step", step, least=0)
+    step = _require_step("step", step)
+    best_step = None if best_step is None else _require_step("best_step", best_step)
     orbax = require_extra("save_checkpoint", "orbax", "orbax.checkpoint").checkpoint
-    leaves = _leaves(state)[0]
+    leaves, metadata = _leaves(state)[0], {"run": run or {}, "loop": loop or {}}
     arrays = _arrays(leaves)
+    for name, value in metadata.items():
+        _require_json("save_checkpoint", name, value)
     record = {
         "format": _FORMAT,
         "leaves": {name: _form(leaf) for name, leaf in leaves.items()},
-        "metadata": {"step": step, "run": run or {}, "loop": loop or {}, "best_step": best_step},
+        "metadata": {"step": step, **metadata, "best_step": best_step},
     }
-    json.dumps(record, allow_nan=False)  # refuses NaN, which would never compare equal on loading
     path = pathlib.Path(folder) / f"step-{step:08}"
     temporary = path.absolute().with_name(f"{PREFIX}{path.name}{SUFFIX}")
 
@@ -101,27 +111,23 @@ def save_checkpoint(
         text = json.dumps({**record, "files": _sums(temporary, flush=True)})
         sealed = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "manifest": text}
         write_atomically(temporary / _MANIFEST, json.dumps(sealed).encode())
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.rename(path)
-        flush_folder(path.parent)  # before other checkpoints are removed
+        replace_folder(path, temporary)  # also on the disk, before other checkpoints are removed
         for old_step, old in list_checkpoints(path.parent)[_NUM_LAST:]:
             if old_step not in (step, best_step):
-                with contextlib.suppress(OSError):  # e.g. a file with the name of a checkpoint
-                    shutil.rmtree(old)
+                shutil.rmtree(old, ignore_errors=True)  # it may be a file with such a name
         remove_leftovers(path.parent)
 
     on_process_zero(prepare)
     try:
         # Where one process cannot write, Orbax's other processes wait for 20 minutes or longer.
         if jax.process_count() > 1 and hasattr(os, "posix_fallocate"):  # macOS has no such call
-            on_all_processes(lambda: _require_room(temporary, arrays.values()))
+            on_all_processes(lambda: _require_room(path.parent, arrays.values()))
         on_all_processes(write)
+        on_process_zero(commit)
     except OSError:
         if jax.process_index() == 0:
             remove_leftovers(path.parent)
         raise
-    on_process_zero(commit)
     return path
 
 
@@ -160,9 +166,8 @@ def find_step(folder: str | os.PathLike, step: int | None) -> Checkpoint | None:
 def list_checkpoints(folder: str | os.PathLike) -> list[tuple[int, pathlib.Path]]:
     """Returns (step, path) of all checkpoints of a folder, intact or not, newest first."""
     folder = pathlib.Path(folder)
-    if not folder.exists():
-        return []
-    found = [(_NAME.fullmatch(path.name), path) for path in folder.iterdir()]
+    paths = folder.iterdir() if folder.exists() else ()
+    found = [(_NAME.fullmatch(path.name), path) for path in paths]
     return sorted(((int(m[1]), path) for m, path in found if m), reverse=True)
 
 
@@ -182,18 +187,19 @@ def load_checkpoint(
     Raises:
       OSError: the checkpoint cannot be read.
       CheckpointError: it is damaged, or belongs to another model or run; every difference is named.
+      ValueError, TypeError: run is refused as in `save_checkpoint`.
       ImportError: Orbax is missing.
 
     Cost: two reads, one of them for the sha256.
     """
     orbax = require_extra("load_checkpoint", "orbax", "orbax.checkpoint").checkpoint
+    _require_json("load_checkpoint", "run", run)
     path = pathlib.Path(path)
     try:
         record = _read_manifest(path)
     except ValueError as error:
         raise CheckpointError(f"load_checkpoint: {error}.") from None
-    wanted = None if run is None else json.loads(json.dumps(run))
-    differences = [] if run is None else list(_differences(record["metadata"]["run"], wanted))
+    differences = [] if run is None else list(_differences(record["metadata"]["run"], run))
     if differences:
         raise CheckpointError(
             f"load_checkpoint: {path} belongs to another run: {'; '.join(differences)}. Resume "
@@ -214,6 +220,25 @@ def load_checkpoint(
     return jax.tree_util.tree_unflatten(treedef, loaded)
 
 
+def _require_step(argument, step):
+    """The step as a Python integer, from one of NumPy or JAX too."""
+    step = step.item() if getattr(step, "shape", None) == () else step
+    require_count("save_checkpoint", argument, step, least=0)
+    return step
+
+
+def _require_json(function, name, value):
+    """Raises ValueError if JSON changes the value, which would then never be equal on loading."""
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        for key, entry in value.items():
+            _require_json(function, f"{name}[{key!r}]", entry)
+    elif json.loads(json.dumps(value, allow_nan=False)) != value:
+        raise ValueError(
+            f"{function}: {name} must be the same after it is saved as JSON, got {value!r}; use "
+            "lists instead of tuples, and strings as keys."
+        )
+
+
 def _first_intact(numbered):
     """The first intact checkpoint; warns of each damaged one before it."""
     for step, path in numbered:
@@ -227,16 +252,12 @@ def _first_intact(numbered):
     return None
 
 
-def _require_room(temporary, arrays):
+def _require_room(folder, arrays):
     """Raises OSError unless the disk has room for the parts of this process."""
     parts = [part for array in arrays for part in array.addressable_shards if part.replica_id == 0]
     size = sum(part.data.nbytes for part in parts) + _MOST_METADATA
-    path = temporary.with_name(f"{PREFIX}{jax.process_index()}-{temporary.name}")
-    try:
-        with open(path, "wb") as file:
-            os.posix_fallocate(file.fileno(), 0, size)
-    finally:
-        path.unlink(missing_ok=True)
+    with tempfile.NamedTemporaryFile(prefix=PREFIX, suffix=SUFFIX, dir=folder) as file:
+        os.posix_fallocate(file.fileno(), 0, size)
 
 
 def _read_manifest(path):
@@ -251,11 +272,11 @@ def _read_manifest(path):
         if record["format"] != _FORMAT:
             raise ValueError(f"its format is {record['format']!r}")
         sums, found = record["files"], _sums(path)
+        changed = sorted(name for name in {*sums, *found} if sums.get(name) != found.get(name))
+        if changed:
+            raise ValueError(f"files {changed} were changed")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} must be an intact {_FORMAT!r}: {error}") from None
-    changed = sorted(name for name in {*sums, *found} if sums.get(name) != found.get(name))
-    if changed:
-        raise ValueError(f"{path} must be an intact {_FORMAT!r}: files {changed} were changed")
     return record
 
 
@@ -334,11 +355,12 @@ def _require_same_forms(path, saved, leaves):
             f"load_checkpoint: {path} must hold the leaves of `like`, got missing keys {missing} "
             f"and unexpected keys {unexpected}."
         )
-    wrong = []
-    for name, leaf in leaves.items():
-        (dtype, shape), (got, size) = _form(leaf), saved[name]
-        if [dtype, shape] != [got, size]:
-            wrong.append(f"{name} must be {dtype}{shape}, got {got}{size}")
+    forms = [(name, *_form(leaf), *saved[name]) for name, leaf in leaves.items()]
+    wrong = [
+        f"{name} must be {dtype}{shape}, got {got}{size}"
+        for name, dtype, shape, got, size in forms
+        if (dtype, shape) != (got, size)
+    ]
     if wrong:
         raise CheckpointError(
             f"load_checkpoint: {path} belongs to another model: {'; '.join(wrong)}."

@@ -5,8 +5,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-Array = jax.Array
-
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     """Clips a gradient by its global norm, like `optax.clip_by_global_norm`, however large it is.
@@ -18,6 +16,8 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     entries are scaled by a power of two before they are squared; where optax's result is right, the
     bits are the same. A gradient with NaN or infinity has no direction and is returned unchanged
     (optax turns [inf, 1] into [nan, 0]). Half-precision gradients are squared and added in float32.
+    Leaves that are not floating, such as integers or float0, are returned as they are and do not
+    count. A tree without floating leaves has norm 0.
 
     Args:
       max_norm: the largest norm, above 0.
@@ -41,6 +41,8 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
         clips = (scaled_norm / scale >= max_norm) & jnp.isfinite(scaled_norm)
 
         def clip(g):
+            if not _is_floating(g):
+                return g
             # Dividing by the norm would fail where the norm itself is infinite.
             clipped = g.astype(scale.dtype) * scale / scaled_norm * max_norm
             return jnp.where(clips, clipped.astype(g.dtype), g)
@@ -50,7 +52,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def global_norm(tree: chex.ArrayTree) -> Array:
+def global_norm(tree: chex.ArrayTree) -> jax.Array:
     """Returns the root of the sum of all squares; it is infinite only if it is itself too large."""
     scale, scaled_norm = _scaled_norm(tree)
     return scaled_norm / scale
@@ -58,12 +60,13 @@ def global_norm(tree: chex.ArrayTree) -> Array:
 
 def _scaled_norm(tree):
     """(scale, scale * norm), where scale is a power of two near 1 / the largest entry."""
-    leaves = jax.tree.leaves(tree)
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if _is_floating(leaf)]
     doubles = any(leaf.dtype == jnp.float64 for leaf in leaves)
     dtype = jnp.dtype(jnp.float64 if doubles else jnp.float32)
+    zero = jnp.zeros((), dtype)  # the norm of a tree without leaves
     # Without the barrier, XLA turns (g * scale)^2 of a constant g into g^2 * scale^2: an overflow.
     leaves = jax.lax.optimization_barrier([leaf.astype(dtype) for leaf in leaves])
-    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(leaf), initial=0) for leaf in leaves]), initial=0)
+    largest = jnp.max(jnp.stack([zero, *(jnp.max(jnp.abs(leaf), initial=0) for leaf in leaves)]))
     # With largest in [2^e, 2^(e+1)), scale is 2^-e, computed from the bits of the exponent. Neither
     # may be subnormal, since compiled programs flush subnormal numbers to zero.
     limits = jnp.finfo(dtype)
@@ -71,4 +74,8 @@ def _scaled_norm(tree):
     bias = limits.maxexp - 1
     bits = (2 * bias - jnp.clip(bits, 1, 2 * bias - 1)) << limits.nmant
     scale = jax.lax.bitcast_convert_type(bits, dtype)
-    return scale, jnp.sqrt(sum(jnp.sum(jnp.square(leaf * scale)) for leaf in leaves))
+    return scale, jnp.sqrt(sum((jnp.sum(jnp.square(leaf * scale)) for leaf in leaves), zero))
+
+
+def _is_floating(leaf):
+    return jnp.issubdtype(leaf.dtype, jnp.floating)

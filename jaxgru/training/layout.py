@@ -62,13 +62,12 @@ class Layout:
                 "one with jax.make_mesh."
             )
         names = self.mesh.axis_names
-        hidden = () if self.hidden is None else (self.hidden,)
-        for argument, value in (("batch", self._batch_names), ("hidden", hidden)):
-            for name in value:
-                if name not in names:
-                    raise ValueError(
-                        f"Layout: {argument} must name axes of the mesh, {names}, got {name!r}."
-                    )
+        hidden = [] if self.hidden is None else [("hidden", self.hidden)]
+        for argument, name in [("batch", name) for name in self._batch_names] + hidden:
+            if name not in names:
+                raise ValueError(
+                    f"Layout: {argument} must name axes of the mesh, {names}, got {name!r}."
+                )
         found = {device.process_index for device in self.mesh.devices.flat}
         if jax.process_count() > 1 and len(found) < jax.process_count():
             raise ValueError(
@@ -148,12 +147,11 @@ class Layout:
         return jax.tree.map(lambda leaf: _move(leaf, self._sharding(None, None)), tree)
 
     def wrap_gradient(self, gradient_fn: Callable[..., Any]) -> Callable[..., Any]:
-        """Wraps gradient_fn(params, ...) -> (result, grads): gathers params, divides grads.
+        """Wraps gradient_fn(params, ...) -> (result, grads), for use inside jit.
 
-        The returned function must be called inside jit.
+        The result gathers params and divides grads.
         """
 
-        @functools.wraps(gradient_fn)
         def wrapped(params, *arguments):
             result, grads = gradient_fn(self.gather(params), *arguments)
             # Gathering before dividing makes the compiler sum the gradients over the devices.
@@ -164,10 +162,9 @@ class Layout:
         return wrapped
 
     def wrap_step(self, train_step: Callable[..., Any]) -> Callable[..., Any]:
-        """Wraps train_step(state, batch) to run on this mesh and to keep the state's sharding.
+        """Wraps train_step(state, batch), for use inside jit, to run on this mesh.
 
-        The state then never moves or causes a second compilation. The returned function must be
-        called inside jit.
+        The state keeps its sharding, so that it never moves or causes a second compilation.
         """
 
         @functools.wraps(train_step)
@@ -202,8 +199,7 @@ class Layout:
     def _state_shardings(self, method, state):
         """The shardings of a TrainState, as a TrainState."""
         carry, axes = state.carry, self.carry_axes
-        replicated = jax.tree.map(lambda _: self._sharding(None, None), state)
-        return replicated._replace(
+        return jax.tree.map(lambda _: self._sharding(None, None), state)._replace(
             params=self._shares(state.params),
             opt_state=self._shares(state.opt_state),
             carry=self._row_shardings(method, "state.carry", carry, axes, self.num_shards),

@@ -17,12 +17,12 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
     """
     import fcntl  # does not exist on Windows
 
-    folder, descriptors = pathlib.Path(folder), []
+    folder = pathlib.Path(folder)
 
     def lock():
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
-        descriptors.append(descriptor)
+        stack.callback(os.close, descriptor)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -34,9 +34,6 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
         os.truncate(descriptor, 0)
         os.write(descriptor, f"{os.getpid()}\n".encode())
 
-    try:
+    with contextlib.ExitStack() as stack:
         on_process_zero(lock)
         yield
-    finally:
-        for descriptor in descriptors:
-            os.close(descriptor)

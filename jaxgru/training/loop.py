@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxgru.atomic_files import remove_leftovers
 from jaxgru.core.checks import require_choice, require_count
 from jaxgru.training.checkpoints import (
     CheckpointError,
@@ -26,7 +27,6 @@ from jaxgru.training.processes import on_process_zero, same_on_all_processes
 from jaxgru.training.signals import stop_signals
 from jaxgru.training.step import TrainState, TrainStep
 
-_END = object()
 _MAX_SKIPPED_IN_ROW = 10
 
 
@@ -109,12 +109,11 @@ def fit(
       batches: batches(n) returns the batches from number n on, counted from 0. n is state.step, or
         that of the checkpoint.
       num_updates: the total number of updates, at least 1; state.step counts towards it.
-      evaluate: evaluate(state) -> dict, called every evaluate_every updates and after the last.
-      evaluate_every: updates between evaluations; None evaluates only at the end.
+      evaluate: evaluate(state) -> dict of numbers.
+      evaluate_every: updates between evaluations; there is always one after the last update.
       monitor: selects the state of the best evaluation, and stops early if it has a patience.
       checkpoints: saves the state at intervals and after every best evaluation.
-      callbacks: see `Callback`. By default, a `JsonLines` writes metrics.jsonl into the folder of
-        checkpoints, if there is one.
+      callbacks: see `Callback`; by default, a `JsonLines` writes metrics.jsonl beside checkpoints.
       log_every: updates between records; the loop waits for the device only for a record.
       items_per_update: items in a batch, for the rate in the records.
       items_name: name of the items, e.g. "characters".
@@ -126,39 +125,37 @@ def fit(
       (but "skipped" is a total), f"{items_name}_per_second", and what evaluate returned.
 
     Raises:
-      ValueError: a count is below 1, num_updates is below state.step, there are too few batches, or
-        evaluate does not return the monitor's metric or returns a name of the record.
-      TypeError: a count is not an integer.
+      ValueError: a count is below 1, num_updates is below state.step, there are too few batches,
+        evaluate does not return the monitor's metric or returns a name of the record, or
+        `save_checkpoint` refuses checkpoints.run.
+      TypeError: a count is not an integer, or checkpoints.run is not JSON.
       CheckpointError: the checkpoint belongs to another model, run or monitor, or every checkpoint
         is damaged.
       OSError: the folder of checkpoints is in use, holds another run, or cannot be written at the
         start or the end. In between, `fit` only warns.
-      NonFiniteError: at least the last ten updates were skipped as not finite. This is checked when
-        a record is made. The state with the last finite parameters is in the error and saved.
+      NonFiniteError: when a record is made, at least the last ten updates were skipped as not
+        finite. The state with the last finite parameters is in the error and saved.
       Interrupted: SIGTERM or Ctrl-C.
       ImportError: tqdm is missing but progress is True, or Orbax is missing but checkpoints is set.
     """
     _require_arguments(locals())
     with contextlib.ExitStack() as stack:
         if checkpoints is not None:
-            stack.enter_context(locked(checkpoints.folder))
+            folder = pathlib.Path(checkpoints.folder)
+            stack.enter_context(locked(folder))
+            on_process_zero(lambda: remove_leftovers(folder))
             if callbacks is None:
-                callbacks = [JsonLines(pathlib.Path(checkpoints.folder) / "metrics.jsonl")]
+                callbacks = [JsonLines(folder / "metrics.jsonl")]
         called = list(callbacks or ()) if jax.process_index() == 0 else []
         state, loop, best, seconds = _begin(state, monitor, checkpoints, called, num_updates)
         start, records, unsaved = int(state.step), [], None
-        remaining = iter(batches(start))
+        updates = range(start + 1, 1 + (start if loop.is_exhausted(monitor) else num_updates))
+        numbered = zip(updates, batches(start))
         meter = Meter(loop, seconds, items_per_update, items_name)
         asked_to_stop = stack.enter_context(stop_signals(checkpoints is not None))
-        shown = progress and jax.process_index() == 0
-        called.append(stack.enter_context(_progress_bar(start, num_updates, shown)))
-        for update in range(start + 1, num_updates + 1):
-            if loop.is_exhausted(monitor):
-                break
-            if (batch := next(remaining, _END)) is _END:
-                raise ValueError(
-                    f"fit: batches must last for {num_updates} updates, got {update - 1}."
-                )
+        if progress and jax.process_index() == 0:
+            called.append(_progress_bar(stack, start, num_updates))
+        for update, batch in numbered:
             state, metrics = train_step(state, batch)
             loop.pending.append(metrics)
             last = update == num_updates
@@ -191,8 +188,13 @@ def fit(
                     f"them{where}. Lower the learning rate.",
                     state,
                 )
-            if stop is not None:
+            if ends:
                 break
+        else:
+            if updates:
+                raise ValueError(
+                    f"fit: batches must last for {num_updates} updates, got {int(state.step)}."
+                )
         stop = asked_to_stop(None)
         if stop is not None and checkpoints is not None:  # or during the last evaluation or save
             raise Interrupted(stop, int(state.step), pathlib.Path(checkpoints.folder))
@@ -200,24 +202,22 @@ def fit(
 
 
 def _require_arguments(given):
-    checkpoints, monitor = given["checkpoints"], given["monitor"]
+    checkpoints, monitor, batches = given["checkpoints"], given["monitor"], given["batches"]
+    counts = {name: given[name] for name in ("num_updates", "log_every", "evaluate_every")}
     if monitor is not None:
         require_choice("fit", "monitor.mode", monitor.mode, ("min", "max"))
         if given["evaluate"] is None:
             raise ValueError("fit: monitor must be given with evaluate, which computes its metric.")
-    for name in ("num_updates", "log_every"):
-        require_count("fit", name, given[name])
-    for name, value in (
-        ("evaluate_every", given["evaluate_every"]),
-        ("checkpoints.every", checkpoints and checkpoints.every),
-        ("monitor.patience", monitor and monitor.patience),
-    ):
-        if value is not None:
+        counts["monitor.patience"] = monitor.patience
+    if checkpoints is not None:
+        counts["checkpoints.every"] = checkpoints.every
+    for name, value in counts.items():
+        if value is not None or name not in ("evaluate_every", "monitor.patience"):
             require_count("fit", name, value)
-    if not callable(given["batches"]):
+    if not callable(batches):
         raise TypeError(
             "fit: batches must be a function, batches(n), of the number of its first batch, got "
-            f"{type(given['batches']).__name__}."
+            f"{type(batches).__name__}."
         )
 
 
@@ -307,7 +307,7 @@ def _save(checkpoints, update, state, loop, unsaved, *, required):
     folder, best_step = checkpoints.folder, loop.best_step
     options = {"run": checkpoints.run, "best_step": best_step}
     try:
-        if unsaved is not None and best_step not in dict(list_checkpoints(folder)):
+        if unsaved is not None and best_step not in {update, *dict(list_checkpoints(folder))}:
             best, counters = unsaved
             save_checkpoint(folder, best_step, best, loop=counters, **options)
         save_checkpoint(folder, update, state, loop=loop.to_json(), **options)
@@ -320,25 +320,23 @@ def _save(checkpoints, update, state, loop, unsaved, *, required):
     return True
 
 
-@contextlib.contextmanager
-def _progress_bar(start, num_updates, shown):
-    """Yields a callback that updates the bar, or one that does nothing."""
-    if not shown:
-        yield lambda state, record: None
-        return
+def _progress_bar(stack, start, num_updates):
+    """Returns a callback that updates a bar, which the stack closes."""
     try:
         from tqdm import tqdm
     except ImportError as error:
         raise ImportError(
             "fit: progress=True needs tqdm; install jaxgru[experiments] or pass progress=False."
         ) from error
+    bar = stack.enter_context(
+        tqdm(total=num_updates, initial=start, unit="update", dynamic_ncols=True)
+    )
     values = {}
-    with tqdm(total=num_updates, initial=start, unit="update", dynamic_ncols=True) as bar:
 
-        def show(state, record):
-            hidden = {"update", "seconds", "gradient_norm", "" if record["skipped"] else "skipped"}
-            values.update({k: f"{v:.4g}" for k, v in record.items() if k not in hidden})
-            bar.update(record["update"] - bar.n)
-            bar.set_postfix(values)
+    def show(state, record):
+        hidden = {"update", "seconds", "gradient_norm", "" if record["skipped"] else "skipped"}
+        values.update({k: f"{v:.4g}" for k, v in record.items() if k not in hidden})
+        bar.update(record["update"] - bar.n)
+        bar.set_postfix(values)
 
-        yield show
+    return show

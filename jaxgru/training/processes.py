@@ -30,12 +30,12 @@ def on_all_processes(run: Callable[[], Result]) -> Result:
         result = run()
     except Exception as caught:
         error = caught
-    if jax.process_count() > 1:
-        done = multihost_utils.process_allgather(np.array(error is None))
-        if not done.all() and error is None:
-            error = OSError("another process failed; see its error message")
+    several = jax.process_count() > 1
+    all_done = not several or multihost_utils.process_allgather(np.array(error is None)).all()
     if error is not None:
         raise error
+    if not all_done:
+        raise OSError("another process failed; see its error message")
     return result
 
 
@@ -61,7 +61,7 @@ def broadcast_from_process_zero(value: Any) -> Any:
       value: a JSON value; it is ignored on other processes than 0.
 
     Returns:
-      The value of process 0, decoded from JSON if there are several processes.
+      The value, decoded from JSON if there are several processes.
 
     Raises:
       TypeError: value is not JSON.
@@ -70,9 +70,7 @@ def broadcast_from_process_zero(value: Any) -> Any:
         return value
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     size = int(multihost_utils.broadcast_one_to_all(np.array(text.size)))
-    buffer = np.zeros(size, np.uint8)
-    buffer[: text.size] = text[:size]
-    received = multihost_utils.broadcast_one_to_all(buffer)
+    received = multihost_utils.broadcast_one_to_all(np.resize(text, size))  # of that size in all
     return json.loads(np.asarray(received).tobytes())
 
 

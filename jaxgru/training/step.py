@@ -12,9 +12,9 @@ from jaxgru.core.matmul import state_dtype
 from jaxgru.training.clipping import global_norm
 from jaxgru.training.layout import Layout
 
-Array = jax.Array
-LossFn = Callable[[Any, Any, Any, chex.PRNGKey], tuple[Array, tuple[Any, dict[str, Array]]]]
-TrainStep = Callable[["TrainState", Any], tuple["TrainState", dict[str, Array]]]
+Metrics = dict[str, jax.Array]
+LossFn = Callable[[Any, Any, Any, chex.PRNGKey], tuple[jax.Array, tuple[Any, Metrics]]]
+TrainStep = Callable[["TrainState", Any], tuple["TrainState", Metrics]]
 
 
 class TrainState(NamedTuple):
@@ -24,8 +24,8 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
     carry: Any  # passed from batch to batch, e.g. a recurrent state
     key: chex.PRNGKey
-    step: Array  # int32, number of batches used, including those of skipped updates
-    skipped: Array  # int32, number of updates skipped because a value was not finite
+    step: jax.Array  # int32, number of batches used, including those of skipped updates
+    skipped: jax.Array  # int32, number of updates skipped because a value was not finite
 
 
 def init_train_state(
@@ -110,7 +110,7 @@ def make_train_step(
         new = params, opt_state, carry
         # The squares also refuse huge finite updates, such as 1e30, which would ruin parameters.
         squares = jax.tree.map(lambda u: jnp.square(u.astype(state_dtype(u.dtype))), updates)
-        finite = _is_finite((loss, grads, squares)) & _stays_finite(new, old)
+        finite = _is_finite((loss, grads, squares), new, old)
         params, opt_state, carry = jax.tree.map(
             lambda new, old: _strong(jnp.where(finite, new, old)), new, old
         )
@@ -127,18 +127,15 @@ def _strong(x):
     return x if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x.astype(x.dtype)
 
 
-def _is_finite(tree):
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
-
-
-def _stays_finite(new, old):
-    """Whether no finite number became infinite or NaN."""
-    finite = [
-        (jnp.isfinite(a) | ~jnp.isfinite(b)).all()
+def _is_finite(tree, new, old):
+    """Whether the tree is finite, and no finite number of `old` became infinite or NaN."""
+    finite = [jnp.isfinite(leaf) for leaf in jax.tree.leaves(tree)]
+    finite += [
+        jnp.isfinite(a) | ~jnp.isfinite(b)
         for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(old))
         if jnp.issubdtype(a.dtype, jnp.floating)
     ]
-    return jnp.stack([jnp.array(True), *finite]).all()
+    return jnp.stack([entries.all() for entries in finite]).all()
 
 
 def _require_result(returned, carry):

@@ -17,6 +17,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
+from jaxgru.atomic_files import remove_leftovers
 from jaxgru.training import (
     CheckpointError,
     find_checkpoint,
@@ -144,6 +145,46 @@ def test_a_folder_without_checkpoints_has_none(tmp_path):
     assert find_checkpoint(tmp_path, "best") is None
     save(tmp_path, 1)
     assert find_checkpoint(tmp_path, "best") is None
+
+
+@pytest.mark.parametrize("integer", [int, np.int64, jnp.int32])
+def test_steps_of_any_integer_type_are_saved_as_python_integers(tmp_path, integer):
+    path = save_checkpoint(tmp_path, integer(7), make_state(), best_step=integer(7))
+    assert path.name == "step-00000007"
+    found = find_checkpoint(tmp_path, "best")
+    assert (found.step, found.best_step) == (7, 7)
+    assert type(found.step) is type(found.best_step) is int
+
+
+class Death(BaseException):
+    """Stands for the end of a process, which cleans nothing up."""
+
+
+@pytest.mark.parametrize("failure", [OSError, Death])
+def test_failure_between_two_names_loses_no_checkpoint(tmp_path, monkeypatch, failure):
+    """A step is saved again; the old checkpoint is moved aside when the failure comes."""
+    path, rename, renamed = save(tmp_path, 7), pathlib.Path.rename, []
+    before = contents(tmp_path)
+
+    def fail_the_second_time(old, new):
+        renamed.append(old.name)
+        if len(renamed) == 2:
+            raise failure
+        return rename(old, new)
+
+    with monkeypatch.context() as patch, pytest.raises(failure):
+        patch.setattr(pathlib.Path, "rename", fail_the_second_time)
+        save(tmp_path, 7, seed=1)
+    assert renamed[:2] == ["step-00000007", ".jaxgru-step-00000007.tmp"]
+    if failure is Death:  # both are there; the next run gives the old one its name again
+        moved = [".jaxgru-step-00000007.tmp", ".jaxgru-step-00000007.tmp.replaced"]
+        assert sorted(p.name for p in tmp_path.iterdir()) == moved
+        remove_leftovers(tmp_path)
+    assert contents(tmp_path) == before
+    assert bits(load_checkpoint(path, make_state())) == bits(make_state())
+    save(tmp_path, 7, seed=1)
+    assert bits(load_checkpoint(path, make_state())) == bits(make_state(1))
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def damages(path, stride):
@@ -281,9 +322,10 @@ def test_write_that_the_disk_has_no_room_for_leaves_what_was_there(tmp_path, lim
                 assert str(failed.value).startswith(f"{path} could not be written: ")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert contents(tmp_path) == before
+    left = contents(tmp_path)  # a thread of Orbax may write a temporary file after its error
+    assert {p: left[p] for p in left if ".jaxgru-" not in str(p)} == before
     save(tmp_path, 8, seed=1)
-    assert steps(tmp_path) == [7, 8]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000007", "step-00000008"]
     gc.collect()  # they show here, and not in another test
 
 
@@ -389,10 +431,36 @@ def test_second_run_in_a_folder_is_refused_until_the_first_has_ended(tmp_path):
         pass
 
 
+CURE = "use lists instead of tuples, and strings as keys."
+CHANGED = [
+    ({"a": {"sizes": (3, 4)}}, "['a']['sizes'] must be the same after it is saved as JSON, got "
+     "(3, 4); "),
+    ({"a": [(3,)]}, "['a'] must be the same after it is saved as JSON, got [(3,)]; "),
+    ({1: "a"}, " must be the same after it is saved as JSON, got {1: 'a'}; "),
+    ({"a": {1: "a", "1": "b"}}, "['a'] must be the same after it is saved as JSON, got {1: 'a', "
+     "'1': 'b'}; "),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("metadata", "message"), CHANGED)
+def test_metadata_that_json_would_change_is_refused(tmp_path, metadata, message):
+    path = save(tmp_path, 7)
+    for name in ("run", "loop"):
+        with pytest.raises(ValueError) as refused:
+            save_checkpoint(tmp_path, 8, make_state(), **{name: metadata})
+        assert str(refused.value) == f"save_checkpoint: {name}{message}{CURE}"
+    with pytest.raises(ValueError) as refused:
+        load_checkpoint(path, make_state(), run=metadata)
+    assert str(refused.value) == f"load_checkpoint: run{message}{CURE}"
+    assert steps(tmp_path) == [7]
+
+
 NO_JSON = "Object of type object is not JSON serializable"
 BAD_ARGUMENTS = [
     ({"step": -1}, ValueError, "save_checkpoint: step must be at least 0, got -1."),
     ({"step": 1.0}, TypeError, "save_checkpoint: step must be an integer, got 1.0."),
+    ({"step": np.True_}, TypeError, "save_checkpoint: step must be an integer, got True."),
+    ({"best_step": -1}, ValueError, "save_checkpoint: best_step must be at least 0, got -1."),
     ({"run": {"spec": object()}}, TypeError, NO_JSON),
     ({"loop": {"spec": object()}}, TypeError, NO_JSON),
     ({"run": {"rate": float("nan")}}, ValueError, "Out of range float values are not JSON compli"),

@@ -346,6 +346,29 @@ def test_best_that_could_not_be_saved_in_its_time_is_saved_later(tmp_path, whole
     assert failures and survivor.left_by(tmp_path)[0][name] == whole[0][0][name]
 
 
+def test_each_checkpoint_is_written_once(tmp_path, monkeypatch):
+    """Also that of a best evaluation."""
+    written, save = [], loop.save_checkpoint
+
+    def count(folder, step, *arguments, **options):
+        written.append(step)
+        return save(folder, step, *arguments, **options)
+
+    monkeypatch.setattr(loop, "save_checkpoint", count)
+    best = survivor.run(tmp_path, resume=False, num_updates=14).best
+    assert int(best.step) in (7, 14) and written == [0, 5, 7, 10, 14]
+
+
+def test_checkpoint_whose_replacement_was_cut_short_is_found_again(tmp_path):
+    survivor.run(tmp_path, resume=False, num_updates=2)
+    folder = tmp_path / "checkpoints"
+    shutil.rmtree(folder / "step-00000000")
+    (folder / "step-00000002").rename(folder / ".jaxgru-step-00000002.tmp.replaced")
+    with pytest.raises(FileExistsError):
+        survivor.run(tmp_path, resume=False)
+    assert survivor.run(tmp_path, num_updates=2).records == []  # it resumes, and has ended
+
+
 def test_run_goes_on_only_with_its_own_monitor_and_for_as_long(tmp_path):
     survivor.run(tmp_path, resume=False, num_updates=9)
     step, state = survivor.make_train_step()[0], survivor.make_state()

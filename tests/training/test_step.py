@@ -6,11 +6,13 @@ import sys
 import types
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.dtypes import float0
 
 from jaxgru.training import (
     NonFiniteError,
@@ -19,6 +21,7 @@ from jaxgru.training import (
     init_train_state,
     make_train_step,
 )
+from jaxgru.training.clipping import global_norm
 
 
 def quadratic(params, carry, batch, key):
@@ -346,6 +349,23 @@ def test_clip_keeps_dtypes_and_squares_half_precision_in_float32():
         assert clipped[name].dtype == leaf.dtype
         wanted = leaf.astype(jnp.float32) * 1e-3 / 1.01**0.5
         np.testing.assert_allclose(clipped[name].astype(jnp.float32), wanted, rtol=1e-3)
+
+
+@pytest.mark.parametrize("tree", [{}, {"n": jnp.array([3, 4]), "empty": jnp.zeros((0, 2))}])
+def test_tree_without_floating_leaves_has_norm_zero_and_is_not_clipped(tree):
+    clipped, _ = CLIP.update(tree, CLIP.init(tree))
+    chex.assert_trees_all_equal(clipped, tree)
+    assert float(global_norm(tree)) == 0
+
+
+def test_clip_leaves_alone_what_is_not_floating():
+    others = {
+        "integers": jnp.array([7, 8]), "flags": jnp.array([True]), "nothing": np.zeros(2, float0)
+    }  # fmt: skip
+    clipped, _ = CLIP.update({"p": jnp.array([6.0, 8.0]), **others}, optax.EmptyState())
+    np.testing.assert_allclose(clipped.pop("p"), [3.0, 4.0])
+    assert clipped.keys() == others.keys()
+    assert all(clipped[name] is leaf for name, leaf in others.items())
 
 
 @pytest.mark.parametrize("max_norm", [0.0, -1.0, np.nan])

@@ -150,7 +150,7 @@ def token_logits(
       tokens: [T, ...] integers in [0, V). Inside jit JAX clamps an index outside of it; check
         tokens where they are made.
       h0, mask, resets, merge, residual, dropout, reverse, axis, gradient, noise, key,
-        deterministic, first_step, tap: as in `gru_stack`.
+        deterministic, first_step, tap: as in `gru_stack`; axis is one of those of the logits.
 
     Returns:
       h_last, as `gru_stack`, and logits [T, ..., V], float32 for half types.
@@ -209,7 +209,7 @@ def token_loss(
       reduction: "mean" over the counted targets (0 if there are none), "sum", ... as in
         `jaxgru.losses`.
       mask, resets, merge, residual, dropout, reverse, axis, gradient, noise, key, deterministic,
-        first_step, tap: as in `gru_stack`; targets at masked steps are not counted.
+        first_step, tap: as in `token_logits`; targets at masked steps are not counted.
 
     Returns:
       loss, a scalar ([T, ...] for reduction="none"; float32 for half types), and h_last, as
@@ -242,4 +242,5 @@ def token_loss(
         function, params.layers, xs, h0, mask, resets, config, key, axis, first_step, tap
     )
     logits = apply_head(params, ys)
+    axis = axis % logits.ndim  # the losses have one axis less
     return categorical_loss(logits, targets, mask, reduction=reduction, axis=axis), h_last

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, get_args
 
 import jax
+import jax.export
 import jax.numpy as jnp
 from jax import lax
 
@@ -30,6 +31,11 @@ class TokenParams(NamedTuple):
     layers: tuple[Layer, ...]
     w: jax.Array  # [H, V]
     b: jax.Array  # [V]
+
+
+# `jax.export` writes functions of models to files.
+for _kind in (SequenceParams, TokenParams):
+    jax.export.register_namedtuple_serialization(_kind, serialized_name=f"jaxgru.{_kind.__name__}")
 
 
 def init_sequence_model(

@@ -124,6 +124,11 @@ def require_step(function, params, x, h, mask, resets, config, key, first_step):
             "outputs depend on later inputs; use gru_stack on whole sequences."
         )
     config = _require_options(function, params, config, key, first_step)
+    if config.rule.truncate is not None:
+        raise ValueError(
+            f"{function}: gradient must have truncate=None, since one step has no windows, got "
+            f"{config.rule.truncate}; cut the gradient with jax.lax.stop_gradient(h)."
+        )
     name, bottom = _bottom(params)
     size = bottom.w_x.shape[0]
     require_float(function, "x", x, bottom.w_x.dtype)

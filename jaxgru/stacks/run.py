@@ -165,7 +165,8 @@ def gru_stack_cell(
       x: [..., I].
       h: a sequence with the state [..., H] of each layer; the first from `init_state`.
       mask, resets: [...] bool.
-      residual, dropout, noise, deterministic, gradient: as in `gru_stack`.
+      residual, dropout, noise, deterministic: as in `gru_stack`.
+      gradient: as in `gru_stack`, without truncate: `jax.lax.stop_gradient(h)` cuts the gradient.
       key: as in `gru_stack`. Give every step of a stream the same key and its own first_step.
       first_step: the number of the step.
 
@@ -173,7 +174,7 @@ def gru_stack_cell(
       h, the states after the step, and y [..., H], the output of the top layer.
 
     Raises:
-      ValueError: a layer is `Bidirectional`, or as `gru_stack`.
+      ValueError: a layer is `Bidirectional`, the gradient has a truncate, or as `gru_stack`.
       TypeError: as `gru_stack`.
 
     Cost: that of one step; XLA removes the loop of length 1.

@@ -61,8 +61,7 @@ def categorical_loss(
     """
     require_float("categorical_loss", "logits", logits)
     require_labels("categorical_loss", "labels", labels)
-    lead = logits.shape[:-1]
-    _require_fit("categorical_loss", "labels", labels, lead, lead, mask, reduction)
+    _require_fit("categorical_loss", "labels", labels, logits.shape[:-1], logits, mask, reduction)
     logits, labels = _zero_masked(mask, logits), _zero_masked(mask, labels)
     if not is_traced(labels) and labels.size:
         values = np.asarray(labels)
@@ -182,13 +181,13 @@ def _read_pair(function, argument, values, targets, mask, reduction):
         )
     if values.ndim < 1:
         raise ValueError(f"{function}: {argument} must have shape [..., K], got {values.shape}.")
-    _require_fit(function, "targets", targets, values.shape, values.shape[:-1], mask, reduction)
+    _require_fit(function, "targets", targets, values.shape, values, mask, reduction)
     return [_zero_masked(mask, v.astype(state_dtype(v.dtype))) for v in (values, targets)]
 
 
-def _require_fit(function, argument, value, shape, lead, mask, reduction):
+def _require_fit(function, argument, targets, shape, values, mask, reduction):
     """The checks of the shape of targets, and of the options of every loss."""
-    if value.shape != shape:
-        raise ValueError(f"{function}: {argument} must have shape {shape}, got {value.shape}.")
+    if targets.shape != shape:
+        raise ValueError(f"{function}: {argument} must have shape {shape}, got {targets.shape}.")
     require_choice(function, "reduction", reduction, get_args(Reduction))
-    require_flags(function, {"mask": mask}, lead, "one flag for each loss")
+    require_flags(function, {"mask": mask}, values.shape[:-1], "one flag for each loss")

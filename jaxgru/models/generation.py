@@ -72,25 +72,6 @@ def generate(
     >>> tokens.shape
     (4,)
     """
-    _require_prompt(params, prompt, mask, num_steps)
-    if not is_traced(temperature) and not 0 <= temperature < float("inf"):
-        raise ValueError(f"generate: temperature must be finite and >= 0, got {temperature}.")
-    if top_k is not None and not is_traced(top_k):
-        require_count("generate", "top_k", top_k)
-    if top_p is not None and not is_traced(top_p) and not 0 < top_p <= 1:
-        raise ValueError(f"generate: top_p must be in (0, 1], got {top_p}.")
-    noise = require_noise("generate", noise, None, True)
-    greedy = not is_traced(temperature) and temperature == 0
-    filters = (
-        None if greedy else jnp.float32(temperature),
-        None if top_k is None else jnp.int32(top_k),
-        None if top_p is None else jnp.float32(top_p),
-    )
-    return _generate(params, key, prompt, mask, h0, filters, num_steps, residual, noise)
-
-
-def _require_prompt(params, prompt, mask, num_steps):
-    """TypeError or ValueError for a model or a prompt that cannot be continued."""
     require_model("generate", params, TokenParams, "concat")
     if any(isinstance(layer, Bidirectional) for layer in params.layers):
         raise ValueError(
@@ -112,6 +93,20 @@ def _require_prompt(params, prompt, mask, num_steps):
                 f"generate: prompt must hold tokens in [0, {vocab_size}), got {values.min()} to "
                 f"{values.max()}."
             )
+    if not is_traced(temperature) and not 0 <= temperature < float("inf"):
+        raise ValueError(f"generate: temperature must be finite and >= 0, got {temperature}.")
+    if top_k is not None and not is_traced(top_k):
+        require_count("generate", "top_k", top_k)
+    if top_p is not None and not is_traced(top_p) and not 0 < top_p <= 1:
+        raise ValueError(f"generate: top_p must be in (0, 1], got {top_p}.")
+    noise = require_noise("generate", noise, None, True)
+    greedy = not is_traced(temperature) and temperature == 0
+    filters = (
+        None if greedy else jnp.float32(temperature),
+        None if top_k is None else jnp.int32(top_k),
+        None if top_p is None else jnp.float32(top_p),
+    )
+    return _generate(params, key, prompt, mask, h0, filters, num_steps, residual, noise)
 
 
 @functools.partial(jax.jit, static_argnames=("num_steps", "residual", "noise"))

@@ -109,11 +109,10 @@ def final_outputs(
     >>> outputs.shape
     (4, 1)
     """
-    function = "final_outputs"
-    require_model(function, params, SequenceParams, merge)
+    require_model("final_outputs", params, SequenceParams, merge)
     config = StackConfig(merge, residual, dropout, reverse, gradient, noise, deterministic)
     config, _, arrays = require_call(
-        function, params.layers, xs, h0, mask, resets, config, key, axis, first_step, tap
+        "final_outputs", params.layers, xs, h0, mask, resets, config, key, axis, first_step, tap
     )
     stack_key, head_key = (None, None) if key is None or deterministic else jax.random.split(key)
     rate = config.dropout.output
@@ -166,13 +165,12 @@ def token_logits(
     >>> h_last[0].shape, logits.shape
     ((3,), (4, 5))
     """
-    function = "token_logits"
-    require_model(function, params, TokenParams, merge)
-    require_labels(function, "tokens", tokens)
+    require_model("token_logits", params, TokenParams, merge)
+    require_labels("token_logits", "tokens", tokens)
     xs = embed(params, tokens)
     config = StackConfig(merge, residual, dropout, reverse, gradient, noise, deterministic)
     h_last, ys = check_and_run(
-        function, params.layers, xs, h0, mask, resets, config, key, axis, first_step, tap
+        "token_logits", params.layers, xs, h0, mask, resets, config, key, axis, first_step, tap
     )
     return h_last, apply_head(params, ys)
 

@@ -115,11 +115,11 @@ def init_token_model(
     require_count("init_token_model", "vocab_size", vocab_size)
     dtype = require_dtype("init_token_model", dtype)
     key_embedding, key_layers, key_head = jax.random.split(key, 3)
-    embedding = None
+    embedding, input_size = None, vocab_size
     if embedding_size is not None:
         require_count("init_token_model", "embedding_size", embedding_size)
         embedding = jax.random.normal(key_embedding, (vocab_size, embedding_size), dtype)
-    input_size = vocab_size if embedding_size is None else embedding_size
+        input_size = embedding_size
     layers = init_stack(
         key_layers, input_size, hidden_size, num_layers, spec=spec, bidirectional=bidirectional,
         merge=merge, bias=bias, layer_norm=layer_norm, scheme=scheme, dtype=dtype,

@@ -36,10 +36,7 @@ class StackConfig:
 
 
 def require_call(function, params, xs, h0, mask, resets, config, key, axis, first_step, tap):
-    """The checked choices, the axis of time, and (xs, mask, resets, tap) with time in front.
-
-    params are a layer or a stack that `require_grus` has checked.
-    """
+    """The checked choices, the axis of time, and (xs, mask, resets, tap) with time in front."""
     config = _require_options(function, params, config, key, first_step)
     merge, residual = config.merge, config.residual
     axis = require_layers(function, params, xs, h0, mask, resets, merge, residual, axis)
@@ -60,7 +57,7 @@ def _require_options(function, params, config, key, first_step):
     noise = require_noise(function, config.noise, key, config.deterministic, rates)
     require_first_step(function, first_step)
     require_bool(function, "reverse", config.reverse)
-    if config.reverse and any(isinstance(layer, Bidirectional) for layer in as_stack(params)):
+    if config.reverse and any(isinstance(layer, Bidirectional) for layer in params):
         raise ValueError(
             f"{function}: reverse must be False for a Bidirectional layer, which runs in both "
             "directions, got True."
@@ -69,10 +66,7 @@ def _require_options(function, params, config, key, first_step):
 
 
 def require_grus(function, params, stack=False):
-    """TypeError unless params is a sequence of layers, well-formed and of one dtype.
-
-    stack: False accepts a single layer, too.
-    """
+    """TypeError unless params is a well-formed stack of one dtype, or a layer if not `stack`."""
     single = isinstance(params, GRUParams | Bidirectional)
     if not isinstance(params, GRUParams | list | tuple) or not params or (stack and single):
         empty = isinstance(params, list | tuple) and not params
@@ -82,13 +76,13 @@ def require_grus(function, params, stack=False):
             f"{function}: params must be a sequence of layers, GRUParams or Bidirectional, "
             f"got {found}{cure}."
         )
-    for place, layer in _named_layers(params):
+    for place, layer, directions in _layers(params):
         if not isinstance(layer, GRUParams | Bidirectional):
             raise TypeError(
                 f"{function}: {place} must be a GRUParams or a Bidirectional, "
                 f"got {type(layer).__name__}."
             )
-        for name, direction in _named_directions(place, layer):
+        for name, direction in directions:
             require_params(function, direction, name)
             first, bottom = _bottom(params)
             found, wanted = direction.w_x.dtype, bottom.w_x.dtype
@@ -149,8 +143,7 @@ def _require_sizes(function, params, merge, residual):
     require_choice(function, "merge", merge, get_args(Merge))
     require_bool(function, "residual", residual)
     size, source = _bottom(params)[1].w_x.shape[0], "as the other direction"
-    for number, (name, layer) in enumerate(_named_layers(params)):
-        directions = _named_directions(name, layer)
+    for number, (name, layer, directions) in enumerate(_layers(params)):
         for direction_name, p in directions:
             if p.w_x.shape[0] != size:
                 raise ValueError(
@@ -218,20 +211,16 @@ def _parts(params):
     """(place, part) of the layers of a stack or the directions of a layer; none of a GRUParams."""
     if isinstance(params, Bidirectional):
         return [(f".{field}", direction) for field, direction in params._asdict().items()]
-    return [] if isinstance(params, GRUParams) else [(f"[{n}]", p) for n, p in enumerate(params)]
+    return [(f"[{n}]", p) for n, p in enumerate(params)] if isinstance(params, list | tuple) else []
 
 
-def _named_layers(params):
-    """(name, layer) of every layer of a stack, or of the one that params are."""
-    parts = _parts(params) if as_stack(params) is params else [("", params)]
-    return [(f"params{place}", layer) for place, layer in parts]
-
-
-def _named_directions(name, layer):
-    """(name, GRUParams) of the one or two directions of a layer."""
-    return [(name + place, p) for place, p in _parts(layer) or [("", layer)]]
+def _layers(params):
+    """(name, layer, its (name, GRUParams) pairs) of every layer; params are a stack or a layer."""
+    for place, layer in _parts(params) if as_stack(params) is params else [("", params)]:
+        name = f"params{place}"
+        yield name, layer, [(name + side, p) for side, p in _parts(layer) or [("", layer)]]
 
 
 def _bottom(params):
     """(name, GRUParams) of what reads the sequence first."""
-    return _named_directions(*_named_layers(params)[0])[0]
+    return next(_layers(params))[2][0]

@@ -130,8 +130,7 @@ def init_taps(params: Any, lead_shape: Sequence[int]) -> Any:
         )
     require_grus("init_taps", params)
 
-    def zeros(p):
-        sizes = (p.w_x.shape[0], p.w_h.shape[0])
-        return Tap(*(jnp.zeros((*lead_shape, size), p.w_x.dtype) for size in sizes))
+    def zeros_like_rows(w):
+        return jnp.zeros((*lead_shape, w.shape[0]), w.dtype)
 
-    return map_grus(zeros, params)
+    return map_grus(lambda p: Tap(zeros_like_rows(p.w_x), zeros_like_rows(p.w_h)), params)

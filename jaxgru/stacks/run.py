@@ -114,8 +114,7 @@ def gru_stack(
         2016, arXiv:1609.08144, eq. 6).
       dropout: the rate in [0, 1) between layers, or a `Dropout`.
       reverse: as in `gru`, where no layer is `Bidirectional`.
-      axis, gradient, noise, key, deterministic, first_step: as in `gru`, for every layer and for
-        dropout.
+      axis, gradient, noise, key, deterministic, first_step: as in `gru`; dropout needs a key, too.
       tap: a sequence with the tap of each layer, from `init_taps`; see `gru`.
 
     Returns:
@@ -136,11 +135,10 @@ def gru_stack(
     >>> ys.shape, h_last[1].forward.shape
     ((5, 4, 6), (4, 3))
     """
-    require_grus("gru_stack", params, stack=True)
+    function = "gru_stack"
+    require_grus(function, params, stack=True)
     config = StackConfig(merge, residual, dropout, reverse, gradient, noise, deterministic)
-    return check_and_run(
-        "gru_stack", params, xs, h0, mask, resets, config, key, axis, first_step, tap
-    )
+    return check_and_run(function, params, xs, h0, mask, resets, config, key, axis, first_step, tap)
 
 
 def gru_stack_cell(

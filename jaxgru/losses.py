@@ -35,14 +35,13 @@ from jaxgru.core.matmul import state_dtype
 
 __all__ = ["bernoulli_loss", "categorical_loss", "squared_loss"]
 
-Array = jax.Array
 Reduction = Literal["none", "sum", "mean", "batch_mean", "sequence_mean"]
 
 
 def categorical_loss(
-    logits: Array, labels: Array, mask: Array | None = None, *,
+    logits: jax.Array, labels: jax.Array, mask: jax.Array | None = None, *,
     reduction: Reduction = "mean", axis: int | None = 0,
-) -> Array:  # fmt: skip
+) -> jax.Array:  # fmt: skip
     """Computes -log softmax(logits)[label], in nats, for one of K classes.
 
     Args:
@@ -62,8 +61,7 @@ def categorical_loss(
     """
     require_float("categorical_loss", "logits", logits)
     require_labels("categorical_loss", "labels", labels)
-    lead = logits.shape[:-1]
-    _require_fit("categorical_loss", "labels", labels, lead, lead, mask, reduction)
+    _require_fit("categorical_loss", "labels", labels, logits.shape[:-1], logits, mask, reduction)
     logits, labels = _zero_masked(mask, logits), _zero_masked(mask, labels)
     if not is_traced(labels) and labels.size:
         values = np.asarray(labels)
@@ -72,14 +70,15 @@ def categorical_loss(
                 f"categorical_loss: labels must be in [0, {logits.shape[-1]}) where they count, "
                 f"got {values.min()} to {values.max()}; mask entries without a label."
             )
-    losses = optax.softmax_cross_entropy_with_integer_labels(_widen(logits), labels)
+    logits = logits.astype(state_dtype(logits.dtype))
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     return _reduce("categorical_loss", losses, mask, reduction, axis)
 
 
 def bernoulli_loss(
-    logits: Array, targets: Array, mask: Array | None = None, *,
+    logits: jax.Array, targets: jax.Array, mask: jax.Array | None = None, *,
     reduction: Reduction = "mean", axis: int | None = 0,
-) -> Array:  # fmt: skip
+) -> jax.Array:  # fmt: skip
     """Computes -sum_k y_k log s(o_k) + (1 - y_k) log s(-o_k), in nats, for K independent labels.
 
     Args:
@@ -96,17 +95,16 @@ def bernoulli_loss(
     >>> round(float(bernoulli_loss(jnp.zeros((3, 88)), jnp.ones((3, 88)))), 2)  # 88 log 2
     61.0
     """
-    _require_pair("bernoulli_loss", "logits", logits, targets, mask, reduction)
-    logits, targets = (_widen(_zero_masked(mask, v)) for v in (logits, targets))
+    logits, targets = _read_pair("bernoulli_loss", "logits", logits, targets, mask, reduction)
     losses = optax.sigmoid_binary_cross_entropy(logits, targets).sum(axis=-1)
     return _reduce("bernoulli_loss", losses, mask, reduction, axis)
 
 
 def squared_loss(
-    outputs: Array, targets: Array, mask: Array | None = None, *,
+    outputs: jax.Array, targets: jax.Array, mask: jax.Array | None = None, *,
     form: Literal["mean", "half_sum"] = "mean", reduction: Reduction = "mean",
     axis: int | None = 0,
-) -> Array:  # fmt: skip
+) -> jax.Array:  # fmt: skip
     """Computes 1/K sum_k (o_k - y_k)^2, or 1/2 sum_k (o_k - y_k)^2.
 
     Args:
@@ -128,8 +126,7 @@ def squared_loss(
     4.0
     """
     require_choice("squared_loss", "form", form, ("mean", "half_sum"))
-    _require_pair("squared_loss", "outputs", outputs, targets, mask, reduction)
-    outputs, targets = (_widen(_zero_masked(mask, v)) for v in (outputs, targets))
+    outputs, targets = _read_pair("squared_loss", "outputs", outputs, targets, mask, reduction)
     if form == "half_sum":
         losses = optax.l2_loss(outputs, targets).sum(axis=-1)
     else:
@@ -153,22 +150,16 @@ def _reduce(function, losses, mask, reduction, axis):
         return losses if reduction == "none" else losses.sum()
     if reduction == "mean":
         return losses.sum() / jnp.maximum(counts.sum(), 1)
-    if axis is None:
-        return losses.sum() / max(losses.size, 1)
-    if not -losses.ndim <= axis < losses.ndim:
-        raise ValueError(
-            f"{function}: axis must name the axis of time of the losses for reduction="
-            f"{reduction!r}, or be None, got {axis} for shape {losses.shape}."
-        )
-    sums = losses.sum(axis=axis)
+    if axis is not None:
+        if not -losses.ndim <= axis < losses.ndim:
+            raise ValueError(
+                f"{function}: axis must name the axis of time of the losses for reduction="
+                f"{reduction!r}, or be None, got {axis} for shape {losses.shape}."
+            )
+        losses, counts = losses.sum(axis=axis), counts.sum(axis=axis)
     if reduction == "sequence_mean":
-        sums = sums / jnp.maximum(counts.sum(axis=axis), 1)
-    return sums.sum() / max(sums.size, 1)
-
-
-def _widen(values):
-    """Half types as float32."""
-    return values.astype(state_dtype(values.dtype))
+        losses = losses / jnp.maximum(counts, 1)
+    return losses.sum() / max(losses.size, 1)
 
 
 def _zero_masked(mask, values):
@@ -179,8 +170,8 @@ def _zero_masked(mask, values):
     return jnp.where(mask, values, jnp.zeros_like(values))
 
 
-def _require_pair(function, argument, values, targets, mask, reduction):
-    """The checks of a loss between two arrays of one shape and dtype."""
+def _read_pair(function, argument, values, targets, mask, reduction):
+    """The two arrays of a loss, checked, zero where they are masked, and half types as float32."""
     require_float(function, argument, values)
     require_float(function, "targets", targets)
     if targets.dtype != values.dtype:
@@ -190,12 +181,13 @@ def _require_pair(function, argument, values, targets, mask, reduction):
         )
     if values.ndim < 1:
         raise ValueError(f"{function}: {argument} must have shape [..., K], got {values.shape}.")
-    _require_fit(function, "targets", targets, values.shape, values.shape[:-1], mask, reduction)
+    _require_fit(function, "targets", targets, values.shape, values, mask, reduction)
+    return [_zero_masked(mask, v.astype(state_dtype(v.dtype))) for v in (values, targets)]
 
 
-def _require_fit(function, argument, value, shape, lead, mask, reduction):
+def _require_fit(function, argument, targets, shape, values, mask, reduction):
     """The checks of the shape of targets, and of the options of every loss."""
-    if value.shape != shape:
-        raise ValueError(f"{function}: {argument} must have shape {shape}, got {value.shape}.")
+    if targets.shape != shape:
+        raise ValueError(f"{function}: {argument} must have shape {shape}, got {targets.shape}.")
     require_choice(function, "reduction", reduction, get_args(Reduction))
-    require_flags(function, {"mask": mask}, lead, "one flag for each loss")
+    require_flags(function, {"mask": mask}, values.shape[:-1], "one flag for each loss")

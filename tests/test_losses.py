@@ -79,12 +79,18 @@ def test_every_reduction_weighs_every_entry_as_defined(name, masked):
 @pytest.mark.parametrize("name", ["categorical", "bernoulli", "half_sum", "mean"])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_axis_says_where_time_is(reduction, name):
+    """From the front or from the end."""
     loss, o, y, entries, _ = make(name)
     wanted = weights(reduction, MASK) * entries
     wanted = wanted if reduction == "none" else wanted.sum()
-    batch_major = (jnp.asarray(v.swapaxes(0, 1)) for v in (o, y, MASK))
-    got = loss(*batch_major, reduction=reduction, axis=1)
-    np.testing.assert_allclose(got.T, wanted, rtol=1e-12)
+    time_major = [jnp.asarray(v) for v in (o, y, MASK)]
+    batch_major = [v.swapaxes(0, 1) for v in time_major]
+    for axis in (0, -2):
+        got = loss(*time_major, reduction=reduction, axis=axis)
+        np.testing.assert_allclose(got, wanted, rtol=1e-12)
+    for axis in (1, -1):
+        got = loss(*batch_major, reduction=reduction, axis=axis)
+        np.testing.assert_allclose(got.T, wanted, rtol=1e-12)
 
 
 @pytest.mark.usefixtures("x64", "uncompiled")

@@ -4,6 +4,7 @@ import functools
 import re
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -31,7 +32,6 @@ from jaxgru.models import (
     sequence_outputs,
     token_loss,
 )
-from jaxgru.models.generation import _generate
 
 generate = flat(models.generate)
 token_logits = flat(models.token_logits)
@@ -188,16 +188,6 @@ def test_carried_state_makes_two_parts_one_sequence():
     np.testing.assert_allclose(first + second, whole, rtol=1e-13)
 
 
-@eagerly
-@pytest.mark.parametrize("reduction", ["mean", "batch_mean", "sequence_mean"])
-def test_batch_major_loss_is_the_time_major_one(reduction):
-    params, tokens, targets = make(), make_tokens(), make_tokens(seed=2)
-    mask = length_mask([2, 6, 7], T)
-    wanted = token_loss(params, tokens, targets, mask=mask, reduction=reduction)[0]
-    got = token_loss(params, tokens.T, targets.T, mask=mask.T, reduction=reduction, axis=1)[0]
-    np.testing.assert_allclose(got, wanted, rtol=1e-13)
-
-
 def test_model_learns_a_cycle_through_the_handwritten_gradient():
     tokens = np.arange(40)[:, None] % 4
     params = make(dtype=np.float32)
@@ -318,11 +308,21 @@ def test_generation_compiles_once_for_all_temperatures_and_filters():
         options = {"temperature": temperature, "top_k": k, "top_p": p, "mask": mask}
         return generate(params, KEY, prompt, 3, **options)[1]
 
-    before = _generate._cache_size()
-    drawn = [run(temperature, k, p).tolist() for temperature, k, p in ((1.0, 2, 0.5), (9.0, 7, 1))]
-    assert _generate._cache_size() == before + 1
-    greedy = run(0.0).tolist()  # draws nothing: a program of its own
-    assert _generate._cache_size() == before + 2
+    compilations = []
+
+    def listen(event, *_, **__):
+        if "backend_compile" in event:
+            compilations.append(event)
+
+    drawn = [run(1.0, 2, 0.5).tolist()]
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        drawn.append(run(9.0, 7, 1).tolist())
+        assert not compilations
+        greedy = run(0.0).tolist()  # draws nothing: a program of its own
+        assert len(compilations) == 1
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
     # Traced, nothing can be checked before it runs; a temperature that turns out 0 is greedy too.
     traced, mask = jax.jit(run), np.ones(2, bool)
     assert traced(1.0, 2, 0.5, prompt, mask).tolist() == drawn[0]
@@ -377,6 +377,57 @@ def test_sequence_outputs_are_the_head_of_every_step():
     _, hs, _ = forward(params.layers[0], CHO_2014, xs, np.zeros((B, H)))
     assert_close(outputs, hs @ np.asarray(params.w) + np.asarray(b), 1e-13)
     assert_close(h_last[0], hs[-1], 1e-13)
+
+
+@eagerly
+@pytest.mark.parametrize(
+    ("function", "timed", "reductions"),
+    [
+        (sequence_outputs, 1, [None]),
+        (final_outputs, None, [None]),
+        (models.token_logits, 1, [None]),
+        (token_loss, 0, ["none", "batch_mean", "sequence_mean"]),
+    ],
+    ids=lambda v: getattr(v, "__name__", ""),
+)
+def test_time_on_any_axis_is_time_in_front(function, timed, reductions):
+    """Of two batch axes; a negative axis counts from the end of what the layers read, [T, ..., I].
+
+    `timed` says which of the two results has an axis of time.
+    """
+    flags = length_mask([2, 6, 7], T), jnp.arange(T * B).reshape(T, B) % 5 == 3
+    if function in (sequence_outputs, final_outputs):
+        layers, b = make_outputs([-2])
+        params, arrays = SequenceParams(layers, draw(14, 2 * H, 2), b), [draw(15, T, B, E)]
+    else:
+        params, arrays = make(), [make_tokens(), make_tokens(seed=2)][: 1 + (timed == 0)]
+
+    def run(axis, **options):
+        there = axis % 4
+        moved = [jnp.moveaxis(v[:, :, None], 0, there) for v in (*arrays, *flags)]
+        options |= {"mask": moved[-2], "resets": moved[-1], "axis": axis}
+        results = list(function(params, *moved[:-2], **options))
+        if timed is not None and results[timed].ndim:
+            results[timed] = jnp.moveaxis(results[timed], there, 0)
+        return results
+
+    for options in ({} if name is None else {"reduction": name} for name in reductions):
+        wanted = run(0, **options)
+        for axis in (1, 2, -4, -3, -2):
+            assert_close(run(axis, **options), wanted, 1e-13, f"axis={axis}")
+
+
+@pytest.mark.parametrize("two_directions", [False, True])
+def test_exported_function_takes_and_returns_the_parameters_of_models(two_directions):
+    """Written to bytes and read again, with the equation of each layer."""
+    options = {"bidirectional": two_directions, "spec": PYTORCH}
+    given = (
+        init_token_model(KEY, V, H, embedding_size=E, **options),
+        init_sequence_model(KEY, E, H, 1, **options),
+    )
+    halve = jax.jit(lambda models: jax.tree.map(lambda v: v / 2, models))
+    exported = jax.export.deserialize(jax.export.export(halve)(given).serialize())
+    assert_close(exported.call(given), jax.tree.map(lambda v: np.asarray(v) / 2, given), 1e-7)
 
 
 # Bad calls.

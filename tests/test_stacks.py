@@ -16,10 +16,12 @@ from jaxgru import (
     BPTT,
     CHO_2014,
     PYTORCH,
+    Autodiff,
     Bidirectional,
     Dropout,
     GRUParams,
     Noise,
+    Tangent,
     gru,
     gru_bidirectional,
     gru_cell,
@@ -30,6 +32,7 @@ from jaxgru import (
     models,
     resets_from_dones,
 )
+from jaxgru.core.noise import require_noise
 from jaxgru.core.parameters import require_params
 from jaxgru.core.recurrence import run_gru
 
@@ -686,24 +689,23 @@ def test_empty_sequences_are_defined_with_everything_on(shape):
 # Layouts, transforms, initialisation.
 
 
-@in_float64
-@pytest.mark.parametrize("bidirectional", [False, True], ids=["one_way", "both_ways"])
-def test_batch_major_is_time_major_transposed(bidirectional):
-    layers = make_stack(2, bidirectional)
-    xs, h0, mask, resets = make_data(layers)
-    h_last, ys = gru_stack(layers, xs, h0, mask=mask, resets=resets)
-    for axis in (1, -2):
-        h_other, ys_other = gru_stack(
-            layers, xs.swapaxes(0, 1), h0, mask=mask.T, resets=resets.T, axis=axis
-        )
-        assert_close((h_other, ys_other.swapaxes(0, 1)), (h_last, ys), EXACT)
-    if bidirectional:
-        lone, ys_lone = gru_bidirectional(
-            layers[0], xs.swapaxes(0, 1), h0[0], mask=mask.T, resets=resets.T, axis=1
-        )
-        assert_close((lone, ys_lone.swapaxes(0, 1)), gru_bidirectional(
-            layers[0], xs, h0[0], mask=mask, resets=resets
-        ), EXACT)  # fmt: skip
+@pytest.mark.usefixtures("x64", "uncompiled")
+@pytest.mark.parametrize("name", ["one_way", "both_ways", "bidirectional"])
+def test_time_on_any_axis_is_time_in_front(name):
+    """Every axis that time may have with two batch axes, counted from the front or from the end."""
+    function, params = gru_stack, make_stack(2, name != "one_way")
+    if name == "bidirectional":
+        function, params = gru_bidirectional, params[0]
+    xs, h0, mask, resets = make_data((params,) if name == "bidirectional" else params)
+    h0 = jax.tree.map(lambda h: h[:, None], h0[0] if name == "bidirectional" else tuple(h0))
+    xs, mask, resets = (v[:, :, None] for v in (xs, mask, resets))
+    wanted = function(params, xs, h0, mask=mask, resets=resets)
+    for axis in (0, 1, 2, -4, -3, -2):
+        there = axis % 4
+        moved, *flags = (jnp.moveaxis(v, 0, there) for v in (xs, mask, resets))
+        options = {"mask": flags[0], "resets": flags[1], "axis": axis}
+        h_last, ys = function(params, moved, h0, **options)
+        assert_close((h_last, jnp.moveaxis(ys, there, 0)), wanted, EXACT, f"axis={axis}")
 
 
 @in_float64
@@ -760,19 +762,25 @@ def test_stack_is_drawn_layer_by_layer_with_the_sizes_asked_for():
     np.testing.assert_array_equal(forward.w_h, init_gru(first_key, 2, 3).w_h)
 
 
-def test_public_call_checks_every_gru_once(monkeypatch):
+def test_public_call_checks_every_gru_and_its_noise_once(monkeypatch):
     """However many functions it goes through."""
-    checked = []
+    checked, noises = [], []
 
     def counting(function, *arguments):
         checked.append(function)
         return require_params(function, *arguments)
 
-    for module in ("jaxgru.core.recurrence", "jaxgru.stacks.checks"):
-        monkeypatch.setattr(f"{module}.require_params", counting)
+    def counting_noise(function, *arguments):
+        noises.append(function)
+        return require_noise(function, *arguments)
+
+    for module in ("core.recurrence", "stacks.checks", "models.outputs"):
+        monkeypatch.setattr(f"jaxgru.{module}.require_params", counting, raising=False)
+        monkeypatch.setattr(f"jaxgru.{module}.require_noise", counting_noise, raising=False)
     layers = make_stack(2, dtype=jnp.float32)
     pair = make_stack(1, bidirectional=True, dtype=jnp.float32)[0]
     model = models.init_token_model(jax.random.key(0), 5, H)
+    head = models.init_sequence_model(jax.random.key(0), INPUTS, H, 1)
     xs, tokens = jnp.ones((T, B, INPUTS)), jnp.ones((T, B), int)
     for function, *arguments in (
         (gru, layers[0], xs),
@@ -780,11 +788,15 @@ def test_public_call_checks_every_gru_once(monkeypatch):
         (jaxgru.gru_stack, layers, xs),
         (jaxgru.gru_stack_cell, layers, xs[0], init_state(layers, (B,))),
         (models.token_loss, model, tokens, tokens),
+        (models.sequence_outputs, head, xs),
+        (models.final_outputs, head, xs),
     ):
         checked.clear()
+        noises.clear()
         jax.eval_shape(function, *arguments)
-        count = 1 if function in (gru, models.token_loss) else 2
-        assert checked == [function.__name__] * count
+        stacks = (gru_bidirectional, jaxgru.gru_stack, jaxgru.gru_stack_cell)
+        assert checked == [function.__name__] * (2 if function in stacks else 1)
+        assert noises == [function.__name__]
 
 
 # Errors: the message names the function, the argument, what it must be, and what came.
@@ -973,6 +985,21 @@ STATES_FORM = (
             ValueError,
             "gru_stack_cell: params must hold layers of one direction, got a Bidirectional, "
             "whose outputs depend on later inputs; use gru_stack on whole sequences.",
+        ),
+        *(
+            (
+                functools.partial(
+                    jaxgru.gru_stack_cell,
+                    init_stack(jax.random.key(0), INPUTS, H),
+                    jnp.ones((B, INPUTS)),
+                    None,
+                    gradient=rule(truncate=2),
+                ),
+                ValueError,
+                "gru_stack_cell: gradient must have truncate=None, since one step has no windows, "
+                "got 2; cut the gradient with jax.lax.stop_gradient(h).",
+            )
+            for rule in (BPTT, Tangent, Autodiff)
         ),
         (
             lambda: gru_bidirectional(two_way(), jnp.ones((T, B, INPUTS))),

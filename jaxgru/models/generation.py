@@ -17,23 +17,21 @@ from jaxgru.models.outputs import token_logits
 from jaxgru.models.parameters import TokenParams, apply_head, embed, require_model
 from jaxgru.stacks.forms import Bidirectional
 
-Array = jax.Array
-
 
 def generate(
     params: TokenParams,
-    key: Array,
-    prompt: Array,
+    key: jax.Array,
+    prompt: jax.Array,
     num_steps: int,
     *,
-    mask: Array | None = None,
+    mask: jax.Array | None = None,
     h0: Any = None,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
     residual: bool = False,
     noise: Noise | None = None,
-) -> tuple[Any, Array]:
+) -> tuple[Any, jax.Array]:
     """(h_last, tokens): continues a prompt, each token drawn from softmax(logits / temperature).
 
     Compiled once for each prompt shape, num_steps, residual, noise and set of filters in
@@ -60,9 +58,8 @@ def generate(
       h_last as h0 goes on; and tokens [num_steps, ...] int32.
 
     Raises:
-      ValueError: a token is outside [0, V), the prompt is empty, num_steps or top_k is below 1,
-        top_p is outside (0, 1], a prompt has no token under the mask, the temperature is negative
-        or not finite, or a layer is bidirectional.
+      ValueError: a token is outside [0, V), a prompt is empty or masked throughout, another value
+        is out of its range, or a layer is bidirectional.
       TypeError: the prompt holds no integers.
 
     Cost: the products of one step of each layer and of the head a token. Where V is at most
@@ -75,20 +72,6 @@ def generate(
     >>> tokens.shape
     (4,)
     """
-    _require_prompt(params, prompt, mask, num_steps)
-    _require_filters(temperature, top_k, top_p)
-    noise = require_noise("generate", noise, None, True)
-    greedy = not is_traced(temperature) and temperature == 0
-    filters = (
-        None if greedy else jnp.float32(temperature),
-        None if top_k is None else jnp.int32(top_k),
-        None if top_p is None else jnp.float32(top_p),
-    )
-    return _generate(params, key, prompt, mask, h0, filters, num_steps, residual, noise)
-
-
-def _require_prompt(params, prompt, mask, num_steps):
-    """TypeError or ValueError for a model or a prompt that cannot be continued."""
     require_model("generate", params, TokenParams, "concat")
     if any(isinstance(layer, Bidirectional) for layer in params.layers):
         raise ValueError(
@@ -110,50 +93,36 @@ def _require_prompt(params, prompt, mask, num_steps):
                 f"generate: prompt must hold tokens in [0, {vocab_size}), got {values.min()} to "
                 f"{values.max()}."
             )
-
-
-def _require_filters(temperature, top_k, top_p):
-    """ValueError for a filter that is out of its range, where it can be read."""
     if not is_traced(temperature) and not 0 <= temperature < float("inf"):
         raise ValueError(f"generate: temperature must be finite and >= 0, got {temperature}.")
     if top_k is not None and not is_traced(top_k):
         require_count("generate", "top_k", top_k)
     if top_p is not None and not is_traced(top_p) and not 0 < top_p <= 1:
         raise ValueError(f"generate: top_p must be in (0, 1], got {top_p}.")
+    noise = require_noise("generate", noise, None, True)
+    greedy = not is_traced(temperature) and temperature == 0
+    filters = (
+        None if greedy else jnp.float32(temperature),
+        None if top_k is None else jnp.int32(top_k),
+        None if top_p is None else jnp.float32(top_p),
+    )
+    return _generate(params, key, prompt, mask, h0, filters, num_steps, residual, noise)
 
 
 @functools.partial(jax.jit, static_argnames=("num_steps", "residual", "noise"))
 def _generate(params, key, prompt, mask, h0, filters, num_steps, residual, noise):
+    """`generate` of checked arguments. What is the same in every step is made before the loop."""
     h, logits = token_logits(
         params, prompt, h0, mask=mask, residual=residual, noise=noise, deterministic=True
     )
-    run_step = _prepare_steps(params, num_steps, residual, noise.zoneout)
+    recurrents, zoneout = [split_recurrent(p) for p in params.layers], noise.zoneout
+    vocab_size, table = params.w.shape[1], None
+    if vocab_size <= num_steps:  # a row is then looked up instead of multiplied
+        table = project(params.layers[0], embed(params, jnp.arange(vocab_size)))
 
     def body(carry, key):
-        h, token = carry
-        h, y = run_step(h, token)
-        token_next = _draw(key, apply_head(params, y), *filters)
-        return (h, token_next), token_next
-
-    keys = jax.random.split(key, num_steps)
-    first = _draw(keys[0], logits[-1], *filters)
-    (h, _), rest = lax.scan(body, (h, first), keys[1:])
-    return h, jnp.concatenate([first[None], rest])
-
-
-def _prepare_steps(params, num_steps, residual, zoneout):
-    """(h, token) -> (h, y), one step of all layers with everything made beforehand that can be.
-
-    That is the pieces of w_h and, for a vocabulary of no more tokens than there are steps, what the
-    first layer makes of every token's input: a row is then looked up instead of multiplied.
-    """
-    first, recurrents = params.layers[0], [split_recurrent(p) for p in params.layers]
-    vocab_size, table = params.w.shape[1], None
-    if vocab_size <= num_steps:
-        table = project(first, embed(params, jnp.arange(vocab_size)))
-
-    def run_step(states, token):
-        y, h_next = embed(params, token), []
+        (states, token), h_next = carry, []
+        y = embed(params, token)
         for layer, recurrent, h in zip(params.layers, recurrents, states):
             if table is None or h_next:
                 a = project(layer, y)
@@ -164,9 +133,13 @@ def _prepare_steps(params, num_steps, residual, zoneout):
             h_t = ((1 - zoneout) * h_t + zoneout * wide if zoneout else h_t).astype(h.dtype)
             y = h_t + y if residual and h_next else h_t
             h_next.append(h_t)
-        return tuple(h_next), y
+        token_next = _draw(key, apply_head(params, y), *filters)
+        return (tuple(h_next), token_next), token_next
 
-    return run_step
+    keys = jax.random.split(key, num_steps)
+    first = _draw(keys[0], logits[-1], *filters)
+    (h, _), rest = lax.scan(body, (h, first), keys[1:])
+    return h, jnp.concatenate([first[None], rest])
 
 
 def _draw(key, logits, temperature, top_k, top_p):
@@ -179,22 +152,14 @@ def _draw(key, logits, temperature, top_k, top_p):
     logits = logits / jnp.where(temperature > 0, temperature, 1)
     if top_k is not None:
         place = jnp.minimum(top_k, logits.shape[-1]) - 1
-        logits = _at_least(logits, jnp.take(_descending(logits), place[None], axis=-1))
+        least = jnp.take(jnp.sort(logits, descending=True), place[None], axis=-1)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
     if top_p is not None:
-        ordered = _descending(logits)
+        ordered = jnp.sort(logits, descending=True)
         probabilities = jax.nn.softmax(ordered, axis=-1)
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
         chosen = (before < top_p) | (top_p >= 1)  # the first always is
-        kept = jnp.where(chosen, ordered, jnp.inf)
-        logits = _at_least(logits, kept.min(axis=-1, keepdims=True))
+        least = jnp.where(chosen, ordered, jnp.inf).min(axis=-1, keepdims=True)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
     sampled = jax.random.categorical(key, logits)
     return jnp.where(temperature > 0, sampled.astype(jnp.int32), likeliest)
-
-
-def _descending(logits):
-    return -jnp.sort(-logits, axis=-1)
-
-
-def _at_least(logits, threshold):
-    """Logits below the threshold become -inf."""
-    return jnp.where(logits < threshold, -jnp.inf, logits)

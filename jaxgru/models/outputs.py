@@ -9,29 +9,22 @@ import jax.numpy as jnp
 
 from jaxgru.core.checks import require_choice
 from jaxgru.core.gradient import Gradient
-from jaxgru.core.noise import Noise, require_noise
+from jaxgru.core.noise import Noise
 from jaxgru.losses import Reduction, categorical_loss, require_labels
-from jaxgru.models.parameters import (
-    SequenceParams,
-    TokenParams,
-    apply_head,
-    embed,
-    require_model,
-)
-from jaxgru.stacks.dropout import Dropout, drop, require_dropout
+from jaxgru.models.parameters import SequenceParams, TokenParams, apply_head, embed, require_model
+from jaxgru.stacks.checks import StackConfig, require_call
+from jaxgru.stacks.dropout import Dropout, drop
 from jaxgru.stacks.forms import Bidirectional, Merge
-from jaxgru.stacks.run import check_and_run, merge_directions
-
-Array = jax.Array
+from jaxgru.stacks.run import check_and_run, merge_directions, run_stack
 
 
 def sequence_outputs(
     params: SequenceParams,
-    xs: Array,
+    xs: jax.Array,
     h0: Any = None,
     *,
-    mask: Array | None = None,
-    resets: Array | None = None,
+    mask: jax.Array | None = None,
+    resets: jax.Array | None = None,
     merge: Merge = "concat",
     residual: bool = False,
     dropout: float | Dropout = 0.0,
@@ -39,19 +32,18 @@ def sequence_outputs(
     axis: int = 0,
     gradient: Gradient = "bptt",
     noise: Noise | None = None,
-    key: Array | None = None,
+    key: jax.Array | None = None,
     deterministic: bool = False,
-    first_step: int | Array = 0,
+    first_step: int | jax.Array = 0,
     tap: Any = None,
-) -> tuple[Any, Array]:
+) -> tuple[Any, jax.Array]:
     """Runs a model with one output for each step, many to many, and returns (h_last, outputs).
 
     Args:
       params: of the model.
       xs: [T, ..., I].
-      h0: in the form of `init_state`; None for zeros.
-      mask, resets, merge, residual, dropout, reverse, axis, gradient, noise, key, deterministic,
-        first_step, tap: as in `gru_stack`.
+      h0, mask, resets, merge, residual, dropout, reverse, axis, gradient, noise, key,
+        deterministic, first_step, tap: as in `gru_stack`.
 
     Returns:
       h_last, as `gru_stack`, and outputs [T, ..., K], float32 for half types.
@@ -66,20 +58,20 @@ def sequence_outputs(
     (5, 4, 1)
     """
     require_model("sequence_outputs", params, SequenceParams, merge)
+    config = StackConfig(merge, residual, dropout, reverse, gradient, noise, deterministic)
     h_last, ys = check_and_run(
-        "sequence_outputs", params.layers, xs, h0, mask, resets, merge, residual, dropout, noise,
-        key, deterministic, reverse, axis, gradient, first_step, tap,
-    )  # fmt: skip
+        "sequence_outputs", params.layers, xs, h0, mask, resets, config, key, axis, first_step, tap
+    )
     return h_last, apply_head(params, ys)
 
 
 def final_outputs(
     params: SequenceParams,
-    xs: Array,
+    xs: jax.Array,
     h0: Any = None,
     *,
-    mask: Array | None = None,
-    resets: Array | None = None,
+    mask: jax.Array | None = None,
+    resets: jax.Array | None = None,
     merge: Merge = "concat",
     residual: bool = False,
     dropout: float | Dropout = 0.0,
@@ -87,11 +79,11 @@ def final_outputs(
     axis: int = 0,
     gradient: Gradient = "bptt",
     noise: Noise | None = None,
-    key: Array | None = None,
+    key: jax.Array | None = None,
     deterministic: bool = False,
-    first_step: int | Array = 0,
+    first_step: int | jax.Array = 0,
     tap: Any = None,
-) -> tuple[Any, Array]:
+) -> tuple[Any, jax.Array]:
     """Runs a model with one output for each sequence, many to one, and returns (h_last, outputs).
 
     The head reads the last state of the top layer (of both directions: forward's after the last
@@ -101,10 +93,9 @@ def final_outputs(
     Args:
       params: of the model.
       xs: [T, ..., I].
-      h0: in the form of `init_state`; None for zeros.
-      mask, resets, merge, residual, dropout, reverse, axis, gradient, noise, key, deterministic,
-        first_step, tap: as in `gru_stack`; the output rate of dropout acts on what the head
-        reads.
+      h0, mask, resets, merge, residual, dropout, reverse, axis, gradient, noise, key,
+        deterministic, first_step, tap: as in `gru_stack`; the output rate of dropout acts on
+        what the head reads.
 
     Returns:
       h_last, as `gru_stack`, and outputs [..., K], float32 for half types.
@@ -118,30 +109,27 @@ def final_outputs(
     >>> outputs.shape
     (4, 1)
     """
-    function = "final_outputs"
-    require_model(function, params, SequenceParams, merge)
-    dropout = require_dropout(function, dropout)
-    require_noise(function, noise, key, deterministic, dropout.rates())
-    stack_key = head_key = None
-    if key is not None and not deterministic:
-        stack_key, head_key = jax.random.split(key)
-    inner = dataclasses.replace(dropout, output=0.0)
-    h_last, _ = check_and_run(
-        function, params.layers, xs, h0, mask, resets, merge, residual, inner, noise, stack_key,
-        deterministic, reverse, axis, gradient, first_step, tap,
-    )  # fmt: skip
+    require_model("final_outputs", params, SequenceParams, merge)
+    config = StackConfig(merge, residual, dropout, reverse, gradient, noise, deterministic)
+    config, _, arrays = require_call(
+        "final_outputs", params.layers, xs, h0, mask, resets, config, key, axis, first_step, tap
+    )
+    stack_key, head_key = (None, None) if key is None or deterministic else jax.random.split(key)
+    rate = config.dropout.output
+    config = dataclasses.replace(config, dropout=dataclasses.replace(config.dropout, output=0.0))
+    h_last, _ = run_stack(config, params.layers, h0, stack_key, first_step, *arrays)
     finals = [merge_directions(merge, *h) if isinstance(h, Bidirectional) else h for h in h_last]
     final = functools.reduce(jnp.add, finals) if residual else finals[-1]
-    return h_last, apply_head(params, drop(head_key, final, dropout.output))
+    return h_last, apply_head(params, drop(head_key, final[None], rate)[0])
 
 
 def token_logits(
     params: TokenParams,
-    tokens: Array,
+    tokens: jax.Array,
     h0: Any = None,
     *,
-    mask: Array | None = None,
-    resets: Array | None = None,
+    mask: jax.Array | None = None,
+    resets: jax.Array | None = None,
     merge: Merge = "concat",
     residual: bool = False,
     dropout: float | Dropout = 0.0,
@@ -149,27 +137,25 @@ def token_logits(
     axis: int = 0,
     gradient: Gradient = "bptt",
     noise: Noise | None = None,
-    key: Array | None = None,
+    key: jax.Array | None = None,
     deterministic: bool = False,
-    first_step: int | Array = 0,
+    first_step: int | jax.Array = 0,
     tap: Any = None,
-) -> tuple[Any, Array]:
+) -> tuple[Any, jax.Array]:
     """Runs a token model and returns (h_last, logits of the token after each token).
 
     Args:
       params: of the model.
       tokens: [T, ...] integers in [0, V). Inside jit JAX clamps an index outside of it; check
         tokens where they are made.
-      h0: in the form of `init_state`; None for zeros.
-      mask, resets, merge, residual, dropout, reverse, axis, gradient, noise, key, deterministic,
-        first_step, tap: as in `gru_stack`.
+      h0, mask, resets, merge, residual, dropout, reverse, axis, gradient, noise, key,
+        deterministic, first_step, tap: as in `gru_stack`; axis is one of those of the logits.
 
     Returns:
       h_last, as `gru_stack`, and logits [T, ..., V], float32 for half types.
 
     Raises:
-      TypeError: tokens are no integers.
-      ValueError, TypeError: as `gru_stack`.
+      ValueError, TypeError: as `gru_stack`; TypeError also where tokens are no integers.
 
     Cost: that of `gru_stack`, and HV multiply-adds a token for the head.
 
@@ -179,26 +165,25 @@ def token_logits(
     >>> h_last[0].shape, logits.shape
     ((3,), (4, 5))
     """
-    function = "token_logits"
-    require_model(function, params, TokenParams, merge)
-    require_labels(function, "tokens", tokens)
+    require_model("token_logits", params, TokenParams, merge)
+    require_labels("token_logits", "tokens", tokens)
     xs = embed(params, tokens)
+    config = StackConfig(merge, residual, dropout, reverse, gradient, noise, deterministic)
     h_last, ys = check_and_run(
-        function, params.layers, xs, h0, mask, resets, merge, residual, dropout, noise, key,
-        deterministic, reverse, axis, gradient, first_step, tap,
-    )  # fmt: skip
+        "token_logits", params.layers, xs, h0, mask, resets, config, key, axis, first_step, tap
+    )
     return h_last, apply_head(params, ys)
 
 
 def token_loss(
     params: TokenParams,
-    tokens: Array,
-    targets: Array,
+    tokens: jax.Array,
+    targets: jax.Array,
     h0: Any = None,
     *,
     reduction: Reduction = "mean",
-    mask: Array | None = None,
-    resets: Array | None = None,
+    mask: jax.Array | None = None,
+    resets: jax.Array | None = None,
     merge: Merge = "concat",
     residual: bool = False,
     dropout: float | Dropout = 0.0,
@@ -206,11 +191,11 @@ def token_loss(
     axis: int = 0,
     gradient: Gradient = "bptt",
     noise: Noise | None = None,
-    key: Array | None = None,
+    key: jax.Array | None = None,
     deterministic: bool = False,
-    first_step: int | Array = 0,
+    first_step: int | jax.Array = 0,
     tap: Any = None,
-) -> tuple[Array, Any]:
+) -> tuple[jax.Array, Any]:
     """The cross-entropy of the next token, -log softmax(logits)[target], in nats: (loss, h_last).
 
     Args:
@@ -222,7 +207,7 @@ def token_loss(
       reduction: "mean" over the counted targets (0 if there are none), "sum", ... as in
         `jaxgru.losses`.
       mask, resets, merge, residual, dropout, reverse, axis, gradient, noise, key, deterministic,
-        first_step, tap: as in `gru_stack`; targets at masked steps are not counted.
+        first_step, tap: as in `token_logits`; targets at masked steps are not counted.
 
     Returns:
       loss, a scalar ([T, ...] for reduction="none"; float32 for half types), and h_last, as
@@ -250,9 +235,10 @@ def token_loss(
             f"got {targets.shape}."
         )
     xs = embed(params, tokens)
+    config = StackConfig(merge, residual, dropout, reverse, gradient, noise, deterministic)
     h_last, ys = check_and_run(
-        function, params.layers, xs, h0, mask, resets, merge, residual, dropout, noise, key,
-        deterministic, reverse, axis, gradient, first_step, tap,
-    )  # fmt: skip
+        function, params.layers, xs, h0, mask, resets, config, key, axis, first_step, tap
+    )
     logits = apply_head(params, ys)
+    axis = axis % logits.ndim  # the losses have one axis less
     return categorical_loss(logits, targets, mask, reduction=reduction, axis=axis), h_last

@@ -4,38 +4,42 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, get_args
 
 import jax
+import jax.export
 import jax.numpy as jnp
 from jax import lax
 
 from jaxgru.core.checks import require_choice, require_count, require_dtype
-from jaxgru.core.matmul import state_dtype
+from jaxgru.core.matmul import like_row, state_dtype
 from jaxgru.core.parameters import CHO_2014, GRUSpec, Scheme
-from jaxgru.stacks.checks import require_stack
+from jaxgru.stacks.checks import require_grus
 from jaxgru.stacks.forms import Layer, Merge, output_size_of
 from jaxgru.stacks.initializers import init_stack
-
-Array = jax.Array
 
 
 class SequenceParams(NamedTuple):
     """The arrays of a model with K outputs."""
 
     layers: tuple[Layer, ...]
-    w: Array  # [H, K], H the size of the top layer's outputs
-    b: Array  # [K]
+    w: jax.Array  # [H, K], H the size of the top layer's outputs
+    b: jax.Array  # [K]
 
 
 class TokenParams(NamedTuple):
     """The arrays of a token model with V tokens; embedding None feeds one-hot rows of size V."""
 
-    embedding: Array | None  # [V, E]
+    embedding: jax.Array | None  # [V, E]
     layers: tuple[Layer, ...]
-    w: Array  # [H, V]
-    b: Array  # [V]
+    w: jax.Array  # [H, V]
+    b: jax.Array  # [V]
+
+
+# `jax.export` writes functions of models to files.
+for _kind in (SequenceParams, TokenParams):
+    jax.export.register_namedtuple_serialization(_kind, serialized_name=f"jaxgru.{_kind.__name__}")
 
 
 def init_sequence_model(
-    key: Array,
+    key: jax.Array,
     input_size: int,
     hidden_size: int | Sequence[int],
     output_size: int,
@@ -52,11 +56,9 @@ def init_sequence_model(
     """Draws a model: `init_stack`, and a head drawn LeCun normal with zero bias.
 
     Args:
-      key: a `jax.random.key`.
-      input_size: I.
-      hidden_size: H of every layer, or a sequence with the H of each.
       output_size: K.
-      num_layers, spec, bidirectional, merge, bias, layer_norm, scheme, dtype: as in `init_stack`.
+      key, input_size, hidden_size, num_layers, spec, bidirectional, merge, bias, layer_norm,
+        scheme, dtype: as in `init_stack`.
 
     Returns:
       SequenceParams: layers, w [H, K] ([2H, K] for two directions side by side), b [K].
@@ -78,7 +80,7 @@ def init_sequence_model(
 
 
 def init_token_model(
-    key: Array,
+    key: jax.Array,
     vocab_size: int,
     hidden_size: int | Sequence[int],
     *,
@@ -95,11 +97,10 @@ def init_token_model(
     """Draws a token model: embedding N(0, 1), `init_stack`, head LeCun normal with zero bias.
 
     Args:
-      key: a `jax.random.key`.
       vocab_size: V.
-      hidden_size: H of every layer, or a sequence with the H of each.
       embedding_size: E; None feeds the tokens as one-hot rows.
-      num_layers, spec, bidirectional, merge, bias, layer_norm, scheme, dtype: as in `init_stack`.
+      key, hidden_size, num_layers, spec, bidirectional, merge, bias, layer_norm, scheme, dtype: as
+        in `init_stack`.
 
     Returns:
       TokenParams: embedding [V, E] or None, layers, w [H, V], b [V].
@@ -114,11 +115,11 @@ def init_token_model(
     require_count("init_token_model", "vocab_size", vocab_size)
     dtype = require_dtype("init_token_model", dtype)
     key_embedding, key_layers, key_head = jax.random.split(key, 3)
-    embedding = None
+    embedding, input_size = None, vocab_size
     if embedding_size is not None:
         require_count("init_token_model", "embedding_size", embedding_size)
         embedding = jax.random.normal(key_embedding, (vocab_size, embedding_size), dtype)
-    input_size = vocab_size if embedding_size is None else embedding_size
+        input_size = embedding_size
     layers = init_stack(
         key_layers, input_size, hidden_size, num_layers, spec=spec, bidirectional=bidirectional,
         merge=merge, bias=bias, layer_norm=layer_norm, scheme=scheme, dtype=dtype,
@@ -132,15 +133,15 @@ def _init_head(key, layers, output_size, merge, dtype):
     return jax.nn.initializers.lecun_normal()(key, shape, dtype), jnp.zeros(output_size, dtype)
 
 
-def apply_head(params: SequenceParams | TokenParams, hs: Array) -> Array:
+def apply_head(params: SequenceParams | TokenParams, hs: jax.Array) -> jax.Array:
     """h w + b, summed in the state dtype: float32 for half types."""
     contract = (((hs.ndim - 1,), (0,)), ((), ()))
     wide = state_dtype(params.w.dtype)
     outputs = lax.dot_general(hs, params.w, contract, preferred_element_type=wide)
-    return outputs + params.b.astype(wide).reshape((1,) * (outputs.ndim - 1) + params.b.shape)
+    return outputs + like_row(params.b, outputs)
 
 
-def embed(params: TokenParams, tokens: Array) -> Array:
+def embed(params: TokenParams, tokens: jax.Array) -> jax.Array:
     """x = embedding[token], or the one-hot row."""
     if params.embedding is None:
         return jax.nn.one_hot(tokens, params.w.shape[1], dtype=params.w.dtype)
@@ -154,7 +155,7 @@ def require_model(function: str, params: Any, kind: type, merge: Merge) -> None:
             f"{function}: params must be a {kind.__name__}, got {type(params).__name__}."
         )
     require_choice(function, "merge", merge, get_args(Merge))
-    require_stack(function, params.layers)
+    require_grus(function, params.layers, stack=True)
     size = output_size_of(params.layers[-1], merge)
     if params.w.shape[0] != size:
         raise ValueError(

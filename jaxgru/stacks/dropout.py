@@ -1,15 +1,12 @@
 """Dropout around the layers of a stack."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxgru.core.checks import require_bool, require_rate
 from jaxgru.core.noise import draw_mask, draw_masks
-
-Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,44 +40,21 @@ class Dropout:
             require_rate("Dropout", name, getattr(self, name))
         require_bool("Dropout", "variational", self.variational)
 
-    def rates(self) -> dict[str, float]:
-        """The rates by the name that errors use."""
-        names = ("input", "between", "output")
-        return {f"dropout.{name}": getattr(self, name) for name in names}
 
+def drop(key, x, rate, numbers=None):
+    """x [T, ...] times m / (1 - rate) with a mask m drawn from the key; x itself for key None.
 
-def require_dropout(function: str, dropout: Any) -> Dropout:
-    """The dropout, that between layers for a number; TypeError or ValueError for anything else."""
-    if isinstance(dropout, Dropout):
-        return dropout
-    require_rate(function, "dropout", dropout)
-    return Dropout(between=dropout)
-
-
-def drop(key: Array | None, x: Array, rate: float) -> Array:
-    """x m / (1 - rate) with a mask m drawn from the key; x itself for key None.
-
-    `jax.checkpoint` saves the key alone: the backward pass draws the mask again.
+    With the numbers of the steps [T], a mask is drawn for each step by its number, without them one
+    for all steps. `jax.checkpoint` saves the key alone: the backward pass draws the masks again.
     """
-    return _drop(key, x, rate, lambda key, x: draw_mask(key, rate, x.shape, x))
-
-
-def drop_steps(key, x, rate, numbers):
-    """`drop` of x [T, ...]: one mask for each step, by its number, or one for all for None."""
-
-    def draw(key, x):
-        if numbers is None:
-            return draw_mask(key, rate, (1, *x.shape[1:]), x)
-        return draw_masks(key, rate, numbers, x.shape[1:], x)
-
-    return _drop(key, x, rate, draw)
-
-
-def _drop(key, x, rate, draw):
     if key is None or rate == 0:
         return x
 
     def masked(key, x):
-        return jnp.where(draw(key, x), x / (1 - rate), jnp.zeros_like(x))
+        if numbers is None:
+            mask = draw_mask(key, rate, (1, *x.shape[1:]), x)
+        else:
+            mask = draw_masks(key, rate, numbers, x.shape[1:], x)
+        return jnp.where(mask, x / (1 - rate), jnp.zeros_like(x))
 
     return jax.checkpoint(masked)(key, x)

@@ -9,7 +9,6 @@ import jax.export
 from jaxgru.core.parameters import GRUParams
 from jaxgru.core.recurrence import Tap
 
-Array = jax.Array
 Merge = Literal["concat", "sum"]
 
 

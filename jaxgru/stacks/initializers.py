@@ -1,5 +1,6 @@
 """Draws the parameters of a stack, and the states and taps that have its form."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, get_args
 
@@ -10,13 +11,11 @@ from jaxgru.core.checks import require_bool, require_choice, require_count
 from jaxgru.core.parameters import CHO_2014, GRUSpec, Scheme, init_gru
 from jaxgru.core.recurrence import Tap
 from jaxgru.stacks.checks import require_grus
-from jaxgru.stacks.forms import Bidirectional, Layer, Merge, describe, map_grus
-
-Array = jax.Array
+from jaxgru.stacks.forms import Bidirectional, Layer, Merge, describe, map_grus, output_size_of
 
 
 def init_stack(
-    key: Array,
+    key: jax.Array,
     input_size: int,
     hidden_size: int | Sequence[int],
     num_layers: int | None = None,
@@ -46,8 +45,7 @@ def init_stack(
       A tuple of layers.
 
     Raises:
-      ValueError: a size is not positive, there is not one size for each layer, or a choice is
-        unknown.
+      ValueError: a size is not positive, sizes and layers differ in number, or a choice is unknown.
       TypeError: a size is no integer, or an argument is of another kind.
 
     >>> layers = init_stack(jax.random.key(0), 2, 3, num_layers=2, bidirectional=True)
@@ -67,17 +65,16 @@ def init_stack(
             f"init_stack: hidden_size must hold one size for each of num_layers={num_layers} "
             f"layers, got {len(sizes)}."
         )
-    options: dict[str, Any] = {"spec": spec, "bias": bias, "layer_norm": layer_norm}
-    options |= {"scheme": scheme, "dtype": dtype}
+    draw = functools.partial(
+        init_gru, spec=spec, bias=bias, layer_norm=layer_norm, scheme=scheme, dtype=dtype
+    )
     layers: list[Layer] = []
     for size, layer_key in zip(sizes, jax.random.split(key, num_layers)):
         require_count("init_stack", "hidden_size", size)
-        if bidirectional:
-            keys = jax.random.split(layer_key)
-            layers.append(Bidirectional(*(init_gru(k, input_size, size, **options) for k in keys)))
-        else:
-            layers.append(init_gru(layer_key, input_size, size, **options))
-        input_size = 2 * size if bidirectional and merge == "concat" else size
+        keys = jax.random.split(layer_key) if bidirectional else [layer_key]
+        directions = [draw(k, input_size, size) for k in keys]
+        layers.append(Bidirectional(*directions) if bidirectional else directions[0])
+        input_size = output_size_of(layers[-1], merge)
     return tuple(layers)
 
 
@@ -133,8 +130,7 @@ def init_taps(params: Any, lead_shape: Sequence[int]) -> Any:
         )
     require_grus("init_taps", params)
 
-    def zeros(p):
-        sizes = (p.w_x.shape[0], p.w_h.shape[0])
-        return Tap(*(jnp.zeros((*lead_shape, size), p.w_x.dtype) for size in sizes))
+    def zeros_like_rows(w):
+        return jnp.zeros((*lead_shape, w.shape[0]), w.dtype)
 
-    return map_grus(zeros, params)
+    return map_grus(lambda p: Tap(zeros_like_rows(p.w_x), zeros_like_rows(p.w_h)), params)

@@ -1,5 +1,6 @@
 """Runs layers of one or two directions, and stacks of them."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,36 +12,27 @@ from jaxgru.core.gradient import Gradient
 from jaxgru.core.noise import Noise
 from jaxgru.core.parameters import GRUParams
 from jaxgru.core.recurrence import run_gru
-from jaxgru.stacks.checks import (
-    StackConfig,
-    require_call,
-    require_grus,
-    require_options,
-    require_stack,
-    require_step,
-)
-from jaxgru.stacks.dropout import Dropout, drop_steps
+from jaxgru.stacks.checks import StackConfig, require_call, require_grus, require_step
+from jaxgru.stacks.dropout import Dropout, drop
 from jaxgru.stacks.forms import Bidirectional, Layer, Merge
-
-Array = jax.Array
 
 
 def gru_bidirectional(
     params: Bidirectional,
-    xs: Array,
-    h0: Bidirectional | tuple[Array, Array] | None = None,
+    xs: jax.Array,
+    h0: Bidirectional | tuple[jax.Array, jax.Array] | None = None,
     *,
-    mask: Array | None = None,
-    resets: Array | None = None,
+    mask: jax.Array | None = None,
+    resets: jax.Array | None = None,
     merge: Merge = "concat",
     axis: int = 0,
     gradient: Gradient = "bptt",
     noise: Noise | None = None,
-    key: Array | None = None,
+    key: jax.Array | None = None,
     deterministic: bool = False,
-    first_step: int | Array = 0,
+    first_step: int | jax.Array = 0,
     tap: Any = None,
-) -> tuple[Bidirectional, Array]:
+) -> tuple[Bidirectional, jax.Array]:
     """Runs one GRU forward and one backward over a sequence and returns (h_last, ys).
 
     ys_t = [forward_t | backward_t], or their sum (Schuster and Paliwal 1997; `torch.nn.GRU` and
@@ -67,8 +59,6 @@ def gru_bidirectional(
       ValueError: merge is unknown, h0 is no pair, or as `gru`.
       TypeError: params is no `Bidirectional`, or as `gru`.
 
-    Cost: twice that of `gru`.
-
     >>> from jaxgru import init_stack
     >>> (layer,) = init_stack(jax.random.key(0), 2, 3, bidirectional=True)
     >>> h_last, ys = gru_bidirectional(layer, jnp.ones((5, 4, 2)))
@@ -80,22 +70,17 @@ def gru_bidirectional(
         found = type(params).__name__
         raise TypeError(f"{function}: params must be a Bidirectional, got {found}.")
     require_grus(function, params)
-    config, axis = require_call(
-        function, params, xs, h0, mask, resets, merge, False, 0.0, noise, key, deterministic,
-        False, axis, gradient, first_step, tap,
-    )  # fmt: skip
-    arrays = time_first(axis, xs, mask, resets, tap)
-    h_last, ys = _run_layer(config, params, h0, key, first_step, *arrays)
-    return h_last, jnp.moveaxis(ys, 0, axis)
+    config = StackConfig(merge, False, 0.0, False, gradient, noise, deterministic)
+    return check_and_run(function, params, xs, h0, mask, resets, config, key, axis, first_step, tap)
 
 
 def gru_stack(
     params: Sequence[Layer],
-    xs: Array,
+    xs: jax.Array,
     h0: Sequence[Any] | None = None,
     *,
-    mask: Array | None = None,
-    resets: Array | None = None,
+    mask: jax.Array | None = None,
+    resets: jax.Array | None = None,
     merge: Merge = "concat",
     residual: bool = False,
     dropout: float | Dropout = 0.0,
@@ -103,11 +88,11 @@ def gru_stack(
     axis: int = 0,
     gradient: Gradient = "bptt",
     noise: Noise | None = None,
-    key: Array | None = None,
+    key: jax.Array | None = None,
     deterministic: bool = False,
-    first_step: int | Array = 0,
+    first_step: int | jax.Array = 0,
     tap: Sequence[Any] | None = None,
-) -> tuple[tuple[Any, ...], Array]:
+) -> tuple[tuple[Any, ...], jax.Array]:
     """Runs a stack of GRU layers over a sequence and returns (h_last, ys).
 
         y^0 = drop(xs),   x^l = drop(y^{l-1}) for l > 1,   y^l = layer_l(x^l)
@@ -121,8 +106,7 @@ def gru_stack(
     Args:
       params: a sequence of `GRUParams` and `Bidirectional` layers; each may have its own spec.
       xs: [T, ..., I].
-      h0: a sequence with the initial state of each layer, in the form of `init_state`; None for
-        zeros.
+      h0: a sequence with the initial state of each layer, as from `init_state`; None for zeros.
       mask: [T, ...] bool, True = valid step, in every layer and direction.
       resets: [T, ...] bool, in every layer; see `gru_bidirectional`.
       merge: how the directions of a `Bidirectional` are joined, "concat" or "sum".
@@ -130,9 +114,7 @@ def gru_stack(
         2016, arXiv:1609.08144, eq. 6).
       dropout: the rate in [0, 1) between layers, or a `Dropout`.
       reverse: as in `gru`, where no layer is `Bidirectional`.
-      axis, gradient, noise: as in `gru`, for every layer.
-      key, first_step: as in `gru`; dropout needs them, too.
-      deterministic: True for evaluation: no dropout, and zoneout's mean.
+      axis, gradient, noise, key, deterministic, first_step: as in `gru`; dropout needs a key, too.
       tap: a sequence with the tap of each layer, from `init_taps`; see `gru`.
 
     Returns:
@@ -144,8 +126,8 @@ def gru_stack(
         choice is unknown, or as `gru`.
       TypeError: params is no sequence of layers, or as `gru`.
 
-    Cost: the sum of the layers'. Dropout saves its key; the backward pass draws its masks again.
-    Batch-major xs are transposed once, and ys once back.
+    Cost: that of the layers. Dropout saves its key alone, and the backward pass draws its masks
+    again. Batch-major xs are transposed once, and ys once back.
 
     >>> from jaxgru import init_stack
     >>> layers = init_stack(jax.random.key(0), 2, 3, num_layers=2, bidirectional=True)
@@ -153,28 +135,27 @@ def gru_stack(
     >>> ys.shape, h_last[1].forward.shape
     ((5, 4, 6), (4, 3))
     """
-    require_stack("gru_stack", params)
-    return check_and_run(
-        "gru_stack", params, xs, h0, mask, resets, merge, residual, dropout, noise, key,
-        deterministic, reverse, axis, gradient, first_step, tap,
-    )  # fmt: skip
+    function = "gru_stack"
+    require_grus(function, params, stack=True)
+    config = StackConfig(merge, residual, dropout, reverse, gradient, noise, deterministic)
+    return check_and_run(function, params, xs, h0, mask, resets, config, key, axis, first_step, tap)
 
 
 def gru_stack_cell(
     params: Sequence[Layer],
-    x: Array,
-    h: Sequence[Array],
+    x: jax.Array,
+    h: Sequence[jax.Array],
     *,
-    mask: Array | None = None,
-    resets: Array | None = None,
+    mask: jax.Array | None = None,
+    resets: jax.Array | None = None,
     residual: bool = False,
     dropout: float | Dropout = 0.0,
     noise: Noise | None = None,
-    key: Array | None = None,
+    key: jax.Array | None = None,
     deterministic: bool = False,
     gradient: Gradient = "bptt",
-    first_step: int | Array = 0,
-) -> tuple[tuple[Array, ...], Array]:
+    first_step: int | jax.Array = 0,
+) -> tuple[tuple[jax.Array, ...], jax.Array]:
     """Runs a stack for one step and returns (h, y): for streams.
 
     Args:
@@ -182,7 +163,8 @@ def gru_stack_cell(
       x: [..., I].
       h: a sequence with the state [..., H] of each layer; the first from `init_state`.
       mask, resets: [...] bool.
-      residual, dropout, noise, deterministic, gradient: as in `gru_stack`.
+      residual, dropout, noise, deterministic: as in `gru_stack`.
+      gradient: as in `gru_stack`, without truncate: `jax.lax.stop_gradient(h)` cuts the gradient.
       key: as in `gru_stack`. Give every step of a stream the same key and its own first_step.
       first_step: the number of the step.
 
@@ -190,7 +172,7 @@ def gru_stack_cell(
       h, the states after the step, and y [..., H], the output of the top layer.
 
     Raises:
-      ValueError: a layer is `Bidirectional`, or as `gru_stack`.
+      ValueError: a layer is `Bidirectional`, the gradient has a truncate, or as `gru_stack`.
       TypeError: as `gru_stack`.
 
     Cost: that of one step; XLA removes the loop of length 1.
@@ -201,98 +183,65 @@ def gru_stack_cell(
     >>> y.shape
     (4, 3)
     """
-    function = "gru_stack_cell"
-    require_stack(function, params)
-    if any(isinstance(layer, Bidirectional) for layer in params):
-        raise ValueError(
-            f"{function}: params must hold layers of one direction, got a Bidirectional, whose "
-            "outputs depend on later inputs; use gru_stack on whole sequences."
-        )
-    config = require_options(
-        function, params, "concat", residual, dropout, noise, key, deterministic, False, gradient,
-        first_step,
-    )  # fmt: skip
-    require_step(function, params, x, h, mask, resets, residual)
+    require_grus("gru_stack_cell", params, stack=True)
+    config = StackConfig("concat", residual, dropout, False, gradient, noise, deterministic)
+    config = require_step("gru_stack_cell", params, x, h, mask, resets, config, key, first_step)
     xs, mask, resets = (None if v is None else jnp.asarray(v)[None] for v in (x, mask, resets))
     h_next, ys = run_stack(config, params, h, key, first_step, xs, mask, resets)
     return h_next, ys[0]
 
 
-def check_and_run(
-    function: str, params: Any, xs: Any, h0: Any, mask: Any, resets: Any, merge: Any,
-    residual: Any, dropout: Any, noise: Any, key: Any, deterministic: Any, reverse: Any, axis: Any,
-    gradient: Any, first_step: Any, tap: Any,
-) -> tuple[tuple[Any, ...], Array]:  # fmt: skip
-    """`gru_stack` of layers that `require_stack` has checked; errors begin with `function`."""
-    config, axis = require_call(
-        function, params, xs, h0, mask, resets, merge, residual, dropout, noise, key,
-        deterministic, reverse, axis, gradient, first_step, tap,
-    )  # fmt: skip
-    arrays = time_first(axis, xs, mask, resets, tap)
-    h_last, ys = run_stack(config, params, h0, key, first_step, *arrays)
+def check_and_run(function, params, xs, h0, mask, resets, config, key, axis, first_step, tap):
+    """(h_last, ys) of a `Bidirectional` or a stack that `require_grus` has checked."""
+    config, axis, arrays = require_call(
+        function, params, xs, h0, mask, resets, config, key, axis, first_step, tap
+    )
+    run = _run_layer if isinstance(params, Bidirectional) else run_stack
+    h_last, ys = run(config, params, h0, key, first_step, *arrays)
     return h_last, jnp.moveaxis(ys, 0, axis)
 
 
-def run_stack(
-    config: StackConfig, params: Any, h0: Any, key: Any, first_step: Any, xs: Any, mask: Any,
-    resets: Any, tap: Any = None,
-) -> tuple[tuple[Any, ...], Array]:  # fmt: skip
+def run_stack(config, params, h0, key, first_step, xs, mask, resets, tap=None) -> Any:
     """`gru_stack` of checked arguments, with time in front."""
     dropout, count = config.dropout, 2 * len(params) + 1
-    keys: Any = [None] * count
-    if key is not None and not config.deterministic:
-        keys = jax.random.split(key, count)
-    numbers = None
-    if not dropout.variational:
-        numbers = first_step + lax.broadcasted_iota(jnp.int32, (xs.shape[0],), 0)
+    keys = [None] * count if key is None or config.deterministic else jax.random.split(key, count)
+    steps = lax.broadcasted_iota(jnp.int32, (xs.shape[0],), 0)
+    numbers = None if dropout.variational else first_step + steps
+    h0, tap = (v or [None] * len(params) for v in (h0, tap))
     ys, h_last = xs, []
     for n, layer in enumerate(params):
-        inputs = drop_steps(keys[2 * n], ys, dropout.between if n else dropout.input, numbers)
+        inputs = drop(keys[2 * n], ys, dropout.between if n else dropout.input, numbers)
         h, hs = _run_layer(
-            config, layer, _entry(h0, n), keys[2 * n + 1], first_step, inputs, mask, resets,
-            _entry(tap, n),
-        )  # fmt: skip
+            config, layer, h0[n], keys[2 * n + 1], first_step, inputs, mask, resets, tap[n]
+        )
         ys = hs + ys if config.residual and n else hs
         h_last.append(h)
-    return tuple(h_last), drop_steps(keys[-1], ys, dropout.output, numbers)
+    return tuple(h_last), drop(keys[-1], ys, dropout.output, numbers)
 
 
 def _run_layer(config, layer, h0, key, first_step, xs, mask, resets, tap) -> Any:
     """(h_last, ys) of one layer, in one direction or both."""
-    options = {"rule": config.rule, "noise": config.noise, "deterministic": config.deterministic}
+    run = functools.partial(
+        run_gru, rule=config.rule, noise=config.noise, deterministic=config.deterministic
+    )
     if isinstance(layer, GRUParams):
-        return run_gru(
-            layer, xs, h0, mask, resets, key, first_step, tap, reverse=config.reverse, **options
-        )
+        return run(layer, xs, h0, mask, resets, key, first_step, tap, reverse=config.reverse)
     keys = (None, None) if key is None else jax.random.split(key)
-    flags = (resets, reverse_resets(resets))
-    (forward, hs), (backward, reverse_hs) = (
-        run_gru(
-            layer[d], xs, _entry(h0, d), mask, flags[d], keys[d], first_step, _entry(tap, d),
-            reverse=bool(d), **options,
-        )
-        for d in range(2)
-    )  # fmt: skip
-    return Bidirectional(forward, backward), merge_directions(config.merge, hs, reverse_hs)
+    h0, tap = (v or (None, None) for v in (h0, tap))
+    forward, hs = run(layer[0], xs, h0[0], mask, resets, keys[0], first_step, tap[0], reverse=False)
+    resets = reverse_resets(resets)
+    backward, ys = run(layer[1], xs, h0[1], mask, resets, keys[1], first_step, tap[1], reverse=True)
+    return Bidirectional(forward, backward), merge_directions(config.merge, hs, ys)
 
 
-def merge_directions(merge: Merge, *outputs: Array) -> Array:
+def merge_directions(merge: Merge, *outputs: jax.Array) -> jax.Array:
     """The outputs of one or two directions side by side, or their sum."""
     return sum(outputs[1:], outputs[0]) if merge == "sum" else jnp.concatenate(outputs, axis=-1)
 
 
-def reverse_resets(resets: Array | None) -> Array | None:
+def reverse_resets(resets: jax.Array | None) -> jax.Array | None:
     """Resets of the backward direction: what separates t - 1 from t comes before step t - 1."""
     if resets is None:
         return None
     none = jnp.zeros_like(resets, shape=(1, *resets.shape[1:]))
     return jnp.concatenate([resets, none])[1:]
-
-
-def time_first(axis: int, *trees: Any) -> Any:
-    """Every array of the trees with its axis of time in front."""
-    return jax.tree.map(lambda v: jnp.moveaxis(v, axis, 0), trees)
-
-
-def _entry(tree, n):
-    return None if tree is None else tree[n]

@@ -11,7 +11,7 @@ from jaxgru.core.checks import require_choice, require_extra
 from jaxgru.interop.common import is_stack
 from jaxgru.interop.onnx.weights import onnx_nodes
 from jaxgru.models.parameters import SequenceParams, TokenParams, require_model
-from jaxgru.stacks.checks import require_layers, require_stack
+from jaxgru.stacks.checks import require_grus, require_layers
 from jaxgru.stacks.forms import Merge, directions_of, output_size_of
 
 Outputs = Literal["every", "last"]
@@ -60,7 +60,7 @@ def write_onnx(
     layers: Any = params if model is None else model.layers
     layers = layers if is_stack(layers) else (layers,)
     with jax.enable_x64(True):  # nothing is computed, so float64 need not be enabled
-        require_stack("write_onnx", layers)
+        require_grus("write_onnx", layers, stack=True)
         w_x = directions_of(layers[0])[0].w_x
         xs: Any = np.zeros((0, 1, w_x.shape[0]), w_x.dtype)
         require_layers("write_onnx", layers, xs, merge=merge, residual=residual)

@@ -27,6 +27,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 
     Raises:
       ValueError: max_norm is not above 0.
+      TypeError: when it is applied, if a gradient is complex.
 
     >>> clip = clip_by_global_norm(5.0)
     >>> clip.update(jnp.array([0.0, 8e30]), clip.init(None))[0].tolist()
@@ -60,6 +61,12 @@ def global_norm(tree: chex.ArrayTree) -> jax.Array:
 
 def _scaled_norm(tree):
     """(scale, scale * norm), where scale is a power of two near 1 / the largest entry."""
+    for leaf in jax.tree.leaves(tree):
+        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            raise TypeError(
+                f"the global norm: every leaf must be real, got {leaf.dtype}; use optax's "
+                "clip_by_global_norm for complex gradients."
+            )
     leaves = [leaf for leaf in jax.tree.leaves(tree) if _is_floating(leaf)]
     doubles = any(leaf.dtype == jnp.float64 for leaf in leaves)
     dtype = jnp.dtype(jnp.float64 if doubles else jnp.float32)

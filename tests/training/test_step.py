@@ -368,6 +368,11 @@ def test_clip_leaves_alone_what_is_not_floating():
     assert all(clipped[name] is leaf for name, leaf in others.items())
 
 
+def test_clip_refuses_complex_gradients():
+    with pytest.raises(TypeError, match="every leaf must be real, got complex64"):
+        CLIP.update({"p": jnp.ones(2, jnp.complex64)}, optax.EmptyState())
+
+
 @pytest.mark.parametrize("max_norm", [0.0, -1.0, np.nan])
 def test_clip_to_no_norm_is_refused(max_norm):
     with pytest.raises(ValueError) as refused:

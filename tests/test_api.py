@@ -117,8 +117,8 @@ def test_public_name_has_a_docstring_or_is_a_constant(name):
     assert isinstance(PUBLIC[name], jaxgru.GRUSpec) or inspect.getdoc(PUBLIC[name])
 
 
-def readme_blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+def readme_blocks(language, folder=ROOT):
+    return re.findall(rf"```{language}\n(.*?)```", (folder / "README.md").read_text(), re.S)
 
 
 def test_readme_python_examples_run(tmp_path, monkeypatch):
@@ -130,6 +130,14 @@ def test_readme_python_examples_run(tmp_path, monkeypatch):
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         for block in blocks:
             exec(compile(block, "README.md", "exec"), names)
+
+
+def test_each_python_example_of_the_interop_readme_runs_by_itself(tmp_path, monkeypatch):
+    blocks = readme_blocks("python", PACKAGE / "interop")
+    assert len(blocks) == 2
+    monkeypatch.chdir(tmp_path)
+    for block in blocks:
+        exec(compile(block, "interop/README.md", "exec"), {"__name__": "readme"})
 
 
 @pytest.mark.slow

@@ -142,6 +142,7 @@ def readme_blocks(language, path=ROOT / "README.md"):
 )
 def test_python_example_of_a_readme_runs_by_itself(block, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
 

@@ -1,9 +1,10 @@
-"""Helpers of all converters: checks of named arrays, and what a target library can compute.
+"""What all converters share: checks of named arrays, the walk over a stack, the biases of a target.
 
 No array is cast, broadcast or dropped. Arrays that do not fit raise one error that lists all.
 """
 
 import dataclasses
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, get_args
@@ -12,7 +13,7 @@ import jax
 import numpy as np
 
 from jaxgru.core.parameters import Activation, GRUParams, require_params
-from jaxgru.stacks.forms import Bidirectional, as_stack, directions_of
+from jaxgru.stacks.forms import Bidirectional, as_stack, directions_of, map_grus
 
 ONE_BIAS = (
     "r and z have one bias in the source: b_h starts at zero for them and is trained beside b_x"
@@ -49,10 +50,9 @@ class Exported(NamedTuple):
 
 
 class Target(NamedTuple):
-    """What another library's GRU can compute, and which biases it has."""
+    """What the GRU of another library computes with one of the resets, and which biases it has."""
 
     name: str
-    resets: tuple[str, ...] = ("before", "after")
     activations: tuple[str, ...] = get_args(Activation)
     update: str = "keep"
     biases: int = 2  # how many of b_x and b_h it has
@@ -82,9 +82,8 @@ def named_arrays(function, argument, source, prefix="", separator="/", known_by=
             f"{function}: prefix must be one of {', '.join(map(repr, starts))}, where {argument} "
             f"holds a GRU, got {prefix!r}."
         )
-    chosen = {k: v for k, v in flat.items() if k.startswith(prefix)}
-    if not chosen:
-        names, most = [str(k) for k in flat], 20
+    if not any(k.startswith(prefix) for k in flat):
+        names, most = list(flat), 20
         more = [f"... and {len(names) - most} more"] if len(names) > most else []
         raise ValueError(
             f"{function}: prefix must be the start of a name in {argument}, got {prefix!r}; the "
@@ -92,7 +91,8 @@ def named_arrays(function, argument, source, prefix="", separator="/", known_by=
         )
     return {
         k.removeprefix(prefix): as_float_array(function, f"{argument}[{k!r}]", v)
-        for k, v in chosen.items()
+        for k, v in flat.items()
+        if k.startswith(prefix)
     }
 
 
@@ -122,14 +122,14 @@ def bind(function: str, argument: str, arrays: Any, axes: Mapping[str, str]) -> 
     `axes` maps names to axes such as "3H I"; a letter has the same size in all of them. The error
     lists all missing keys, unexpected keys and size mismatches.
     """
-    sizes = _sizes(arrays, axes)
+    shapes, sizes = _shapes(arrays, axes)
     found = {
         "missing keys": [f"{name} [{axes[name]}]" for name in axes if name not in arrays],
         "unexpected keys": [name for name in arrays if name not in axes],
         "size mismatch": [
             f"{name} {arrays[name].shape} for [{wanted}]"
             for name, wanted in axes.items()
-            if name in arrays and arrays[name].shape != _shape(wanted, sizes)
+            if name in arrays and arrays[name].shape != shapes[name]
         ],
     }
     if any(found.values()):
@@ -151,43 +151,38 @@ def _require_one_dtype(function, argument, arrays):
         raise TypeError(f"{function}: {argument} must have one dtype, got {found}; cast to one.")
 
 
-def map_layers(function, argument, tree, read, is_layer=lambda tree: False) -> Any:
-    """read(name, cell) of each cell of a layer or a stack, in the same nesting; a stack is a tuple.
-
-    `is_layer` is True for a list that is one layer of the source, not a list of layers.
-    """
-    if isinstance(tree, Bidirectional):
-        return Bidirectional(
-            read(f"{argument}.forward", tree.forward), read(f"{argument}.backward", tree.backward)
-        )
-    if is_layer(tree) or not is_stack(tree):
-        return read(argument, tree)
-    if not tree:
-        raise ValueError(f"{function}: {argument} must hold at least one layer, got none.")
-    layers = []
-    for number, layer in enumerate(tree):
-        name = f"{argument}[{number}]"
-        if is_stack(layer) and not is_layer(layer):
-            raise TypeError(f"{function}: {name} must be one layer, got a list inside a list.")
-        layers.append(map_layers(function, name, layer, read, is_layer))
-    return tuple(layers)
-
-
 def is_stack(params: Any) -> bool:
     """True for a list or tuple that is not a named tuple of this package."""
     return isinstance(params, list | tuple) and not hasattr(params, "_fields")
 
 
-def read_layers(function: str, cell: Any, read: Callable[[str, Any], Any]) -> Any:
-    """What `read` returns for each cell, in the nesting of `cell`, if the layers fit together."""
-    return require_fit(function, "cell", map_layers(function, "cell", cell, read))
+def read_layers(function, argument, tree, read, is_stack=is_stack) -> Any:
+    """read(name, cell) of each cell of a layer or a stack, in the same nesting; a stack is a tuple.
+
+    `is_stack` is False for a list that is one layer of the source. Raises a ValueError if the
+    layers that were read do not fit together.
+    """
+
+    def walk(name, tree):
+        if isinstance(tree, Bidirectional):
+            return Bidirectional(*(read(f"{name}.{k}", v) for k, v in tree._asdict().items()))
+        if is_stack(tree):
+            raise TypeError(f"{function}: {name} must be one layer, got a list inside a list.")
+        return read(name, tree)
+
+    if not is_stack(tree):
+        return _require_fit(function, argument, walk(argument, tree))
+    if not tree:
+        raise ValueError(f"{function}: {argument} must hold at least one layer, got none.")
+    layers = tuple(walk(f"{argument}[{number}]", layer) for number, layer in enumerate(tree))
+    return _require_fit(function, argument, layers)
 
 
-def require_fit(function: str, argument: str, params: Any) -> Any:
+def _require_fit(function, argument, params):
     """The parameters, if directions and layers fit together and all have one dtype."""
     layers = as_stack(params)
     for number, layer in enumerate(layers):
-        name = f"{argument}[{number}]" if is_stack(params) else argument
+        name = f"{argument}[{number}]" if layers is params else argument
         sizes = [(cell.w_x.shape[0], cell.w_h.shape[0]) for cell in directions_of(layer)]
         if len(set(sizes)) > 1:
             raise ValueError(
@@ -204,40 +199,53 @@ def require_fit(function: str, argument: str, params: Any) -> Any:
     return params
 
 
-def require_exportable(function: str, params: Any, target: Target) -> tuple[Any, list[str]]:
-    """The parameters as NumPy arrays with the target's meaning of z, and notes of what changed."""
-    negated = []
+def require_exportable(function, params, targets, each_layer=False) -> Any:
+    """The parameters as NumPy arrays with the target's z and biases, and notes of what changed.
+
+    `targets` has a `Target` for each reset that the library computes. All cells get both biases, or
+    none if no cell has one; with `each_layer`, all cells of a layer.
+    """
+    notes = {}  # the keys, in their order
 
     def read(name, cell):
-        if not isinstance(cell, GRUParams):
-            cure = f"; pass {name}.layers." if hasattr(cell, "layers") else "."
+        if hasattr(cell, "layers"):
             raise TypeError(
-                f"{function}: {name} must be a GRUParams, got {type(cell).__name__}{cure}"
+                f"{function}: {name} must be a GRUParams, got {type(cell).__name__}; pass "
+                f"{name}.layers."
             )
         with jax.enable_x64(True):  # nothing is computed, so float64 need not be enabled
             require_params(function, cell, name)
-        _require_equation(function, name, cell, target)
-        arrays = {k: as_float_array(function, f"{name}.{k}", v) for k, v in _present(cell)}
-        cell = dataclasses.replace(cell, **arrays)
+        target = _require_target(function, name, cell, targets)
+
+        def copy(path, v):
+            return as_float_array(function, name + jax.tree_util.keystr(path), v)
+
+        cell = jax.tree_util.tree_map_with_path(copy, cell)
         if cell.spec.update == target.update:
             return cell
-        negated.append(name)
+        negation = "the update gate's weights and biases are negated: z"
+        notes[f"{negation} {target.update}s in {target.name}"] = None
         return negate_update(cell)
 
-    converted = require_fit(function, "params", map_layers(function, "params", params, read))
-    for number, layer in enumerate(as_stack(converted)):
-        if len({cell.spec for cell in directions_of(layer)}) > 1:
+    params = read_layers(function, "params", params, read)
+    for number, layer in enumerate(as_stack(params)):
+        specs = [cell.spec for cell in directions_of(layer)]
+        if len(set(specs)) > 1:
             raise ValueError(
                 f"{function}: layer {number} of params must have one spec in both directions, as "
-                f"{target.name} has, got {' and '.join(str(c.spec) for c in directions_of(layer))}."
+                f"{targets[specs[0].reset].name} has, got {specs[0]} and {specs[1]}."
             )
-    negation = "the update gate's weights and biases are negated: "
-    return converted, [f"{negation}z {target.update}s in {target.name}"] if negated else []
+    if each_layer:
+        params = tuple(_with_biases(layer, targets, notes) for layer in as_stack(params))
+    else:
+        params = _with_biases(params, targets, notes)
+    return params, tuple(notes)
 
 
-def _require_equation(function, name, cell, target):
-    """ValueError if the target cannot compute the equation of a cell."""
-    for field, known in (("reset", target.resets), ("activation", target.activations)):
+def _require_target(function, name, cell, targets) -> Target:
+    """The target of a cell; ValueError if it cannot compute the cell's equation."""
+    target = targets.get(cell.spec.reset) or next(iter(targets.values()))
+    for field, known in (("reset", tuple(targets)), ("activation", target.activations)):
         value = getattr(cell.spec, field)
         if value not in known:
             raise ValueError(
@@ -250,18 +258,53 @@ def _require_equation(function, name, cell, target):
             f"{function}: {name} must have no layer-norm scale, because {target.name} has no layer "
             "normalization of the gates' products, got g_x or g_h."
         )
+    if target.biases == 1 and cell.spec.reset == "after" and cell.b_h is not None:
+        b_n = np.abs(np.split(np.asarray(cell.b_h), 3)[2])
+        if b_n.any():
+            raise ValueError(
+                f"{function}: {name}.b_h must be zero in its n block, as {target.name} has no bias "
+                f"that the reset gate multiplies, got up to {b_n.max():.3g}; flax.linen.GRUCell "
+                "has one (to_linen)."
+            )
+    return target
 
 
 def negate_update(params: GRUParams) -> GRUParams:
     """The cell whose z is 1 - z of this one, exactly: sigmoid(-a) = 1 - sigmoid(a)."""
 
     def negate(v):
-        signs = np.array([[1], [-1], [1]], v.dtype)  # of the blocks r | z | n
-        return (v.reshape(*v.shape[:-1], 3, -1) * signs).reshape(v.shape)
+        return v * np.repeat(np.array([1, -1, 1], v.dtype), v.shape[-1] // 3)  # blocks r | z | n
 
     other = "write" if params.spec.update == "keep" else "keep"
     spec = dataclasses.replace(params.spec, update=other)
-    return dataclasses.replace(params, **{k: negate(v) for k, v in _present(params)}, spec=spec)
+    return dataclasses.replace(jax.tree.map(negate, params), spec=spec)
+
+
+def _with_biases(params, targets, notes):
+    """The cells with the biases of their target; adds notes.
+
+    An absent bias is zero. Where the target has one bias, b_x is the sum and b_h is zero: with
+    reset "before" all of b_h, with "after" its blocks r and z.
+    """
+
+    def fill(cell):
+        target, pair = targets[cell.spec.reset], (cell.b_x, cell.b_h)
+        count, size = sum(b is not None for b in pair), cell.w_h.shape[1]
+        if target.merged and count == 2:
+            notes[f"b_x and b_h are summed: {target.merged}"] = None
+        if count < target.biases:
+            notes["absent biases are written as zeros"] = None
+        b_x, b_h = (np.zeros(size, cell.w_h.dtype) if b is None else b for b in pair)
+        if target.merged:
+            once = slice(size if cell.spec.reset == "before" else size // 3 * 2)
+            b_x[once] += b_h[once]
+            b_h[once] = 0
+        return dataclasses.replace(cell, b_x=b_x, b_h=b_h)
+
+    for cell in cells_of(params):
+        if targets[cell.spec.reset].always or cell.b_x is not None or cell.b_h is not None:
+            return map_grus(fill, params)
+    return params
 
 
 def reorder(v: Any) -> Any:
@@ -272,43 +315,7 @@ def reorder(v: Any) -> Any:
 
 def only_n(b_n: np.ndarray) -> Any:
     """[0 | 0 | b_n]."""
-    return np.concatenate([np.zeros(2 * b_n.size, b_n.dtype), b_n])
-
-
-def filled_biases(params: GRUParams) -> tuple[np.ndarray, np.ndarray]:
-    """b_x and b_h, zeros for an absent one."""
-    zeros = np.zeros(params.w_h.shape[1], params.w_h.dtype)
-    b_x, b_h = (zeros if b is None else np.asarray(b) for b in (params.b_x, params.b_h))
-    return b_x, b_h
-
-
-def merged_bias(params: GRUParams) -> tuple[np.ndarray, np.ndarray]:
-    """The bias that r does not multiply [3H], and the one that r multiplies [H].
-
-    With reset "before" they are b_x + b_h and zeros. With "after" the r and z blocks of b_x and b_h
-    are summed, and the n block of b_h is the second result.
-    """
-    b_x, b_h = filled_biases(params)
-    r, z, n = np.split(b_h, 3)
-    if params.spec.reset == "before":
-        return b_x + b_h, np.zeros_like(n)
-    return b_x + np.concatenate([r, z, np.zeros_like(n)]), n
-
-
-def bias_counts(params: Any) -> list[int]:
-    """How many of its two biases every cell of a layer or stack has."""
-    return [2 - (cell.b_x is None) - (cell.b_h is None) for cell in cells_of(params)]
-
-
-def bias_notes(groups: list[list[int]], target: Target) -> list[str]:
-    """Notes on summed and absent biases, from the `bias_counts` of cells.
-
-    The cells of one group have biases in the target either all together or not at all.
-    """
-    summed = target.merged and any(2 in group for group in groups)
-    short = any(min(group) < target.biases for group in groups if target.always or any(group))
-    notes = [f"b_x and b_h are summed: {target.merged}"] if summed else []
-    return notes + (["absent biases are written as zeros"] if short else [])
+    return np.pad(b_n, (2 * b_n.size, 0))
 
 
 def cells_of(params: Any) -> list[GRUParams]:
@@ -316,31 +323,20 @@ def cells_of(params: Any) -> list[GRUParams]:
     return [cell for layer in as_stack(params) for cell in directions_of(layer)]
 
 
-def export_cells(function: str, params: Any, target: Target, write: Callable) -> Exported:
-    """Exported with one entry for each cell, in the nesting of params.
-
-    write(name, cell, bias) returns its weights and options; `bias` is True if any cell has one.
-    """
-    params, notes = require_exportable(function, params, target)
-    counts = bias_counts(params)
-
-    def part(i):
-        return map_layers(function, "params", params, lambda *cell: write(*cell, any(counts))[i])
-
-    return Exported(part(0), part(1), (*notes, *bias_notes([counts], target)))
+def export_cells(function: str, params: Any, targets: Any, write: Callable) -> Exported:
+    """Exported with the (weights, options) of write(cell) for each cell, nested as params."""
+    params, notes = require_exportable(function, params, targets)
+    weights, options = (map_grus(lambda cell, i=i: write(cell)[i], params) for i in range(2))
+    return Exported(weights, options, notes)
 
 
-def export_layers(params: Any, layer: Callable[[Any], tuple[Any, Any]], notes: Any) -> Exported:
-    """Exported with the (weights, options) of a layer, or with lists of them for a stack."""
-    if isinstance(params, GRUParams | Bidirectional):
-        return Exported(*layer(params), tuple(notes))
-    weights, options = zip(*map(layer, params))
-    return Exported(list(weights), list(options), tuple(notes))
-
-
-def _present(params):
-    """The (name, array) pairs of the arrays that are not None."""
-    return [(k, v) for k, v in params.arrays().items() if v is not None]
+def export_layers(function: str, params: Any, targets: Any, write: Callable) -> Exported:
+    """Exported with the (weights, options) of write(cells) for a layer; of a stack, lists."""
+    layers, notes = require_exportable(function, params, targets, each_layer=True)
+    weights, options = map(list, zip(*(write(directions_of(layer)) for layer in layers)))
+    if is_stack(params):
+        return Exported(weights, options, notes)
+    return Exported(weights[0], options[0], notes)
 
 
 def _flatten(function, source, separator):
@@ -349,36 +345,33 @@ def _flatten(function, source, separator):
     for key, value in source.items():
         inner = {str(key): value}
         if isinstance(value, Mapping):
-            leaves = _flatten(function, value, separator).items()
-            inner = {f"{key}{separator}{name}": leaf for name, leaf in leaves}
+            leaves = _flatten(function, value, separator)
+            inner = {f"{key}{separator}{name}": leaf for name, leaf in leaves.items()}
         if clash := flat.keys() & inner.keys():
             raise ValueError(f"{function}: two arrays have the name {clash.pop()!r}.")
         flat |= inner
     return flat
 
 
-def _sizes(arrays, axes):
-    """{letter: size} from the first array that has it; an axis H is used before an axis 3H."""
-    found = [
-        (*_factor_and_letter(axis), size)
+def _shapes(arrays, axes):
+    """{name: shape} for axes such as "3H I", and {letter: size}; -1 for a size that is unknown.
+
+    A size is that of the first array that has the letter; an axis H is used before an axis 3H.
+    """
+    parsed = {
+        name: [(int(n or 1), letter) for n, letter in re.findall(r"(?=\S)(\d*)([A-Z]?)", wanted)]
         for name, wanted in axes.items()
-        if name in arrays and arrays[name].ndim == len(wanted.split())
-        for axis, size in zip(wanted.split(), arrays[name].shape)
+    }
+    found = [
+        (*axis, size)
+        for name, wanted in parsed.items()
+        if name in arrays and arrays[name].ndim == len(wanted)
+        for axis, size in zip(wanted, arrays[name].shape)
     ]
     sizes = {}
     for factor, letter, size in sorted(found, key=lambda entry: entry[0] > 1):
         if letter and size % factor == 0:
             sizes.setdefault(letter, size // factor)
-    return sizes
-
-
-def _shape(wanted, sizes):
-    """The shape of axes such as "3H I"."""
-    axes = map(_factor_and_letter, wanted.split())
-    return tuple(n * (sizes.get(letter, -1) if letter else 1) for n, letter in axes)
-
-
-def _factor_and_letter(axis):
-    """(3, "H") of "3H", (1, "H") of "H", (2, "") of "2"."""
-    letter = axis.lstrip("0123456789")
-    return int(axis.removesuffix(letter) or 1), letter
+    known = {"": 1} | sizes
+    shapes = {k: tuple(n * known.get(v, -1) for n, v in wanted) for k, wanted in parsed.items()}
+    return shapes, sizes

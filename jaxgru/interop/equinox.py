@@ -1,4 +1,4 @@
-"""Weights of Equinox; `jaxgru.interop` describes all layouts and the shared arguments."""
+"""Weights of Equinox."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,9 +9,9 @@ from jaxgru.core.parameters import PYTORCH, GRUParams
 from jaxgru.interop import common
 from jaxgru.interop.common import Exported, Imported
 
-_TARGET = common.Target(
-    "equinox.nn.GRUCell", ("after",), ("tanh",), merged="r and z have one bias in Equinox"
-)
+_MERGED = "r and z have one bias in Equinox"
+_TARGETS = {"after": common.Target("equinox.nn.GRUCell", ("tanh",), merged=_MERGED)}
+_AXES = {"weight_hh": "3H H", "weight_ih": "3H I", "bias": "3H", "bias_n": "H"}
 
 
 def from_equinox(cell: Any) -> Imported:
@@ -21,33 +21,30 @@ def from_equinox(cell: Any) -> Imported:
     z have one bias in the source.
 
     Args:
-      cell: see `jaxgru.interop`. A cell is the module, or a mapping of its weight_ih [3H, I],
+      cell: as in `from_linen`. A cell is the module, or a mapping of its weight_ih [3H, I],
         weight_hh [3H, H], bias [3H] and bias_n [H]; the biases are both None or absent without
         bias.
 
     Returns: parameters nested as `cell`, with the spec `PYTORCH`.
-    Raises: see `jaxgru.interop`.
+    Raises: as `from_linen`.
     """
-    biased = []
 
     def read(name, source):
-        fields = ("weight_ih", "weight_hh", "bias", "bias_n")
-        if all(hasattr(source, field) for field in fields):
-            source = {field: getattr(source, field) for field in fields}
+        if all(hasattr(source, field) for field in _AXES):
+            source = {field: getattr(source, field) for field in _AXES}
         if isinstance(source, Mapping):
             source = {k: v for k, v in source.items() if v is not None}
         arrays = common.named_arrays("from_equinox", name, source)
-        axes, biases = {"weight_hh": "3H H", "weight_ih": "3H I"}, (None, None)
-        if bias := "bias" in arrays or "bias_n" in arrays:
-            axes |= {"bias": "3H", "bias_n": "H"}
+        bias = "bias" in arrays or "bias_n" in arrays
+        axes = {k: v for k, v in _AXES.items() if bias or "bias" not in k}
         common.bind("from_equinox", name, arrays, axes)
-        if bias:
-            biases = (arrays["bias"], common.only_n(arrays["bias_n"]))
-        biased.append(bias)
-        return GRUParams(arrays["weight_ih"].T, arrays["weight_hh"].T, *biases, spec=PYTORCH)
+        w_x, w_h = arrays["weight_ih"].T, arrays["weight_hh"].T
+        biases = (arrays["bias"], common.only_n(arrays["bias_n"])) if bias else ()
+        return GRUParams(w_x, w_h, *biases, spec=PYTORCH)
 
-    params = common.read_layers("from_equinox", cell, read)
-    return Imported(params, (common.ONE_BIAS,) if any(biased) else ())
+    params = common.read_layers("from_equinox", "cell", cell, read)
+    bias = any(cell.b_x is not None for cell in common.cells_of(params))
+    return Imported(params, (common.ONE_BIAS,) if bias else ())
 
 
 def to_equinox(params: Any) -> Exported:
@@ -57,19 +54,19 @@ def to_equinox(params: Any) -> Exported:
     `equinox.tree_at(lambda c: [getattr(c, k) for k in weights], cell, list(weights.values()))`.
 
     Args:
-      params: see `jaxgru.interop`; with reset "after" and tanh.
+      params: as in `to_torch`; with reset "after" and tanh.
 
     Returns: {"weight_ih": ..., "weight_hh": ..., "bias": ..., "bias_n": ...} for each cell, nested
       as params, and the arguments of each cell.
-    Raises: see `jaxgru.interop`.
+    Raises: as `to_torch`.
     """
 
-    def write(name, cell, bias):
-        kernels = {"weight_ih": cell.w_x, "weight_hh": cell.w_h}
+    def write(cell):
+        kernels, bias = {"weight_ih": cell.w_x, "weight_hh": cell.w_h}, cell.b_x is not None
         weights = {k: np.ascontiguousarray(v.T) for k, v in kernels.items()}
         if bias:
-            weights |= dict(zip(("bias", "bias_n"), common.merged_bias(cell)))
+            weights |= {"bias": cell.b_x, "bias_n": np.split(cell.b_h, 3)[2]}
         sizes = {"input_size": cell.w_x.shape[0], "hidden_size": cell.w_h.shape[0]}
         return weights, sizes | {"use_bias": bias}
 
-    return common.export_cells("to_equinox", params, _TARGET, write)
+    return common.export_cells("to_equinox", params, _TARGETS, write)

@@ -1,4 +1,4 @@
-"""Weights of Haiku; `jaxgru.interop` describes all layouts and the shared arguments."""
+"""Weights of Haiku."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from jaxgru.interop import common
 from jaxgru.interop.common import Exported, Imported, reorder
 
 _TARGET = common.Target(
-    "haiku.GRU", ("before",), ("tanh",), "write", biases=1, always=True, merged="Haiku has one bias"
+    "haiku.GRU", ("tanh",), "write", biases=1, always=True, merged="Haiku has one bias"
 )
 
 
@@ -18,40 +18,41 @@ def from_haiku(cell: Any, *, prefix: str = "") -> Imported:
     and z writes.
 
     Args:
-      cell, prefix: see `jaxgru.interop`. A cell is `params["gru"]`; with all of `params`, the
+      cell, prefix: as in `from_linen`. A cell is `params["gru"]`; with all of `params`, the
         prefix is "gru/".
 
     Returns: parameters nested as `cell`, with the spec `CHUNG_2014`; b_h is None.
-    Raises: see `jaxgru.interop`.
+    Raises: as `from_linen`.
 
     >>> import numpy as np
     >>> from_haiku({"w_i": np.ones((2, 9)), "w_h": np.ones((3, 9)), "b": np.ones(9)}).params.spec
     GRUSpec(reset='before', update='write', activation='tanh')
     """
 
+    axes = {"w_h": "H 3H", "w_i": "I 3H", "b": "3H"}
+
     def read(name, source):
         arrays = common.named_arrays("from_haiku", name, source, prefix, known_by=("w_h",))
-        axes = {"w_h": "H 3H", "w_i": "I 3H", "b": "3H"}
         common.bind("from_haiku", name, arrays, axes)
         w_h, w_x, b_x = (reorder(arrays[key]) for key in axes)
         return GRUParams(w_x, w_h, b_x, spec=CHUNG_2014)
 
-    return Imported(common.read_layers("from_haiku", cell, read), ())
+    return Imported(common.read_layers("from_haiku", "cell", cell, read), ())
 
 
 def to_haiku(params: Any) -> Exported:
     """Returns the parameters of a `haiku.GRU`; b_x and b_h are summed.
 
     Args:
-      params: see `jaxgru.interop`; with reset "before" and tanh.
+      params: as in `to_torch`; with reset "before" and tanh.
 
     Returns: {"w_i": ..., "w_h": ..., "b": ...} for each cell, nested as params, and the arguments
       of each module.
-    Raises: see `jaxgru.interop`.
+    Raises: as `to_torch`.
     """
 
-    def write(name, cell, bias):
-        arrays = {"w_i": cell.w_x, "w_h": cell.w_h, "b": common.merged_bias(cell)[0]}
+    def write(cell):
+        arrays = {"w_i": cell.w_x, "w_h": cell.w_h, "b": cell.b_x}
         return {k: reorder(v) for k, v in arrays.items()}, {"hidden_size": cell.w_h.shape[0]}
 
-    return common.export_cells("to_haiku", params, _TARGET, write)
+    return common.export_cells("to_haiku", params, {"before": _TARGET}, write)

@@ -1,4 +1,4 @@
-"""Weights of Keras; `jaxgru.interop` describes all layouts and the shared arguments."""
+"""Weights of Keras."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,14 +8,14 @@ import numpy as np
 from jaxgru.core.parameters import Activation, GRUParams, GRUSpec
 from jaxgru.interop import common
 from jaxgru.interop.common import Exported, Imported, reorder
-from jaxgru.stacks.forms import Bidirectional, as_stack, directions_of
+from jaxgru.stacks.forms import Bidirectional
 
-_TARGETS = {  # by the spec's reset
+_MERGED = "Keras has one bias where reset_after is False"
+_TARGETS = {
     "after": common.Target("keras.layers.GRU"),
-    "before": common.Target(
-        "keras.layers.GRU", biases=1, merged="Keras has one bias where reset_after is False"
-    ),
+    "before": common.Target("keras.layers.GRU", biases=1, merged=_MERGED),
 }
+_NAMES = ("kernel", "recurrent_kernel", "bias")
 
 
 def from_keras(
@@ -35,7 +35,7 @@ def from_keras(
       activation: the layer's; "identity" for "linear". Its recurrent_activation must be sigmoid.
 
     Returns: a `GRUParams`, a `Bidirectional` (run it with the layer's merge), or a stack.
-    Raises: see `jaxgru.interop`; ValueError: reset_after is missing or contradicts the bias.
+    Raises: as `from_linen`; ValueError: reset_after is missing or contradicts the bias.
 
     >>> from_keras([np.ones((2, 9)), np.ones((3, 9)), np.ones((2, 9))]).params.spec.reset
     'after'
@@ -59,27 +59,26 @@ def from_keras(
             )
         if bias is not None:
             axes["bias"] = "2 3H" if after else "3H"
-        arrays = {k: reorder(v) for k, v in common.bind(function, name, arrays, axes).items()}
-        biases = (arrays.get("bias"), None)
+        common.bind(function, name, arrays, axes)
+        w_x, w_h, *biases = (reorder(arrays[key]) for key in _NAMES if key in arrays)
         if bias is not None and after:
-            biases = tuple(arrays["bias"])
+            biases = biases[0]  # [2, 3H], one row each
         spec = GRUSpec("after" if after else "before", "keep", activation)
-        return GRUParams(arrays["kernel"], arrays["recurrent_kernel"], *biases, spec=spec)
+        return GRUParams(w_x, w_h, *biases, spec=spec)
 
     def layer(name, source):
         if isinstance(source, Mapping):
             return cell(name, common.named_arrays(function, name, source))
-        count = {2: 1, 3: 1, 4: 2, 6: 2}.get(len(source))
-        if count is None:
+        if len(source) not in (2, 3, 4, 6):
             raise ValueError(
                 f"from_keras: {name} must hold 2 or 3 arrays, or 4 or 6 of a Bidirectional, got "
                 f"{len(source)}; for several layers give a list, [v.get_weights() for v in layers]."
             )
-        each = len(source) // count
-        names = ("kernel", "recurrent_kernel", "bias")[:each]
         arrays = [common.as_float_array(function, f"{name}[{i}]", v) for i, v in enumerate(source)]
-        cells = [cell(name, dict(zip(names, v))) for v in (arrays[:each], arrays[each:])[:count]]
-        return cells[0] if count == 1 else Bidirectional(*cells)
+        each = len(arrays) // 2 if len(arrays) > 3 else len(arrays)
+        parts = (arrays[:each], arrays[each:])
+        cells = [cell(name, dict(zip(_NAMES, part))) for part in parts if part]
+        return Bidirectional(*cells) if len(cells) == 2 else cells[0]
 
     if not isinstance(weights, Mapping | list | tuple):
         raise TypeError(
@@ -87,11 +86,10 @@ def from_keras(
             f"got {type(weights).__name__}."
         )
 
-    def is_layer(source):
-        return isinstance(source, Mapping) or any(hasattr(v, "shape") for v in source)
+    def is_stack(source):
+        return common.is_stack(source) and not any(hasattr(v, "shape") for v in source)
 
-    params = common.map_layers(function, "weights", weights, layer, is_layer)
-    return Imported(common.require_fit(function, "weights", params), ())
+    return Imported(common.read_layers(function, "weights", weights, layer, is_stack), ())
 
 
 def to_keras(params: Any) -> Exported:
@@ -100,37 +98,30 @@ def to_keras(params: Any) -> Exported:
     With reset "before" Keras has one bias [3H], which is b_x + b_h.
 
     Args:
-      params: see `jaxgru.interop`; of any equation.
+      params: as in `to_torch`; of any equation.
 
     Returns: a list of arrays in the order of `get_weights`, and the arguments of
       `keras.layers.GRU`; for a stack lists of these, one entry per layer.
-    Raises: see `jaxgru.interop`.
+    Raises: as `to_torch`.
 
     >>> source = [np.ones((2, 9)), np.ones((3, 9)), np.ones((2, 9))]
     >>> exported = to_keras(from_keras(source).params)
     >>> [v.shape for v in exported.weights], exported.options["units"]
     ([(2, 9), (3, 9), (2, 9)], 3)
     """
-    params, notes = common.require_exportable("to_keras", params, _TARGETS["after"])
-    for reset, target in _TARGETS.items():
-        layers = [v for v in as_stack(params) if directions_of(v)[0].spec.reset == reset]
-        found = common.bias_notes(list(map(common.bias_counts, layers)), target)
-        notes += [note for note in found if note not in notes]
 
-    def arrays(cell, bias):
-        after = cell.spec.reset == "after"
-        b = np.stack(common.filled_biases(cell)) if after else common.merged_bias(cell)[0]
-        return [reorder(v) for v in (cell.w_x, cell.w_h, b)[: 2 + bias]]
-
-    def layer(params):
-        bias, first = any(common.bias_counts(params)), directions_of(params)[0]
-        activation = first.spec.activation
-        options = {
-            "units": first.w_h.shape[0],
-            "activation": "linear" if activation == "identity" else activation,
-            "reset_after": first.spec.reset == "after",
+    def write(cells):
+        spec, bias, weights = cells[0].spec, cells[0].b_x is not None, []
+        after = spec.reset == "after"
+        for cell in cells:
+            weights += [reorder(cell.w_x), reorder(cell.w_h)]
+            if bias:
+                weights.append(reorder(np.stack([cell.b_x, cell.b_h]) if after else cell.b_x))
+        return weights, {
+            "units": cells[0].w_h.shape[0],
+            "activation": "linear" if spec.activation == "identity" else spec.activation,
+            "reset_after": after,
             "use_bias": bias,
         }
-        return [v for cell in directions_of(params) for v in arrays(cell, bias)], options
 
-    return common.export_layers(params, layer, notes)
+    return common.export_layers("to_keras", params, _TARGETS, write)

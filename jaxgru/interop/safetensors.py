@@ -2,7 +2,6 @@
 
 The metadata of a file describe its arrays: the structure, the spec of every GRU, all sizes, and a
 sha256 over all names, dtypes, shapes and bytes. Other programs can read the arrays by name.
-`load_weights` checks all of the metadata before it returns anything.
 """
 
 import dataclasses
@@ -25,8 +24,7 @@ from jaxgru.stacks.forms import Bidirectional
 _FORMAT = "jaxgru weights 2"
 _MOST_HEADER = 8 * 2**20  # bytes; an array takes about 100 bytes of the header
 _KINDS = {kind.__name__: kind for kind in (GRUParams, Bidirectional, SequenceParams, TokenParams)}
-# The fields of these kinds that hold layers; their other fields hold an array or None.
-_PARTS = {"GRUParams": (), "SequenceParams": ("layers",), "TokenParams": ("layers",)}
+_PARTS = ("layers", "forward", "backward")  # the fields that hold other kinds, not an array
 _NAMES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _NAMES |= {f"{k[0].upper()}{n}": f"{k}{n}" for k in ("int", "uint") for n in (8, 16, 32, 64)}
 _NAMES["BOOL"] = "bool"
@@ -58,12 +56,10 @@ def save_weights(
       metadata: a dict of JSON values with strings as keys, which is saved too.
 
     Raises:
-      ImportError, OSError: see `jaxgru.interop`.
+      ImportError, OSError: safetensors is not installed, or the file cannot be written.
       TypeError: params are of another kind, an array is not floating or differs in dtype from its
         cell, or metadata is not a dict that JSON can hold.
       ValueError: shapes do not fit, or metadata holds NaN.
-
-    Cost: two copies of the arrays.
     """
     safetensors = require_extra("save_weights", "safetensors", "safetensors.numpy")
     if metadata is not None and not isinstance(metadata, dict):
@@ -81,7 +77,7 @@ def save_weights(
 
 
 def load_weights(path: str | os.PathLike) -> LoadedWeights:
-    """Reads a file of `save_weights`, checks sizes and sha256, and runs no code of the file.
+    """Reads a file of `save_weights`, checks all of its metadata, and runs no code of the file.
 
     Args:
       path: the path of the file.
@@ -90,18 +86,25 @@ def load_weights(path: str | os.PathLike) -> LoadedWeights:
       metadata.
 
     Raises:
-      ImportError, OSError: see `jaxgru.interop`.
-      ValueError: the file is of another kind (a pickle, another program's safetensors file), is
-        damaged, or has a header larger than 8 MiB.
-
-    Cost: memory of two times the file.
+      ImportError, OSError: safetensors is not installed, or the file cannot be read.
+      ValueError: the file is of another kind (a pickle, another program's safetensors file) or of
+        an older version of this package, is damaged, or has a header larger than 8 MiB.
     """
     arrays, description = _read("load_weights", path)
-    if description.get("format") != _FORMAT:
+    found = description.get("format")
+    if found != _FORMAT:
+        cure = (
+            "convert arrays of other libraries with read_safetensors and jaxgru.interop.from_torch "
+            "(or another from_*)."
+        )
+        if found == "jaxgru weights 1":
+            cure = (
+                "an older version of jaxgru wrote it, and its GRUParams have no spec: read the "
+                "arrays with read_safetensors, make each GRUParams with the spec that it was "
+                "trained with, and save them with save_weights."
+            )
         raise ValueError(
-            f"load_weights: {path} must be a file of {_FORMAT!r}, got format "
-            f"{description.get('format')!r}; convert arrays of other libraries with "
-            "read_safetensors and jaxgru.interop.from_torch (or another from_*)."
+            f"load_weights: {path} must be a file of {_FORMAT!r}, got format {found!r}; {cure}"
         )
     if description.get("sha256") != _digest(description, arrays):
         raise ValueError(
@@ -129,16 +132,14 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """Reads the arrays of any program's safetensors file, for `from_torch` and other `from_*`.
 
     Args:
-      path: the path.
+      path: the path of the file.
 
     Returns: names to NumPy arrays, of bfloat16 too.
 
     Raises:
-      ImportError, OSError: see `jaxgru.interop`.
+      ImportError, OSError: safetensors is not installed, or the file cannot be read.
       ValueError: the file is a pickle, which could run code, or not an intact safetensors file, or
         has a header larger than 8 MiB or a dtype that NumPy cannot hold.
-
-    Cost: memory of two times the file.
     """
     return _read("read_safetensors", path)[0]
 
@@ -166,7 +167,7 @@ def _read(function, path):
         entries = safetensors.deserialize(data)
         metadata = json.loads(data[8 : 8 + size]).get("__metadata__") or {}
         arrays = {
-            name: np.frombuffer(bytes(entry["data"]), jnp.dtype(_NAMES[entry["dtype"]]))
+            name: np.frombuffer(entry["data"], jnp.dtype(_NAMES[entry["dtype"]]))
             .reshape(entry["shape"])
             .copy()
             for name, entry in entries
@@ -212,7 +213,7 @@ def _take_apart(function, params, prefix):
     structure, arrays = {}, {}
     for field, value in fields.items():
         place = f"{prefix}{field}"
-        if kind not in _PARTS or field in _PARTS[kind]:
+        if kind == "stack" or field in _PARTS:
             structure[field], inner = _take_apart(function, value, f"{place}.")
             arrays |= inner
         elif value is None:
@@ -233,5 +234,5 @@ def _put_together(structure, arrays):
     if structure["kind"] == "GRUParams":
         spec = structure["spec"]
         required = {field.name: spec[field.name] for field in dataclasses.fields(GRUSpec)}
-        return GRUParams(**fields, spec=GRUSpec(**(required | spec)))
+        fields["spec"] = GRUSpec(**(required | spec))
     return _KINDS[structure["kind"]](**fields)

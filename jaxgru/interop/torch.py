@@ -1,4 +1,4 @@
-"""Weights of PyTorch; `jaxgru.interop` describes all layouts and the shared arguments."""
+"""Weights of PyTorch; all of its names are in this file."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,8 @@ from jaxgru.interop import common
 from jaxgru.interop.common import Exported, Imported
 from jaxgru.stacks.forms import Bidirectional, as_stack, directions_of
 
-_TARGET = common.Target("torch.nn.GRU", ("after",), ("tanh",))
+_TARGETS = {"after": common.Target("torch.nn.GRU", ("tanh",))}
+_NAMES = {"weight_ih": "w_x", "weight_hh": "w_h", "bias_ih": "b_x", "bias_hh": "b_h"}
 
 
 def from_torch(state_dict: Mapping[str, Any], *, prefix: str = "") -> Imported:
@@ -22,11 +23,11 @@ def from_torch(state_dict: Mapping[str, Any], *, prefix: str = "") -> Imported:
     Args:
       state_dict: `module.state_dict()`, names to tensors on the CPU, or to arrays. NumPy has no
         bfloat16, so cast such tensors with .float() first.
-      prefix: see `jaxgru.interop`; for example "encoder.rnn.".
+      prefix: the start of the names of this GRU in a larger model, for example "encoder.rnn.".
 
     Returns: for a GRU a stack, with `Bidirectional` layers where there are `_reverse` names; for a
       GRUCell a `GRUParams`. Their spec is `PYTORCH`.
-    Raises: see `jaxgru.interop`; ValueError: state_dict is the state of an optimizer.
+    Raises: as `from_linen`; ValueError: state_dict is the state of an optimizer.
 
     >>> cell = {"weight_ih": np.ones((9, 2)), "weight_hh": np.ones((9, 3))}
     >>> from_torch(cell).params.w_x.shape
@@ -41,27 +42,26 @@ def from_torch(state_dict: Mapping[str, Any], *, prefix: str = "") -> Imported:
     known = ("weight_hh_l0", "weight_hh")
     arrays = common.named_arrays(function, "state_dict", state_dict, prefix, ".", known)
     bias = any("bias" in name for name in arrays)
-
-    def cell(suffix):
-        biases = [arrays.get(f"bias_{side}{suffix}") for side in ("ih", "hh")]
-        kernels = (arrays[f"weight_{side}{suffix}"].T for side in ("ih", "hh"))
-        return GRUParams(*kernels, *biases, spec=PYTORCH)
-
-    if any(f"weight_{side}" in arrays for side in ("ih", "hh")):
-        common.bind(function, "state_dict", arrays, _torch_axes("", "I", bias))
-        return Imported(cell(""), ())
     count = max(1, sum(name.startswith("weight_hh") and "rev" not in name for name in arrays))
     both = any(name.endswith("_reverse") for name in arrays)
     suffixes = [[f"_l{k}", f"_l{k}_reverse"][: 1 + both] for k in range(count)]
+    if single := "weight_ih" in arrays or "weight_hh" in arrays:
+        suffixes = [[""]]
     axes = {}
     for k, layer in enumerate(suffixes):
         for suffix in layer:
-            axes |= _torch_axes(suffix, ("2H" if both else "H") if k else "I", bias)
+            below = ("2H" if both else "H") if k else "I"
+            axes |= {f"weight_hh{suffix}": "3H H", f"weight_ih{suffix}": f"3H {below}"}
+            if bias:
+                axes |= {f"bias_ih{suffix}": "3H", f"bias_hh{suffix}": "3H"}
     common.bind(function, "state_dict", arrays, axes)
-    layers = tuple(
-        Bidirectional(*map(cell, layer)) if both else cell(layer[0]) for layer in suffixes
-    )
-    return Imported(layers, ())
+
+    def cell(suffix):
+        found = {v: arrays[k + suffix].T for k, v in _NAMES.items() if k + suffix in arrays}
+        return GRUParams(**found, spec=PYTORCH)
+
+    layers = [Bidirectional(*map(cell, v)) if v[1:] else cell(*v) for v in suffixes]
+    return Imported(layers[0] if single else tuple(layers), ())
 
 
 def to_torch(params: Any) -> Exported:
@@ -71,25 +71,29 @@ def to_torch(params: Any) -> Exported:
     `module.load_state_dict({k: torch.from_numpy(v) for k, v in exported.weights.items()})`.
 
     Args:
-      params: see `jaxgru.interop`; with reset "after" and tanh. The layers of a stack have one size
-        and take all outputs of the layer below, both directions concatenated.
+      params: a `GRUParams`, a `Bidirectional` or a stack, with reset "after" and tanh. The layers
+        of a stack have one size and take all outputs of the layer below. The arrays are copied; if
+        z has the opposite meaning in the target, the update gate is negated.
 
     Returns: names to arrays, and the arguments of the module's constructor.
-    Raises: see `jaxgru.interop`; ValueError: layers differ in H or in the number of directions.
+    Raises:
+      ValueError: the target cannot compute the equation (reset gate, activation, layer-norm
+        scales), or sizes do not fit; for PyTorch also if layers differ in H or in their number of
+        directions.
+      TypeError: params are of another kind, or dtypes differ.
 
     >>> params = from_torch({"weight_ih": np.ones((9, 2)), "weight_hh": np.ones((9, 3))}).params
     >>> exported = to_torch((params,))
     >>> sorted(exported.weights), exported.options["num_layers"]
     (['weight_hh_l0', 'weight_ih_l0'], 1)
     """
-    params, notes = common.require_exportable("to_torch", params, _TARGET)
-    counts = common.bias_counts(params)
-    bias, notes = any(counts), (*notes, *common.bias_notes([counts], _TARGET))
+    params, notes = common.require_exportable("to_torch", params, _TARGETS)
     first = common.cells_of(params)[0]
     input_size, hidden_size = first.w_x.shape[0], first.w_h.shape[0]
+    bias = first.b_x is not None
     options = {"input_size": input_size, "hidden_size": hidden_size, "bias": bias}
     if isinstance(params, GRUParams):
-        return Exported(_torch_cell(params, "", bias), options, notes)
+        return Exported(_named(params, ""), options, notes)
     layers, weights = as_stack(params), {}
     both = isinstance(layers[0], Bidirectional)
     for k, layer in enumerate(layers):
@@ -106,20 +110,12 @@ def to_torch(params: Any) -> Exported:
                     f"to_torch: params[{k}] must have (I, H) = {wanted}, as the layers of a "
                     f"torch.nn.GRU have one H and take all outputs of the layer below, got {found}."
                 )
-            weights |= _torch_cell(cell, suffix, bias)
-    return Exported(weights, options | {"num_layers": len(layers), "bidirectional": both}, notes)
+            weights |= _named(cell, suffix)
+    options |= {"num_layers": len(layers), "bidirectional": both}
+    return Exported(weights, options, notes)
 
 
-def _torch_axes(suffix, input_axis, bias):
-    """The names and axes of one cell in PyTorch."""
-    axes = {f"weight_hh{suffix}": "3H H", f"weight_ih{suffix}": f"3H {input_axis}"}
-    return axes | ({f"bias_ih{suffix}": "3H", f"bias_hh{suffix}": "3H"} if bias else {})
-
-
-def _torch_cell(cell, suffix, bias):
-    """One cell's arrays under PyTorch's names."""
-    kernels = {"ih": cell.w_x, "hh": cell.w_h}
-    weights = {f"weight_{k}{suffix}": np.ascontiguousarray(v.T) for k, v in kernels.items()}
-    if bias:
-        weights |= {f"bias_{k}{suffix}": v for k, v in zip(kernels, common.filled_biases(cell))}
-    return weights
+def _named(cell, suffix):
+    """The arrays of one cell under PyTorch's names."""
+    arrays = {name + suffix: getattr(cell, field) for name, field in _NAMES.items()}
+    return {k: np.ascontiguousarray(v.T) for k, v in arrays.items() if v is not None}

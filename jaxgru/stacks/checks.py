@@ -103,7 +103,7 @@ def require_layers(
     (name, bottom), found = _bottom(params), 0 if axis is None else axis
     size = bottom.w_x.shape[0]
     found = require_inputs(function, bottom, xs, size, mask, resets, found, f"{name}.w_x")
-    _require_sizes(function, params, merge, residual)
+    require_sizes(function, params, merge, residual)
     batch = (*xs.shape[:found], *xs.shape[found + 1 : -1])
     time_major = xs if axis is not None and found == 0 else None
     _require_states(function, "h0", params, h0, batch, time_major)
@@ -133,12 +133,12 @@ def require_step(function, params, x, h, mask, resets, config, key, first_step):
         )
     lead = x.shape[:-1]
     require_flags(function, {"mask": mask, "resets": resets}, lead, "x without its last axis")
-    _require_sizes(function, params, "concat", config.residual)
+    require_sizes(function, params, "concat", config.residual)
     _require_states(function, "h", params, h, lead, source="x")
     return config
 
 
-def _require_sizes(function, params, merge, residual):
+def require_sizes(function, params, merge, residual):
     """TypeError or ValueError unless every layer reads what the layer below it returns."""
     require_choice(function, "merge", merge, get_args(Merge))
     require_bool(function, "residual", residual)

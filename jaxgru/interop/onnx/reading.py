@@ -1,10 +1,4 @@
-"""Reads the GRU nodes of ONNX files; needs the extra `onnx`.
-
-A node's sequence is [T, B, I] (layout 0) or [B, T, I] (layout 1), its outputs are Y [T, D, B, H] or
-[B, T, D, H] and Y_h [D, B, H] or [B, D, H] for D directions (ONNX operator GRU-22). After the end
-of a sequence Y is zero, and Y_h of an empty sequence is zero for every initial_h; onnxruntime does
-the same. `jaxgru.gru` repeats the last state there, and the files of `write_onnx` do so too.
-"""
+"""Reads the GRU nodes of ONNX files; needs the extra `onnx`."""
 
 import os
 from collections.abc import Mapping
@@ -15,7 +9,6 @@ import numpy as np
 from jaxgru.core.checks import require_choice, require_extra
 from jaxgru.interop.onnx.weights import ONNX_ACTIVATIONS, from_onnx
 
-_DIRECTIONS: Any = ("forward", "reverse", "bidirectional")
 _INPUTS = ("X", "W", "R", "B", "sequence_lens", "initial_h")
 # Operators that exporters use to compute weights; none of them can grow its inputs.
 _OF_CONSTANTS = {
@@ -28,13 +21,13 @@ _REARRANGED = dict.fromkeys(_PLAIN, 0) | {"Where": 1}
 
 
 class OnnxGRU(NamedTuple):
-    """A GRU node of an ONNX model.
+    """A GRU node of an ONNX model, with D directions (ONNX operator GRU-22).
 
     Attributes:
       name: the node's name, or that of its first output.
       params: a `GRUParams`, or a `Bidirectional`, of NumPy arrays.
       direction: "forward", "reverse" (run it with reverse=True) or "bidirectional".
-      layout: 0 for time first, 1 for batch first.
+      layout: 0 for time first, with outputs [T, D, B, H] and [D, B, H]; 1 for batch first.
       initial_h: [D, B, H] ([B, D, H] in layout 1) if the file holds it, else None.
       sequence_lens: [B] if the file holds it, else None.
       computed: {"initial_h": name, "sequence_lens": name} of those that are inputs of the graph or
@@ -69,26 +62,20 @@ def read_onnx(
       `tuple(node.params for node in nodes)`.
 
     Raises:
-      ImportError, OSError: see `jaxgru.interop`.
+      ImportError, OSError: onnx is not installed, or the file cannot be read.
       ValueError: the file is not an intact ONNX model or has no GRU node; inputs has an unknown
-        name; or a node has clip, unsupported activations, different activations in its two
-        directions, an attribute or shape that the operator does not allow, or weights that depend
-        on inputs without a value.
+        name; or a node has clip, unsupported activations, an attribute or shape that the operator
+        does not allow, or weights that depend on inputs without a value.
       TypeError: weights are not floating.
-
-    Cost: one copy of the weights.
     """
     onnx = require_extra("read_onnx", "onnx", "onnx.reference")
     with open(file, "rb") as opened:
-        data = opened.read()
-    model = onnx.ModelProto()
-    try:
-        model.ParseFromString(data)
-        onnx.load_external_data_for_model(model, os.path.dirname(os.path.abspath(file)))
-    except Exception as error:  # protobuf's DecodeError, onnx's ValidationError, or an OSError
-        raise ValueError(
-            f"read_onnx: {file} must be an intact ONNX model, got: {error}."
-        ) from error
+        try:
+            model = onnx.load(opened, format="protobuf")
+        except Exception as error:  # protobuf's DecodeError, onnx's ValidationError, or an OSError
+            raise ValueError(
+                f"read_onnx: {file} must be an intact ONNX model, got: {error}."
+            ) from error
     given = {name: np.asarray(value) for name, value in (inputs or {}).items()}
     known = {entry.name for entry in [*model.graph.input, *model.graph.initializer]}
     if unknown := sorted(set(given) - known):
@@ -150,10 +137,9 @@ def _evaluate(onnx, model, node, arguments):
     helper = onnx.helper
     infos = (map(helper.make_empty_tensor_value_info, names) for names in (arguments, node.output))
     graph = helper.make_graph([node], "constants", *infos)
-    versions = {"opset_imports": model.opset_import, "ir_version": model.ir_version}
-    alone = helper.make_model(graph, **versions)
+    opsets = {entry.domain: entry.version for entry in model.opset_import}
     try:
-        return onnx.reference.ReferenceEvaluator(alone).run(None, arguments)
+        return onnx.reference.ReferenceEvaluator(graph, opsets).run(None, arguments)
     except Exception as error:  # a malformed node can raise any error
         raise ValueError(
             f"read_onnx: node {_name_of(node)!r} must be a valid {node.op_type}, got: {error}."
@@ -195,7 +181,8 @@ def _form(name, attributes, weights) -> tuple[Any, int, int]:
     """(direction, D, layout) of a node; ValueError if its attributes and weights do not fit."""
     direction = attributes.get("direction", b"forward")
     direction = direction.decode() if isinstance(direction, bytes) else direction
-    require_choice("read_onnx", f"direction of {name!r}", direction, _DIRECTIONS)
+    directions = ("forward", "reverse", "bidirectional")
+    require_choice("read_onnx", f"direction of {name!r}", direction, directions)
     count, layout = 1 + (direction == "bidirectional"), attributes.get("layout", 0)
     require_choice("read_onnx", f"layout of {name!r}", str(layout), ("0", "1"))
     if any(label not in weights or weights[label].ndim != 3 for label in "WR"):

@@ -7,9 +7,9 @@ import numpy as np
 from jaxgru.core.parameters import Activation, GRUParams, GRUSpec
 from jaxgru.interop import common
 from jaxgru.interop.common import Exported, Imported, reorder
-from jaxgru.stacks.forms import Bidirectional, as_stack, directions_of
+from jaxgru.stacks.forms import Bidirectional
 
-_TARGET = common.Target("ONNX's GRU")
+_TARGETS = dict.fromkeys(("before", "after"), common.Target("ONNX's GRU"))
 ONNX_ACTIVATIONS = {
     "tanh": "Tanh",
     "relu": "Relu",
@@ -35,7 +35,7 @@ def from_onnx(
 
     Returns: a `GRUParams`, or a `Bidirectional` for D = 2. Run a node of direction "reverse" with
       reverse=True.
-    Raises: see `jaxgru.interop`; ValueError: D is neither 1 nor 2.
+    Raises: as `from_linen`; ValueError: D is neither 1 nor 2.
 
     >>> from_onnx(np.ones((2, 9, 4)), np.ones((2, 9, 3))).params.backward.w_x.shape
     (4, 9)
@@ -64,11 +64,11 @@ def to_onnx(params: Any) -> Exported:
     """Returns the inputs of ONNX `GRU` nodes, one per layer; `write_onnx` writes files.
 
     Args:
-      params: see `jaxgru.interop`; of any equation. No biases are summed.
+      params: as in `to_torch`; of any equation. No biases are summed.
 
     Returns: {"W": [D, 3H, I], "R": [D, 3H, H], "B": [D, 6H]}, without B if there is no bias, and
       the node's attributes; for a stack lists of these, one entry per layer.
-    Raises: see `jaxgru.interop`.
+    Raises: as `to_torch`.
 
     >>> exported = to_onnx(from_onnx(np.ones((1, 9, 4)), np.ones((1, 9, 3))).params)
     >>> exported.options["hidden_size"], exported.options["linear_before_reset"]
@@ -79,19 +79,16 @@ def to_onnx(params: Any) -> Exported:
 
 def onnx_nodes(function: str, params: Any) -> Exported:
     """The inputs and attributes of one node per layer; errors name the function."""
-    params, notes = common.require_exportable(function, params, _TARGET)
-    notes += common.bias_notes(list(map(common.bias_counts, as_stack(params))), _TARGET)
 
-    def layer(params):
-        cells = directions_of(params)
+    def write(cells):
         spec, count = cells[0].spec, len(cells)
         weights = {
             "W": np.stack([reorder(cell.w_x).T for cell in cells]),
             "R": np.stack([reorder(cell.w_h).T for cell in cells]),
         }
-        if any(common.bias_counts(params)):
-            pairs = [map(reorder, common.filled_biases(cell)) for cell in cells]
-            weights["B"] = np.stack([np.concatenate([*pair]) for pair in pairs])
+        if cells[0].b_x is not None:
+            pairs = [[reorder(cell.b_x), reorder(cell.b_h)] for cell in cells]
+            weights["B"] = np.stack(list(map(np.concatenate, pairs)))
         options = {
             "hidden_size": cells[0].w_h.shape[0],
             "direction": "forward" if count == 1 else "bidirectional",
@@ -102,4 +99,4 @@ def onnx_nodes(function: str, params: Any) -> Exported:
             options |= {"activation_alpha": [1.0] * count, "activation_beta": [0.0] * count}
         return weights, options
 
-    return common.export_layers(params, layer, notes)
+    return common.export_layers(function, params, _TARGETS, write)

@@ -11,7 +11,7 @@ from jaxgru.core.checks import require_choice, require_extra
 from jaxgru.interop.common import is_stack
 from jaxgru.interop.onnx.weights import onnx_nodes
 from jaxgru.models.parameters import SequenceParams, TokenParams, require_model
-from jaxgru.stacks.checks import require_grus, require_layers
+from jaxgru.stacks.checks import require_grus, require_sizes
 from jaxgru.stacks.forms import Merge, directions_of, output_size_of
 
 Outputs = Literal["every", "last"]
@@ -47,12 +47,12 @@ def write_onnx(
     Returns: the notes of `to_onnx`.
 
     Raises:
-      ImportError, OSError: see `jaxgru.interop`.
+      ImportError, OSError: onnx is not installed, or the file cannot be written.
       ValueError: params have a layer-norm scale or are bfloat16, sizes do not fit, or outputs is
         unknown.
       TypeError: params are of another kind.
 
-    Cost: three copies of the arrays; a file holds at most 2 GB.
+    Cost: three copies of the arrays. A file holds at most 2 GB.
     """
     onnx = require_extra("write_onnx", "onnx")
     require_choice("write_onnx", "outputs", outputs, get_args(Outputs))
@@ -61,9 +61,7 @@ def write_onnx(
     layers = layers if is_stack(layers) else (layers,)
     with jax.enable_x64(True):  # nothing is computed, so float64 need not be enabled
         require_grus("write_onnx", layers, stack=True)
-        w_x = directions_of(layers[0])[0].w_x
-        xs: Any = np.zeros((0, 1, w_x.shape[0]), w_x.dtype)
-        require_layers("write_onnx", layers, xs, merge=merge, residual=residual)
+        require_sizes("write_onnx", layers, merge, residual)
     exported = onnx_nodes("write_onnx", layers)
     dtype = exported.weights[0]["R"].dtype
     if model:
@@ -74,10 +72,10 @@ def write_onnx(
                     f"write_onnx: params.{name} must have the dtype of the layers, {dtype}, got "
                     f"{value.dtype}; cast one of them."
                 )
-    graph = _Graph(onnx, dtype, lengths, state)
+    graph = _Graph(onnx, dtype, state)
     ys = _write_inputs(graph, params, layers)
     if lengths:
-        graph.input("lengths", onnx.TensorProto.INT32, ["B"])
+        graph.write_lengths(ys)
     final = None
     for number, (weights, options) in enumerate(zip(exported.weights, exported.options)):
         hs, h_last = _write_layer(graph, number, ys, weights, options)
@@ -99,16 +97,16 @@ def write_onnx(
 class _Graph:
     """Builds an ONNX graph; the methods return names of values."""
 
-    def __init__(self, onnx, dtype, lengths, state):
-        names = {"float64": "DOUBLE", "float32": "FLOAT", "float16": "FLOAT16"}
+    def __init__(self, onnx, dtype, state):
+        names = ("float64", "float32", "float16")
         if dtype.name not in names:
             raise ValueError(
                 f"write_onnx: params must be {', '.join(names)}, got {dtype}; cast them first."
             )
         self.onnx, self.dtype, self.state = onnx, dtype, state
-        self.float = getattr(onnx.TensorProto, names[dtype.name])
+        self.float = onnx.helper.np_dtype_to_tensor_dtype(dtype)
         self.nodes, self.initializers, self.inputs, self.outputs = [], [], [], []
-        self.lengths, self.mask = "lengths" if lengths else "", ""
+        self.lengths = self.valid = self.has_step = ""
 
     def input(self, name, kind, shape):
         self.inputs.append(self.onnx.helper.make_tensor_value_info(name, kind, shape))
@@ -143,17 +141,18 @@ class _Graph:
         rows = self.node("Transpose", values, perm=order)
         return self.node("Reshape", rows, self.axes(*[0] * (axis + 1), -1))
 
-    def valid_steps(self, xs):
-        """The mask [T, 1, B, 1] of the valid steps."""
-        if not self.mask:
-            zero, one = (self.constant(n, np.array(v, np.int64)) for n, v in (("0", 0), ("1", 1)))
-            num_steps = self.node("Gather", self.node("Shape", xs), zero, axis=0)
-            steps = self.node("Range", zero, num_steps, one)
-            steps = self.node("Unsqueeze", steps, self.axes(1, 2, 3))
-            lengths = self.node("Cast", self.lengths, to=self.onnx.TensorProto.INT64)
-            lengths = self.node("Unsqueeze", lengths, self.axes(0, 1, 3))
-            self.mask = self.node("Less", steps, lengths)
-        return self.mask
+    def write_lengths(self, xs):
+        """Adds the input "lengths", and the masks of valid steps and of sequences that have one."""
+        kinds = self.onnx.TensorProto
+        self.lengths = self.input("lengths", kinds.INT32, ["B"])
+        zero, one = (self.constant(n, np.array(v, np.int64)) for n, v in (("0", 0), ("1", 1)))
+        num_steps = self.node("Gather", self.node("Shape", xs), zero, axis=0)
+        steps = self.node("Unsqueeze", self.node("Range", zero, num_steps, one), self.axes(1, 2, 3))
+        lengths = self.node("Cast", self.lengths, to=kinds.INT64)
+        lengths = self.node("Unsqueeze", lengths, self.axes(0, 1, 3))
+        self.valid = self.node("Less", steps, lengths)  # [T, 1, B, 1]
+        has_step = self.node("Cast", self.lengths, to=kinds.BOOL)
+        self.has_step = self.node("Unsqueeze", has_step, self.axes(0, 2))  # [1, B, 1]
 
     def finish(self):
         helper = self.onnx.helper
@@ -191,16 +190,13 @@ def _write_layer(graph, number, xs, weights, options):
     if graph.lengths:
         shape = (directions, 1, hidden_size)
         start = h0 or graph.constant(f"zeros_{number}", np.zeros(shape, graph.dtype))
-        mask = graph.valid_steps(xs)
-        has_step = graph.node("Cast", graph.lengths, to=graph.onnx.TensorProto.BOOL)
-        has_step = graph.node("Unsqueeze", has_step, graph.axes(0, 2))
-        h_last = graph.node("Where", has_step, h_last, start)
+        h_last = graph.node("Where", graph.has_step, h_last, start)
         repeated = h_last  # the state at masked steps
         if directions == 2:  # the backward direction starts there, so its state is the initial one
             forward = graph.node("Gather", h_last, graph.axes(0), axis=0)
             backward = graph.node("Gather", start, graph.axes(1), axis=0)
             backward = graph.node("Expand", backward, graph.node("Shape", forward))
             repeated = graph.node("Concat", forward, backward, axis=0)
-        hs = graph.node("Where", mask, hs, graph.node("Unsqueeze", repeated, graph.axes(0)))
+        hs = graph.node("Where", graph.valid, hs, graph.node("Unsqueeze", repeated, graph.axes(0)))
     graph.output(f"h_last_{number}", h_last, [directions, "B", hidden_size])
     return hs, h_last

@@ -153,9 +153,10 @@ def ratio(time: float | None, other: float | None) -> float | None:
 
 
 def reason_of(error: Exception) -> str:
-    """The first line of an error: "refused" where `gru` itself names what it cannot do."""
+    """The first line of an error: "refused" where `gru` or its kernel names what it cannot do."""
     text = str(error).strip().partition("\n")[0][:400]
-    refused = isinstance(error, ValueError | NotImplementedError) and text.startswith("gru: ")
+    ours = text.startswith(("gru: ", "HopperKernel: "))
+    refused = ours and isinstance(error, ValueError | NotImplementedError)
     return f"refused: {text}" if refused else f"failed: {type(error).__name__}: {text}"
 
 

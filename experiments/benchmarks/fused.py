@@ -155,9 +155,10 @@ def ratio(time: float | None, other: float | None) -> float | None:
 
 
 def reason_of(error: Exception) -> str:
-    """The first line of an error, after "refused" if `gru` raised it, else after "failed"."""
+    """The first line of an error, after "refused" if `gru` or its kernel raised it."""
     text = str(error).strip().partition("\n")[0][:400]
-    refused = isinstance(error, ValueError | NotImplementedError) and text.startswith("gru: ")
+    ours = text.startswith(("gru: ", "HopperKernel: "))
+    refused = ours and isinstance(error, ValueError | NotImplementedError)
     return f"refused: {text}" if refused else f"failed: {type(error).__name__}: {text}"
 
 

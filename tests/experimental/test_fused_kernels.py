@@ -5,6 +5,7 @@ JAX's interpreter of GPU kernels runs them here, with race detection. On a machi
 """
 
 import functools
+import pathlib
 import re
 import types
 from typing import Any
@@ -14,11 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import assert_close, flat, make_problem, oracle_pullback
+from jax.experimental.pallas import mosaic_gpu
 from jaxlib.mlir import ir
 
 import jaxgru
 from jaxgru.core.parameters import CHO_2014, CHUNG_2014, PYTORCH, GRUSpec
-from jaxgru.experimental.fused import kernels, recurrence, tiling
+from jaxgru.experimental import fused
+from jaxgru.experimental.fused import HopperKernel, kernels, recurrence, tiling
 from jaxgru.experimental.fused.exchange import (
     ClusterBuffer,
     InterpretedClusterBuffer,
@@ -46,7 +49,7 @@ def backend(request, capfd, monkeypatch):
     """A backend and its device; the interpreter must not have reported a race."""
     if request.param == "fused":
         # Products outside the kernels must not be in TensorFloat-32; those inside are unchanged.
-        monkeypatch.setattr(recurrence, "count_terms", lambda d: 2 if d == jnp.float32 else 1)
+        monkeypatch.setattr(recurrence, "count_splits", lambda d: 2 if d == jnp.float32 else 1)
         with jax.default_matmul_precision("highest"):
             yield request.param
         return
@@ -208,7 +211,7 @@ def test_cluster_has_the_oracles_gradient(spec, dtype, blocks, backend, monkeypa
     tolerance = FLOAT32 if dtype == jnp.float32 else HALF
     sizes = {"hidden": 130 if dtype == jnp.float32 else 200}
     if blocks == 2:
-        monkeypatch.setattr(tiling, "_SHARED_BYTES", SHARED_BYTES[tiling.count_terms(dtype)])
+        monkeypatch.setattr(tiling, "_SHARED_BYTES", SHARED_BYTES[tiling.count_splits(dtype)])
         sizes = {"hidden": 65, "steps": 2, "batch": (9,)}
     problem = small_problem(7, dtype=dtype, **sizes)
     assert_oracles(problem, spec, backend, tolerance=tolerance, **flags_of(problem))
@@ -250,7 +253,7 @@ def test_half_types_are_near_the_oracle_and_keep_their_dtype(spec, dtype, backen
 def test_float32_is_as_exact_as_its_splits(splits, least, most, backend, monkeypatch):
     problem = small_problem(10, hidden=64)
     want = oracle_pullback(problem, PYTORCH)[0][1]
-    monkeypatch.setattr(recurrence, "count_terms", lambda dtype: splits)
+    monkeypatch.setattr(recurrence, "count_splits", lambda dtype: splits)
     run = jax.jit(functools.partial(gru, spec=PYTORCH, backend=backend))
     got = np.asarray(run(problem.params, problem.xs, problem.h0)[1], np.float64)
     error = np.abs(got - want).max() / np.abs(want).max()
@@ -443,7 +446,7 @@ def count_instructions(program):
 @pytest.mark.parametrize("cluster", [1, 2], ids=["one block", "cluster"])
 def test_programs_for_a_gpu_have_the_instructions_of_their_steps(spec, dtype, cluster, monkeypatch):
     """No interpreter runs the stores within a cluster; here they are at least counted."""
-    splits = tiling.count_terms(dtype)
+    splits = tiling.count_splits(dtype)
     if cluster == 2:
         monkeypatch.setattr(tiling, "_SHARED_BYTES", SHARED_BYTES[splits])
     for name in ("_MULTIPROCESSORS", "_GPCS"):  # so that one tile has all 16 rows
@@ -527,11 +530,12 @@ class RecordingOps:
     def indices(self):
         return "tile", "slice", "own"
 
+    @property
+    def gpu(self):
+        return self
+
     def round_to_split(self, v):
         return np.floor(v * 64) / 64
-
-    def operand_layout(self, split):
-        return float(split)
 
     def multiply(self, total, *operands):
         self.calls.append(("multiply", *operands))
@@ -553,15 +557,15 @@ def test_slices_of_a_cluster_wait_for_each_other():
     assert buffer.multiply([(2,)], lambda: "next") == ([("sum 0", ...)], "next")
     buffer.close()
     assert ops.calls == [
-        ("arrive", "free"),
-        ("wait", "free"),
-        ("store_in_cluster", 2.0, ("operands", 0, 0, "slice")),
-        ("store_in_cluster", 2**-10, ("operands", 1, 0, "slice")),
-        *(("fence_cluster",), ("commit",), ("arrive", "ready")),
-        *(("wait", "ready"), ("commit",), ("report_reads", operands)),
+        ("barrier_arrive", "free"),
+        ("barrier_wait", "free"),
+        ("store", 2.0, ("operands", 0, 0, "slice")),
+        ("store", 2**-10, ("operands", 1, 0, "slice")),
+        *(("fence_cluster",), ("commit_smem",), ("barrier_arrive", "ready")),
+        *(("barrier_wait", "ready"), ("commit_smem",), ("report_reads", operands)),
         *(("multiply", ("weights", "own", 0, 2, k), ("operands", 0, 0, k)) for k in range(2)),
-        *(("commit",), ("arrive", "free")),
-        ("wait", "free"),
+        *(("commit_smem",), ("barrier_arrive", "free")),
+        ("barrier_wait", "free"),
     ]
 
 
@@ -571,6 +575,18 @@ def test_buffer_is_chosen_by_where_its_slices_are():
         tiles = types.SimpleNamespace(cluster=cluster)
         ops: Any = types.SimpleNamespace(tiles=tiles, interpreted=interpreted)
         assert buffer_class(ops) is kind
+
+
+def test_readme_python_examples_run(monkeypatch):
+    """In JAX's interpreter, for which they do not ask."""
+    readme = (pathlib.Path(fused.__file__).parents[1] / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.S)
+    monkeypatch.setattr(fused, "HopperKernel", functools.partial(HopperKernel, interpret=True))
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    assert_close(names["hs"], jaxgru.gru(names["params"], names["xs"])[1], FLOAT32)
+    assert_close(names["ys"], jaxgru.gru_stack(names["layers"], names["xs"])[1], FLOAT32)
 
 
 # Refusals, and reproducibility.
@@ -641,6 +657,19 @@ def test_both_kernels_have_the_precision_of_the_call(monkeypatch):
         jax.eval_shape(jax.grad(loss), problem.params)
     assert len(splits) >= 2
     assert set(splits) == {3}
+
+
+def test_kernel_is_a_static_value_whose_splits_no_user_sets():
+    problem, kernel = small_problem(33), HopperKernel(interpret=True)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'splits'"):
+        HopperKernel(splits=3)  # type: ignore
+    assert kernel == HopperKernel(interpret=True) != HopperKernel()
+    assert hash(kernel) == hash(HopperKernel(interpret=True))
+    prepared, again = (kernel.prepare(problem.params, problem.xs) for _ in range(2))
+    with jax.default_matmul_precision("highest"):
+        exact = kernel.prepare(problem.params, problem.xs)
+    assert prepared == again != exact
+    assert hash(prepared) == hash(again)
 
 
 @pytest.mark.parametrize("kind", ["Explicit", "Auto"])
@@ -733,11 +762,11 @@ def test_interpreter_sees_the_race_where_a_barrier_is_left_out(barrier, monkeypa
         left_out.add(id(getattr(self, barrier)))
 
     def unless_left_out(operation):
-        return lambda self, at: None if id(at) in left_out else operation(self, at)
+        return lambda at: None if id(at) in left_out else operation(at)
 
     monkeypatch.setattr(OperandBuffer, "__init__", remember)
-    for name in ("wait", "arrive"):
-        monkeypatch.setattr(HopperOps, name, unless_left_out(getattr(HopperOps, name)))
+    for name in ("barrier_wait", "barrier_arrive"):
+        monkeypatch.setattr(mosaic_gpu, name, unless_left_out(getattr(mosaic_gpu, name)))
     problem = small_problem(24, hidden=65)
     run = jax.jit(functools.partial(gru, spec=PYTORCH, backend="interpreted"))
     said = ""

@@ -15,20 +15,21 @@ HALF = jnp.dtype(jnp.bfloat16)
 def test_tiles_hold_every_number_once_and_zeros_elsewhere():
     tiles = choose_tiles(70, 19, HALF, 1)
     v = np.arange(1, 1 + 2 * 19 * 70, dtype=np.float32).reshape(2, 19, 70)
-    packed = np.asarray(tiling.to_tiles(v, tiles))
+    packed = np.asarray(tiling.to_tiles(v, tiles, 2))
     assert packed.shape == (2, 3, 2, UNITS, 8)
     assert packed[1, 2, 1, 5, 1] == v[1, 2 * 8 + 1, UNITS + 5]
     assert np.count_nonzero(packed) == v.size
-    np.testing.assert_array_equal(tiling.from_tiles(packed, tiles), v)
+    np.testing.assert_array_equal(tiling.from_tiles(packed, tiles, (19,)), v)
 
 
-def test_flags_are_divided_as_the_rows_of_the_batch():
+def test_resets_are_divided_as_the_rows_of_the_batch():
     tiles = choose_tiles(4, 9, HALF, 1)
-    flags = np.arange(1, 19, dtype=np.float32).reshape(2, 9)
-    packed = np.asarray(tiling.flags_to_tiles(flags, tiles))
-    assert packed.shape == (2, 2, 8)
-    assert packed[1, 1, 0] == flags[1, 8]
-    assert np.count_nonzero(packed) == flags.size
+    resets = np.zeros((2, 3, 3, 1), bool)
+    resets[1, 2, 2] = True
+    not_reset = np.asarray(tiling.resets_to_tiles(resets, tiles))
+    assert not_reset.shape == (2, 2, 8)
+    assert not_reset[1, 1, 0] == 0
+    assert np.count_nonzero(not_reset) == 17
 
 
 def test_weights_are_blocks_by_slices_of_out_and_of_in():
@@ -55,8 +56,8 @@ SPLITS = {  # of float32, by what jax.default_matmul_precision may be
 )
 def test_splits_are_what_the_precision_of_the_call_asks_for(precision):
     with jax.default_matmul_precision(precision):
-        assert precision in SPLITS[tiling.count_terms(jnp.float32)]
-        assert tiling.count_terms(HALF) == tiling.count_terms(jnp.float16) == 1
+        assert precision in SPLITS[tiling.count_splits(jnp.float32)]
+        assert tiling.count_splits(HALF) == tiling.count_splits(jnp.float16) == 1
 
 
 @pytest.mark.parametrize("bits", [8, 16, 24])

@@ -14,7 +14,6 @@ from experiments.benchmarks.problems import Size
 
 POINT = Point("after", "training", "float32", Size(3, 2, 4, 4))
 ONE = ["--smoke", "--tasks", "training", "--dtypes", "float32", "--resets", "after"]
-TOO_LARGE = ValueError("gru: params.w_h must have at most 256 rows, got 512; use ...")
 
 
 def library(change):
@@ -93,19 +92,22 @@ def test_only_rounding_is_accepted_and_more_of_it_from_torch():
 
 
 @pytest.mark.parametrize(
-    "error, code, reason",
+    "kernel, hidden_size, code, reason",
     [
-        (TOO_LARGE, 0, f"refused: {TOO_LARGE}"),
-        (RuntimeError("out of memory\nat ..."), 1, "failed: RuntimeError: out of memory"),
+        (fused.contenders(True)[FUSED], 512, 0, "refused: HopperKernel: params.w_h must have at"),
+        (fail_with(RuntimeError("out of memory\n")), 4, 1, "failed: RuntimeError: out of memory"),
     ],
+    ids=["refused", "failed"],
 )
 def test_contender_without_a_result_is_a_row_with_its_reason(
-    timed, monkeypatch, tmp_path, error, code, reason, capsys
+    timed, monkeypatch, tmp_path, kernel, hidden_size, code, reason, capsys
 ):
-    got, found = run(monkeypatch, tmp_path / "run", fail_with(error))
+    size = f"3,2,4,{hidden_size}"
+    got, found = run(monkeypatch, tmp_path / "run", kernel, "--sizes", size)
     assert got == code and timed == [SCAN]
-    assert found["rows"][1]["reason"] == reason and found["rows"][1]["median_ms"] is None
-    assert f"* {POINT}: fused {reason}" in capsys.readouterr().out
+    assert found["rows"][1]["reason"].startswith(reason) and found["rows"][1]["median_ms"] is None
+    point = POINT._replace(size=Size(3, 2, 4, hidden_size))
+    assert f"* {point}: fused {reason}" in capsys.readouterr().out
 
 
 def test_run_ends_when_its_minutes_are_over_and_names_the_rest(timed, monkeypatch, tmp_path):

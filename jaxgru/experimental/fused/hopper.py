@@ -1,31 +1,31 @@
-"""The Hopper GPU operations of a fused kernel, through Pallas and Mosaic or JAX's interpreter.
+"""The operations of a fused kernel that are more than one function of Pallas for Mosaic GPU.
 
 The interpreter of JAX 0.10 supports neither clusters nor transposed reads of shared memory: there,
 operands are stored untransposed.
 """
 
 import functools
-import itertools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxgru.core.sharding import varying_axes
 from jaxgru.experimental.fused.tiling import UNITS, Tiles
 
 _SWIZZLE = 128  # bytes: a row of 64 units of two bytes
-_WARPGROUPS, _MEMBERS, _TILES = "warpgroup", "member", "tile"
+_WARPGROUPS, _BLOCKS, _TILES = "warpgroup", "block", "tile"
 
 
 class HopperOps:
-    """The operations of a kernel for a given division of a layer; most are called inside it."""
+    """The operations of a kernel for a given division of a layer; `gpu` is the module of Pallas."""
 
     def __init__(self, tiles: Tiles, interpreted: bool):
-        self.tiles, self.interpreted, self._gpu = tiles, interpreted, _mosaic()
-        self._jax_0_10 = not hasattr(self._gpu, "InterpretGPUParams")
+        self.tiles, self.interpreted, self.gpu = tiles, interpreted, _mosaic()
+        self._jax_0_10 = not hasattr(self.gpu, "InterpretGPUParams")
         self._untransposed = interpreted and self._jax_0_10
         if tiles.cluster > 1 and self._untransposed:
             raise NotImplementedError(
@@ -36,161 +36,129 @@ class HopperOps:
 
     def kernel(self, body: Callable[..., None], results: list[Any], scratch: dict[str, Any]):
         """The kernel that runs the body for each tile and slice."""
-        cluster: dict[str, Any] = {}
+        semantics, cluster = self.gpu.LoweringSemantics.Warpgroup, {}
         if self.tiles.cluster > 1:
-            cluster = {"cluster": (self.tiles.cluster,), "cluster_names": (_MEMBERS,)}
-        return self._gpu.kernel(
+            cluster = {"cluster": (self.tiles.cluster,), "cluster_names": (_BLOCKS,)}
+        return self.gpu.kernel(
             body,
             out_type=results,
             scratch_types=scratch,
-            compiler_params=self._gpu.CompilerParams(
-                lowering_semantics=self._gpu.LoweringSemantics.Warpgroup
-            ),
+            compiler_params=self.gpu.CompilerParams(lowering_semantics=semantics),
             grid=(self.tiles.count,),
             grid_names=(_TILES,),
             num_threads=self.tiles.warpgroups,
             thread_name=_WARPGROUPS,
-            interpret=_interpreter_params(self._gpu) if self.interpreted else None,
+            interpret=_interpreter_params(self.gpu) if self.interpreted else None,
             **cluster,
         )
 
     def weight_buffer(self) -> Any:
         """Shared memory for the weights of a block's slices, in blocks [64, 64]."""
-        shape = (self.tiles.warpgroups, self.tiles.splits, 3, self.tiles.slices, UNITS, UNITS)
-        return self._gpu.SMEM(shape, self.tiles.dtype, transforms=self._transforms())
+        tiles = self.tiles
+        return self._shared_memory(tiles.warpgroups, tiles.splits, 3, tiles.slices, UNITS, UNITS)
 
-    def operand_buffer(self, shape: tuple[int, ...]) -> Any:
-        """Shared memory for an array, of this shape, of operands [64, N]."""
-        block = (UNITS, self.tiles.rows) if self._untransposed else (self.tiles.rows, UNITS)
-        shape = (*shape, *block)
-        return self._gpu.SMEM(shape, self.tiles.dtype, transforms=self._transforms())
+    def operand_buffer(self, groups: int) -> Any:
+        """Shared memory for so many operands of every slice, in blocks [N, 64]."""
+        tiles = self.tiles
+        block = (UNITS, tiles.rows) if self._untransposed else (tiles.rows, UNITS)
+        return self._shared_memory(tiles.splits, groups, tiles.slices, *block)
 
-    def barrier(self, num_arrivals: int) -> Any:
-        """An mbarrier of one block."""
-        return self._gpu.Barrier(num_arrivals=num_arrivals)
-
-    def barriers(self, num_arrivals: int, count: int) -> Any:
-        """An array of mbarriers of one block."""
-        return self._gpu.Barrier(num_arrivals=num_arrivals, num_barriers=count)
-
-    def cluster_barrier(self) -> Any:
-        """An mbarrier at which each block of a cluster arrives once."""
-        return self._gpu.ClusterBarrier(collective_axes=(_MEMBERS,))
+    def barrier(self) -> Any:
+        """An mbarrier at which every slice of the layer arrives once."""
+        if self.tiles.cluster > 1:
+            return self.gpu.ClusterBarrier(collective_axes=(_BLOCKS,))
+        return self.gpu.Barrier(num_arrivals=self.tiles.warpgroups)
 
     def indices(self) -> tuple[Any, Any, Any]:
         """The tile and slice that this warpgroup computes, and the slice's index in its block."""
-        own = lax.axis_index(_WARPGROUPS)
-        member = own if self.tiles.cluster == 1 else lax.axis_index(_MEMBERS)
-        return lax.axis_index(_TILES), member, own
+        warpgroup = lax.axis_index(_WARPGROUPS)
+        s = warpgroup if self.tiles.cluster == 1 else lax.axis_index(_BLOCKS)
+        return lax.axis_index(_TILES), s, warpgroup
 
     def load(self, ref: Any) -> Any:
-        """Loads a block [64, N] of the device's memory, in the register layout of the sums."""
-        return self._load(ref, self._gpu.Layout.WGMMA)
-
-    def load_row(self, ref: Any) -> Any:
-        """Loads a row [N] of the device's memory, in the layout of a block's columns."""
-        return self._load(ref, self._gpu.Layout.WGMMA.reduce(0))
+        """Loads a block [64, N], or a row [N], of device memory in the register layout of sums."""
+        if self._untransposed:
+            v = ref[...]
+        else:
+            layout = self.gpu.Layout.WGMMA
+            layout = layout.reduce(0) if len(ref.shape) == 1 else layout
+            index = [()] if self._jax_0_10 else []  # later versions take it in the reference only
+            v = self.gpu.load(ref, *index, layout=layout, optimized=False)
+        # Inside `jax.shard_map` a loaded value varies over the mesh, but Pallas does not track this
+        # through operations, and a loop carry must not change its type.
+        return v * 1 if varying_axes(v) else v
 
     def write(self, v: Any, ref: Any) -> None:
-        """Writes a block [64, N] to the device's memory, in the dtype of that array.
+        """Writes a block [64, N] to device memory, in the dtype of that array.
 
         Since JAX 0.12 a write narrower than a memory sector needs `optimized=False`.
         """
         v = v.astype(ref.dtype)
-        if hasattr(self._gpu, "store"):
-            self._gpu.store(ref, v, optimized=False)
+        if hasattr(self.gpu, "store"):
+            self.gpu.store(ref, v, optimized=False)
         else:
             ref[...] = v
-
-    def broadcast_row(self, row: Any) -> Any:
-        """The row [N] as a block [64, N]."""
-        return lax.broadcast_in_dim(row, (UNITS, self.tiles.rows), (1,))
-
-    def copy_in(self, source: Any, target: Any, barrier: Any) -> None:
-        """Starts a copy from device to shared memory, whose end is an arrival at the mbarrier."""
-        self._gpu.copy_gmem_to_smem(source, target, barrier)
-
-    def wait(self, barrier: Any) -> None:
-        """Waits until the mbarrier completes its next phase."""
-        self._gpu.barrier_wait(barrier)
-
-    def arrive(self, barrier: Any) -> None:
-        """Arrives at the mbarrier once."""
-        self._gpu.barrier_arrive(barrier)
 
     def round_to_split(self, v: Any) -> Any:
         """v rounded to the dtype of a split; the barrier stops XLA from removing the rounding."""
         return lax.optimization_barrier(v.astype(self.tiles.dtype)).astype(v.dtype)
 
-    def operand_layout(self, split: Any) -> Any:
-        """The block in the layout of operands: two units of one row are one word of a thread."""
-        if self._untransposed:
-            return split
-        return self._gpu.layout_cast(split, self._gpu.Layout.WGMMA_TRANSPOSED)
-
     def store(self, split: Any, slot: Any) -> None:
-        """Stores an operand in this block's shared memory."""
-        self._columns(slot)[...] = split
+        """Stores a split [64, N] in its slot of shared memory: in every block of a cluster.
 
-    def store_in_cluster(self, split: Any, slot: Any) -> None:
-        """Stores an operand in the same slot of every block of the cluster."""
-        types = (self._gpu.Layout.WGMMA_TRANSPOSED, self._gpu.RefType(self._transforms()))
-        store = functools.partial(_store_in_cluster, self.tiles.cluster)
-        self._gpu.inline_mgpu(arg_types=types)(store)(split, slot)
+        In the layout of operands, two units of one row are one word of a thread.
+        """
+        if self._untransposed:
+            slot[...] = split
+            return
+        layout = self.gpu.Layout.WGMMA_TRANSPOSED
+        split = self.gpu.layout_cast(split, layout)
+        if self.tiles.cluster == 1 or self.interpreted:
+            self._columns(slot)[...] = split
+        else:
+            types = (layout, self.gpu.RefType(self._transforms()))
+            store = functools.partial(_store_in_cluster, self.tiles.cluster)
+            self.gpu.inline_mgpu(arg_types=types)(store)(split, slot)
 
     def fence_cluster(self) -> None:
         """Orders this thread's stores before its next operations, for the whole cluster."""
-        self._gpu.inline_mgpu()(_fence_cluster)()
+        from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import llvm
 
-    def commit(self) -> None:
-        """Makes stores that the warpgroup has done or seen visible to tensor cores and copies."""
-        self._gpu.commit_smem()
+        def fence(_):  # an instruction for which Pallas has no function
+            nothing = ir.Type.parse("!llvm.void")
+            llvm.inline_asm(nothing, [], "fence.acq_rel.cluster;", "", has_side_effects=True)
 
-    def copy_out(self, source: Any, target: Any) -> None:
-        """Starts a copy from shared to device memory."""
-        self._gpu.copy_smem_to_gmem(source, target)
-
-    def wait_copied_out(self) -> None:
-        """Waits until all copies to device memory have ended."""
-        self._gpu.wait_smem_to_gmem(0)
+        self.gpu.inline_mgpu()(fence)()
 
     def report_reads(self, operands: Any) -> None:
         """In the interpreter, reads the operands: its race detection ignores tensor core reads."""
         if self.interpreted:
-            for at in itertools.product(*map(range, operands.shape[:-2])):
+            for at in np.ndindex(operands.shape[:-2]):
                 operands.at[at][...]
 
     def accumulate(self, body: Callable[..., Any], count: int) -> Any:
         """body(*sums) with `count` sums [64, N] that start at zero, in float32 registers."""
         from jax.experimental import pallas
 
-        sums = [self._gpu.ACC((UNITS, self.tiles.rows), jnp.float32)] * count
+        sums = [self.gpu.ACC((UNITS, self.tiles.rows), jnp.float32)] * count
         return pallas.run_scoped(body, *sums)
 
     def multiply(self, total: Any, w: Any, operand: Any) -> None:
         """Adds the product of weights [64, 64] and an operand [64, N] to a sum."""
-        self._gpu.wgmma(total, w, self._columns(operand))
-
-    def _load(self, ref, layout):
-        if self._untransposed:
-            v = ref[...]
-        else:
-            index = (
-                ((),) if self._jax_0_10 else ()
-            )  # JAX 0.11 takes the index in the reference only
-            v = self._gpu.load(ref, *index, layout=layout, optimized=False)
-        # Inside `jax.shard_map` a loaded value varies over the mesh, but Pallas does not track this
-        # through operations, and a loop carry must not change its type.
-        return v * 1 if varying_axes(v) else v
+        self.gpu.wgmma(total, w, self._columns(operand))
 
     def _columns(self, ref):
         """The operand as [64, N]: shared memory holds it as [N, 64]."""
         return ref if self._untransposed else ref.transpose((1, 0))
 
+    def _shared_memory(self, *shape):
+        return self.gpu.SMEM(shape, self.tiles.dtype, transforms=self._transforms())
+
     def _transforms(self):
         if self._untransposed:
             return ()
-        return (self._gpu.TilingTransform((8, UNITS)), self._gpu.SwizzleTransform(_SWIZZLE))
+        return (self.gpu.TilingTransform((8, UNITS)), self.gpu.SwizzleTransform(_SWIZZLE))
 
 
 def _store_in_cluster(cluster, _, split, slot):
@@ -199,28 +167,15 @@ def _store_in_cluster(cluster, _, split, slot):
     from jaxlib.mlir import ir
     from jaxlib.mlir.dialects.gpu import Dimension
 
-    for member in range(cluster):
-        index = gpu.c(member, ir.IndexType.get())
+    for block in range(cluster):
+        index = gpu.c(block, ir.IndexType.get())
         remote = gpu.get_cluster_ref(slot, Dimension.x, index)
         columns = gpu.memref_transpose(remote, (1, 0, 3, 2))  # the order of tiles, and each tile
         split.store_tiled(columns, swizzle=_SWIZZLE, optimized=False)
 
 
-def _fence_cluster(_):
-    """The fence instruction, for which Pallas has no function."""
-    from jaxlib.mlir import ir
-    from jaxlib.mlir.dialects import llvm
-
-    nothing = ir.Type.parse("!llvm.void")
-    llvm.inline_asm(nothing, [], "fence.acq_rel.cluster;", "", has_side_effects=True)
-
-
 def _mosaic() -> Any:
-    """JAX's module of GPU kernels.
-
-    Raises:
-      ImportError: it is missing or too old; the message names the cure.
-    """
+    """JAX's module of GPU kernels; ImportError, with the cure, where it is missing or too old."""
     try:
         from jax.experimental.pallas import mosaic_gpu
 

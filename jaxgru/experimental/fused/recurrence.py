@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from jaxgru.core.gradient import Kernel
 from jaxgru.core.sharding import on_auto_mesh, varying_axes
-from jaxgru.experimental.fused.kernels import Setting, fused_backward, fused_forward
-from jaxgru.experimental.fused.tiling import count_terms
+from jaxgru.experimental.fused.kernels import FusedKernels
+from jaxgru.experimental.fused.tiling import count_splits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,14 +21,13 @@ class HopperKernel(Kernel):
     that several devices share need `jax.shard_map` around the call.
 
     w_h stays in the GPU's shared memory, so H may be at most 512 for half types and 256 for
-    float32. A product of float32 is three products of bfloat16 there (16 bits an operand); 512 and
-    one product under `jax.default_matmul_precision("bfloat16")`, 128 and six (24 bits) under
-    "highest". The residuals are "states" by default, and the whole sequence is one chunk.
+    float32, whose product is three products of bfloat16 (16 bits an operand). It is one, and H at
+    most 512, under `jax.default_matmul_precision("bfloat16")`; six (24 bits), and H at most 128,
+    under "highest". The residuals are "states" by default, and the whole sequence is one chunk.
 
     Attributes:
       interpret: runs the kernels in JAX's interpreter on one CPU device, for tests; slow, and not
         inside `jax.checkpoint`.
-      splits: bfloat16 numbers that stand for one operand; `prepare` sets it.
 
     Raises:
       ValueError: when called, the parameters have a layer-norm scale, a size is symbolic, or H does
@@ -38,10 +37,9 @@ class HopperKernel(Kernel):
     """
 
     interpret: bool = False
-    splits: int = 0
 
-    def prepare(self, params: Any, xs: Any) -> "HopperKernel":
-        """The kernel with the precision that JAX's settings ask for now."""
+    def prepare(self, params: Any, xs: Any) -> FusedKernels:
+        """The kernels with the precision that JAX's settings ask for now."""
         cure = "leave BPTT's kernel out"
         if xs.dtype == jnp.float64:
             raise TypeError(
@@ -70,15 +68,4 @@ class HopperKernel(Kernel):
                 "HopperKernel: xs must have a concrete shape, since the kernels divide it into "
                 f"tiles, got {xs.shape}; {cure}."
             )
-        return dataclasses.replace(self, splits=count_terms(xs.dtype))
-
-    def forward(self, config, recurrent, h, a, inputs, scale, *, save_gates):
-        """h after the chunk, and (hs, gates or None)."""
-        setting = Setting(config.reverse, self.interpret, self.splits)
-        return fused_forward(setting, recurrent, h, a, inputs, scale, save_gates)
-
-    def backward(self, config, transposed, g, c, norms, dhs, inputs, scale):
-        """g before the chunk; and of each step g_t, dp and dtap."""
-        setting = Setting(config.reverse, self.interpret, self.splits)
-        g, (g_t, dp) = fused_backward(setting, transposed, g, c, dhs, inputs.flags, scale)
-        return g, (inputs.flags.leave_vjp(g_t)[0], dp, None if inputs.tap is None else g_t)
+        return FusedKernels(self.interpret, count_splits(xs.dtype))

@@ -14,14 +14,13 @@ bfloat16 numbers, and the products of splits i and j with i + j < splits are add
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-Array = jax.Array
 UNITS = 64  # hidden units of a slice: the rows of one tensor core product
 _SHARED_BYTES = 232448 - 2048  # of a Hopper block, minus what barriers and alignment need
 _MULTIPROCESSORS = 132  # each runs one of these blocks at a time
@@ -29,16 +28,9 @@ _GPCS, _BLOCKS_PER_GPC = 8, 16  # graphics processing clusters; a cluster lies w
 _MAX_CLUSTER = 8  # the largest cluster, in blocks, that every Hopper GPU can launch
 _OPERANDS = 3  # arrays [B, H] in shared memory at once, in the backward kernel
 _MAX_ROWS = {1: 32, 2: 32, 3: 16}  # by warpgroups a block: what its registers hold
-# By the name of JAX's matmul precision; any other name means two splits: 16 bits, in three passes.
-_SPLITS = {
-    "bfloat16": 1,
-    "BF16_BF16_F32": 1,
-    "highest": 3,
-    "float32": 3,
-    "BF16_BF16_F32_X6": 3,
-    "BF16_BF16_F32_X9": 3,
-    "F32_F32_F32": 3,
-}
+# The names of JAX's matmul precision that mean so many splits of float32; the others mean two.
+_ONE_SPLIT = ("bfloat16", "BF16_BF16_F32")
+_THREE_SPLITS = ("highest", "float32", "BF16_BF16_F32_X6", "BF16_BF16_F32_X9", "F32_F32_F32")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,12 +58,12 @@ class Tiles:
         return sorted((p for p in pairs if sum(p) < self.splits), key=sum, reverse=True)
 
 
-def count_terms(dtype: Any) -> int:
+def count_splits(dtype: Any) -> int:
     """Splits of an operand: 1 for half types; for float32 2, or what JAX's precision asks for."""
     if jnp.finfo(dtype).bits < 32:
         return 1
     precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
-    return _SPLITS.get(precision, 2)
+    return 1 if precision in _ONE_SPLIT else 3 if precision in _THREE_SPLITS else 2
 
 
 def choose_tiles(hidden_size: int, batch_size: int, dtype: Any, splits: int) -> Tiles:
@@ -123,52 +115,30 @@ def _padding(tiles):
     return rows - tiles.batch_size, units - tiles.hidden_size
 
 
-def to_tiles(v: Array, tiles: Tiles) -> Array:
-    """[..., B, H] as [..., tiles, S, 64, N], padded with zeros."""
-    leading = v.shape[:-2]
+def to_tiles(v: jax.Array, tiles: Tiles, *leading: int) -> jax.Array:
+    """[*leading, ..., H] as float32 blocks [*leading, tiles, S, 64, N], padded with zeros."""
+    v = v.astype(jnp.float32).reshape(*leading, tiles.batch_size, tiles.hidden_size)
     v = jnp.pad(v, [(0, 0)] * len(leading) + [(0, count) for count in _padding(tiles)])
     v = v.reshape(*leading, tiles.count, tiles.rows, tiles.slices, UNITS)
     return jnp.moveaxis(v, -3, -1)
 
 
-def from_tiles(v: Array, tiles: Tiles) -> Array:
-    """The inverse of `to_tiles`."""
+def from_tiles(v: jax.Array, tiles: Tiles, batch: tuple[int, ...]) -> jax.Array:
+    """Blocks [*leading, tiles, S, 64, N] as [*leading, *batch, H]: the inverse of `to_tiles`."""
     leading = v.shape[:-4]
     v = jnp.moveaxis(v, -1, -3).reshape(*leading, tiles.count * tiles.rows, tiles.slices * UNITS)
-    return v[..., : tiles.batch_size, : tiles.hidden_size]
+    v = v[..., : tiles.batch_size, : tiles.hidden_size]
+    return v.reshape(*leading, *batch, tiles.hidden_size)
 
 
-def flags_to_tiles(v: Array, tiles: Tiles) -> Array:
-    """[T, B] as [T, tiles, N], padded with zeros."""
-    v = jnp.pad(v, [(0, 0), (0, _padding(tiles)[0])])
-    return v.reshape(v.shape[0], tiles.count, tiles.rows)
-
-
-def pack_state(v: Array, tiles: Tiles) -> Array:
-    """A state [..., H] as float32 blocks [tiles, S, 64, N]."""
-    return to_tiles(v.astype(jnp.float32).reshape(tiles.batch_size, tiles.hidden_size), tiles)
-
-
-def pack_steps(values: Sequence[Array], tiles: Tiles) -> Array:
-    """Arrays [T, ..., H] as float32 blocks [T, tiles, S, count, 64, N]."""
-    shape = (len(values[0]), tiles.batch_size, tiles.hidden_size)
-    return jnp.stack(
-        [to_tiles(v.astype(jnp.float32).reshape(shape), tiles) for v in values], axis=3
-    )
-
-
-def pack_resets(resets: Array, tiles: Tiles) -> Array:
-    """Resets [T, ..., 1] as [T, tiles, N]: 0 where the state is reset, 1 elsewhere."""
+def resets_to_tiles(resets: jax.Array, tiles: Tiles) -> jax.Array:
+    """Resets [T, ..., 1] as [T, tiles, N]: 1 where a state is not reset, 0 elsewhere."""
     not_reset = 1 - resets.reshape(len(resets), tiles.batch_size).astype(jnp.float32)
-    return flags_to_tiles(not_reset, tiles)
+    not_reset = jnp.pad(not_reset, [(0, 0), (0, _padding(tiles)[0])])
+    return not_reset.reshape(len(resets), tiles.count, tiles.rows)
 
 
-def unpack(v: Array, tiles: Tiles, batch: tuple[int, ...]) -> Array:
-    """Blocks [T, count, tiles, S, 64, N], where T and count are optional, as [..., *batch, H]."""
-    return from_tiles(v, tiles).reshape(*v.shape[:-4], *batch, tiles.hidden_size)
-
-
-def weights_to_tiles(w: Array, tiles: Tiles) -> Array:
+def weights_to_tiles(w: jax.Array, tiles: Tiles) -> jax.Array:
     """The gates' matrices [3, out, in] as [S of out, splits, 3, S of in, 64, 64]."""
     units = _padding(tiles)[1]
     w = jnp.pad(w, [(0, 0), (0, units), (0, units)])
@@ -176,7 +146,9 @@ def weights_to_tiles(w: Array, tiles: Tiles) -> Array:
     return jnp.stack(split_operand(w, tiles, lambda v: lax.reduce_precision(v, 8, 7)), axis=1)
 
 
-def split_operand(v: Array, tiles: Tiles, round_off: Callable[[Array], Array]) -> list[Array]:
+def split_operand(
+    v: jax.Array, tiles: Tiles, round_off: Callable[[jax.Array], jax.Array]
+) -> list[jax.Array]:
     """v as a sum of splits, the largest first: each is the rounded rest of those before it.
 
     round_off(v) is v rounded to the bits of a split, still in v's dtype. XLA may remove a mere

@@ -32,7 +32,7 @@ IMPORTS = {
     "stacks": {"core"},
     "losses": {"core"},
     "models": {"core", "stacks", "losses"},
-    "diagnostics": {"core", "stacks", "checks"},
+    "diagnostics": {"core", "stacks"},
     "interop": {"core", "stacks", "models", "atomic_files"},
     "checks": {"core"},
     "training": {"core", "atomic_files"},

@@ -75,11 +75,8 @@ def check_gru(
             dtypes=dtypes, finite_differences=finite_differences, num_cotangents=num_cotangents,
             num_coordinates=num_coordinates, tolerances=tolerances, key=key,
         )  # fmt: skip
-        changed = [
-            f"{field.name}={getattr(rule, field.name)}"
-            for field in dataclasses.fields(rule)
-            if getattr(rule, field.name) != field.default
-        ]
+        values = [(field, getattr(rule, field.name)) for field in dataclasses.fields(rule)]
+        changed = [f"{field.name}={value}" for field, value in values if value != field.default]
         words = [spec.reset, spec.update, spec.activation, *(["reverse"] if reverse else [])]
         case = " ".join([*words, type(rule).__name__, *changed])
         rows += [dataclasses.replace(row, case=case) for row in report.rows]

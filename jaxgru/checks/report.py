@@ -6,7 +6,7 @@ All comparisons run in NumPy on the host, in float64, whatever dtype the leaves 
 import collections
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -178,21 +178,10 @@ def host(leaf: Any) -> np.ndarray:
     return np.asarray(leaf)
 
 
-def non_finite_entries(named: Iterable[tuple[str, Any]]) -> list[str]:
-    """The first NaN or infinity of each floating leaf that holds one, e.g. "x[0, 2] = nan"."""
-    found = []
-    for name, leaf in named:
-        values = host(leaf).astype(np.float64) if is_kind(leaf, jnp.floating) else np.zeros(0)
-        for index in np.argwhere(~np.isfinite(values))[:1]:
-            place = f"{[int(i) for i in index]}" if index.size else ""
-            found.append(f"{name}{place} = {values[tuple(index)]}")
-    return found
-
-
 def named_leaves(prefix: str, *trees: Any) -> Iterator[tuple[Any, ...]]:
     """The path and the leaves of pytrees of one structure."""
-    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(trees[0])[0]]
-    names = [prefix + jax.tree_util.keystr(path) for path in paths]
+    paths = jax.tree.leaves_with_path(trees[0])
+    names = [prefix + jax.tree_util.keystr(path) for path, _ in paths]
     return zip(names, *map(jax.tree.leaves, trees), strict=True)
 
 

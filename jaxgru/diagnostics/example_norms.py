@@ -12,17 +12,15 @@ from jax import lax
 from jaxgru.core import derivatives
 from jaxgru.core.matmul import matmul
 from jaxgru.core.parameters import GRUParams
-from jaxgru.diagnostics.traces import loss_and_taps, norm, require_sequence, trace_layers
+from jaxgru.diagnostics.traces import norm, trace_loss
 from jaxgru.stacks.forms import Merge, map_grus
-
-Array = jax.Array
 
 
 def example_gradient_norms(
-    loss_fn: Callable[[Any, Array], Array], params: Any, xs: Array, h0: Any = None, *,
-    mask: Array | None = None, resets: Array | None = None, merge: Merge = "concat",
+    loss_fn: Callable[[Any, jax.Array], jax.Array], params: Any, xs: jax.Array, h0: Any = None, *,
+    mask: jax.Array | None = None, resets: jax.Array | None = None, merge: Merge = "concat",
     residual: bool = False,
-) -> tuple[Array, Any]:  # fmt: skip
+) -> tuple[jax.Array, Any]:  # fmt: skip
     """Computes the loss and, for each example and parameter array, the norm of its own gradient.
 
     An example's gradient of a weight [I, K] is sum_t x_t^T d_t, and
@@ -37,13 +35,13 @@ def example_gradient_norms(
     Args:
       loss_fn: (h_last, ys) -> a scalar, a sum of terms that each depend on one example. A mean over
         a batch of B gives gradients, and norms, that are B times too small.
-      params, xs, h0, mask, resets, merge, residual: see `jaxgru.diagnostics`.
+      params, xs, h0, mask, resets, merge, residual: see `gradient_flow`.
 
     Returns:
       The loss, and norms in the form of params: [...] in place of every array.
 
     Raises:
-      ValueError, TypeError: see `jaxgru.diagnostics`.
+      ValueError, TypeError: see `gradient_flow`.
 
     Cost: a forward pass, and a backward pass without gradients of weights; then for each example,
     one after the other, and each weight T times the smaller of T (I + K) and I K multiply-adds, and
@@ -56,16 +54,13 @@ def example_gradient_norms(
     (4,)
     """
     call = (params, xs, h0, mask, resets, merge, residual)
-    require_sequence("example_gradient_norms", *call)
-    loss, taps = loss_and_taps("example_gradient_norms", loss_fn, *call)
-    traces = trace_layers(*call)
-    norms = map_grus(lambda _, trace, tap: _example_norms(trace, tap.hs), params, traces, taps)
-    return loss, norms
+    loss, taps, traces = trace_loss("example_gradient_norms", loss_fn, *call)
+    return loss, map_grus(lambda _, *one: _example_norms(*one), params, traces, taps)
 
 
-def _example_norms(trace, dhs):
-    """A GRUParams of norms [...], from dL/dh_t [T, ..., H]."""
-    g, _ = trace.flags.leave_vjp(dhs.astype(trace.h_tm1.dtype))
+def _example_norms(trace, tap):
+    """A GRUParams of norms [...]; tap.hs is dL/dh_t [T, ..., H]."""
+    g, _ = trace.flags.leave_vjp(tap.hs.astype(trace.h_tm1.dtype))
     transposed = derivatives.transpose_recurrent(trace.recurrent)
     dp = derivatives.step_vjp(transposed, trace.c, trace.gates.norms, g)[1]
     arrays = (trace.xs, trace.gates, trace.h_tm1, *derivatives.gates_vjp(trace.c, g, dp))

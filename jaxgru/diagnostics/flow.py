@@ -1,17 +1,8 @@
 """How much gradient reaches every state and input of a GRU, and along which paths.
 
-The cotangent g = dL/dh_t is the gradient with respect to a tap of zeros, from `gru`'s own backward
-pass. All else is local, linear in g, and computed for all steps at once. Functions of a loss are
-differentiable in reverse mode, the others in both modes. With the coefficients of
-`jaxgru.core.derivatives` and N' the transpose of the normalization (identity without it)::
-
-    kept:       g K
-    update:     N'(g Z) w_hz^T
-    before:     dp = N'(g A) w_hn^T,  candidate: dp r,               reset: N'(dp R) w_hr^T
-    after:                            candidate: N'(g Q) w_hn^T,     reset: N'(g R) w_hr^T
-
-are the four paths from dL/dh_t to dL/dh_{t-1} of a valid step without a reset. Their sum is
-J_t^T g.
+The cotangent dL/dh_t is the gradient with respect to a tap of zeros, from `gru`'s own backward
+pass. All else is local, linear in it, and computed for all steps at once; README.md of this folder
+has the equations. Functions of a loss are differentiable in reverse mode, the others in both modes.
 """
 
 import math
@@ -22,44 +13,36 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxgru.core.checks import require_flags, require_float
+from jaxgru.core.checks import require_bool, require_flags, require_float
 from jaxgru.core.layer_norm import normalize_vjp
 from jaxgru.core.matmul import blocks, matmul
 from jaxgru.core.parameters import GRUParams
-from jaxgru.diagnostics.traces import (
-    loss_and_taps,
-    norm,
-    require_sequence,
-    trace_gru,
-    trace_layers,
-)
+from jaxgru.diagnostics.traces import norm, trace_layers, trace_loss
 from jaxgru.stacks.forms import Merge, map_grus
-
-Array = jax.Array
 
 
 class Paths(NamedTuple):
     """The four paths from dL/dh_t back to dL/dh_{t-1}."""
 
-    kept: Array  # k h_{t-1} itself
-    update: Array  # through z
-    reset: Array  # through r
-    candidate: Array  # through n, for a fixed r
+    kept: jax.Array  # k h_{t-1} itself
+    update: jax.Array  # through z
+    reset: jax.Array  # through r
+    candidate: jax.Array  # through n, for a fixed r
 
 
 class GradientFlow(NamedTuple):
     """Euclidean norms, [T, ...] each, of what one backward pass sends through a GRU."""
 
-    states: Array  # |dL/dh_t|
-    inputs: Array  # |dL/dx_t|
+    states: jax.Array  # |dL/dh_t|
+    inputs: jax.Array  # |dL/dx_t|
     paths: Paths  # of what step t sends back to h_{t-1}
 
 
 def gradient_flow(
-    loss_fn: Callable[[Any, Array], Array], params: Any, xs: Array, h0: Any = None, *,
-    mask: Array | None = None, resets: Array | None = None, merge: Merge = "concat",
+    loss_fn: Callable[[Any, jax.Array], jax.Array], params: Any, xs: jax.Array, h0: Any = None, *,
+    mask: jax.Array | None = None, resets: jax.Array | None = None, merge: Merge = "concat",
     residual: bool = False,
-) -> tuple[Array, Any]:  # fmt: skip
+) -> tuple[jax.Array, Any]:  # fmt: skip
     """Computes the loss and how much gradient reaches every state and input, along which paths.
 
     For another loss, such as one with dropout or with a model around the layers, pass
@@ -68,13 +51,19 @@ def gradient_flow(
 
     Args:
       loss_fn: (h_last, ys) -> a scalar, of the results of `gru` (`gru_stack` for a stack).
-      params, xs, h0, mask, resets, merge, residual: see `jaxgru.diagnostics`.
+      params: a `GRUParams`, a `Bidirectional`, or a sequence of these.
+      xs: [T, ..., I].
+      h0: as in `gru_stack`, or as in `gru` for a single layer; None for zeros.
+      mask, resets: [T, ...] bool, as in `gru`.
+      merge, residual: as in `gru_stack`.
 
     Returns:
       The loss, and a `GradientFlow` for each GRU. At a masked step all gradient is on path "kept".
 
     Raises:
-      ValueError, TypeError: see `jaxgru.diagnostics`.
+      ValueError: a shape does not fit, a choice is unknown, or a number in params, h0 or the valid
+        steps of xs is not finite (inside jit numbers are not checked).
+      TypeError: an argument has the wrong kind or dtype, or the loss is not one floating number.
 
     Cost: a forward and a backward pass, and a second forward pass with gates computed in bulk.
 
@@ -85,32 +74,32 @@ def gradient_flow(
     ((5,), True)
     """
     call = (params, xs, h0, mask, resets, merge, residual)
-    require_sequence("gradient_flow", *call)
-    loss, taps = loss_and_taps("gradient_flow", loss_fn, *call)
+    loss, taps, traces = trace_loss("gradient_flow", loss_fn, *call)
 
     def flow(_, trace, tap):
         return GradientFlow(norm(tap.hs), norm(tap.xs), Paths(*map(norm, _paths(trace, tap.hs))))
 
-    return loss, map_grus(flow, params, trace_layers(*call), taps)
+    return loss, map_grus(flow, params, traces, taps)
 
 
 def gradient_paths(
-    params: GRUParams, xs: Array, dhs: Array, h0: Array | None = None, *,
-    mask: Array | None = None, resets: Array | None = None, reverse: bool = False,
+    params: GRUParams, xs: jax.Array, dhs: jax.Array, h0: jax.Array | None = None, *,
+    mask: jax.Array | None = None, resets: jax.Array | None = None, reverse: bool = False,
 ) -> Paths:  # fmt: skip
     """Computes what every step of one GRU sends back to the state before it, split by path.
 
     Args:
       dhs: [T, ..., H], the whole dL/dh_t: the gradient with respect to a tap's `hs`.
-      params, xs, h0, mask, resets, reverse: see `jaxgru.diagnostics`. A masked step sends all
-        gradient along "kept", a reset step sends none.
+      params, xs, h0, mask, resets: see `gradient_flow`; params is one `GRUParams`. A masked step
+        sends all gradient along "kept", a reset step sends none.
+      reverse: as in `gru`; the state before step t is then that of step t + 1.
 
     Returns:
       `Paths` of [T, ..., H] each. Their sum is J_t^T dL/dh_t: dL/dh_{t-1} without the gradient of
       the output at t - 1.
 
     Raises:
-      ValueError, TypeError: see `jaxgru.diagnostics`.
+      ValueError, TypeError: see `gradient_flow`.
 
     Cost: a forward pass, and 6H^2 multiply-adds a row in bulk.
 
@@ -124,15 +113,18 @@ def gradient_paths(
             f"gradient_paths: params must be one GRUParams, got {type(params).__name__}; pass "
             "each layer of a stack with its own input and tap."
         )
-    require_sequence("gradient_paths", params, xs, h0, mask, resets)
+    require_bool("gradient_paths", "reverse", reverse)
+    trace = trace_layers("gradient_paths", params, xs, h0, mask, resets, reverse=reverse)
     require_float("gradient_paths", "dhs", dhs, params.w_x.dtype)
     wanted = (*xs.shape[:-1], params.w_h.shape[0])
     if dhs.shape != wanted:
         raise ValueError(f"gradient_paths: dhs must have shape {wanted}, got {dhs.shape}.")
-    return _paths(trace_gru(params, xs, h0, mask, resets, reverse)[1], dhs)
+    return _paths(trace, dhs)
 
 
-def credit_reach(norms: Array, fraction: float = 0.01, *, mask: Array | None = None) -> Array:
+def credit_reach(
+    norms: jax.Array, fraction: float = 0.01, *, mask: jax.Array | None = None
+) -> jax.Array:
     """Computes how many steps back from the last one the gradient keeps a fraction of its norm.
 
     The largest d with norms[T - 1 - d] >= fraction * norms[T - 1], of norms above 0.

@@ -5,37 +5,35 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxgru.diagnostics.traces import require_sequence, trace_layers
+from jaxgru.diagnostics.traces import trace_layers
 from jaxgru.stacks.forms import Merge, map_grus
-
-Array = jax.Array
 
 
 class GateStatistics(NamedTuple):
     """Statistics of each unit over all valid steps of all sequences; [H] each."""
 
-    reset_mean: Array
-    update_mean: Array
-    kept_mean: Array  # of k, the share of the state that a step keeps: z or 1 - z
-    reset_low: Array  # share of the steps with r below `low`
-    reset_high: Array  # share above `high`
-    update_low: Array
-    update_high: Array
-    memory: Array  # number of steps over which the kept state falls to 1/e
+    reset_mean: jax.Array
+    update_mean: jax.Array
+    kept_mean: jax.Array  # of k, the share of the state that a step keeps: z or 1 - z
+    reset_low: jax.Array  # share of the steps with r below `low`
+    reset_high: jax.Array  # share above `high`
+    update_low: jax.Array
+    update_high: jax.Array
+    memory: jax.Array  # number of steps over which the kept state falls to 1/e
 
 
 class GateValues(NamedTuple):
     """The gates of every step; [T, ..., H] each."""
 
-    reset: Array  # r
-    update: Array  # z
-    candidate: Array  # n
-    kept: Array  # k, the share of the state that the step keeps: z or 1 - z
+    reset: jax.Array  # r
+    update: jax.Array  # z
+    candidate: jax.Array  # n
+    kept: jax.Array  # k, the share of the state that the step keeps: z or 1 - z
 
 
 def gate_statistics(
-    params: Any, xs: Array, h0: Any = None, *,
-    mask: Array | None = None, resets: Array | None = None, merge: Merge = "concat",
+    params: Any, xs: jax.Array, h0: Any = None, *,
+    mask: jax.Array | None = None, resets: jax.Array | None = None, merge: Merge = "concat",
     residual: bool = False, low: float = 0.1, high: float = 0.9,
 ) -> Any:  # fmt: skip
     """Computes means and saturation of the gates of every unit, and how long the unit remembers.
@@ -46,16 +44,14 @@ def gate_statistics(
     rounds to 1; in float32 its error reaches a thousandth at about 10,000 steps.
 
     Args:
-      params, xs, h0, mask, resets, merge, residual: see `jaxgru.diagnostics`. Only valid steps
-        count.
-      low: a gate below `low` is closed.
-      high: a gate above `high` is open.
+      params, xs, h0, mask, resets, merge, residual: see `gradient_flow`. Only valid steps count.
+      low, high: a gate below `low` is closed, a gate above `high` is open.
 
     Returns:
       A `GateStatistics` of [H] arrays for each GRU; NaN if there is no valid step.
 
     Raises:
-      ValueError, TypeError: see `jaxgru.diagnostics`; ValueError also unless 0 <= low < high <= 1.
+      ValueError, TypeError: see `gradient_flow`; ValueError also unless 0 <= low < high <= 1.
 
     >>> from jaxgru import init_gru
     >>> params = jax.tree.map(jnp.zeros_like, init_gru(jax.random.key(0), 2, 3))
@@ -63,39 +59,36 @@ def gate_statistics(
     >>> statistics.update_mean.tolist(), round(float(statistics.memory[0]), 4)  # 1 / log 2
     ([0.5, 0.5, 0.5], 1.4427)
     """
-    call = (params, xs, h0, mask, resets, merge, residual)
-    require_sequence("gate_statistics", *call)
     if not 0 <= low < high <= 1:
         raise ValueError(
             f"gate_statistics: low and high must satisfy 0 <= low < high <= 1, got {low}, {high}."
         )
-    return map_grus(lambda _, trace: _statistics(trace, low, high), params, trace_layers(*call))
+    traces = trace_layers("gate_statistics", params, xs, h0, mask, resets, merge, residual)
+    return map_grus(lambda _, trace: _statistics(trace, low, high), params, traces)
 
 
 def gate_values(
-    params: Any, xs: Array, h0: Any = None, *,
-    mask: Array | None = None, resets: Array | None = None, merge: Merge = "concat",
+    params: Any, xs: jax.Array, h0: Any = None, *,
+    mask: jax.Array | None = None, resets: jax.Array | None = None, merge: Merge = "concat",
     residual: bool = False,
 ) -> Any:  # fmt: skip
     """Computes the gates r and z, the candidate n and the keep fraction k of every step.
 
     Args:
-      params, xs, h0, mask, resets, merge, residual: see `jaxgru.diagnostics`. The gates of masked
+      params, xs, h0, mask, resets, merge, residual: see `gradient_flow`. The gates of masked
         steps are those of an input of zeros; they have no effect on the state.
 
     Returns:
       `GateValues` for each GRU.
 
     Raises:
-      ValueError, TypeError: see `jaxgru.diagnostics`.
+      ValueError, TypeError: see `gradient_flow`.
 
     >>> from jaxgru import init_gru
     >>> gate_values(init_gru(jax.random.key(0), 2, 3), jnp.ones((5, 2))).reset.shape
     (5, 3)
     """
-    call = (params, xs, h0, mask, resets, merge, residual)
-    require_sequence("gate_values", *call)
-    traces = trace_layers(*call)
+    traces = trace_layers("gate_values", params, xs, h0, mask, resets, merge, residual)
     return map_grus(lambda _, t: GateValues(t.gates.r, t.gates.z, t.gates.n, t.c.k), params, traces)
 
 

@@ -1,37 +1,27 @@
 """dh_t/dh_{t-1} in closed form, its diagonal, its bound, and the products of it over time.
 
-With the coefficients K, A, R, Z, Q of `jaxgru.core.derivatives` and h as a row, th' = th M, where::
-
-    before:  M = diag(K) + N'(w_hz) diag(Z) + N'((diag(r) + N'(w_hr) diag(R)) w_hn) diag(A)
-    after:   M = diag(K) + N'(w_hz) diag(Z) + N'(w_hr) diag(R) + N'(w_hn) diag(Q)
-
-and J = dh'/dh = M^T. N', the derivative of the normalization, acts on rows; without layer norm it
-is the identity. A masked step has J = I, a reset step J = 0. Results are in the state dtype
-(float32 for half types).
+README.md of this folder has the equations of M = J^T and X, here `_state_map` and `_input_map`. A
+masked step has J = I, a reset step J = 0. Results are in the state dtype (float32 for half types).
 """
 
 import itertools
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxgru.core.cell import gru_cell
-from jaxgru.core.checks import require_flags, require_float
-from jaxgru.core.derivatives import Coefficients, step_jvp_inputs
+from jaxgru.core.cell import gru_cell, input_products, scale_blocks
+from jaxgru.core.checks import require_bool, require_flags, require_float
+from jaxgru.core.derivatives import Coefficients
 from jaxgru.core.flags import Flags
 from jaxgru.core.layer_norm import Norm, normalize_jvp
 from jaxgru.core.matmul import blocks, like_row, matmul, state_dtype
 from jaxgru.core.parameters import GRUParams
-from jaxgru.diagnostics.traces import by_layer, require_sequence, trace_layers, trace_steps
-from jaxgru.stacks.forms import Bidirectional, as_stack
-
-Array = jax.Array
+from jaxgru.diagnostics.traces import by_layer, require_one_way, trace_layers, trace_steps
 
 
-def step_jacobian(params: GRUParams, x: Array, h: Array) -> Array:
+def step_jacobian(params: GRUParams, x: jax.Array, h: jax.Array) -> jax.Array:
     """Computes J = dh'/dh of one step in closed form, with J[i, j] = dh'_i / dh_j.
 
     Args:
@@ -55,7 +45,7 @@ def step_jacobian(params: GRUParams, x: Array, h: Array) -> Array:
     return jnp.swapaxes(_state_map(_trace_step(params, x, h)), -1, -2)
 
 
-def step_jacobian_diagonal(params: GRUParams, x: Array, h: Array) -> Array:
+def step_jacobian_diagonal(params: GRUParams, x: jax.Array, h: jax.Array) -> jax.Array:
     """Computes the diagonal of dh'/dh, the derivative of each unit by its own past.
 
         after:   K + d(w_hz) Z + d(w_hr) R + d(w_hn) Q,    d the diagonal
@@ -84,7 +74,7 @@ def step_jacobian_diagonal(params: GRUParams, x: Array, h: Array) -> Array:
     return own_slopes(trace.params, trace.c)
 
 
-def own_slopes(params: GRUParams, c: Coefficients) -> Array:
+def own_slopes(params: GRUParams, c: Coefficients) -> jax.Array:
     """`step_jacobian_diagonal` without layer norm, from a step's coefficients."""
     w_r, w_z, w_n = (w.astype(c.k.dtype) for w in blocks(params.w_h))
     own_r, own_z, own_n = (like_row(jnp.diagonal(w), c.k) for w in (w_r, w_z, w_n))
@@ -93,7 +83,7 @@ def own_slopes(params: GRUParams, c: Coefficients) -> Array:
     return c.k + own_z * c.z + c.a * (c.gate_r * own_n + matmul(c.r, w_r.T * w_n))
 
 
-def step_jacobian_bound(params: GRUParams, x: Array, h: Array) -> Array:
+def step_jacobian_bound(params: GRUParams, x: jax.Array, h: jax.Array) -> jax.Array:
     """Computes an upper bound of the largest singular value of dh'/dh from gates and weights.
 
         after:   max K + max|Z| |w_hz| + max|R| |w_hr| + max|Q| |w_hn|
@@ -120,28 +110,28 @@ def step_jacobian_bound(params: GRUParams, x: Array, h: Array) -> Array:
     True
     """
     trace = _trace_step(params, x, h)
-    c, sizes = trace.c, []
-    for w, scale, norm in zip(blocks(trace.params.w_h), trace.recurrent.g, trace.gates.norms):
+    c = trace.c
+
+    def size_of(w, scale, norm):
         size = jnp.linalg.norm(w.astype(c.k.dtype), ord=2)
-        if scale is not None and norm is not None:
-            size = size * jnp.abs(scale).max().astype(c.k.dtype) * norm.i[..., 0]
-        sizes.append(size)
+        return size if norm is None else size * largest(scale.astype(size.dtype)) * norm.i[..., 0]
 
     def largest(v):
         return jnp.abs(v).max(axis=-1)
 
-    size_r, size_z, size_n = sizes
+    parts = (blocks(trace.params.w_h), trace.recurrent.g, trace.gates.norms)
+    size_r, size_z, size_n = map(size_of, *parts)
+    without_r = largest(c.k) + largest(c.z) * size_z
     if c.gate_r is None:
-        return largest(c.k) + largest(c.z) * size_z + largest(c.r) * size_r + largest(c.q) * size_n
-    through_n = largest(c.a) * size_n * (largest(c.gate_r) + largest(c.r) * size_r)
-    return largest(c.k) + largest(c.z) * size_z + through_n
+        return without_r + largest(c.r) * size_r + largest(c.q) * size_n
+    return without_r + largest(c.a) * size_n * (largest(c.gate_r) + largest(c.r) * size_r)
 
 
 def sequence_jacobians(
-    params: Any, xs: Array, h0: Any = None, *,
-    mask: Array | None = None, resets: Array | None = None, residual: bool = False,
+    params: Any, xs: jax.Array, h0: Any = None, *,
+    mask: jax.Array | None = None, resets: jax.Array | None = None, residual: bool = False,
     reverse: bool = False,
-) -> Array:  # fmt: skip
+) -> jax.Array:  # fmt: skip
     """Computes dh_t/dh_{t-1} of every step of a sequence, for the joint state of a stack.
 
     The state of a stack is that of its layers side by side, [h^1 | h^2 | ...], S = sum of H. A
@@ -152,15 +142,14 @@ def sequence_jacobians(
 
     Args:
       params: a `GRUParams`, or a sequence of them.
-      xs, h0, mask, resets, residual: see `jaxgru.diagnostics`.
-      reverse: as in `gru`. J[t] is then dh_t/dh_{t+1}; pass J[::-1] to functions that take
-        Jacobians in the order of time.
+      xs, h0, mask, resets, residual: see `gradient_flow`.
+      reverse: as in `gru`. J[t] is then dh_t/dh_{t+1}; pass J[::-1] where the order of time counts.
 
     Returns:
       [T, ..., S, S] with J[t, ..., i, j] = dh_t[i] / dh_{t-1}[j].
 
     Raises:
-      ValueError, TypeError: see `jaxgru.diagnostics`; ValueError also for a `Bidirectional`, whose
+      ValueError, TypeError: see `gradient_flow`; ValueError also for a `Bidirectional`, whose
         directions have no common order of steps.
 
     Cost: that of `gru` and, for every step, of `step_jacobian`; T B S^2 numbers in memory. A stack
@@ -171,13 +160,11 @@ def sequence_jacobians(
     >>> sequence_jacobians(layers, jnp.ones((5, 4, 2))).shape
     (5, 4, 6, 6)
     """
-    require_sequence("sequence_jacobians", params, xs, h0, mask, resets, residual=residual)
-    if any(isinstance(layer, Bidirectional) for layer in as_stack(params)):
-        raise ValueError(
-            "sequence_jacobians: params must hold layers of one direction, got a Bidirectional; "
-            "pass its forward and, with reverse=True, its backward separately."
-        )
-    traces = trace_layers(params, xs, h0, mask, resets, residual=residual, reverse=reverse)
+    require_bool("sequence_jacobians", "reverse", reverse)
+    cure = "; pass its forward and, with reverse=True, its backward separately"
+    require_one_way("sequence_jacobians", params, cure)
+    call = (params, xs, h0, mask, resets)
+    traces = trace_layers("sequence_jacobians", *call, residual=residual, reverse=reverse)
     traces = by_layer(params, traces)
     ends = list(itertools.accumulate(trace.h_tm1.shape[-1] for trace in traces))
     columns, of_output = [], None
@@ -188,7 +175,7 @@ def sequence_jacobians(
     return jnp.swapaxes(jnp.concatenate(columns, axis=-1), -1, -2)
 
 
-def jacobian_products(jacobians: Array) -> Array:
+def jacobian_products(jacobians: jax.Array) -> jax.Array:
     """Computes P_t = J_T J_{T-1} ... J_t = dh_T/dh_{t-1} for every step t.
 
     Args:
@@ -215,15 +202,14 @@ def jacobian_products(jacobians: Array) -> Array:
     return lax.scan(body, _identities(jacobians), jacobians, reverse=True)[1]
 
 
-def singular_values(jacobians: Array) -> Array:
+def singular_values(jacobians: jax.Array) -> jax.Array:
     """Computes the singular values of every matrix, the largest first.
 
     Args:
-      jacobians: [..., H, H], Jacobians of steps or products of them. The first singular value is
-        the largest factor by which a matrix stretches a cotangent.
+      jacobians: [..., H, H], Jacobians of steps or products of them.
 
     Returns:
-      [..., H].
+      [..., H]; the first is the largest factor by which a matrix stretches a cotangent.
 
     Raises:
       ValueError, TypeError: jacobians is not a floating array [..., H, H].
@@ -236,7 +222,7 @@ def singular_values(jacobians: Array) -> Array:
     return _decompose(lambda j: jnp.linalg.svd(j, compute_uv=False), jacobians)
 
 
-def lyapunov_exponents(jacobians: Array, mask: Array | None = None) -> Array:
+def lyapunov_exponents(jacobians: jax.Array, mask: jax.Array | None = None) -> jax.Array:
     """Computes the rates, in nats a step, at which small differences of the state grow or decay.
 
         J_t Q_{t-1} = Q_t R_t (QR decomposition),   lambda_i = mean over t of log |(R_t)_ii|
@@ -278,7 +264,7 @@ def lyapunov_exponents(jacobians: Array, mask: Array | None = None) -> Array:
     q = _identities(jacobians)
     (_, total), _ = lax.scan(body, (q, jnp.zeros_like(q[..., 0])), (jacobians, mask))
     rates = total / mask.sum(axis=0)[..., None].astype(total.dtype)
-    return jnp.flip(jnp.sort(rates, axis=-1), axis=-1)
+    return jnp.sort(rates, axis=-1, descending=True)
 
 
 def _decompose(decomposition, matrices):
@@ -288,12 +274,9 @@ def _decompose(decomposition, matrices):
     of them in one program, such as singular values and exponents, can deadlock: seen with jaxlib
     0.10.2 on two cores.
     """
-    lead, of_one = matrices.shape[:-2], jax.custom_batching.sequential_vmap(decomposition)
-
-    def one_by_one(matrices):
-        parts = lax.map(of_one, matrices.reshape(math.prod(lead), *matrices.shape[-2:]))
-        return jax.tree.map(lambda v: v.reshape(*lead, *v.shape[1:]), parts)
-
+    one_by_one = jax.custom_batching.sequential_vmap(decomposition)
+    for _ in matrices.shape[:-2]:
+        one_by_one = jax.vmap(one_by_one)
     return lax.platform_dependent(matrices, cpu=one_by_one, default=decomposition)
 
 
@@ -306,52 +289,53 @@ def _trace_step(params, x, h):
 
 def _state_map(trace):
     """M [..., H, H] with th' = th M, of valid steps without a reset."""
-    c, dtype, lead = trace.c, trace.h_tm1.dtype, (1,) * (trace.h_tm1.ndim - 1)
-    w_r, w_z, w_n = blocks(trace.params.w_h.astype(dtype))
-    norms = [None if n is None else Norm(*(v[..., None, :] for v in n)) for n in trace.gates.norms]
-
-    def of_gate(gate, product, coefficient):
-        product = product.reshape(lead + product.shape) if product.ndim == 2 else product
-        normalized = normalize_jvp(product, trace.recurrent.g[gate], norms[gate])
-        return normalized * coefficient[..., None, :]
-
-    identity = jnp.eye(w_n.shape[0], dtype=dtype).reshape(lead + w_n.shape)
-    kept = identity * c.k[..., None, :]
+    c, norms, scales = trace.c, trace.gates.norms, trace.recurrent.g
+    w_r, w_z, w_n = blocks(trace.params.w_h.astype(c.k.dtype))
+    identity = jnp.eye(w_n.shape[-1], dtype=w_n.dtype)
+    kept = _map_of_gate(identity, None, None, c.k)
+    through_r = _map_of_gate(w_r, scales[0], norms[0], c.r)
+    through_z = _map_of_gate(w_z, scales[1], norms[1], c.z)
     if c.gate_r is None:
-        return kept + of_gate(0, w_r, c.r) + of_gate(1, w_z, c.z) + of_gate(2, w_n, c.q)
-    read = identity * c.gate_r[..., None, :] + of_gate(0, w_r, c.r)
-    return kept + of_gate(1, w_z, c.z) + of_gate(2, matmul(read, w_n), c.a)
+        return kept + through_r + through_z + _map_of_gate(w_n, scales[2], norms[2], c.q)
+    read = _map_of_gate(identity, None, None, c.gate_r) + through_r
+    return kept + through_z + _map_of_gate(matmul(read, w_n), scales[2], norms[2], c.a)
+
+
+def _input_map(trace):
+    """X [..., I, H] with th' = tx X, of valid steps."""
+    params, c = trace.params, trace.c
+    w_x, norms = params.w_x.astype(c.k.dtype), [n for _, n in input_products(params, trace.xs)]
+    parts = map(_map_of_gate, blocks(w_x), scale_blocks(params.g_x), norms, (c.r, c.z, c.a))
+    through_r, through_z, through_n = parts
+    if c.gate_r is not None:
+        product = matmul(through_r, trace.recurrent.w[1])
+        through_r = _map_of_gate(product, trace.recurrent.g[2], trace.gates.norms[2], c.a)
+    return through_r + through_z + through_n
+
+
+def _map_of_gate(w, scale, norm, coefficient):
+    """N'(w) diag(coefficient), [..., K, H]; w is [K, H] or [..., K, H]."""
+    w = w.reshape((1,) * (coefficient.ndim + 1 - w.ndim) + w.shape)
+    norm = None if norm is None else Norm(*(v[..., None, :] for v in norm))
+    return normalize_jvp(w, scale, norm) * coefficient[..., None, :]
 
 
 def _state_column(trace, end, size, of_input):
     """The map of all layers' states to the state of one, [..., S, H]: M, and that of its input."""
     valid = _state_map(trace)
     lead, hidden_size = valid.ndim - 2, valid.shape[-1]
-    masked = jnp.eye(hidden_size, dtype=valid.dtype).reshape((1,) * lead + valid.shape[-2:])
+    masked = jnp.broadcast_to(jnp.eye(hidden_size, dtype=valid.dtype), valid.shape)
     rows = [(0, 0)] * lead + [(end - hidden_size, size - end), (0, 0)]
-    pieces = (valid, jnp.broadcast_to(masked, valid.shape))
-    valid, masked = (jnp.pad(trace.flags.enter_linear(v), rows) for v in pieces)
+    valid, masked = (jnp.pad(trace.flags.enter_linear(v), rows) for v in (valid, masked))
     if of_input is not None:
         valid = valid + jnp.matmul(of_input, _input_map(trace))
     return trace.flags.leave(valid, masked)
 
 
-def _input_map(trace):
-    """X [..., I, H] with th' = tx X, from the tangents of every unit of the input."""
-    no_tangents = jax.tree.map(lambda _: None, trace.params)
-
-    def of_unit(unit):
-        txs = jnp.broadcast_to(like_row(unit, trace.xs), trace.xs.shape)
-        return step_jvp_inputs(trace.params, no_tangents, trace.xs, txs, trace.gates, trace.h_tm1)
-
-    return jax.vmap(of_unit, out_axes=-2)(jnp.eye(trace.xs.shape[-1], dtype=trace.xs.dtype))
-
-
 def _identities(jacobians):
     """[..., H, H], an identity for every sequence, made from the Jacobians: sharded as they are."""
-    identity = jnp.eye(jacobians.shape[-1], dtype=jacobians.dtype)
     zeros = jnp.zeros_like(jacobians.sum(axis=0))
-    return zeros + identity.reshape((1,) * (zeros.ndim - 2) + identity.shape)
+    return zeros + jnp.broadcast_to(jnp.eye(zeros.shape[-1], dtype=zeros.dtype), zeros.shape)
 
 
 def _require_jacobians(function, jacobians, least=3):

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxgru.checks.report import named_leaves, non_finite_entries
 from jaxgru.core.cell import Gates, Recurrent, project, split_recurrent, step
 from jaxgru.core.checks import is_traced
 from jaxgru.core.derivatives import Coefficients, coefficients
@@ -21,11 +21,9 @@ from jaxgru.core.parameters import GRUParams
 from jaxgru.core.recurrence import run_gru
 from jaxgru.stacks.checks import StackConfig, require_grus, require_layers
 from jaxgru.stacks.dropout import Dropout
-from jaxgru.stacks.forms import Bidirectional, as_stack
+from jaxgru.stacks.forms import Bidirectional, as_stack, directions_of
 from jaxgru.stacks.initializers import init_taps
 from jaxgru.stacks.run import merge_directions, reverse_resets, run_stack
-
-Array = jax.Array
 
 
 class Trace(NamedTuple):
@@ -33,14 +31,35 @@ class Trace(NamedTuple):
 
     params: GRUParams
     recurrent: Recurrent
-    xs: Array  # [T, ..., I], zero at masked steps
-    h_tm1: Array  # [T, ..., H], the state that each step reads: zero where it is reset
+    xs: jax.Array  # [T, ..., I], zero at masked steps
+    h_tm1: jax.Array  # [T, ..., H], the state that each step reads: zero where it is reset
+    h_t: jax.Array  # [T, ..., H], what the step makes of it, whether the step is masked or not
     gates: Gates
     c: Coefficients
     flags: Flags
 
 
-def trace_gru(params, xs, h0, mask, resets, reverse) -> tuple[Array, Trace]:
+def trace_layers(
+    function, params, xs, h0, mask, resets, merge: Any = "concat", residual=False, reverse=False
+) -> Any:
+    """A `Trace` for every GRU, in the form of params, of arguments that are checked first."""
+    require_sequence(function, params, xs, h0, mask, resets, merge, residual)
+    traces, ys = [], xs
+    for number, (layer, h) in enumerate(zip(as_stack(params), by_layer(params, h0))):
+        pair = isinstance(layer, Bidirectional)
+        starts = h if pair and h is not None else (h, None)
+        flags = (resets, reverse_resets(resets) if pair else None)
+        runs = [
+            _trace_gru(p, ys, starts[d], mask, flags[d], reverse or d == 1)
+            for d, p in enumerate(directions_of(layer))
+        ]
+        joined = merge_directions(merge, *(hs for hs, _ in runs))
+        ys = joined + ys if residual and number else joined
+        traces.append(Bidirectional(*(trace for _, trace in runs)) if pair else runs[0][1])
+    return tuple(traces) if as_stack(params) is params else traces[0]
+
+
+def _trace_gru(params, xs, h0, mask, resets, reverse):
     """hs of `gru`, and the trace of its steps."""
     h_last, hs = run_gru(
         params, xs, h0, mask, resets, None, 0, None,
@@ -55,31 +74,12 @@ def trace_gru(params, xs, h0, mask, resets, reverse) -> tuple[Array, Trace]:
     return hs, trace_steps(params, xs, h_tm1, flags)
 
 
-def trace_steps(params: GRUParams, xs: Array, h_tm1: Array, flags: Flags) -> Trace:
+def trace_steps(params: GRUParams, xs: jax.Array, h_tm1: jax.Array, flags: Flags) -> Trace:
     """The trace of steps that read these states."""
     recurrent = split_recurrent(params)
-    gates = step(recurrent, project(params, xs), h_tm1)[1]
+    h_t, gates = step(recurrent, project(params, xs), h_tm1)
     c = coefficients(gates, h_tm1, params.spec)
-    return Trace(params, recurrent, xs, h_tm1, gates, c, flags)
-
-
-def trace_layers(
-    params, xs, h0, mask, resets, merge: Any = "concat", residual=False, reverse=False
-) -> Any:
-    """A `Trace` for every GRU, in the form of params."""
-    traces, ys = [], xs
-    for number, (layer, h) in enumerate(zip(as_stack(params), by_layer(params, h0))):
-        if isinstance(layer, Bidirectional):
-            starts = (None, None) if h is None else h
-            flags = (resets, reverse_resets(resets))
-            runs = [trace_gru(layer[d], ys, starts[d], mask, flags[d], bool(d)) for d in range(2)]
-            traces.append(Bidirectional(*(trace for _, trace in runs)))
-        else:
-            runs = [trace_gru(layer, ys, h, mask, resets, reverse)]
-            traces.append(runs[0][1])
-        joined = merge_directions(merge, *(hs for hs, _ in runs))
-        ys = joined + ys if residual and number else joined
-    return tuple(traces) if as_stack(params) is params else traces[0]
+    return Trace(params, recurrent, xs, h_tm1, h_t, gates, c, flags)
 
 
 def by_layer(params, tree) -> Any:
@@ -89,11 +89,11 @@ def by_layer(params, tree) -> Any:
     return tree if as_stack(params) is params else (tree,)
 
 
-def loss_and_taps(function, loss_fn, params, xs, h0, mask, resets, merge, residual) -> Any:
-    """The loss of (h_last, ys) and its gradient with respect to the taps, in the form of params."""
-    layers = as_stack(params)
+def trace_loss(function, loss_fn, params, xs, h0, mask, resets, merge, residual) -> Any:
+    """The loss of (h_last, ys), its gradient with respect to the taps, and `trace_layers`."""
+    traces = trace_layers(function, params, xs, h0, mask, resets, merge, residual)
+    layers, starts = as_stack(params), by_layer(params, h0)
     config = StackConfig(merge, residual, Dropout(), False, BPTT(), Noise(), True)
-    starts = by_layer(params, h0)
 
     def run(taps):
         taps = by_layer(params, taps)
@@ -103,7 +103,7 @@ def loss_and_taps(function, loss_fn, params, xs, h0, mask, resets, merge, residu
     like_xs = jnp.zeros_like(xs[..., :1])  # sharded as xs, and varying where xs does
     taps = jax.tree.map(lambda v: v + like_xs, init_taps(params, xs.shape[:-1]))
     require_scalar_loss(function, loss_fn, *jax.eval_shape(run, taps))
-    return jax.value_and_grad(lambda taps: loss_fn(*run(taps)))(taps)
+    return *jax.value_and_grad(lambda taps: loss_fn(*run(taps)))(taps), traces
 
 
 def norm(v):
@@ -131,6 +131,14 @@ def require_scalar_loss(function, loss_fn, *args):
         )
 
 
+def require_one_way(function, params, cure):
+    """Raises ValueError if a layer is a `Bidirectional`."""
+    layers = jax.tree.leaves(params, is_leaf=lambda layer: isinstance(layer, Bidirectional))
+    if any(isinstance(layer, Bidirectional) for layer in layers):
+        need = "params must hold layers of one direction"
+        raise ValueError(f"{function}: {need}, got a Bidirectional{cure}.")
+
+
 def require_sequence(function, params, xs, h0, mask, resets, merge="concat", residual=False):
     """Raises TypeError or ValueError for a sequence that does not fit or is not finite."""
     require_grus(function, params)
@@ -144,11 +152,16 @@ def _require_finite(function, argument, tree, mask=None):
     """Raises ValueError if a number that can be read, and is not masked, is NaN or infinite."""
     if any(is_traced(leaf) for leaf in jax.tree.leaves((tree, mask))):
         return
+    found = []
     with jax.ensure_compile_time_eval():
         if mask is not None:
             tree = jnp.where(jnp.asarray(mask)[..., None], tree, jnp.zeros_like(tree))
-        if all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(tree)):
-            return
-    found = ", ".join(non_finite_entries(named_leaves(argument, tree)))
-    cure = "mask such steps or replace the entry" if argument == "xs" else "replace the entry"
-    raise ValueError(f"{function}: {argument} must be finite, got {found}; {cure}.")
+        for path, leaf in jax.tree.leaves_with_path(tree):
+            if not jnp.isfinite(leaf).all():
+                values = np.asarray(leaf).astype(np.float64)
+                first = np.argwhere(~np.isfinite(values))[0].tolist()
+                place = f"{argument}{jax.tree_util.keystr(path)}{first}"
+                found.append(f"{place} = {values[tuple(first)]}")
+    if found:
+        cure = "mask such steps or replace the entry" if argument == "xs" else "replace the entry"
+        raise ValueError(f"{function}: {argument} must be finite, got {', '.join(found)}; {cure}.")

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import inspect
+import pathlib
 import re
 
 import jax
@@ -429,6 +431,11 @@ PARAMS = make_problem(0, dtype=jnp.float32).params
 PAIR = Bidirectional(PARAMS, PARAMS)
 LAYERS = (PARAMS, make_problem(1, inputs=3, dtype=jnp.float32).params)
 SCALED = make_problem(0, dtype=jnp.float32, layer_norm=True).params
+BROKEN = (
+    dataclasses.replace(LAYERS[0], w_h=np.asarray(LAYERS[0].w_h).copy()),
+    dataclasses.replace(LAYERS[1], b_x=np.asarray(LAYERS[1].b_x).copy()),
+)
+BROKEN[0].w_h[2, 8], BROKEN[1].b_x[1] = np.nan, -np.inf
 XS = jnp.ones((5, 4, 2))
 EYES = jnp.asarray(np.stack([np.eye(3, dtype=np.float32)] * 2))
 
@@ -498,6 +505,10 @@ EYES = jnp.asarray(np.stack([np.eye(3, dtype=np.float32)] * 2))
         (ValueError, "gru_stack: tap[0] must be one Tap, as params[0] has one direction, got 2 of "
                      "them; init_taps(params, lead_shape) has the form.",
          lambda: jaxgru.gru_stack((PARAMS,), XS, tap=[["a", "b"]])),
+        (TypeError, "gradient_paths: reverse must be a bool, got 1.",
+         lambda: diagnostics.gradient_paths(PARAMS, XS, XS, reverse=1)),
+        (TypeError, "sequence_jacobians: reverse must be a bool, got 'no'.",
+         lambda: diagnostics.sequence_jacobians(PARAMS, XS, reverse="no")),
         (ValueError, "gradient_paths: dhs must have shape (5, 4, 3), got (5, 4, 2).",
          lambda: diagnostics.gradient_paths(PARAMS, XS, XS)),
         (ValueError, "gate_statistics: low and high must satisfy 0 <= low < high <= 1, got 0.9, "
@@ -526,6 +537,9 @@ EYES = jnp.asarray(np.stack([np.eye(3, dtype=np.float32)] * 2))
         (ValueError, "gate_statistics: low and high must satisfy 0 <= low < high <= 1, got 0.1, "
                      "1.1.",
          lambda: diagnostics.gate_statistics(PARAMS, XS, high=1.1)),
+        (ValueError, "gate_values: params must be finite, got params[0].w_h[2, 8] = nan, "
+                     "params[1].b_x[1] = -inf; replace the entry.",
+         lambda: diagnostics.gate_values(BROKEN, XS)),
         (ValueError, "gate_values: h0 must be finite, got h0[0, 0] = inf; replace the entry.",
          lambda: diagnostics.gate_values(PARAMS, XS, np.full((4, 3), np.inf, np.float32))),
         (ValueError, "gradient_paths: h0 must be finite, got h0[0, 0] = nan; replace the entry.",
@@ -586,6 +600,14 @@ def test_bad_input_is_named_with_its_cure(kind, message, call):
     with pytest.raises(kind) as caught:
         call()
     assert str(caught.value).partition("\n")[0] == message  # JAX adds lines to what it traces
+
+
+def test_readme_of_the_room_names_every_function_and_its_example_runs():
+    readme = pathlib.Path(diagnostics.__file__).with_name("README.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", readme, re.S)
+    exec(compile(block, "README.md", "exec"), {})
+    for name in diagnostics.__all__:
+        assert not inspect.isfunction(getattr(diagnostics, name)) or f"`{name}`" in readme, name
 
 
 def test_nan_on_masked_steps_is_legal(x64, uncompiled):

@@ -138,7 +138,8 @@ def fit(
       Interrupted: SIGTERM or Ctrl-C.
       ImportError: tqdm is missing but progress is True, or Orbax is missing but checkpoints is set.
     """
-    _require_arguments(locals())
+    counts = {"num_updates": num_updates, "log_every": log_every, "evaluate_every": evaluate_every}
+    _require_arguments(counts, batches, evaluate, monitor, checkpoints)
     with contextlib.ExitStack() as stack:
         if checkpoints is not None:
             folder = pathlib.Path(checkpoints.folder)
@@ -201,16 +202,15 @@ def fit(
     return Fit(state, records, best)
 
 
-def _require_arguments(given):
-    checkpoints, monitor, batches = given["checkpoints"], given["monitor"], given["batches"]
-    counts = {name: given[name] for name in ("num_updates", "log_every", "evaluate_every")}
+def _require_arguments(counts, batches, evaluate, monitor, checkpoints):
+    """TypeError or ValueError naming the argument of `fit` that is not what it must be."""
     if monitor is not None:
         require_choice("fit", "monitor.mode", monitor.mode, ("min", "max"))
-        if given["evaluate"] is None:
+        if evaluate is None:
             raise ValueError("fit: monitor must be given with evaluate, which computes its metric.")
-        counts["monitor.patience"] = monitor.patience
+        counts |= {"monitor.patience": monitor.patience}
     if checkpoints is not None:
-        counts["checkpoints.every"] = checkpoints.every
+        counts |= {"checkpoints.every": checkpoints.every}
     for name, value in counts.items():
         if value is not None or name not in ("evaluate_every", "monitor.patience"):
             require_count("fit", name, value)

@@ -141,13 +141,7 @@ def fit(
     counts = {"num_updates": num_updates, "log_every": log_every, "evaluate_every": evaluate_every}
     _require_arguments(counts, batches, evaluate, monitor, checkpoints)
     with contextlib.ExitStack() as stack:
-        if checkpoints is not None:
-            folder = pathlib.Path(checkpoints.folder)
-            stack.enter_context(locked(folder))
-            on_process_zero(lambda: remove_leftovers(folder))
-            if callbacks is None:
-                callbacks = [JsonLines(folder / "metrics.jsonl")]
-        called = list(callbacks or ()) if jax.process_index() == 0 else []
+        called = _open_folder(stack, checkpoints, callbacks)
         state, loop, best, seconds = _begin(state, monitor, checkpoints, called, num_updates)
         start, records, unsaved = int(state.step), [], None
         updates = range(start + 1, 1 + (start if loop.is_exhausted(monitor) else num_updates))
@@ -182,13 +176,7 @@ def fit(
                     required = ends and not failed
                     saved = _save(checkpoints, update, state, loop, unsaved, required=required)
             if failed:
-                where = f", and are in {checkpoints.folder}" if checkpoints and saved else ""
-                raise NonFiniteError(
-                    "fit: loss, gradient or parameters were not finite in the last "
-                    f"{loop.in_row} updates, up to update {update}; the parameters are as before "
-                    f"them{where}. Lower the learning rate.",
-                    state,
-                )
+                raise _non_finite_error(loop, update, state, checkpoints if saved else None)
             if ends:
                 break
         else:
@@ -200,6 +188,26 @@ def fit(
         if stop is not None and checkpoints is not None:  # or during the last evaluation or save
             raise Interrupted(stop, int(state.step), pathlib.Path(checkpoints.folder))
     return Fit(state, records, best)
+
+
+def _open_folder(stack, checkpoints, callbacks):
+    """Locks and tidies the folder of checkpoints; returns the callbacks that this process calls."""
+    if checkpoints is not None:
+        folder = pathlib.Path(checkpoints.folder)
+        stack.enter_context(locked(folder))
+        on_process_zero(lambda: remove_leftovers(folder))
+        if callbacks is None:
+            callbacks = [JsonLines(folder / "metrics.jsonl")]
+    return list(callbacks or ()) if jax.process_index() == 0 else []
+
+
+def _non_finite_error(loop, update, state, saved_in):
+    where = f", and are in {saved_in.folder}" if saved_in else ""
+    return NonFiniteError(
+        f"fit: loss, gradient or parameters were not finite in the last {loop.in_row} updates, up "
+        f"to update {update}; the parameters are as before them{where}. Lower the learning rate.",
+        state,
+    )
 
 
 def _require_arguments(counts, batches, evaluate, monitor, checkpoints):

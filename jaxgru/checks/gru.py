@@ -11,7 +11,15 @@ from jaxgru.checks.gradients import check_gradients
 from jaxgru.checks.report import GradientReport, GradientRow
 from jaxgru.core.gradient import BPTT, Autodiff, Gradient, Tangent, as_rule
 from jaxgru.core.noise import Noise
-from jaxgru.core.parameters import CHO_2014, CHUNG_2014, PYTORCH, GRUParams, GRUSpec
+from jaxgru.core.parameters import (
+    CHO_2014,
+    CHUNG_2014,
+    PYTORCH,
+    GRUParams,
+    GRUSpec,
+    require_params,
+    require_spec,
+)
 from jaxgru.core.recurrence import gru
 
 _GRADIENTS = (
@@ -61,6 +69,9 @@ def check_gru(
     >>> bool(check_gru(params, jnp.ones((2, 1)), **grid))
     True
     """
+    require_params("check_gru", params)
+    for n, spec in enumerate(specs):
+        require_spec("check_gru", spec, f"specs[{n}]")
     key = jax.random.key(0) if key is None else key
     options = {"mask": mask, "resets": resets, "noise": noise, "deterministic": deterministic}
     options["key"] = None if noise is None else key

@@ -190,7 +190,7 @@ def fit(
     return Fit(state, records, best)
 
 
-def _open_folder(stack, checkpoints, callbacks):
+def _open_folder(stack, checkpoints, callbacks) -> list[Callback]:
     """Locks and tidies the folder of checkpoints; returns the callbacks that this process calls."""
     if checkpoints is not None:
         folder = pathlib.Path(checkpoints.folder)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgru import checks
+from jaxgru import CHO_2014, checks, init_gru
 from jaxgru.checks import check_gradients
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
@@ -584,11 +584,15 @@ def test_mixed_dtypes_are_judged_by_the_loosest():
 
 
 def test_grid_of_nothing_is_refused():
-    params, xs = Params(None, None), np.ones((2, 1))
+    params, xs = init_gru(jax.random.key(0), 1, 1), np.ones((2, 1))
     for name in ("specs", "reverses", "gradients"):
         with pytest.raises(ValueError) as caught:
             checks.check_gru(params, xs, **{name: []})
         assert str(caught.value) == "check_gru: specs, reverses and gradients must not be empty."
+    with pytest.raises(TypeError, match=r"^check_gru: params must be a GRUParams, got tuple\.$"):
+        checks.check_gru((params.w_x, params.w_h), xs)
+    with pytest.raises(TypeError, match=r"^check_gru: specs\[1\] must be a GRUSpec, got 'cho'\.$"):
+        checks.check_gru(params, xs, specs=[CHO_2014, "cho"])
 
 
 # Bad calls

@@ -1,5 +1,6 @@
 """A training state and one jitted update of any loss with optax."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -102,8 +103,18 @@ def make_train_step(
 
     def train_step(state, batch):
         key, key_loss = jax.random.split(state.key)
-        (loss, (carry, metrics)), grads = gradient_fn(state.params, state.carry, batch, key_loss)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        inputs = state.carry, batch, key_loss
+        (loss, (carry, metrics)), grads = gradient_fn(state.params, *inputs)
+
+        def value_fn(params, obj_fn=None, grad_fn=None):  # a line search passes these on
+            return checked_loss(params, *inputs)[0]
+
+        def grad_fn(params, _):
+            return gradient_fn(params, *inputs)[1]
+
+        extra = {"value": loss, "grad": grads, "value_fn": value_fn, "obj_fn": value_fn}
+        extra = _accepted(optimizer.update, extra | {"grad_fn": grad_fn})
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **extra)
         params = optax.apply_updates(state.params, updates)
         _require_same_shapes(params, state.params)
         old = state.params, state.opt_state, state.carry
@@ -120,6 +131,14 @@ def make_train_step(
 
     train_step = train_step if layout is None else layout.wrap_step(train_step)
     return jax.jit(train_step, donate_argnums=(0,))
+
+
+def _accepted(function, arguments):
+    """The arguments that the function has parameters for."""
+    parameters = inspect.signature(function).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return arguments
+    return {name: value for name, value in arguments.items() if name in parameters}
 
 
 def _strong(x):

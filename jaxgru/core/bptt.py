@@ -49,18 +49,16 @@ def _backward(config, residuals, cotangents):
     """The cotangents of params, inputs and h0, chunk by chunk, against the forward direction."""
     (params, inputs, h0, dropout, key), hs, gates, h_starts = residuals
     dh_last, dhs = (None if isinstance(ct, SymbolicZero) else ct for ct in cotangents)
-    recurrent, w_x_transposed = split_recurrent(params), params.w_x.T
+    recurrent, w_x_transposed = split_recurrent(params, dropout), params.w_x.T
     transposed = transpose_recurrent(recurrent)
 
     def chunk(carry, per_step, h_start):
         (g, dparams), (inputs, hs, gates, dhs) = carry, per_step
         h_tm1, gates = recall(inputs, hs, gates, h_start)
         flags = inputs.flags.with_zoneout(key, config.zoneout, inputs.numbers, g)
-        c = coefficients(gates, h_tm1, params.spec, dropout)
+        c = coefficients(recurrent, gates, h_tm1)
         run = reverse_scan if config.kernel is None else config.kernel.backward
-        g, (dh, dp, dtap) = run(
-            config, transposed, g, c, gates.norms, dhs, inputs._replace(flags=flags), dropout
-        )
+        g, (dh, dp, dtap) = run(config, transposed, g, c, dhs, inputs._replace(flags=flags))
         da, du = gates_vjp(c, dh, dp)
         of_chunk = params_vjp(params, inputs.xs, gates, h_tm1, da, du, dropout)
         dparams = jax.tree.map(jnp.add, dparams, of_chunk)
@@ -71,12 +69,10 @@ def _backward(config, residuals, cotangents):
     def recall(inputs, hs, gates, h_start):
         """The state that each step read, and its gates: saved, or recomputed."""
         if config.residuals == "boundaries":
-            _, (hs, gates) = forward_chunk(
-                config, params, recurrent, h_start, inputs, dropout, key, save_gates=True
-            )
+            _, (hs, gates) = forward_chunk(config, params, recurrent, h_start, inputs, key, True)
         h_tm1 = inputs.flags.states_before(h_start, hs, config.reverse)
         if config.residuals == "states":
-            gates = step(recurrent, project(params, inputs.xs), h_tm1, dropout)[1]
+            gates = step(recurrent, project(params, inputs.xs), h_tm1)[1]
         return h_tm1, gates
 
     dtype = h_starts.dtype
@@ -93,7 +89,7 @@ def _backward(config, residuals, cotangents):
 bptt.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def reverse_scan(config, transposed, g, c, norms, dhs, inputs, dropout):
+def reverse_scan(config, transposed, g, c, dhs, inputs):
     """g before the chunk; and of each step dh, dp and dtap.
 
     dtap is the whole dL/dh_t. dh is the part of it that goes through the step: 0 where the step is
@@ -101,13 +97,13 @@ def reverse_scan(config, transposed, g, c, norms, dhs, inputs, dropout):
     """
 
     def body(g, per_step):
-        c, norms, dh_t, flags = per_step
+        c, dh_t, flags = per_step
         g = g if dh_t is None else g + dh_t.astype(g.dtype)
         dtap = None if inputs.tap is None else g
         dh, passed = flags.leave_vjp(g)
-        g_tm1, dp = step_vjp(transposed, c, norms, dh, dropout)
+        g_tm1, dp = step_vjp(transposed, c, dh)
         g_tm1 = g_tm1 if passed is None else g_tm1 + passed
         return flags.enter_linear(g_tm1), (dh, dp, dtap)
 
-    per_step = (c, norms, dhs, inputs.flags)
+    per_step = (c, dhs, inputs.flags)
     return lax.scan(body, g, per_step, reverse=not config.reverse, unroll=config.unroll)

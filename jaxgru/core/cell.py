@@ -60,7 +60,9 @@ class Gates(NamedTuple):
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("w", "b_q", "g"), meta_fields=("spec",)
+    jax.tree_util.register_dataclass,
+    data_fields=("w", "b_q", "g", "dropout"),
+    meta_fields=("spec",),
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Recurrent:
@@ -69,6 +71,7 @@ class Recurrent:
     w: tuple[jax.Array, ...]  # ([w_hr | w_hz], w_hn) for reset="before", (w_h,) for reset="after"
     b_q: jax.Array | None  # [H], b_hn where it acts inside the reset gate
     g: tuple[jax.Array | None, ...]  # the blocks of g_h
+    dropout: jax.Array | None  # d [..., H], by which every product with w multiplies the state
     spec: GRUSpec
 
 
@@ -117,46 +120,37 @@ def project(params, xs):
     Three arrays rather than one of width 3H: a scan over them needs no slicing inside its loop.
     """
     a = [v for v, _ in input_products(params, xs)]
-    merged_biases = 3 if params.spec.reset == "before" else 2
-    for b, count in ((params.b_x, 3), (params.b_h, merged_biases)):
+    outside = 3 if params.spec.reset == "before" else 2  # blocks of b_h outside the reset gate
+    for b, count in ((params.b_x, 3), (params.b_h, outside)):
         if b is not None:
             a[:count] = [v + like_row(part, v) for v, part in zip(a, blocks(b)[:count])]
-    return a[0], a[1], a[2]
+    return tuple(a)
 
 
-def split_recurrent(params):
+def split_recurrent(params, dropout=None):
     """The weights, bias and layer-norm scales of the state, in the pieces that `step` uses."""
     before = params.spec.reset == "before"
     w = tuple(gates_and_candidate(params.w_h)) if before else (params.w_h,)
     b_q = None if before or params.b_h is None else blocks(params.b_h)[2]
-    return Recurrent(w, b_q, scale_blocks(params.g_h), params.spec)
+    return Recurrent(w, b_q, scale_blocks(params.g_h), dropout, params.spec)
 
 
-def step(recurrent, a, h, dropout=None):
+def step(recurrent, a, h):
     """h' and the `Gates` from the projected input a and the state h, all [..., H]."""
-    spec, read = recurrent.spec, drop_state(h, dropout)
-    activation = ACTIVATIONS[spec.activation]
-    if spec.reset == "before":
-        w_rz, w_n = recurrent.w
-        v_r, v_z = jnp.split(matmul(read, w_rz), 2, axis=-1)
-        (r, norm_r), (z, norm_z) = _open_gates(recurrent, a, v_r, v_z)
-        u_n, norm_n = normalize(matmul(r * read, w_n), recurrent.g[2])
-        n, q = activation(a[2] + u_n), None
-    else:  # one product of width 3H: nothing in it waits for r
-        v_r, v_z, v_n = blocks(matmul(read, recurrent.w[0]))
-        (r, norm_r), (z, norm_z) = _open_gates(recurrent, a, v_r, v_z)
-        q, norm_n = normalize(v_n, recurrent.g[2])
-        q = q if recurrent.b_q is None else q + like_row(recurrent.b_q, q)
-        n = activation(a[2] + r * q)
+    (g_r, g_z, g_n), spec, read = recurrent.g, recurrent.spec, drop_state(h, recurrent.dropout)
+    f, before = ACTIVATIONS[spec.activation], spec.reset == "before"
+    # after: one product of width 3H, since nothing in it waits for r
+    v_r, v_z, *v_n = jnp.split(matmul(read, recurrent.w[0]), 2 if before else 3, axis=-1)
+    (u_r, norm_r), (u_z, norm_z) = normalize(v_r, g_r), normalize(v_z, g_z)
+    r, z = jax.nn.sigmoid(a[0] + u_r), jax.nn.sigmoid(a[1] + u_z)
+    u_n, norm_n = normalize(matmul(r * read, recurrent.w[1]) if before else v_n[0], g_n)
+    if before:
+        q, n = None, f(a[2] + u_n)
+    else:
+        q = u_n if recurrent.b_q is None else u_n + like_row(recurrent.b_q, u_n)
+        n = f(a[2] + r * q)
     h = z * h + (1 - z) * n if spec.update == "keep" else (1 - z) * h + z * n
     return h, Gates(r, z, n, q, (norm_r, norm_z, norm_n))
-
-
-def _open_gates(recurrent, a, v_r, v_z):
-    """r and z, each with the norm of its product."""
-    g_r, g_z, _ = recurrent.g
-    (u_r, norm_r), (u_z, norm_z) = normalize(v_r, g_r), normalize(v_z, g_z)
-    return (jax.nn.sigmoid(a[0] + u_r), norm_r), (jax.nn.sigmoid(a[1] + u_z), norm_z)
 
 
 def drop_state(h, dropout):

@@ -43,34 +43,30 @@ def scan_chunks(size, chunk, carry, per_step, per_chunk, *, reverse):
         return scan_chunks(size, chunk, carry, steps, chunks, reverse=reverse)
 
     full = num_steps - rest
-    early, late = (slice(full), slice(count)), (slice(full, None), slice(count, None))
-    if reverse:
-        carry, *last = part(carry, *late)
-        carry, *first = part(carry, *early)
-    else:
-        carry, *first = part(carry, *early)
-        carry, *last = part(carry, *late)
-    steps, chunks = jax.tree.map(lambda u, v: jnp.concatenate([u, v]), first, last)
+    parts = [(slice(full), slice(count)), (slice(full, None), slice(count, None))]
+    found = [None, None]
+    for i in (1, 0) if reverse else (0, 1):
+        carry, *found[i] = part(carry, *parts[i])
+    steps, chunks = jax.tree.map(lambda u, v: jnp.concatenate([u, v]), *found)
     return carry, steps, chunks
 
 
 def default_chunk_size(num_steps, h0, residuals):
-    """The chunk size whose temporaries stay in the caches; sqrt(T) for "boundaries".
+    """The chunk size whose temporaries stay in the caches, or sqrt(T) for "boundaries".
 
-    It is a divisor of T where one is near, so that no shorter last chunk is compiled. It is None,
-    the whole sequence, where a size is symbolic (`jax.export`), and T on a mesh with Auto axes,
-    unless residuals is "boundaries": the devices would sum their weight gradients once a chunk.
+    None, the whole sequence: where it is short or a size is symbolic, and on a mesh with Auto axes,
+    whose devices would sum their weight gradients once for each chunk. The size is a divisor of T
+    where one is near, so that no shorter last chunk is compiled.
     """
     if not all(isinstance(size, int) for size in (num_steps, *h0.shape)):
         return None
     if residuals == "boundaries":
         target = max(1, math.isqrt(num_steps))
     elif on_auto_mesh() or num_steps * h0.size <= _WHOLE_SEQUENCE:
-        return max(1, num_steps)
+        return None
     else:
         target = max(_CHUNK // max(1, h0.size), 8)
-    near = [size for size in range(target, 2 * target) if num_steps % size == 0]
-    return near[0] if near else target
+    return next((size for size in range(target, 2 * target) if num_steps % size == 0), target)
 
 
 def default_residuals(xs, h0):

@@ -1,7 +1,6 @@
 """The transpose (VJP) and the tangent (JVP) of one GRU step, from its local derivatives.
 
 The equations and their symbols are those of `jaxgru.core.cell` and `jaxgru/core/README.md`.
-`dropout` is that of the state, [..., H] or None.
 """
 
 import dataclasses
@@ -10,9 +9,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxgru.core.cell import drop_state, input_products, scale_blocks, split_recurrent
+from jaxgru.core.cell import Norms, drop_state, input_products, scale_blocks, split_recurrent
 from jaxgru.core.layer_norm import normalize_jvp, normalize_vjp
-from jaxgru.core.matmul import gates_and_candidate, matmul, sum_rows, weight_vjp
+from jaxgru.core.matmul import blocks, gates_and_candidate, matmul, sum_rows, weight_vjp
 from jaxgru.core.parameters import GRUParams
 
 # f' as a function of n = f(a). relu takes 0 at its kink, as jax.nn.relu does.
@@ -29,23 +28,16 @@ class Coefficients(NamedTuple):
     """The local derivatives of a step; they are computed for all steps at once.
 
     K = dh'/dh directly, A = dh'/da_n, Z = dh'/da_z, and
-    before:  R = d(r * h)/da_r         after:  R = dh'/da_r,  Q = dh'/dq
-    For "after", R, Z and Q are side by side, so that dh times them is the operand of one product.
+    before:  R = d(r * h)/da_r, and the gate r         after:  R = dh'/da_r,  Q = dh'/dq
     """
 
-    k: jax.Array  # K [..., H]
-    a: jax.Array  # A [..., H]
-    slopes: tuple[
-        jax.Array, ...
-    ]  # before: (R, Z), [..., H] each; after: one [..., 3, H] of R, Z, Q
-    gate_r: jax.Array | None  # before: the gate r [..., H]; after: None
-
-    def _slope(self, i):
-        return self.slopes[i] if self.gate_r is not None else self.slopes[0][..., i, :]
-
-    r = property(lambda self: self._slope(0), doc="R [..., H]")
-    z = property(lambda self: self._slope(1), doc="Z [..., H]")
-    q = property(lambda self: self._slope(2), doc='Q [..., H], of "after" alone')
+    K: jax.Array
+    A: jax.Array
+    R: jax.Array
+    Z: jax.Array
+    Q: jax.Array | None  # None for "before"
+    r: jax.Array | None  # None for "after"
+    norms: Norms
 
 
 def transpose_recurrent(recurrent):
@@ -53,36 +45,35 @@ def transpose_recurrent(recurrent):
     return dataclasses.replace(recurrent, w=tuple(w.T for w in recurrent.w))
 
 
-def coefficients(gates, h_tm1, spec, dropout=None):
+def coefficients(recurrent, gates, h_tm1):
     """`Coefficients` from values of the forward pass."""
-    r, z, n, q, _ = gates
+    (r, z, n, q, norms), spec = gates, recurrent.spec
     keep, write = (z, 1 - z) if spec.update == "keep" else (1 - z, z)
     sign = 1 if spec.update == "keep" else -1
-    k_z = sign * (h_tm1 - n) * (z * (1 - z))
-    k_a = write * _DERIVATIVES[spec.activation](n)
-    if q is None:
-        return Coefficients(keep, k_a, (drop_state(h_tm1, dropout) * (r * (1 - r)), k_z), r)
-    slopes = jnp.stack([k_a * q * (r * (1 - r)), k_z, k_a * r], axis=-2)
-    return Coefficients(keep, k_a, (slopes,), None)
+    Z = sign * (h_tm1 - n) * (z * (1 - z))
+    A = write * _DERIVATIVES[spec.activation](n)
+    if spec.reset == "before":
+        read = drop_state(h_tm1, recurrent.dropout)
+        return Coefficients(keep, A, read * (r * (1 - r)), Z, None, r, norms)
+    return Coefficients(keep, A, A * q * (r * (1 - r)), Z, A * r, None, norms)
 
 
-def step_vjp(transposed, c, norms, dh, dropout=None):
+def step_vjp(transposed, c, dh):
     """The transpose of `step`: dh_tm1 and, for "before", dp, the cotangent of r * d * h.
 
     before:  dp = N'(dh A) w_hn^T,  dh_tm1 = dh K + d * (dp r + N'[dp R | dh Z] [w_hr | w_hz]^T)
     after:   dh_tm1 = dh K + d * (N'[dh R | dh Z | dh Q] w_h^T)
     with d the recurrent dropout and N' the transpose of the normalization (identity without it).
     """
-    if c.gate_r is None:
-        dv = _each_block(normalize_vjp, transposed.g, norms, _flat(c.slopes[0] * dh[..., None, :]))
-        return dh * c.k + drop_state(matmul(dv, transposed.w[0]), dropout), None
-    w_rz_t, w_n_t = transposed.w
-    dp = matmul(normalize_vjp(dh * c.a, transposed.g[2], norms[2]), w_n_t)
-    dv = jnp.concatenate([dp * c.r, dh * c.z], axis=-1)
-    dread = dp * c.gate_r + matmul(
-        _each_block(normalize_vjp, transposed.g[:2], norms[:2], dv), w_rz_t
-    )
-    return dh * c.k + drop_state(dread, dropout), dp
+    if c.Q is None:
+        w_rz_t, w_n_t = transposed.w
+        dp = matmul(normalize_vjp(dh * c.A, transposed.g[2], c.norms[2]), w_n_t)
+        du = [dp * c.R, dh * c.Z]
+        dread = dp * c.r + matmul(_norms_vjp(transposed.g, c.norms, du), w_rz_t)
+    else:
+        dp, du = None, [dh * c.R, dh * c.Z, dh * c.Q]
+        dread = matmul(_norms_vjp(transposed.g, c.norms, du), transposed.w[0])
+    return dh * c.K + drop_state(dread, transposed.dropout), dp
 
 
 def gates_vjp(c, dh, dp):
@@ -93,12 +84,10 @@ def gates_vjp(c, dh, dp):
     before:  da = du = [dp R | dh Z | dh A]
     after:   da = [dh R | dh Z | dh A],  du = [dh R | dh Z | dh Q]
     """
-    da_n = dh * c.a
+    da = jnp.concatenate([(dh if dp is None else dp) * c.R, dh * c.Z, dh * c.A], axis=-1)
     if dp is not None:
-        da = jnp.concatenate([dp * c.r, dh * c.z, da_n], axis=-1)
         return da, da
-    du = _flat(c.slopes[0] * dh[..., None, :])
-    return jnp.concatenate([gates_and_candidate(du)[0], da_n], axis=-1), du
+    return da, jnp.concatenate([dh * c.R, dh * c.Z, dh * c.Q], axis=-1)
 
 
 def params_vjp(params, xs, gates, h_tm1, da, du, dropout=None):
@@ -109,11 +98,11 @@ def params_vjp(params, xs, gates, h_tm1, da, du, dropout=None):
     a layer-norm scale the sum of da or du times the normalized product y.
     """
     (x, dv_x), of_w_h, rows = params_vjp_factors(params, xs, gates, h_tm1, da, du, dropout)
-    pieces = gates_and_candidate(params.w_h) if params.spec.reset == "before" else [params.w_h]
-    dw_h = [weight_vjp(read, dv, w) for (read, dv), w in zip(of_w_h, pieces)]
+    w_h = split_recurrent(params).w
+    dw_h = [weight_vjp(read, dv, w) for (read, dv), w in zip(of_w_h, w_h)]
     return GRUParams(
         weight_vjp(x, dv_x, params.w_x),
-        dw_h[0] if len(dw_h) == 1 else jnp.concatenate(dw_h, axis=-1),
+        jnp.concatenate(dw_h, axis=-1),
         *(None if d is None else sum_rows(d) for d in rows),
         spec=params.spec,
     )
@@ -126,8 +115,8 @@ def params_vjp_factors(params, xs, gates, h_tm1, da, du, dropout=None):
     dw_h; and for b_x, b_h, g_x, g_h the rows [..., 3H] whose sum is the cotangent, or None.
     """
     read, input_norms = drop_state(h_tm1, dropout), _input_norms(params, xs)
-    dv_x = _each_block(normalize_vjp, scale_blocks(params.g_x), input_norms, da)
-    dv_h = _each_block(normalize_vjp, scale_blocks(params.g_h), gates.norms, du)
+    dv_x = _norms_vjp(scale_blocks(params.g_x), input_norms, blocks(da))
+    dv_h = _norms_vjp(scale_blocks(params.g_h), gates.norms, blocks(du))
     before = params.spec.reset == "before"
     reads = [read, gates.r * read] if before else [read]
     dvs = gates_and_candidate(dv_h) if before else [dv_h]
@@ -142,26 +131,24 @@ def params_vjp_factors(params, xs, gates, h_tm1, da, du, dropout=None):
 
 def inputs_vjp(params, w_x_transposed, xs, da):
     """dx = N' da w_x^T, in the state dtype."""
-    dv = _each_block(normalize_vjp, scale_blocks(params.g_x), _input_norms(params, xs), da)
+    dv = _norms_vjp(scale_blocks(params.g_x), _input_norms(params, xs), blocks(da))
     return matmul(dv, w_x_transposed)
 
 
-def step_jvp(recurrent, c, norms, th, e, dropout=None):
+def step_jvp(recurrent, c, th, e):
     """The tangent of `step`: th_t = th_tm1 M + e, linear in th and e.
 
     before:  th M = th K + N'(t w_hz) Z + N'((t r + N'(t w_hr) R) w_hn) A,  t = d * th
     after:   th M = th K + N'(t w_hr) R + N'(t w_hz) Z + N'(t w_hn) Q
     with d the recurrent dropout and N' the derivative of the normalization.
     """
-    tread = drop_state(th, dropout)
-    if c.gate_r is None:
-        y = _each_block(normalize_jvp, recurrent.g, norms, matmul(tread, recurrent.w[0]))
-        return th * c.k + (c.slopes[0] * y.reshape(c.slopes[0].shape)).sum(axis=-2) + e
-    w_rz, w_n = recurrent.w
-    y_rz = _each_block(normalize_jvp, recurrent.g[:2], norms[:2], matmul(tread, w_rz))
-    y_r, y_z = jnp.split(y_rz, 2, axis=-1)
-    y_n = normalize_jvp(matmul(tread * c.gate_r + y_r * c.r, w_n), recurrent.g[2], norms[2])
-    return th * c.k + y_z * c.z + y_n * c.a + e
+    tread, scales = drop_state(th, recurrent.dropout), recurrent.g
+    tv = jnp.split(matmul(tread, recurrent.w[0]), 2 if c.Q is None else 3, axis=-1)
+    tu_r, tu_z, *tu_n = map(normalize_jvp, tv, scales, c.norms)
+    if c.Q is not None:
+        return th * c.K + tu_r * c.R + tu_z * c.Z + tu_n[0] * c.Q + e
+    tv_n = matmul(tread * c.r + tu_r * c.R, recurrent.w[1])
+    return th * c.K + tu_z * c.Z + normalize_jvp(tv_n, scales[2], c.norms[2]) * c.A + e
 
 
 def step_jvp_inputs(params, tparams, xs, txs, gates, h_tm1, dropout=None):
@@ -170,13 +157,13 @@ def step_jvp_inputs(params, tparams, xs, txs, gates, h_tm1, dropout=None):
     This map is the transpose of the one from dh to the cotangents of parameters and inputs, so JAX
     makes it from the functions above. A tangent of None is zero and costs nothing.
     """
-    c = coefficients(gates, h_tm1, params.spec, dropout)
-    transposed = transpose_recurrent(split_recurrent(params))
+    recurrent = split_recurrent(params, dropout)
+    c, transposed = coefficients(recurrent, gates, h_tm1), transpose_recurrent(recurrent)
     tangents = {**tparams.arrays(), "xs": txs}
     tangents = {k: t.astype(h_tm1.dtype) for k, t in tangents.items() if t is not None}
 
     def cotangents(dh):
-        dp = step_vjp(transposed, c, gates.norms, dh, dropout)[1]
+        dp = step_vjp(transposed, c, dh)[1]
         da, du = gates_vjp(c, dh, dp)
         dparams = params_vjp(params, xs, gates, h_tm1, da, du, dropout)
         found = {**dparams.arrays(), "xs": inputs_vjp(params, params.w_x.T, xs, da)}
@@ -192,17 +179,9 @@ def _input_norms(params, xs):
     return tuple(norm for _, norm in input_products(params, xs))
 
 
-def _flat(v):
-    """[..., G, H] as [..., GH]."""
-    return v.reshape(*v.shape[:-2], v.shape[-2] * v.shape[-1])
-
-
-def _each_block(rule, scales, norms, v):
-    """The rule applied to every block; v itself without layer norm."""
-    if scales[0] is None:
-        return v
-    parts = jnp.split(v, len(scales), axis=-1)
-    return jnp.concatenate(list(map(rule, parts, scales, norms)), axis=-1)
+def _norms_vjp(scales, norms, du):
+    """dv [..., 2H or 3H], the cotangent of the products, from du, that of each after its norm."""
+    return jnp.concatenate(list(map(normalize_vjp, du, scales, norms)), axis=-1)
 
 
 def _scale_rows(g, d, norms):

@@ -26,16 +26,15 @@ from jaxgru.core.noise import draw_masks
 class Flags:
     """The flags of all steps [T, ..., 1], or of one [..., 1] inside the loop; None for none."""
 
-    mask: jax.Array | None = (
-        None  # True = take h_t, False = keep h_tm1; [T, ..., H] with zoneout drawn
-    )
+    mask: jax.Array | None = None  # False keeps h_tm1; [T, ..., H] where zoneout is drawn
     resets: jax.Array | None = None
     cuts: jax.Array | None = None  # the gradient of the state ends before the step
     zoneout_mean: float = 0.0  # the share of h_tm1 in h_t of a valid step, where nothing is drawn
 
     def enter(self, h: jax.Array) -> jax.Array:
         """The state that the step reads."""
-        return _stop_where(self.cuts, zero_where(self.resets, h))
+        h = zero_where(self.resets, h)
+        return h if self.cuts is None else choose(self.cuts, lax.stop_gradient(h), h)
 
     def enter_linear(self, dh: jax.Array) -> jax.Array:
         """The derivative of `enter`, and its transpose: zero where the step is reset or cut."""
@@ -59,11 +58,8 @@ class Flags:
         return dh, dh_tm1
 
     def states_before(self, h_start: jax.Array, hs: jax.Array, reverse: bool) -> jax.Array:
-        """[T, ..., H], what every step reads; joined first and sliced after, so T may be 0."""
-        hs, h_start = hs.astype(h_start.dtype), h_start[None]
-        if reverse:
-            return self.enter(jnp.concatenate([hs, h_start])[1:])
-        return self.enter(jnp.concatenate([h_start, hs])[:-1])
+        """[T, ..., H], what every step reads."""
+        return self.enter(_shift(h_start, hs.astype(h_start.dtype), reverse))
 
     def with_zoneout(
         self, key: jax.Array | None, rate: float, numbers: jax.Array, h: jax.Array
@@ -89,11 +85,6 @@ def choose(flags: jax.Array | None, where: jax.Array, elsewhere: jax.Array) -> j
     return jnp.where(flags, where, elsewhere)
 
 
-def _stop_where(cuts, h):
-    """h, with stop_gradient where cut, since JAX also differentiates the derivative rules."""
-    return h if cuts is None else choose(cuts, lax.stop_gradient(h), h)
-
-
 def find_cuts(
     windows: jax.Array, mask: jax.Array | None, h0: jax.Array, reverse: bool
 ) -> jax.Array:
@@ -104,12 +95,15 @@ def find_cuts(
     There is no cut before the first valid step, so padding does not cut a sequence from its h0.
     """
     shape = (windows.shape[0],) + (1,) * h0.ndim
-    windows, mask = windows.reshape(shape), jnp.ones(shape, bool) if mask is None else mask
-    none = jnp.int32(jnp.iinfo(jnp.int32).max if reverse else -1)
-    passed = jnp.where(mask, windows, none)
-    edge = jnp.full_like(passed, none, shape=(1, *passed.shape[1:]))
-    if reverse:
-        before = jnp.concatenate([lax.cummin(passed, axis=0, reverse=True), edge])[1:]
-    else:
-        before = jnp.concatenate([edge, lax.cummax(passed, axis=0)])[:-1]
+    windows = (-windows if reverse else windows).reshape(shape)  # they grow in the order of the run
+    mask, none = jnp.ones(shape, bool) if mask is None else mask, jnp.iinfo(windows.dtype).min
+    passed = jnp.where(mask, windows, jnp.full_like(windows, none))
+    before = lax.cummax(passed, axis=0, reverse=reverse)
+    before = _shift(jnp.full_like(passed, none, shape=passed.shape[1:]), before, reverse)
     return mask & (before != none) & (before != windows)
+
+
+def _shift(start, v, reverse):
+    """What is in v [T, ...] before each step of the run: start before the first. T may be 0."""
+    pair = [v, start[None]] if reverse else [start[None], v]
+    return jnp.concatenate(pair)[1:] if reverse else jnp.concatenate(pair)[:-1]

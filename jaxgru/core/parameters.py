@@ -9,13 +9,7 @@ import jax
 import jax.export
 import jax.numpy as jnp
 
-from jaxgru.core.checks import (
-    require_choice,
-    require_count,
-    require_dtype,
-    require_float,
-    require_shape,
-)
+from jaxgru.core import checks
 from jaxgru.core.matmul import state_dtype
 
 Activation = Literal["tanh", "relu", "sigmoid", "softplus", "identity"]
@@ -45,9 +39,9 @@ class GRUSpec:
     activation: Activation = "tanh"
 
     def __post_init__(self):
-        require_choice("GRUSpec", "reset", self.reset, ("before", "after"))
-        require_choice("GRUSpec", "update", self.update, ("keep", "write"))
-        require_choice("GRUSpec", "activation", self.activation, get_args(Activation))
+        checks.require_choice("GRUSpec", "reset", self.reset, ("before", "after"))
+        checks.require_choice("GRUSpec", "update", self.update, ("keep", "write"))
+        checks.require_choice("GRUSpec", "activation", self.activation, get_args(Activation))
 
 
 CHO_2014 = GRUSpec(reset="before", update="keep")
@@ -155,11 +149,11 @@ def init_gru(
     >>> params.w_x.shape, params.w_h.shape, params.b_x.shape
     ((2, 9), (3, 9), (9,))
     """
-    require_count("init_gru", "input_size", input_size)
-    require_count("init_gru", "hidden_size", hidden_size)
+    checks.require_count("init_gru", "input_size", input_size)
+    checks.require_count("init_gru", "hidden_size", hidden_size)
     require_spec("init_gru", spec)
-    require_choice("init_gru", "scheme", scheme, get_args(Scheme))
-    dtype = require_dtype("init_gru", dtype)
+    checks.require_choice("init_gru", "scheme", scheme, get_args(Scheme))
+    dtype = checks.require_dtype("init_gru", dtype)
     draw = state_dtype(dtype)
     shape_x, shape_h = (input_size, 3 * hidden_size), (hidden_size, 3 * hidden_size)
     key_x, key_h, key_bx, key_bh = jax.random.split(key, 4)
@@ -201,20 +195,19 @@ def require_params(function: str, params: Any, argument: str = "params") -> tupl
     """(I, H) of well-formed parameters; TypeError or ValueError naming the array that is not."""
     if not isinstance(params, GRUParams):
         raise TypeError(f"{function}: {argument} must be a GRUParams, got {type(params).__name__}.")
-    require_float(function, f"{argument}.w_x", params.w_x)
     require_spec(function, params.spec, f"{argument}.spec")
-    for name, value in (("w_x", params.w_x), ("w_h", params.w_h)):
-        require_float(function, f"{argument}.{name}", value, params.w_x.dtype)
+    for name in ("w_x", "w_h"):
+        checks.require_float(function, f"{argument}.{name}", value := getattr(params, name))
         if value.ndim != 2:
             raise ValueError(
                 f"{function}: {argument}.{name} must have two axes, got shape {value.shape}."
             )
     hidden_size = params.w_h.shape[0]
-    rows = {"w_x": params.w_x.shape[:1], "w_h": (hidden_size,)}
+    meaning = f"H={hidden_size}, the rows of {argument}.w_h"
     for name, value in params.arrays().items():
         if value is not None:
-            require_float(function, f"{argument}.{name}", value, params.w_x.dtype)
-            shape = (*rows.get(name, ()), 3 * hidden_size)
-            meaning = f"H={hidden_size}, the rows of {argument}.w_h"
-            require_shape(function, f"{argument}.{name}", value, shape, meaning)
+            checks.require_float(function, f"{argument}.{name}", value, params.w_x.dtype)
+            rows = value.shape[:1] if name in ("w_x", "w_h") else ()
+            shape = (*rows, 3 * hidden_size)
+            checks.require_shape(function, f"{argument}.{name}", value, shape, meaning)
     return params.w_x.shape[0], hidden_size

@@ -7,19 +7,12 @@ import jax.export
 import jax.numpy as jnp
 from jax import lax
 
+from jaxgru.core import checks
 from jaxgru.core.bptt import bptt
 from jaxgru.core.cell import project
-from jaxgru.core.checks import (
-    require_axis,
-    require_bool,
-    require_first_step,
-    require_flags,
-    require_float,
-    require_shape,
-)
 from jaxgru.core.chunks import default_chunk_size, default_residuals
 from jaxgru.core.flags import Flags, find_cuts
-from jaxgru.core.gradient import BPTT, Gradient, Rule, Tangent, as_rule
+from jaxgru.core.gradient import BPTT, Autodiff, Gradient, Rule, Tangent, as_rule
 from jaxgru.core.noise import Noise, draw_state_dropout, require_noise
 from jaxgru.core.parameters import GRUParams, require_params
 from jaxgru.core.scan import Config, Inputs, plain_scan
@@ -115,8 +108,8 @@ def gru(
     """
     rule = as_rule("gru", gradient)
     noise = require_noise("gru", noise, key, deterministic)
-    require_bool("gru", "reverse", reverse)
-    require_first_step("gru", first_step)
+    checks.require_bool("gru", "reverse", reverse)
+    checks.require_first_step("gru", first_step)
     sizes = require_params("gru", params)
     axis = require_inputs("gru", params, xs, sizes[0], mask, resets, axis)
     shape = (*xs.shape[:axis], *xs.shape[axis + 1 : -1], sizes[1])
@@ -152,7 +145,7 @@ def run_gru(
     if rule.truncate is not None:
         cuts = find_cuts(numbers // rule.truncate, mask, h0, reverse)
     dropout = zoneout_key = None
-    if key is not None and not deterministic and (noise.recurrent_dropout or noise.zoneout):
+    if key is not None and not deterministic:
         dropout_key, zoneout_key = jax.random.split(key)
         dropout = draw_state_dropout(dropout_key, noise.recurrent_dropout, h0)
         zoneout_key = zoneout_key if noise.zoneout else None
@@ -165,9 +158,7 @@ def run_gru(
     if isinstance(rule, BPTT):
         residuals, chunk_size = _resolve(rule, xs, h0)
     config = Config(reverse, float(noise.zoneout), residuals, chunk_size, rule.unroll, kernel)
-    run = plain_scan
-    if isinstance(rule, BPTT | Tangent):
-        run = bptt if isinstance(rule, BPTT) else tangent
+    run = {BPTT: bptt, Tangent: tangent, Autodiff: plain_scan}[type(rule)]
     return run(config, params, inputs, h0, dropout, zoneout_key)
 
 
@@ -194,14 +185,14 @@ def require_inputs(
     rows: str = "params.w_x",
 ) -> int:  # fmt: skip
     """The axis of time, counted from the front; TypeError or ValueError naming the argument."""
-    require_float(function, "xs", xs, params.w_x.dtype)
+    checks.require_float(function, "xs", xs, params.w_x.dtype)
     if xs.ndim < 2 or xs.shape[-1] != input_size:
         raise ValueError(
             f"{function}: xs must have shape [T, ..., I] with I={input_size} (rows of {rows}), "
             f"got {xs.shape}."
         )
-    require_flags(function, {"mask": mask, "resets": resets}, xs.shape[:-1])
-    return require_axis(function, axis, xs.shape)
+    checks.require_flags(function, {"mask": mask, "resets": resets}, xs.shape[:-1])
+    return checks.require_axis(function, axis, xs.shape)
 
 
 def require_state(
@@ -211,11 +202,11 @@ def require_state(
     """TypeError or ValueError unless h is None or a state of that shape."""
     if h is None:
         return
-    require_float(function, name, h, params.w_x.dtype)
+    checks.require_float(function, name, h, params.w_x.dtype)
     swapped = time_major is not None and h.shape[:1] == time_major.shape[:1]
     cure = "; for batch-major xs pass axis=1" if swapped else ""
     meaning = f"the batch axes of {source}, then H={shape[-1]} rows of {rows}"
-    require_shape(function, name, h, shape, meaning, cure)
+    checks.require_shape(function, name, h, shape, meaning, cure)
 
 
 def require_tap(
@@ -232,6 +223,6 @@ def require_tap(
     for field, size, value in zip(Tap._fields, sizes, tap):
         if value is None:
             continue
-        require_float(function, f"{name}.{field}", value, params.w_x.dtype)
+        checks.require_float(function, f"{name}.{field}", value, params.w_x.dtype)
         cure = "; init_taps(params, xs.shape[:-1]) makes it"
-        require_shape(function, f"{name}.{field}", value, (*lead, size), f"as {field}", cure)
+        checks.require_shape(function, f"{name}.{field}", value, (*lead, size), f"as {field}", cure)

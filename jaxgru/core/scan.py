@@ -4,12 +4,12 @@ One product projects all inputs of a chunk; then the loop runs its steps.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from jax import lax
 
-from jaxgru.core.cell import Recurrent, project, split_recurrent, step
+from jaxgru.core.cell import project, split_recurrent, step
 from jaxgru.core.chunks import scan_chunks
 from jaxgru.core.flags import Flags
 from jaxgru.core.gradient import Kernel, Residuals
@@ -47,36 +47,28 @@ def forward(config, params, inputs, h0, dropout, key, *, save_gates):
     """h_last, (hs, gates or None), and the state at the start of each chunk [K, ..., H]."""
 
     def chunk(h, inputs, _):
-        h_end, outputs = forward_chunk(
-            config, params, recurrent, h, inputs, dropout, key, save_gates=save_gates
-        )
-        return h_end, outputs, h
+        return *forward_chunk(config, params, recurrent, h, inputs, key, save_gates), h
 
-    h, recurrent = h0.astype(state_dtype(h0.dtype)), split_recurrent(params)
-    h, outputs, h_starts = scan_chunks(
-        config.chunk_size, chunk, h, inputs, None, reverse=config.reverse
-    )
-    return h.astype(h0.dtype), outputs, h_starts
+    h0_wide, recurrent = h0.astype(state_dtype(h0.dtype)), split_recurrent(params, dropout)
+    h, *found = scan_chunks(config.chunk_size, chunk, h0_wide, inputs, None, reverse=config.reverse)
+    return h.astype(h0.dtype), *found
 
 
-def forward_chunk(config, params, recurrent, h, inputs, dropout, key, *, save_gates):
+def forward_chunk(config, params, recurrent, h, inputs, key, save_gates):
     """(h_end, (hs, gates or None)) of a chunk: the projection in bulk, then the loop."""
     flags = inputs.flags.with_zoneout(key, config.zoneout, inputs.numbers, h)
     inputs, a = inputs._replace(flags=flags), project(params, inputs.xs)
     run = scan_chunk if config.kernel is None else config.kernel.forward
-    return run(config, recurrent, h, a, inputs, dropout, save_gates=save_gates)
+    return run(config, recurrent, h, a, inputs, save_gates)
 
 
-def scan_chunk(
-    config: Config, recurrent: Recurrent, h: jax.Array, a: Any, inputs: Inputs, dropout: Any, *,
-    save_gates: bool,
-) -> Any:  # fmt: skip
+def scan_chunk(config, recurrent, h, a, inputs, save_gates):
     """h after the chunk, and (hs, gates or None), from the projected inputs a."""
 
     def body(h, inputs):
         a, flags, tap = inputs
         h_tm1 = flags.enter(h)
-        h_t, gates = step(recurrent, a, h_tm1, dropout)
+        h_t, gates = step(recurrent, a, h_tm1)
         h_t = add_tap(flags.leave(h_t, h_tm1), tap)
         return h_t, (h_t.astype(dtype), gates if save_gates else None)
 

@@ -28,10 +28,8 @@ def cast_to_common_varying_axes(tree: Any, others: Any = None) -> Any:
 
 
 def varying_axes(v: Any) -> frozenset[Any]:
-    """The mesh axes over which v varies inside `jax.shard_map`; JAX 0.10 renamed where it says."""
-    kind = jax.typeof(v)
-    kind = getattr(kind, "manual_axis_type", kind)
-    return getattr(kind, "varying", None) or getattr(kind, "vma", frozenset())
+    """The mesh axes over which v varies inside `jax.shard_map`."""
+    return jax.typeof(v).manual_axis_type.varying
 
 
 def place_like(v, like):

@@ -36,20 +36,20 @@ def _tangent_jvp(config, primals, tangents):
     h_last, hs = tangent(config, *primals)  # itself differentiable: every order
     dtype, flags = state_dtype(h0.dtype), inputs.flags
     h_tm1 = flags.states_before(h0.astype(dtype), hs, config.reverse)
-    recurrent = split_recurrent(params)
-    gates = step(recurrent, project(params, inputs.xs), h_tm1, dropout)[1]
+    recurrent = split_recurrent(params, dropout)
+    gates = step(recurrent, project(params, inputs.xs), h_tm1)[1]
     e = step_jvp_inputs(params, tparams, inputs.xs, txs, gates, h_tm1, dropout)
     th0 = (jnp.zeros_like(h0) if th0 is None else th0).astype(dtype)
     flags = flags.with_zoneout(key, config.zoneout, inputs.numbers, th0)
 
     def body(th, per_step):
-        c, norms, e, flags, ttap = per_step
+        c, e, flags, ttap = per_step
         th_tm1 = flags.enter_linear(th)
-        th_t = step_jvp(recurrent, c, norms, th_tm1, e, dropout)
+        th_t = step_jvp(recurrent, c, th_tm1, e)
         th_t = add_tap(flags.leave(th_t, th_tm1), ttap)
         return th_t, th_t.astype(hs.dtype)
 
-    per_step = (coefficients(gates, h_tm1, params.spec, dropout), gates.norms, e, flags, ttap)
+    per_step = (coefficients(recurrent, gates, h_tm1), e, flags, ttap)
     th, ths = lax.scan(body, th0, per_step, reverse=config.reverse, unroll=config.unroll)
     return (h_last, hs), (th.astype(h_last.dtype), ths)
 

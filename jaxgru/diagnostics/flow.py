@@ -165,14 +165,14 @@ def _paths(trace, dhs):
     g, _ = trace.flags.leave_vjp(dhs)
 
     def back(gate, dv):
-        dv = normalize_vjp(dv, trace.recurrent.g[gate], trace.gates.norms[gate])
+        dv = normalize_vjp(dv, trace.recurrent.g[gate], trace.c.norms[gate])
         return matmul(dv, blocks(trace.params.w_h)[gate].T)
 
-    if c.gate_r is None:
-        reset, candidate = back(0, g * c.r), back(2, g * c.q)
+    if c.Q is not None:
+        reset, candidate = back(0, g * c.R), back(2, g * c.Q)
     else:
-        dp = back(2, g * c.a)
-        reset, candidate = back(0, dp * c.r), dp * c.gate_r
-    kept = trace.flags.leave(dhs * c.k, dhs)
-    paths = Paths(kept, back(1, g * c.z), reset, candidate)
+        dp = back(2, g * c.A)
+        reset, candidate = back(0, dp * c.R), dp * c.r
+    kept = trace.flags.leave(dhs * c.K, dhs)
+    paths = Paths(kept, back(1, g * c.Z), reset, candidate)
     return Paths(*map(trace.flags.enter_linear, paths))

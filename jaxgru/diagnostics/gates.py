@@ -89,7 +89,7 @@ def gate_values(
     (5, 3)
     """
     traces = trace_layers("gate_values", params, xs, h0, mask, resets, merge, residual)
-    return map_grus(lambda _, t: GateValues(t.gates.r, t.gates.z, t.gates.n, t.c.k), params, traces)
+    return map_grus(lambda _, t: GateValues(t.gates.r, t.gates.z, t.gates.n, t.c.K), params, traces)
 
 
 def _statistics(trace, low, high):
@@ -104,6 +104,6 @@ def _statistics(trace, low, high):
         return jnp.where(valid, v, jnp.zeros_like(v)).sum(axis=leading) / count
 
     return GateStatistics(
-        *(mean(v) for v in (r, z, trace.c.k, r < low, r > high, z < low, z > high)),
-        memory=1 / jnp.abs(mean(jnp.log(trace.c.k))),
+        *(mean(v) for v in (r, z, trace.c.K, r < low, r > high, z < low, z > high)),
+        memory=1 / jnp.abs(mean(jnp.log(trace.c.K))),
     )

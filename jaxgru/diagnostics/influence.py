@@ -132,7 +132,7 @@ def _pull_units(trace):
     transposed = derivatives.transpose_recurrent(trace.recurrent)
 
     def of_unit(unit):
-        dh, dp = derivatives.step_vjp(transposed, c, gates.norms, unit)
+        dh, dp = derivatives.step_vjp(transposed, c, unit)
         da, du = derivatives.gates_vjp(c, unit, dp)
         dx = derivatives.inputs_vjp(params, params.w_x.T, x, da)
         return dh, dx, derivatives.params_vjp(params, x, gates, h, da, du)

@@ -76,11 +76,11 @@ def step_jacobian_diagonal(params: GRUParams, x: jax.Array, h: jax.Array) -> jax
 
 def own_slopes(params: GRUParams, c: Coefficients) -> jax.Array:
     """`step_jacobian_diagonal` without layer norm, from a step's coefficients."""
-    w_r, w_z, w_n = (w.astype(c.k.dtype) for w in blocks(params.w_h))
-    own_r, own_z, own_n = (like_row(jnp.diagonal(w), c.k) for w in (w_r, w_z, w_n))
-    if c.gate_r is None:
-        return c.k + own_z * c.z + own_r * c.r + own_n * c.q
-    return c.k + own_z * c.z + c.a * (c.gate_r * own_n + matmul(c.r, w_r.T * w_n))
+    w_r, w_z, w_n = (w.astype(c.K.dtype) for w in blocks(params.w_h))
+    own_r, own_z, own_n = (like_row(jnp.diagonal(w), c.K) for w in (w_r, w_z, w_n))
+    if c.Q is not None:
+        return c.K + own_z * c.Z + own_r * c.R + own_n * c.Q
+    return c.K + own_z * c.Z + c.A * (c.r * own_n + matmul(c.R, w_r.T * w_n))
 
 
 def step_jacobian_bound(params: GRUParams, x: jax.Array, h: jax.Array) -> jax.Array:
@@ -113,18 +113,18 @@ def step_jacobian_bound(params: GRUParams, x: jax.Array, h: jax.Array) -> jax.Ar
     c = trace.c
 
     def size_of(w, scale, norm):
-        size = jnp.linalg.norm(w.astype(c.k.dtype), ord=2)
+        size = jnp.linalg.norm(w.astype(c.K.dtype), ord=2)
         return size if norm is None else size * largest(scale.astype(size.dtype)) * norm.i[..., 0]
 
     def largest(v):
         return jnp.abs(v).max(axis=-1)
 
-    parts = (blocks(trace.params.w_h), trace.recurrent.g, trace.gates.norms)
+    parts = (blocks(trace.params.w_h), trace.recurrent.g, trace.c.norms)
     size_r, size_z, size_n = map(size_of, *parts)
-    without_r = largest(c.k) + largest(c.z) * size_z
-    if c.gate_r is None:
-        return without_r + largest(c.r) * size_r + largest(c.q) * size_n
-    return without_r + largest(c.a) * size_n * (largest(c.gate_r) + largest(c.r) * size_r)
+    without_r = largest(c.K) + largest(c.Z) * size_z
+    if c.Q is not None:
+        return without_r + largest(c.R) * size_r + largest(c.Q) * size_n
+    return without_r + largest(c.A) * size_n * (largest(c.r) + largest(c.R) * size_r)
 
 
 def sequence_jacobians(
@@ -289,27 +289,27 @@ def _trace_step(params, x, h):
 
 def _state_map(trace):
     """M [..., H, H] with th' = th M, of valid steps without a reset."""
-    c, norms, scales = trace.c, trace.gates.norms, trace.recurrent.g
-    w_r, w_z, w_n = blocks(trace.params.w_h.astype(c.k.dtype))
+    c, norms, scales = trace.c, trace.c.norms, trace.recurrent.g
+    w_r, w_z, w_n = blocks(trace.params.w_h.astype(c.K.dtype))
     identity = jnp.eye(w_n.shape[-1], dtype=w_n.dtype)
-    kept = _map_of_gate(identity, None, None, c.k)
-    through_r = _map_of_gate(w_r, scales[0], norms[0], c.r)
-    through_z = _map_of_gate(w_z, scales[1], norms[1], c.z)
-    if c.gate_r is None:
-        return kept + through_r + through_z + _map_of_gate(w_n, scales[2], norms[2], c.q)
-    read = _map_of_gate(identity, None, None, c.gate_r) + through_r
-    return kept + through_z + _map_of_gate(matmul(read, w_n), scales[2], norms[2], c.a)
+    kept = _map_of_gate(identity, None, None, c.K)
+    through_r = _map_of_gate(w_r, scales[0], norms[0], c.R)
+    through_z = _map_of_gate(w_z, scales[1], norms[1], c.Z)
+    if c.Q is not None:
+        return kept + through_r + through_z + _map_of_gate(w_n, scales[2], norms[2], c.Q)
+    read = _map_of_gate(identity, None, None, c.r) + through_r
+    return kept + through_z + _map_of_gate(matmul(read, w_n), scales[2], norms[2], c.A)
 
 
 def _input_map(trace):
     """X [..., I, H] with th' = tx X, of valid steps."""
     params, c = trace.params, trace.c
-    w_x, norms = params.w_x.astype(c.k.dtype), [n for _, n in input_products(params, trace.xs)]
-    parts = map(_map_of_gate, blocks(w_x), scale_blocks(params.g_x), norms, (c.r, c.z, c.a))
+    w_x, norms = params.w_x.astype(c.K.dtype), [n for _, n in input_products(params, trace.xs)]
+    parts = map(_map_of_gate, blocks(w_x), scale_blocks(params.g_x), norms, (c.R, c.Z, c.A))
     through_r, through_z, through_n = parts
-    if c.gate_r is not None:
+    if c.Q is None:
         product = matmul(through_r, trace.recurrent.w[1])
-        through_r = _map_of_gate(product, trace.recurrent.g[2], trace.gates.norms[2], c.a)
+        through_r = _map_of_gate(product, trace.recurrent.g[2], trace.c.norms[2], c.A)
     return through_r + through_z + through_n
 
 

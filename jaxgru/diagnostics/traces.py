@@ -78,7 +78,7 @@ def trace_steps(params: GRUParams, xs: jax.Array, h_tm1: jax.Array, flags: Flags
     """The trace of steps that read these states."""
     recurrent = split_recurrent(params)
     h_t, gates = step(recurrent, project(params, xs), h_tm1)
-    c = coefficients(gates, h_tm1, params.spec)
+    c = coefficients(recurrent, gates, h_tm1)
     return Trace(params, recurrent, xs, h_tm1, h_t, gates, c, flags)
 
 

@@ -47,19 +47,18 @@ def oracle_step(params, x, h, spec):
 def whole_step(params, x, h, spec, dropout=None):
     """h' and the gates from the parameters and the input."""
     params = with_spec(params, spec)
-    a, recurrent = cell.project(params, x), cell.split_recurrent(params)
-    return cell.step(recurrent, a, h, dropout)
+    return cell.step(cell.split_recurrent(params, dropout), cell.project(params, x), h)
 
 
 @functools.partial(jax.jit, static_argnames="spec")
 def step_and_rules(params, x, h, dh, spec, dropout=None):
     """The step's value, its handwritten VJP, and JAX's."""
     params = with_spec(params, spec)
-    a, recurrent = cell.project(params, x), cell.split_recurrent(params)
+    a, recurrent = cell.project(params, x), cell.split_recurrent(params, dropout)
     transposed = derivatives.transpose_recurrent(recurrent)
-    h_t, gates = cell.step(recurrent, a, h, dropout)
-    c = derivatives.coefficients(gates, h, spec, dropout)
-    dh_tm1, dp = derivatives.step_vjp(transposed, c, gates.norms, dh, dropout)
+    h_t, gates = cell.step(recurrent, a, h)
+    c = derivatives.coefficients(recurrent, gates, h)
+    dh_tm1, dp = derivatives.step_vjp(transposed, c, dh)
     da, du = derivatives.gates_vjp(c, dh, dp)
     by_hand = (
         derivatives.params_vjp(params, x, gates, h, da, du, dropout),
@@ -71,7 +70,7 @@ def step_and_rules(params, x, h, dh, spec, dropout=None):
         return whole_step(params, x, h, spec, dropout)[0]
 
     _, pull = jax.vjp(whole, params, x, h)
-    _, pull_a = jax.vjp(lambda a, h: cell.step(recurrent, a, h, dropout)[0], a, h)
+    _, pull_a = jax.vjp(lambda a, h: cell.step(recurrent, a, h)[0], a, h)
     return h_t, by_hand, pull(dh), (tuple(jnp.split(da, 3, -1)), dh_tm1), pull_a(dh)
 
 
@@ -172,10 +171,8 @@ def tangents_by_hand_and_by_jax(params, tparams, x, tx, h, th, spec, dropout=Non
     params, tparams = with_spec((params, tparams), spec)
     _, gates = whole_step(params, x, h, spec, dropout)
     e = derivatives.step_jvp_inputs(params, tparams, x, tx, gates, h, dropout)
-    recurrent = cell.split_recurrent(params)
-    by_hand = derivatives.step_jvp(
-        recurrent, derivatives.coefficients(gates, h, spec, dropout), gates.norms, th, e, dropout
-    )
+    recurrent = cell.split_recurrent(params, dropout)
+    by_hand = derivatives.step_jvp(recurrent, derivatives.coefficients(recurrent, gates, h), th, e)
     zeros = jax.tree.map(jnp.zeros_like, (params, x))
     tangents = {
         k: zero if t is None else t

@@ -35,8 +35,8 @@ def of_step(change):
     """A fault of step_vjp: change(w_h, c, dh, dh_tm1, dp) -> dh_tm1."""
 
     def mutate(original):
-        def faulty(transposed, c, norms, dh, dropout):
-            dh_tm1, dp = original(transposed, c, norms, dh, dropout)
+        def faulty(transposed, c, dh):
+            dh_tm1, dp = original(transposed, c, dh)
             return change(jnp.concatenate(transposed.w).T, c, dh, dh_tm1, dp), dp
 
         return faulty
@@ -48,76 +48,65 @@ def block(w, i):
     return jnp.split(w, 3, axis=-1)[i]
 
 
-def slopes_of(c):
-    """R, Z and, for reset="after", Q."""
-    return list(c.slopes) if c.gate_r is not None else jnp.unstack(c.slopes[0], axis=-2)
-
-
 def no_kept_state(w_h, c, dh, dh_tm1, dp):
-    return dh_tm1 - dh * c.k
+    return dh_tm1 - dh * c.K
 
 
 def no_update_gate_path(w_h, c, dh, dh_tm1, dp):
-    return dh_tm1 - (dh * slopes_of(c)[1]) @ block(w_h, 1).T
+    return dh_tm1 - (dh * c.Z) @ block(w_h, 1).T
 
 
 def no_reset_gate_path(w_h, c, dh, dh_tm1, dp):
-    return dh_tm1 - ((dh if dp is None else dp) * slopes_of(c)[0]) @ block(w_h, 0).T
+    return dh_tm1 - ((dh if dp is None else dp) * c.R) @ block(w_h, 0).T
 
 
 def no_candidate_path(w_h, c, dh, dh_tm1, dp):
-    return dh_tm1 - dp * c.gate_r
+    return dh_tm1 - dp * c.r
 
 
 def candidate_path_not_gated(w_h, c, dh, dh_tm1, dp):
-    return dh_tm1 + dp * (1 - c.gate_r)
+    return dh_tm1 + dp * (1 - c.r)
 
 
 def no_product_path(w_h, c, dh, dh_tm1, dp):
-    return dh_tm1 - (dh * slopes_of(c)[2]) @ block(w_h, 2).T
+    return dh_tm1 - (dh * c.Q) @ block(w_h, 2).T
 
 
-def of_slopes(change):
-    """A fault of coefficients: change(gates, c.a, [R, Z, Q]) -> c.a, [R, Z, Q]."""
+def of_coefficients(change):
+    """A fault of coefficients: change(gates, c) -> the fields that it replaces."""
 
     def mutate(original):
-        def faulty(gates, h_tm1, spec, dropout):
-            c = original(gates, h_tm1, spec, dropout)
-            a, v = change(gates, c.a, slopes_of(c))
-            return c._replace(a=a, slopes=tuple(v) if gates.q is None else (jnp.stack(v, axis=-2),))
+        def faulty(recurrent, gates, h_tm1):
+            c = original(recurrent, gates, h_tm1)
+            return c._replace(**change(gates, c))
 
         return faulty
 
     return mutate
 
 
-def update_gate_sign(gates, a, v):
-    return a, [v[0], -v[1], *v[2:]]
+def update_gate_sign(gates, c):
+    return {"Z": -c.Z}
 
 
-def no_slope_of_reset_gate(gates, a, v):
-    return a, [v[0] / (gates.r * (1 - gates.r)), *v[1:]]
+def no_slope_of_reset_gate(gates, c):
+    return {"R": c.R / (gates.r * (1 - gates.r))}
 
 
-def half_slope_of_update_gate(gates, a, v):
-    return a, [v[0], v[1] / (1 - gates.z), *v[2:]]
+def half_slope_of_update_gate(gates, c):
+    return {"Z": c.Z / (1 - gates.z)}
 
 
-def no_slope_of_candidate(gates, a, v):
-    return 1 - gates.z, v
+def no_slope_of_candidate(gates, c):
+    return {"A": 1 - gates.z}
 
 
-def product_not_gated(gates, a, v):
-    return a, [*v[:2], a]
+def product_not_gated(gates, c):
+    return {"Q": c.A}
 
 
-def of_kept(change):
-    """A fault of coefficients: change(gates) -> c.k."""
-    return lambda original: lambda gates, *rest: original(gates, *rest)._replace(k=change(gates))
-
-
-def kept_state_of_the_other_convention(gates):
-    return gates.z
+def kept_state_of_the_other_convention(gates, c):
+    return {"K": gates.z}
 
 
 def of_params(change):
@@ -187,10 +176,10 @@ def of_loop(change):
     """A fault of the loop of the backward pass: change(g, dhs, flags) before it."""
 
     def mutate(original):
-        def faulty(config, transposed, g, c, norms, dhs, inputs, dropout):
+        def faulty(config, transposed, g, c, dhs, inputs):
             g, dhs, flags = change(g, dhs, inputs.flags)
             inputs = inputs._replace(flags=flags)
-            return original(config, transposed, g, c, norms, dhs, inputs, dropout)
+            return original(config, transposed, g, c, dhs, inputs)
 
         return faulty
 
@@ -230,7 +219,7 @@ FAULTS = {
     ),
     **faults_of(
         "coefficients",
-        of_slopes,
+        of_coefficients,
         update_gate_sign,
         no_slope_of_reset_gate,
         half_slope_of_update_gate,
@@ -253,12 +242,10 @@ FAULTS = {
 
 
 def no_reset_gate_in_tangent(original):
-    def faulty(recurrent, c, norms, th, e, dropout):
+    def faulty(recurrent, c, th, e):
         first, *others = recurrent.w
         first = first.at[:, : th.shape[-1]].set(0)
-        return original(
-            dataclasses.replace(recurrent, w=(first, *others)), c, norms, th, e, dropout
-        )
+        return original(dataclasses.replace(recurrent, w=(first, *others)), c, th, e)
 
     return faulty
 
@@ -281,21 +268,18 @@ def input_tangent_of_half_the_inputs(original):
 
 AFTER = {
     **faults_of("step_vjp", of_step, no_product_path, no_reset_gate_path),
-    **faults_of("coefficients", of_slopes, product_not_gated, update_gate_sign),
+    **faults_of("coefficients", of_coefficients, product_not_gated, update_gate_sign),
     **faults_of("params_vjp", of_params, bias_inside_the_gate),
     "sums_swapped": ("gates_vjp", lambda original: lambda *args: original(*args)[::-1]),
 }
 WRITE = {
-    **faults_of("coefficients", of_kept, kept_state_of_the_other_convention),
-    **faults_of("coefficients", of_slopes, update_gate_sign),
+    **faults_of("coefficients", of_coefficients, kept_state_of_the_other_convention),
+    **faults_of("coefficients", of_coefficients, update_gate_sign),
 }
 
 
 def dropout_ignored(original):
-    def faulty(transposed, c, norms, dh, dropout):
-        return original(transposed, c, norms, dh, None)
-
-    return faulty
+    return lambda weights, *rest: original(dataclasses.replace(weights, dropout=None), *rest)
 
 
 def dropout_ignored_by_weights(original):
@@ -308,10 +292,10 @@ def dropout_ignored_by_weights(original):
 def zoned_out_units_written(original):
     """The backward that takes the mask without the units that zoneout leaves as they are."""
 
-    def faulty(config, transposed, g, c, norms, dhs, inputs, dropout):
+    def faulty(config, transposed, g, c, dhs, inputs):
         mask = inputs.flags.mask.any(axis=-1, keepdims=True)
         inputs = inputs._replace(flags=dataclasses.replace(inputs.flags, mask=mask))
-        return original(config, transposed, g, c, norms, dhs, inputs, dropout)
+        return original(config, transposed, g, c, dhs, inputs)
 
     return faulty
 
@@ -321,9 +305,9 @@ def cut_ignored(g, dhs, flags):
 
 
 def norms_of_the_wrong_gate(original):
-    def faulty(transposed, c, norms, dh, dropout):
-        r, z, n = norms
-        return original(transposed, c, (z, r, n), dh, dropout)
+    def faulty(transposed, c, dh):
+        r, z, n = c.norms
+        return original(transposed, c._replace(norms=(z, r, n)), dh)
 
     return faulty
 
@@ -356,13 +340,6 @@ def layer_norm_scale_not_normalized(original):
     return faulty
 
 
-def dropout_ignored_by_tangent(original):
-    def faulty(recurrent, c, norms, th, e, dropout):
-        return original(recurrent, c, norms, th, e, None)
-
-    return faulty
-
-
 # Each with what it acts on alone: all of it together would take thrice as long to compile.
 KEY = {"key": jax.random.key(3)}
 DROPOUT, ZONEOUT = KEY | {"recurrent_dropout": 0.4}, KEY | {"zoneout": 0.3}
@@ -376,7 +353,7 @@ INSIDE = {
         layer_norm_scale_not_normalized,
         "layer_norm",
     ),
-    "dropout_ignored_by_tangent": ("tangent.step_jvp", dropout_ignored_by_tangent, DROPOUT),
+    "dropout_ignored_by_tangent": ("tangent.step_jvp", dropout_ignored, DROPOUT),
     "dropout_ignored": ("bptt.step_vjp", dropout_ignored, DROPOUT),
     "dropout_ignored_by_weights": ("bptt.params_vjp", dropout_ignored_by_weights, DROPOUT),
     "zoned_out_units_written": ("bptt.reverse_scan", zoned_out_units_written, ZONEOUT),
@@ -554,8 +531,8 @@ def test_grid_names_the_case_that_fails(monkeypatch):
 
     original = bptt.step
 
-    def faulty(recurrent, a, h, dropout):
-        h, gates = original(recurrent, a, h, dropout)
+    def faulty(recurrent, a, h):
+        h, gates = original(recurrent, a, h)
         bulk = a[0].ndim == 3
         return h, gates._replace(r=gates.r * 0.9) if bulk else gates
 

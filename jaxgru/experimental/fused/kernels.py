@@ -52,7 +52,7 @@ class FusedKernels(Kernel):
     interpret: bool
     splits: int  # bfloat16 numbers that stand for one operand
 
-    def forward(self, config, recurrent, h, a, inputs, dropout, *, save_gates):
+    def forward(self, config, recurrent, h, a, inputs, save_gates):
         """What `jaxgru.core.scan.scan_chunk` computes: h after the chunk, and (hs, gates or None).
 
         On a masked step, the z among the gates is the one that keeps the state.
@@ -71,7 +71,7 @@ class FusedKernels(Kernel):
             [1, 1] if before else [1],
             jnp.stack([w.T for w in blocks(jnp.concatenate(recurrent.w, axis=-1))]),
             h,
-            {"b_q": b_q, "dropout": dropout},
+            {"b_q": b_q, "dropout": recurrent.dropout},
             [*a, inputs.tap],
             flags.resets,
             {"hs": (inputs.xs.dtype,), **saved},
@@ -82,9 +82,9 @@ class FusedKernels(Kernel):
         r, z, n, *q = jnp.unstack(found["gates"], axis=1)
         return h, (found["hs"], Gates(r, z, n, None if before else q[0]))
 
-    def backward(self, config, transposed, g, c, norms, dhs, inputs, dropout):
+    def backward(self, config, transposed, g, c, dhs, inputs):
         """What `jaxgru.core.bptt.reverse_scan` computes: g before the chunk, and (dh, dp, dtap)."""
-        before = c.gate_r is not None
+        before = c.Q is None
         names = ("dhs", "dp") if before else ("dhs",)
         g, found = _launch(
             self,
@@ -93,7 +93,7 @@ class FusedKernels(Kernel):
             [1, 2] if before else [3],
             jnp.stack(blocks(jnp.concatenate(transposed.w, axis=0).T)),
             g,
-            {"dropout": dropout},
+            {"dropout": transposed.dropout},
             [*_fold_flags(c, inputs.flags), dhs],
             None,
             dict.fromkeys(names, (_F32,)),
@@ -116,10 +116,10 @@ def _fold_flags(c, flags):
         return flags.leave(v, jnp.full_like(v, of_h_tm1))
 
     enter = flags.enter_linear
-    k, k_z = enter(leave(c.k, 1.0)), enter(leave(c.z))
-    if c.gate_r is None:
-        return [k, enter(leave(c.r)), k_z, enter(leave(c.q))]
-    return [k, enter(c.r), k_z, leave(c.a), enter(c.gate_r)]  # R and r multiply dp
+    k, k_z = enter(leave(c.K, 1.0)), enter(leave(c.Z))
+    if c.Q is not None:
+        return [k, enter(leave(c.R)), k_z, enter(leave(c.Q))]
+    return [k, enter(c.R), k_z, leave(c.A), enter(c.r)]  # R and r multiply dp
 
 
 def _forward_body(spec, zoneout_mean, buffers, constants, write, h, inputs, fetch):

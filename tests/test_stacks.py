@@ -907,7 +907,7 @@ STATES_FORM = (
         (
             lambda: call(resets=jnp.ones((T, B))),
             TypeError,
-            "gru_stack: resets must be a bool array, got float32.",
+            "gru_stack: resets must be a bool array, got float32; cast it to bool.",
         ),
         (
             lambda: call(dropout=1.0, key=jax.random.key(0)),
@@ -1140,7 +1140,7 @@ STATES_FORM = (
         (
             lambda: resets_from_dones(jnp.ones(3)),
             TypeError,
-            "resets_from_dones: dones must be a bool array, got float32.",
+            "resets_from_dones: dones must be a bool array, got float32; cast it to bool.",
         ),
         (
             lambda: resets_from_dones(jnp.ones((3, 2), bool), jnp.ones(3, bool)),

@@ -1,12 +1,8 @@
-"""Backpropagation through time, derived by hand, as a `custom_vjp`.
+"""Backpropagation through time, derived by hand, as a `custom_vjp`; README.md has the equations.
 
-With g_t = dL/dh_t, the loop of the backward pass runs from the last step to the first and carries
-g alone; `jaxgru.core.derivatives` has the local derivatives c_t of the step and its transpose:
-
-    g_{t-1} = step_vjp(c_t, g_t) + the cotangent of the output hs[t-1]
-
-All else is a bulk product over the steps of a chunk, before the loop (the coefficients) or after it
-(the gradients of weights, biases and inputs). `jaxgru/core/README.md` has the equations.
+The loop of the backward pass runs from the last step to the first and carries g = dL/dh_t alone.
+All else is computed for all steps of a chunk at once, before the loop (the local derivatives) or
+after it (the gradients of weights, biases and inputs).
 """
 
 import functools
@@ -26,7 +22,7 @@ from jaxgru.core.derivatives import (
     step_vjp,
     transpose_recurrent,
 )
-from jaxgru.core.scan import Inputs, forward, forward_chunk, plain_scan
+from jaxgru.core.scan import Inputs, forward, plain_scan, run_chunk
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -37,7 +33,7 @@ def bptt(config, params, inputs, h0, dropout, key):
 
 def _forward(config, params, inputs, h0, dropout, key):
     """The results, and the residuals that config chooses."""
-    primals = (params, inputs, h0, dropout, key)
+    primals = (params, inputs, h0, dropout, key)  # symbolic_zeros gives pairs (value, perturbed)
     primals = jax.tree.map(lambda p: p.value, primals, is_leaf=lambda p: hasattr(p, "perturbed"))
     save_gates = config.residuals == "gates"
     h_last, (hs, gates), h_starts = forward(config, *primals, save_gates=save_gates)
@@ -69,7 +65,7 @@ def _backward(config, residuals, cotangents):
     def recall(inputs, hs, gates, h_start):
         """The state that each step read, and its gates: saved, or recomputed."""
         if config.residuals == "boundaries":
-            _, (hs, gates) = forward_chunk(config, params, recurrent, h_start, inputs, key, True)
+            _, (hs, gates) = run_chunk(config, params, recurrent, h_start, inputs, key, True)
         h_tm1 = inputs.flags.states_before(h_start, hs, config.reverse)
         if config.residuals == "states":
             gates = step(recurrent, project(params, inputs.xs), h_tm1)[1]
@@ -83,17 +79,18 @@ def _backward(config, residuals, cotangents):
         reverse=not config.reverse,
     )  # fmt: skip
     dparams = jax.tree.map(lambda d, p: d.astype(p.dtype), dparams, params)
-    return dparams, Inputs(dxs, None, None, dtap), g.astype(h0.dtype), None, None  # type: ignore
+    dinputs = Inputs(dxs, None, None, dtap)  # type: ignore  # flags and numbers have no gradient
+    return dparams, dinputs, g.astype(h0.dtype), None, None
 
 
 bptt.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def reverse_scan(config, transposed, g, c, dhs, inputs):
-    """g before the chunk; and of each step dh, dp and dtap.
+    """(g before the chunk, (dh, dp, dtap) of each step).
 
-    dtap is the whole dL/dh_t. dh is the part of it that goes through the step: 0 where the step is
-    masked, since that part goes directly to h_tm1. dp is the cotangent of what w_hn multiplies.
+    dtap is dL/dh_t. dh is the part of it that goes through the step, 0 where the step is masked. dp
+    is the cotangent of what w_hn multiplies, None for reset="after".
     """
 
     def body(g, per_step):

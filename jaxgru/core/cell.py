@@ -1,10 +1,9 @@
-"""One GRU step: h' = step(x, h).
+"""One GRU step, from the projected input a = N(x w_x) + b_x and the state h.
 
 Everything here is a pure function of arrays with any leading axes: a scan runs `step` on [B, H],
 and the backward pass recomputes a whole sequence of gates with it on [T, B, H].
 
-Blocks of `3H` are reset | update | candidate (r | z | n), PyTorch's order. With
-`a = N(x w_x) + b_x` split into `a_r, a_z, a_n`::
+Blocks of `3H` are reset | update | candidate (r | z | n), PyTorch's order::
 
     r = sigmoid(a_r + N(h w_hr) + b_hr)       z = sigmoid(a_z + N(h w_hz) + b_hz)
     reset="before":  n = f(a_n + N((r * h) w_hn) + b_hn)
@@ -12,12 +11,9 @@ Blocks of `3H` are reset | update | candidate (r | z | n), PyTorch's order. With
     update="keep":   h' = z * h + (1 - z) * n
     update="write":  h' = (1 - z) * h + z * n
 
-N is layer normalization (Ba et al. 2016, arXiv:1607.06450, eq. 4) of each gate's product by itself
-where params have layer-norm scales g_x, g_h, else the identity. Biases are added after it.
-
-Recurrent dropout changes what the products read, not the state itself: the products with w_h read
-`d * h` with a d [..., H] that is the same at every step (Gal and Ghahramani 2016, arXiv:1512.05287,
-eq. 7).
+N normalizes each gate's product by itself where params have layer-norm scales g_x and g_h, and is
+the identity elsewhere; see `layer_norm.py`. With recurrent dropout d, the products with w_h read
+d * h in place of h, and the state itself does not change; see `Noise`.
 
 With bfloat16 or float16 parameters the operands of every product have that dtype, but for those of
 the weight gradients; sums, gates, the state and cotangents between products are float32.
@@ -61,22 +57,28 @@ class Gates(NamedTuple):
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("w", "b_q", "g", "dropout"),
+    data_fields=("w", "b_q", "scales", "dropout"),
     meta_fields=("spec",),
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Recurrent:
-    """What a step reads of the parameters, split once: XLA would copy a slice at every step."""
+    """What a step reads besides a and h, split once: XLA would copy a slice at every step."""
 
     w: tuple[jax.Array, ...]  # ([w_hr | w_hz], w_hn) for reset="before", (w_h,) for reset="after"
     b_q: jax.Array | None  # [H], b_hn where it acts inside the reset gate
-    g: tuple[jax.Array | None, ...]  # the blocks of g_h
-    dropout: jax.Array | None  # d [..., H], by which every product with w multiplies the state
+    scales: tuple[jax.Array | None, ...]  # the blocks of g_h
+    dropout: jax.Array | None  # d [..., H]
     spec: GRUSpec
 
 
 def gru_cell(params: GRUParams, x: jax.Array, h: jax.Array) -> jax.Array:
-    """One GRU step, h' from x and h; the module docstring has the equations.
+    """One GRU step, h' from x and h.
+
+        r = sigmoid(x w_xr + h w_hr + b_r)        z = sigmoid(x w_xz + h w_hz + b_z)
+        n = tanh(x w_xn + (r * h) w_hn + b_n)     h' = z * h + (1 - z) * n
+
+    This is the default, `CHO_2014` (Cho et al. 2014, arXiv:1406.1078, eqs. 5-8); `GRUSpec` has the
+    other equations.
 
     Args:
       params: one layer's; its spec says which equation.
@@ -91,7 +93,7 @@ def gru_cell(params: GRUParams, x: jax.Array, h: jax.Array) -> jax.Array:
       ValueError: shapes do not fit.
       TypeError: an array is not floating, or dtypes differ.
 
-    Cost: 3H(I + H) multiply-adds a row; JAX differentiates it in every mode.
+    Cost: 6 H (I + H) floating-point operations per row. JAX differentiates it in every mode.
 
     >>> from jaxgru import init_gru
     >>> params = init_gru(jax.random.key(0), 2, 3)
@@ -109,9 +111,8 @@ def gru_cell(params: GRUParams, x: jax.Array, h: jax.Array) -> jax.Array:
     meaning = f"x's leading axes, then H={hidden_size} rows of params.w_h"
     require_shape("gru_cell", "h", h, (*x.shape[:-1], hidden_size), meaning)
     params, x, h = jax.tree.map(jnp.asarray, (params, x, h))
-    a = project(params, x)
-    h_wide = h.astype(state_dtype(h.dtype))
-    return step(split_recurrent(params), a, h_wide)[0].astype(h.dtype)
+    h_t, _ = step(split_recurrent(params), project(params, x), h.astype(state_dtype(h.dtype)))
+    return h_t.astype(h.dtype)
 
 
 def project(params, xs):
@@ -128,7 +129,7 @@ def project(params, xs):
 
 
 def split_recurrent(params, dropout=None):
-    """The weights, bias and layer-norm scales of the state, in the pieces that `step` uses."""
+    """The `Recurrent` of the parameters, and of the mask of recurrent dropout if there is one."""
     before = params.spec.reset == "before"
     w = tuple(gates_and_candidate(params.w_h)) if before else (params.w_h,)
     b_q = None if before or params.b_h is None else blocks(params.b_h)[2]
@@ -137,9 +138,10 @@ def split_recurrent(params, dropout=None):
 
 def step(recurrent, a, h):
     """h' and the `Gates` from the projected input a and the state h, all [..., H]."""
-    (g_r, g_z, g_n), spec, read = recurrent.g, recurrent.spec, drop_state(h, recurrent.dropout)
+    spec, (g_r, g_z, g_n) = recurrent.spec, recurrent.scales
     f, before = ACTIVATIONS[spec.activation], spec.reset == "before"
-    # after: one product of width 3H, since nothing in it waits for r
+    read = drop_state(h, recurrent.dropout)
+    # "after" takes one product of width 3H, since nothing in it waits for r.
     v_r, v_z, *v_n = jnp.split(matmul(read, recurrent.w[0]), 2 if before else 3, axis=-1)
     (u_r, norm_r), (u_z, norm_z) = normalize(v_r, g_r), normalize(v_z, g_z)
     r, z = jax.nn.sigmoid(a[0] + u_r), jax.nn.sigmoid(a[1] + u_z)
@@ -154,7 +156,7 @@ def step(recurrent, a, h):
 
 
 def drop_state(h, dropout):
-    """d * h, what the products read of a state; it is its own transpose."""
+    """d * h, what the products read of a state. The map is its own transpose."""
     if dropout is None:
         return h
     return h * dropout.reshape((1,) * (h.ndim - dropout.ndim) + dropout.shape)
@@ -171,8 +173,8 @@ _FEW_ROWS = 64
 def input_products(params, xs):
     """N(x w_x) and its norm, for each of the three blocks.
 
-    Either one product is split in three, or w_x is: the smaller array, since a slice is a copy. In
-    a loop of single steps (H=256) one product was 1.5 times as fast as three.
+    With few rows, one product is split in three; with many, w_x is, since a slice of the product
+    would be a copy. In a loop of single steps (H=256) one product was 1.5 times as fast as three.
     """
     if all(isinstance(n, int) for n in xs.shape) and math.prod(xs.shape[:-1]) < _FEW_ROWS:
         products = blocks(matmul(xs, params.w_x))

@@ -1,6 +1,6 @@
 """Checks of arguments, in one form: function, argument, what it must be, what came, the cure.
 
-They run when a function is traced, on what is static only: kinds, shapes and dtypes.
+They run when a function is traced, on kinds, shapes and dtypes, and on values that are not traced.
 """
 
 import importlib
@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+
+_DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
 def require_flags(
@@ -24,7 +26,8 @@ def require_flags(
             continue
         if getattr(value, "dtype", None) != jnp.bool_:
             found = getattr(value, "dtype", type(value).__name__)
-            raise TypeError(f"{function}: {name} must be a bool array, got {found}.")
+            cure = "length_mask makes one of lengths" if name == "mask" else "cast it to bool"
+            raise TypeError(f"{function}: {name} must be a bool array, got {found}; {cure}.")
         if shape is not None:
             swapped = value.ndim > 1 and (value.shape[1], value.shape[0], *value.shape[2:]) == shape
             cure = "; time and batch are swapped" if swapped else ""
@@ -34,14 +37,11 @@ def require_flags(
 def require_shape(
     function: str, argument: str, value: Any, shape: tuple[int, ...], meaning: str, cure: str = ""
 ) -> None:
-    """ValueError unless the array has that shape, whose meaning and cure the message gives."""
+    """ValueError unless the array has that shape; the message says what it means, and the cure."""
     if value.shape != shape:
         raise ValueError(
             f"{function}: {argument} must have shape {shape} ({meaning}), got {value.shape}{cure}."
         )
-
-
-_DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
 def require_choice(function: str, argument: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -61,12 +61,12 @@ def require_count(function: str, argument: str, value: Any, least: int = 1) -> N
 
 def require_float(function: str, argument: str, value: Any, dtype: Any = None) -> None:
     """TypeError unless value is a floating array, of the given dtype where one is given."""
-    found = getattr(value, "dtype", None)
-    if found is None or not hasattr(value, "shape"):
+    if not isinstance(value, jax.Array | np.ndarray | np.generic):
         raise TypeError(
             f"{function}: {argument} must be an array, got {type(value).__name__}; "
             "convert it with jnp.asarray."
         )
+    found = value.dtype
     if not jnp.issubdtype(found, jnp.floating):
         raise TypeError(
             f"{function}: {argument} must be a floating array, got dtype {found}; cast it first."
@@ -74,7 +74,7 @@ def require_float(function: str, argument: str, value: Any, dtype: Any = None) -
     require_dtype(function, found, argument)
     if dtype is not None and found != dtype:
         raise TypeError(
-            f"{function}: {argument} must have the dtype of params.w_x, {jnp.dtype(dtype)}, "
+            f"{function}: {argument} must have the dtype of the parameters, {jnp.dtype(dtype)}, "
             f"got {found}; cast one of them."
         )
 
@@ -94,15 +94,15 @@ def require_dtype(function: str, dtype: Any, argument: str = "") -> Any:
 
 
 def require_axis(function: str, axis: Any, shape: tuple[int, ...]) -> int:
-    """The axis of time of xs, counted from the front; TypeError or ValueError if it is none."""
-    if isinstance(axis, bool) or not isinstance(axis, int):
+    """The axis of time of xs, counted from the front; TypeError or ValueError if it has none."""
+    if isinstance(axis, bool) or not isinstance(axis, int | np.integer):
         raise TypeError(f"{function}: axis must be an integer, got {axis!r}.")
     if not -len(shape) <= axis < len(shape) - 1 or axis == -1:
         raise ValueError(
             f"{function}: axis must name an axis of xs other than its last, got {axis} for shape "
             f"{shape}."
         )
-    return axis % len(shape)
+    return int(axis) % len(shape)
 
 
 def require_bool(function: str, argument: str, value: Any) -> None:
@@ -112,8 +112,8 @@ def require_bool(function: str, argument: str, value: Any) -> None:
 
 
 def require_rate(function: str, argument: str, rate: Any) -> None:
-    """TypeError unless rate is a Python number, ValueError unless it is in [0, 1)."""
-    if isinstance(rate, bool) or not isinstance(rate, int | float):
+    """TypeError unless rate is a static number, ValueError unless it is in [0, 1)."""
+    if isinstance(rate, bool) or not isinstance(rate, int | float | np.floating | np.integer):
         cure = "; inside jit, make it a static argument" if is_traced(rate) else ""
         found = "a traced value" if is_traced(rate) else repr(rate)
         raise TypeError(f"{function}: {argument} must be a Python float, got {found}{cure}.")
@@ -121,8 +121,8 @@ def require_rate(function: str, argument: str, rate: Any) -> None:
         raise ValueError(f"{function}: {argument} must be in [0, 1), got {rate}.")
 
 
-def require_key(function: str, rates: dict[str, float], key: Any, deterministic: Any) -> None:
-    """TypeError or ValueError unless key is a key; it may be None where no rate is above 0."""
+def require_key_for(function: str, rates: dict[str, float], key: Any, deterministic: Any) -> None:
+    """As `require_key`, but key may be None where no rate is above 0, and in evaluation."""
     require_bool(function, "deterministic", deterministic)
     acting = [f"{argument}={rate}" for argument, rate in rates.items() if rate > 0]
     if acting and key is None and not deterministic:
@@ -130,8 +130,12 @@ def require_key(function: str, rates: dict[str, float], key: Any, deterministic:
             f"{function}: key must be a jax.random.key for {', '.join(acting)}, got None; pass "
             "deterministic=True for evaluation."
         )
-    if key is None:
-        return
+    if key is not None:
+        require_key(function, key)
+
+
+def require_key(function: str, key: Any) -> None:
+    """TypeError or ValueError unless key is one `jax.random.key`."""
     dtype = getattr(key, "dtype", None)
     typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
     if not typed and dtype != jnp.uint32:
@@ -163,5 +167,5 @@ def require_extra(function: str, package: str, *modules: str, extra: str = "") -
 
 
 def is_traced(value: Any) -> bool:
-    """True inside a transformation, where a value cannot be read and so not be checked."""
+    """True if the value is a tracer, which cannot be read and so not be checked."""
     return isinstance(value, Tracer)

@@ -11,7 +11,7 @@ from jaxgru.core.sharding import on_auto_mesh
 # Measured on two cores at the sizes of `python -m experiments.benchmarks.peers`, the first two with
 # its --chunks, the others by "jaxgru gates" and "jaxgru states" there.
 _WHOLE_SEQUENCE = 1 << 18  # T * B * H up to which all of time is one chunk
-_CHUNK = 1 << 17  # chunk_size * B * H, where that is 8 steps or more
+_CHUNK = 1 << 17  # chunk_size * B * H, with a chunk_size of at least 8
 _MANY_GATES = 1 << 19  # T * B * H above which saved gates no longer stay in the caches
 _CHEAP_PRODUCT = 256  # the largest I + H for which recomputing them is then faster than saving
 
@@ -72,8 +72,8 @@ def default_chunk_size(num_steps, h0, residuals):
 def default_residuals(xs, h0):
     """The faster residuals: "states" where recomputing the gates is faster than saving them.
 
-    Gates are 3H or 4H numbers a row, their products 3H(I + H) multiply-adds: the smaller I + H and
-    the larger T B H, the sooner recomputing is faster.
+    Gates are 3H or 4H numbers per row, and recomputing them takes 3H(I + H) multiply-adds: it is
+    the faster the smaller I + H and the larger T B H.
     """
     sizes = (*xs.shape, *h0.shape)
     known = all(isinstance(size, int) for size in sizes)

@@ -41,7 +41,7 @@ class Coefficients(NamedTuple):
 
 
 def transpose_recurrent(recurrent):
-    """With w^T in place of w, which `step_vjp` reads; transposed once, not at every step."""
+    """The weights that `step_vjp` reads: w^T in place of w, transposed once, not at every step."""
     return dataclasses.replace(recurrent, w=tuple(w.T for w in recurrent.w))
 
 
@@ -61,25 +61,25 @@ def coefficients(recurrent, gates, h_tm1):
 def step_vjp(transposed, c, dh):
     """The transpose of `step`: dh_tm1 and, for "before", dp, the cotangent of r * d * h.
 
-    before:  dp = N'(dh A) w_hn^T,  dh_tm1 = dh K + d * (dp r + N'[dp R | dh Z] [w_hr | w_hz]^T)
-    after:   dh_tm1 = dh K + d * (N'[dh R | dh Z | dh Q] w_h^T)
-    with d the recurrent dropout and N' the transpose of the normalization (identity without it).
+    before:  dp = N^T(dh A) w_hn^T,  dh_tm1 = dh K + d * (dp r + N^T[dp R | dh Z] [w_hr | w_hz]^T)
+    after:   dh_tm1 = dh K + d * (N^T[dh R | dh Z | dh Q] w_h^T)
+    d is recurrent dropout, and N^T the transpose of the normalization (the identity without it).
     """
     if c.Q is None:
         w_rz_t, w_n_t = transposed.w
-        dp = matmul(normalize_vjp(dh * c.A, transposed.g[2], c.norms[2]), w_n_t)
+        dp = matmul(normalize_vjp(dh * c.A, transposed.scales[2], c.norms[2]), w_n_t)
         du = [dp * c.R, dh * c.Z]
-        dread = dp * c.r + matmul(_norms_vjp(transposed.g, c.norms, du), w_rz_t)
+        dread = dp * c.r + matmul(_norms_vjp(transposed.scales, c.norms, du), w_rz_t)
     else:
         dp, du = None, [dh * c.R, dh * c.Z, dh * c.Q]
-        dread = matmul(_norms_vjp(transposed.g, c.norms, du), transposed.w[0])
+        dread = matmul(_norms_vjp(transposed.scales, c.norms, du), transposed.w[0])
     return dh * c.K + drop_state(dread, transposed.dropout), dp
 
 
 def gates_vjp(c, dh, dp):
-    """da and du [..., 3H], the cotangents of N(x w_x) + b_x and of N(p w_h) + b_h.
+    """da and du [..., 3H], the cotangents of N(x w_x) + b_x and of N(read w_h) + b_h.
 
-    p is what each product reads: d * h, or r * d * h for w_hn of "before".
+    read is d * h, or r * d * h for w_hn of "before".
 
     before:  da = du = [dp R | dh Z | dh A]
     after:   da = [dh R | dh Z | dh A],  du = [dh R | dh Z | dh Q]
@@ -93,9 +93,9 @@ def gates_vjp(c, dh, dp):
 def params_vjp(params, xs, gates, h_tm1, da, du, dropout=None):
     """The cotangents of all parameters, in the state dtype: products over all leading axes.
 
-    dw_x = x^T N' da,  [dw_hr | dw_hz] = read^T N' du_rz,  read = d * h,
-    dw_hn = (r read)^T N' du_n (before) or read^T N' du_n (after). A bias gets the sum of da or du,
-    a layer-norm scale the sum of da or du times the normalized product y.
+    dw_x = x^T N^T da,  [dw_hr | dw_hz] = read^T N^T du_rz,  read = d * h,
+    dw_hn = (r read)^T N^T du_n (before) or read^T N^T du_n (after). A bias gets the sum of da or
+    du, a layer-norm scale the sum of da or du times the normalized product y.
     """
     (x, dv_x), of_w_h, rows = params_vjp_factors(params, xs, gates, h_tm1, da, du, dropout)
     w_h = split_recurrent(params).w
@@ -130,7 +130,7 @@ def params_vjp_factors(params, xs, gates, h_tm1, da, du, dropout=None):
 
 
 def inputs_vjp(params, w_x_transposed, xs, da):
-    """dx = N' da w_x^T, in the state dtype."""
+    """dx = N^T da w_x^T, in the state dtype."""
     dv = _norms_vjp(scale_blocks(params.g_x), _input_norms(params, xs), blocks(da))
     return matmul(dv, w_x_transposed)
 
@@ -140,9 +140,9 @@ def step_jvp(recurrent, c, th, e):
 
     before:  th M = th K + N'(t w_hz) Z + N'((t r + N'(t w_hr) R) w_hn) A,  t = d * th
     after:   th M = th K + N'(t w_hr) R + N'(t w_hz) Z + N'(t w_hn) Q
-    with d the recurrent dropout and N' the derivative of the normalization.
+    d is recurrent dropout, and N' the derivative of the normalization.
     """
-    tread, scales = drop_state(th, recurrent.dropout), recurrent.g
+    tread, scales = drop_state(th, recurrent.dropout), recurrent.scales
     tv = jnp.split(matmul(tread, recurrent.w[0]), 2 if c.Q is None else 3, axis=-1)
     tu_r, tu_z, *tu_n = map(normalize_jvp, tv, scales, c.norms)
     if c.Q is not None:
@@ -169,7 +169,7 @@ def step_jvp_inputs(params, tparams, xs, txs, gates, h_tm1, dropout=None):
         found = {**dparams.arrays(), "xs": inputs_vjp(params, params.w_x.T, xs, da)}
         return {name: found[name] for name in tangents}
 
-    return jax.linear_transpose(cotangents, h_tm1)(tangents)[0]
+    return jax.linear_transpose(cotangents, h_tm1)(tangents)[0]  # of h_tm1 only its shape counts
 
 
 def _input_norms(params, xs):
@@ -184,6 +184,6 @@ def _norms_vjp(scales, norms, du):
     return jnp.concatenate(list(map(normalize_vjp, du, scales, norms)), axis=-1)
 
 
-def _scale_rows(g, d, norms):
-    """d times the normalized products, or None without layer norm."""
-    return None if g is None else d * jnp.concatenate([n.y for n in norms], axis=-1)
+def _scale_rows(scale, d, norms):
+    """The rows whose sum is the cotangent of a layer-norm scale, or None where there is none."""
+    return None if scale is None else d * jnp.concatenate([n.y for n in norms], axis=-1)

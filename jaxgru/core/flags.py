@@ -24,7 +24,7 @@ from jaxgru.core.noise import draw_masks
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Flags:
-    """The flags of all steps [T, ..., 1], or of one [..., 1] inside the loop; None for none."""
+    """The flags of all steps [T, ..., 1], or of one [..., 1] inside the loop; None without."""
 
     mask: jax.Array | None = None  # False keeps h_tm1; [T, ..., H] where zoneout is drawn
     resets: jax.Array | None = None
@@ -90,9 +90,8 @@ def find_cuts(
 ) -> jax.Array:
     """[T, ..., 1], True at a valid step whose window differs from that of the valid step before it.
 
-    windows [T] is the number of each step's window; "before" is in the order of the run.
-
-    There is no cut before the first valid step, so padding does not cut a sequence from its h0.
+    windows [T] is the number of each step's window; "before" is in the order of the run. The first
+    valid step has none before it, so padding does not cut a sequence from its h0.
     """
     shape = (windows.shape[0],) + (1,) * h0.ndim
     windows = (-windows if reverse else windows).reshape(shape)  # they grow in the order of the run

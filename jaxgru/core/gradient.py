@@ -1,6 +1,7 @@
 """How a GRU is differentiated: the derivative rule and its options, as one static value."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 from jaxgru.core.checks import require_choice, require_count
@@ -11,24 +12,18 @@ Residuals = Literal["gates", "states", "boundaries"]
 class Kernel:
     """Runs the recurrence in place of `lax.scan`: the base class of those in `jaxgru.experimental`.
 
-    A kernel is static: hashable, and equal to another one that does the same.
+    A kernel is static: hashable, and equal to another one that does the same. Its methods:
+
+    prepare(params, xs): the kernel for one call of `gru`, with what the backward pass must know of
+      JAX's settings, which may have changed when that is traced; ValueError where it cannot compute
+      what is asked.
+    forward: computes what `jaxgru.core.scan.scan_steps` does, from the same arguments.
+    backward: computes what `jaxgru.core.bptt.reverse_scan` does, from the same arguments.
     """
 
-    def prepare(self, params: Any, xs: Any) -> "Kernel":
-        """The kernel for one call of `gru`; ValueError where it cannot compute what is asked.
-
-        What the backward pass must know of JAX's settings is stored here, since they may have
-        changed when that is traced.
-        """
-        raise NotImplementedError
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What `jaxgru.core.scan.scan_chunk` computes."""
-        raise NotImplementedError
-
-    def backward(self, *args: Any, **kwargs: Any) -> Any:
-        """What `jaxgru.core.bptt.reverse_scan` computes."""
-        raise NotImplementedError
+    prepare: Callable[..., "Kernel"]
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
 
 
 def _require_counts(rule, *names):
@@ -43,18 +38,16 @@ def _require_counts(rule, *names):
 class BPTT:
     """Backpropagation through time by the handwritten `custom_vjp`: reverse mode, the fastest.
 
-    JAX raises a TypeError for forward mode: use `Tangent` there. residuals, chunk_size and unroll
-    change memory and time; values and gradients change by rounding only.
+    JAX raises a TypeError for forward mode (`jax.jvp`, `jax.jacfwd`): use `Tangent` there.
+    residuals, chunk_size and unroll change memory and time; values and gradients change by rounding
+    only. None chooses by size, see `jaxgru/core/chunks.py`.
 
     Attributes:
       residuals: what the forward pass saves for the backward pass. "gates": hs and r, z, n (and q,
         for reset="after"). "states": hs; the gates are recomputed in bulk products. "boundaries":
-        one state a chunk; the chunk is recomputed. None chooses "states" where T B H is above 2^19
-        and I + H at most 256, since recomputing the gates is then faster than storing them, and
-        "gates" elsewhere, also where a size is symbolic. With a kernel None chooses "states".
-      chunk_size: steps that are differentiated at once; T need not be a multiple of it. None
-        chooses by size: the whole sequence where a size is symbolic ("boundaries" then reduces no
-        memory), and on a mesh with Auto axes unless residuals is "boundaries".
+        one state per chunk; the chunk is recomputed.
+      chunk_size: steps that are differentiated at once; T need not be a multiple of it. Where a
+        size is symbolic None takes the whole sequence, and "boundaries" then saves no memory.
       unroll: steps of the loop that one iteration runs, as in `lax.scan`.
       truncate: truncated backpropagation: steps are divided into windows [0, truncate), ... and the
         gradient of the state is cut between them. Values do not change. None cuts nothing.
@@ -62,7 +55,7 @@ class BPTT:
 
     Raises:
       ValueError: a value is out of its range.
-      TypeError: a count is no integer, or kernel no `Kernel`.
+      TypeError: a count is not an integer, or kernel is not a `Kernel`.
 
     >>> BPTT(residuals="states", chunk_size=64).residuals
     'states'
@@ -91,7 +84,7 @@ class BPTT:
 
 
 @dataclasses.dataclass(frozen=True)
-class _OfScan:
+class _ScanOptions:
     unroll: int = 1
     truncate: int | None = None
 
@@ -99,15 +92,14 @@ class _OfScan:
         _require_counts(self, "unroll", "truncate")
 
 
-class Tangent(_OfScan):
-    """The handwritten `custom_jvp`: every mode and order of derivative.
+class Tangent(_ScanOptions):
+    """The handwritten `custom_jvp`: forward mode, and reverse mode, for which JAX transposes it.
 
-    Use it for `jax.jvp`, `jax.jacfwd`, `jax.linearize` and `jax.hessian`. JAX transposes it for
-    reverse mode. Its fields `unroll` and `truncate` are those of `BPTT`.
+    Its fields `unroll` and `truncate` are those of `BPTT`.
     """
 
 
-class Autodiff(_OfScan):
+class Autodiff(_ScanOptions):
     """JAX's own derivative of the scan: the reference for the other two.
 
     Its fields `unroll` and `truncate` are those of `BPTT`.
@@ -126,8 +118,8 @@ def as_rule(function: str, gradient: Any) -> Rule:
     if isinstance(gradient, str):
         require_choice(function, "gradient", gradient, tuple(_NAMED))
         return _NAMED[gradient]
-    called = isinstance(gradient, type) and issubclass(gradient, Rule)
-    cure = f"; call it: {gradient.__name__}()" if called else ""
+    is_class = isinstance(gradient, type) and issubclass(gradient, Rule)
+    cure = f"; call it: {gradient.__name__}()" if is_class else ""
     raise TypeError(
         f"{function}: gradient must be one of {', '.join(map(repr, _NAMED))}, or a BPTT, a Tangent "
         f"or an Autodiff, got {gradient!r}{cure}."

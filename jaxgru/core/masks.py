@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -15,7 +16,7 @@ def length_mask(lengths: Any, num_steps: int) -> jax.Array:
 
     Args:
       lengths: [...] integers from 0 to num_steps.
-      num_steps: T.
+      num_steps: T; a symbolic dimension of `jax.export` too.
 
     Returns:
       [T, ...] bool, for `gru(..., mask=...)`; transpose it for batch-major input.
@@ -30,10 +31,11 @@ def length_mask(lengths: Any, num_steps: int) -> jax.Array:
     >>> length_mask([2, 0], 3).astype(int).tolist()
     [[1, 0], [1, 0], [0, 0]]
     """
-    require_count("length_mask", "num_steps", num_steps, 0)
+    if not jax.export.is_symbolic_dim(num_steps):
+        require_count("length_mask", "num_steps", num_steps, 0)
     if not isinstance(lengths, jax.Array):
         lengths = np.asarray(lengths)
-        lengths = lengths.astype(np.int32) if lengths.size == 0 else lengths
+        lengths = lengths.astype(np.int32) if lengths.size == 0 else lengths  # [] is float64
     if not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise TypeError(f"length_mask: lengths must be integers, got dtype {lengths.dtype}.")
     if not is_traced(lengths) and lengths.size:
@@ -43,7 +45,7 @@ def length_mask(lengths: Any, num_steps: int) -> jax.Array:
             raise ValueError(
                 f"length_mask: lengths must lie between 0 and num_steps={num_steps}, got {worst}."
             )
-    lengths = jnp.asarray(lengths).astype(jnp.int32)  # a narrow type could not count the steps
+    lengths = jnp.asarray(lengths).astype(jnp.int32)
     steps = lax.broadcasted_iota(jnp.int32, (num_steps, *lengths.shape), 0)
     return steps < lengths[None]
 
@@ -71,8 +73,11 @@ def resets_from_dones(
     >>> resets_from_dones(jnp.array([False, True, False])).tolist()
     [False, False, True]
     """
+    if dones is None:
+        raise TypeError("resets_from_dones: dones must be a bool array, got None.")
     require_flags("resets_from_dones", {"dones": dones})
-    if not -dones.ndim <= axis < dones.ndim:
+    require_count("resets_from_dones", "axis", axis, -dones.ndim)
+    if axis >= dones.ndim:
         raise ValueError(
             f"resets_from_dones: dones must have shape [T, ...] with time at axis={axis}, "
             f"got {dones.shape}."

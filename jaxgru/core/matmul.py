@@ -1,7 +1,7 @@
 """Matrix products of a layer in mixed precision, and their transposes.
 
-Operands have the dtype of the weights. Sums have the state dtype: float32 for half types, else the
-dtype of the weights.
+Operands have the dtype of the weights, but those of weight gradients have the state dtype, as all
+sums have: float32 for half types, else the dtype of the weights.
 """
 
 from typing import Any
@@ -59,8 +59,8 @@ def weight_vjp(x: jax.Array, d: jax.Array, w: jax.Array) -> jax.Array:
 def _flatten(x):
     """[..., F] as one matrix, the fastest form on a CPU, where no leading axis can be sharded.
 
-    Rows that lie on several devices would first be sent to all of them. Explicit axes of a mesh
-    tell in the type of x; Auto ones do not, so any of them in the context counts.
+    Rows that lie on several devices would first be sent to all of them. Explicit axes of a mesh are
+    visible in the type of x; Auto axes are not, so any mesh with Auto axes counts.
     """
     sharding = getattr(jax.typeof(x), "sharding", None)
     if sharding is not None and any(axis is not None for axis in sharding.spec[:-1]):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxgru.core.checks import require_key, require_rate
+from jaxgru.core.checks import require_key_for, require_rate
 from jaxgru.core.matmul import state_dtype
 from jaxgru.core.sharding import place_like
 
@@ -16,9 +16,9 @@ from jaxgru.core.sharding import place_like
 class Noise:
     """Rates of the noise inside the recurrence; static.
 
-    With recurrent dropout the products with w_h read d * h_{t-1} in place of h_{t-1}; d has entries
-    0, with probability recurrent_dropout, and 1 / (1 - recurrent_dropout), and is the same at every
-    step (Gal and Ghahramani 2016, arXiv:1512.05287, eq. 7).
+    With recurrent dropout the products with w_h read d * h_{t-1} in place of h_{t-1}. An entry of d
+    is 0 with probability recurrent_dropout and 1 / (1 - recurrent_dropout) otherwise; d is the same
+    at every step (Gal and Ghahramani 2016, arXiv:1512.05287, eq. 7).
 
     With zoneout each step keeps each unit of h_{t-1} with probability zoneout (Krueger et al. 2017,
     arXiv:1606.01305, eq. 2). In evaluation (deterministic=True) its mean acts:
@@ -30,7 +30,7 @@ class Noise:
 
     Raises:
       ValueError: a rate is outside of [0, 1).
-      TypeError: a rate is no Python number.
+      TypeError: a rate is not a number, or is traced.
 
     >>> Noise(zoneout=0.1)
     Noise(recurrent_dropout=0.0, zoneout=0.1)
@@ -47,19 +47,19 @@ class Noise:
 def require_noise(
     function: str, noise: Any, key: Any, deterministic: Any, more: dict[str, float] | None = None
 ) -> Noise:
-    """The noise, no noise for None; TypeError or ValueError where it needs a key and has none.
-
-    more: further rates of the function that need the key.
-    """
+    """The noise, or `Noise()` for None; raises if it, or a rate of `more`, needs a missing key."""
     noise = Noise() if noise is None else noise
     if not isinstance(noise, Noise):
-        raise TypeError(f"{function}: noise must be a Noise or None, got {noise!r}.")
-    require_key(function, {**(more or {}), **dataclasses.asdict(noise)}, key, deterministic)
+        raise TypeError(
+            f"{function}: noise must be a Noise or None, got {noise!r}; pass its rates by name, "
+            "Noise(recurrent_dropout=...)."
+        )
+    require_key_for(function, {**(more or {}), **dataclasses.asdict(noise)}, key, deterministic)
     return noise
 
 
 def draw_state_dropout(key: jax.Array, rate: float, h0: jax.Array) -> jax.Array | None:
-    """1/(1 - rate) with probability 1 - rate, else 0, as h0 but in the state dtype; None for 0."""
+    """1/(1 - rate) with probability 1 - rate, else 0, as h0 but in the state dtype; or None."""
     if not rate:
         return None
     mask = draw_mask(key, rate, h0.shape, h0)
@@ -74,7 +74,7 @@ def draw_mask(key: jax.Array, rate: float, shape: tuple[int, ...], like: jax.Arr
 def draw_masks(
     key: jax.Array, rate: float, numbers: jax.Array, shape: tuple[int, ...], like: jax.Array
 ) -> jax.Array:
-    """The same for each step, [T, *shape], from the key and the number of that step alone."""
+    """A `draw_mask` for each step, [T, *shape], from the key and the number of that step alone."""
 
     def draw(number):
         return jax.random.bernoulli(jax.random.fold_in(key, number), 1 - rate, shape)

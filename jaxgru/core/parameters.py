@@ -25,7 +25,7 @@ class GRUSpec:
         (Cho et al. 2014, eq. 8) or "after" it (PyTorch, cuDNN, Keras's default).
       update: the update gate z says how much of the old state to "keep" (Cho et al. 2014, eq. 7)
         or how much of the candidate to "write" (Chung et al. 2014, section 3.2).
-      activation: the candidate's f: tanh, relu, sigmoid, softplus or identity.
+      activation: the candidate's f.
 
     Raises:
       ValueError: a field is none of its choices.
@@ -60,9 +60,8 @@ class GRUParams:
 
     A pytree: its leaves are the arrays, blocks r | z | n (reset, update, candidate) on the last
     axis. An array that is None has no leaf. `spec` is static: `jax.jit` compiles once for each, and
-    `jax.tree.map` over two GRUParams raises a ValueError unless their specs are equal.
-
-    To change a field, use `dataclasses.replace(params, spec=PYTORCH)`.
+    `jax.tree.map` over two GRUParams raises a ValueError unless their specs are equal. To change a
+    field, use `dataclasses.replace(params, spec=PYTORCH)`.
 
     Attributes:
       w_x: [I, 3H], the weights of the input.
@@ -91,7 +90,8 @@ class GRUParams:
 
     def arrays(self) -> dict[str, jax.Array | None]:
         """The arrays by name; None for what the layer does not have."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)[:-1]}
+        names = [field.name for field in dataclasses.fields(self) if field.name != "spec"]
+        return {name: getattr(self, name) for name in names}
 
 
 # `jax.export` writes functions of parameters to files; the spec is part of what it writes.
@@ -104,16 +104,10 @@ jax.export.register_pytree_node_serialization(
 
 
 def init_gru(
-    key: jax.Array,
-    input_size: int,
-    hidden_size: int,
-    *,
-    spec: GRUSpec = CHO_2014,
-    bias: bool = True,
-    layer_norm: bool = False,
-    scheme: Scheme = "orthogonal",
+    key: jax.Array, input_size: int, hidden_size: int, *, spec: GRUSpec = CHO_2014,
+    bias: bool = True, layer_norm: bool = False, scheme: Scheme = "orthogonal",
     dtype: Any = jnp.float32,
-) -> GRUParams:
+) -> GRUParams:  # fmt: skip
     """Draws the parameters of one GRU layer.
 
     ============  ======================  =============================  ==================
@@ -135,15 +129,12 @@ def init_gru(
       scheme: "orthogonal" (default; Saxe et al. 2014, arXiv:1312.6120), "pytorch" or "keras".
       dtype: of every array; half types are drawn in float32 and rounded.
 
-    Returns:
-      GRUParams: w_x [I, 3H], w_h [H, 3H], b_x [3H], b_h [3H], g_x [3H], g_h [3H].
-
     Raises:
       ValueError: a size is not positive, or the scheme is unknown.
-      TypeError: a size is no integer, spec is no GRUSpec, or dtype is not one of float64 (which
-        needs JAX's x64 mode), float32, bfloat16 and float16.
+      TypeError: another argument has the wrong kind, or dtype is not one of float64 (which needs
+        JAX's x64 mode), float32, bfloat16 and float16.
 
-    Cost: the orthogonal schemes take three QR decompositions of [H, H] or one of [3H, H].
+    Cost: "orthogonal" takes three QR decompositions of [H, H], "keras" one of [3H, H].
 
     >>> params = init_gru(jax.random.key(0), 2, 3)
     >>> params.w_x.shape, params.w_h.shape, params.b_x.shape
@@ -152,31 +143,30 @@ def init_gru(
     checks.require_count("init_gru", "input_size", input_size)
     checks.require_count("init_gru", "hidden_size", hidden_size)
     require_spec("init_gru", spec)
+    checks.require_bool("init_gru", "bias", bias)
+    checks.require_bool("init_gru", "layer_norm", layer_norm)
     checks.require_choice("init_gru", "scheme", scheme, get_args(Scheme))
+    checks.require_key("init_gru", key)
     dtype = checks.require_dtype("init_gru", dtype)
     draw = state_dtype(dtype)
     shape_x, shape_h = (input_size, 3 * hidden_size), (hidden_size, 3 * hidden_size)
     key_x, key_h, key_bx, key_bh = jax.random.split(key, 4)
-    b_x, b_h = jnp.zeros(3 * hidden_size, draw), jnp.zeros(3 * hidden_size, draw)
-    init = jax.nn.initializers
+    init, b_x = jax.nn.initializers, jnp.zeros(3 * hidden_size, draw)
+    b_h = b_x
+
+    def per_gate(initializer, key, rows):
+        drawn = [initializer(k, (rows, hidden_size), draw) for k in jax.random.split(key, 3)]
+        return jnp.concatenate(drawn, axis=-1)
+
     if scheme == "pytorch":
         bound = hidden_size**-0.5
-
-        def uniform(key, shape):
-            return jax.random.uniform(key, shape, draw, -bound, bound)
-
+        uniform = functools.partial(jax.random.uniform, dtype=draw, minval=-bound, maxval=bound)
         w_x, w_h = uniform(key_x, shape_x), uniform(key_h, shape_h)
         b_x, b_h = uniform(key_bx, b_x.shape), uniform(key_bh, b_h.shape)
     elif scheme == "keras":
         w_x = init.glorot_uniform()(key_x, shape_x, draw)
         w_h = init.orthogonal()(key_h, shape_h, draw)
     else:
-
-        def per_gate(initializer, key, rows):
-            keys = jax.random.split(key, 3)
-            blocks = [initializer(k, (rows, hidden_size), draw) for k in keys]
-            return jnp.concatenate(blocks, axis=-1)
-
         w_x = per_gate(init.lecun_normal(), key_x, input_size)
         w_h = per_gate(init.orthogonal(), key_h, hidden_size)
     biases = (b_x, b_h) if bias else (None, None)
@@ -188,13 +178,23 @@ def init_gru(
 def require_spec(function: str, spec: Any, argument: str = "spec") -> None:
     """TypeError unless spec is a GRUSpec."""
     if not isinstance(spec, GRUSpec):
-        raise TypeError(f"{function}: {argument} must be a GRUSpec, got {spec!r}.")
+        raise TypeError(
+            f"{function}: {argument} must be a GRUSpec, such as jaxgru.PYTORCH, got {spec!r}."
+        )
+
+
+def _is_layer(node):
+    return isinstance(node, GRUParams)
 
 
 def require_params(function: str, params: Any, argument: str = "params") -> tuple[int, int]:
-    """(I, H) of well-formed parameters; TypeError or ValueError naming the array that is not."""
+    """Returns (I, H), or raises a TypeError or ValueError that names the malformed array."""
     if not isinstance(params, GRUParams):
-        raise TypeError(f"{function}: {argument} must be a GRUParams, got {type(params).__name__}.")
+        holds = [isinstance(leaf, GRUParams) for leaf in jax.tree.leaves(params, is_leaf=_is_layer)]
+        cure = "; run a stack by gru_stack, and pass the GRUParams alone" if any(holds) else ""
+        raise TypeError(
+            f"{function}: {argument} must be a GRUParams, got {type(params).__name__}{cure}."
+        )
     require_spec(function, params.spec, f"{argument}.spec")
     for name in ("w_x", "w_h"):
         checks.require_float(function, f"{argument}.{name}", value := getattr(params, name))

@@ -69,17 +69,17 @@ def gru(
       resets: [T, ...] bool. `resets_from_dones` makes them from the ends of episodes.
       reverse: runs from the last step to the first; hs keeps the order of xs.
       axis: the axis of time in xs, mask, resets and hs; 1 for batch-major [B, T, I].
-      gradient: "bptt" (handwritten, reverse mode, the fastest), "tangent" (handwritten, every mode
-        and order of derivative), "autodiff" (JAX's own, the reference), or one of `BPTT`, `Tangent`
-        and `Autodiff` with options. **`jax.jvp`, `jax.jacfwd`, `jax.linearize` and `jax.hessian`
-        need "tangent"**; with "bptt" JAX raises a TypeError.
+      gradient: "bptt" (handwritten, reverse mode, the fastest), "tangent" (handwritten, forward and
+        reverse mode), "autodiff" (JAX's own, the reference), or one of `BPTT`, `Tangent` and
+        `Autodiff` with options. **`jax.jvp`, `jax.jacfwd` and `jax.linearize` need "tangent"**;
+        with "bptt" JAX raises a TypeError. Every order of derivative works with each of them.
       noise: rates of recurrent dropout and zoneout; None for neither.
       key: a `jax.random.key`, needed where a rate of noise is above 0. One key draws the same
         masks at the same steps, whatever the gradient, the direction and the padding.
       deterministic: True for evaluation: no dropout, and zoneout's mean; key is not used.
       first_step: the number of the first step of xs, for zoneout's draws and the windows of
-        truncate. With it, consecutive pieces of a sequence give the values of the whole sequence. A
-        window edge at the start of a piece does not cut the gradient of its h0: use
+        `BPTT.truncate`. With it, consecutive pieces of a sequence give the values of the whole
+        sequence. A window edge at the start of a piece does not cut the gradient of its h0: use
         `jax.lax.stop_gradient` there. May be traced.
       tap: a `Tap` of zeros, from `init_taps`. The gradient of a loss with respect to it is dL/dx_t
         and dL/dh_t of every step.
@@ -163,7 +163,7 @@ def run_gru(
 
 
 def _resolve(rule, xs, h0):
-    """(residuals, chunk_size) with defaults by size; a kernel runs the whole sequence at once."""
+    """(residuals, chunk_size) with defaults by size; a kernel runs whole sequences by default."""
     residuals, chunk_size = rule.residuals, rule.chunk_size
     if residuals is None:
         residuals = default_residuals(xs, h0) if rule.kernel is None else "states"
@@ -175,7 +175,8 @@ def _resolve(rule, xs, h0):
 def _zero_state(params, xs):
     """Zeros [..., H], made from the data so that they are sharded as the state will be.
 
-    Only their type comes from the product; no value of it is used, and jit leaves it out.
+    Only their type comes from the product; no value of it is used, and jit leaves it out. The sum
+    over time is one step even where T is 0.
     """
     return jnp.zeros_like(project(params, xs.sum(axis=0))[0], dtype=xs.dtype)
 

@@ -21,7 +21,7 @@ class Config:
     """The static choices of a call, resolved."""
 
     reverse: bool
-    zoneout: float  # the rate that a key draws; the mean is in the flags
+    zoneout: float  # the rate in training; evaluation uses `Flags.zoneout_mean`
     residuals: Residuals | None
     chunk_size: int | None  # None: the whole sequence at once
     unroll: int
@@ -33,36 +33,36 @@ class Inputs(NamedTuple):
 
     xs: jax.Array
     flags: Flags
-    numbers: jax.Array | None  # [T], what zoneout draws by
+    numbers: jax.Array | None  # [T], the numbers of the steps, which seed the masks of zoneout
     tap: jax.Array | None  # [T, ..., H], added to h_t
 
 
 def plain_scan(config, params, inputs, h0, dropout, key):
-    """(h_last, hs); dropout is the mask of recurrent dropout, key that of zoneout, or None."""
+    """(h_last, hs); dropout is the mask of recurrent dropout and key that of zoneout, or None."""
     h_last, (hs, _), _ = forward(config, params, inputs, h0, dropout, key, save_gates=False)
     return h_last, hs
 
 
 def forward(config, params, inputs, h0, dropout, key, *, save_gates):
-    """h_last, (hs, gates or None), and the state at the start of each chunk [K, ..., H]."""
+    """h_last, (hs, gates or None), and the state at the start of each chunk [chunks, ..., H]."""
+    h0_wide, recurrent = h0.astype(state_dtype(h0.dtype)), split_recurrent(params, dropout)
 
     def chunk(h, inputs, _):
-        return *forward_chunk(config, params, recurrent, h, inputs, key, save_gates), h
+        return *run_chunk(config, params, recurrent, h, inputs, key, save_gates), h
 
-    h0_wide, recurrent = h0.astype(state_dtype(h0.dtype)), split_recurrent(params, dropout)
     h, *found = scan_chunks(config.chunk_size, chunk, h0_wide, inputs, None, reverse=config.reverse)
     return h.astype(h0.dtype), *found
 
 
-def forward_chunk(config, params, recurrent, h, inputs, key, save_gates):
+def run_chunk(config, params, recurrent, h, inputs, key, save_gates):
     """(h_end, (hs, gates or None)) of a chunk: the projection in bulk, then the loop."""
     flags = inputs.flags.with_zoneout(key, config.zoneout, inputs.numbers, h)
     inputs, a = inputs._replace(flags=flags), project(params, inputs.xs)
-    run = scan_chunk if config.kernel is None else config.kernel.forward
+    run = scan_steps if config.kernel is None else config.kernel.forward
     return run(config, recurrent, h, a, inputs, save_gates)
 
 
-def scan_chunk(config, recurrent, h, a, inputs, save_gates):
+def scan_steps(config, recurrent, h, a, inputs, save_gates):
     """h after the chunk, and (hs, gates or None), from the projected inputs a."""
 
     def body(h, inputs):

@@ -13,7 +13,7 @@ def on_auto_mesh() -> bool:
 
 
 def cast_to_common_varying_axes(tree: Any, others: Any = None) -> Any:
-    """The tree with every leaf varying over all mesh axes that any leaf of either varies over.
+    """The tree, each leaf cast to vary over the union of the mesh axes of all leaves of both.
 
     Inside `jax.shard_map` the scan's carry and the cotangents then have one type, and JAX's own
     transpose of this cast sums the parameters' gradient over the mesh, once.

@@ -165,7 +165,7 @@ def _paths(trace, dhs):
     g, _ = trace.flags.leave_vjp(dhs)
 
     def back(gate, dv):
-        dv = normalize_vjp(dv, trace.recurrent.g[gate], trace.c.norms[gate])
+        dv = normalize_vjp(dv, trace.recurrent.scales[gate], trace.c.norms[gate])
         return matmul(dv, blocks(trace.params.w_h)[gate].T)
 
     if c.Q is not None:

@@ -119,7 +119,7 @@ def step_jacobian_bound(params: GRUParams, x: jax.Array, h: jax.Array) -> jax.Ar
     def largest(v):
         return jnp.abs(v).max(axis=-1)
 
-    parts = (blocks(trace.params.w_h), trace.recurrent.g, trace.c.norms)
+    parts = (blocks(trace.params.w_h), trace.recurrent.scales, trace.c.norms)
     size_r, size_z, size_n = map(size_of, *parts)
     without_r = largest(c.K) + largest(c.Z) * size_z
     if c.Q is not None:
@@ -289,7 +289,7 @@ def _trace_step(params, x, h):
 
 def _state_map(trace):
     """M [..., H, H] with th' = th M, of valid steps without a reset."""
-    c, norms, scales = trace.c, trace.c.norms, trace.recurrent.g
+    c, norms, scales = trace.c, trace.c.norms, trace.recurrent.scales
     w_r, w_z, w_n = blocks(trace.params.w_h.astype(c.K.dtype))
     identity = jnp.eye(w_n.shape[-1], dtype=w_n.dtype)
     kept = _map_of_gate(identity, None, None, c.K)
@@ -309,7 +309,7 @@ def _input_map(trace):
     through_r, through_z, through_n = parts
     if c.Q is None:
         product = matmul(through_r, trace.recurrent.w[1])
-        through_r = _map_of_gate(product, trace.recurrent.g[2], trace.c.norms[2], c.A)
+        through_r = _map_of_gate(product, trace.recurrent.scales[2], trace.c.norms[2], c.A)
     return through_r + through_z + through_n
 
 

@@ -591,7 +591,10 @@ def test_grid_of_nothing_is_refused():
         assert str(caught.value) == "check_gru: specs, reverses and gradients must not be empty."
     with pytest.raises(TypeError, match=r"^check_gru: params must be a GRUParams, got tuple\.$"):
         checks.check_gru((params.w_x, params.w_h), xs)
-    with pytest.raises(TypeError, match=r"^check_gru: specs\[1\] must be a GRUSpec, got 'cho'\.$"):
+    with pytest.raises(
+        TypeError,
+        match=r"^check_gru: specs\[1\] must be a GRUSpec, such as jaxgru.PYTORCH, got 'cho'\.$",
+    ):
         checks.check_gru(params, xs, specs=[CHO_2014, "cho"])
 
 

@@ -17,6 +17,7 @@ from jaxgru.core.checks import (
     require_first_step,
     require_float,
     require_key,
+    require_key_for,
     require_rate,
 )
 
@@ -43,7 +44,7 @@ CHECKS = [
      "the dtype of x must be enabled, got float64; set jax.config.update('jax_enable_x64', True) "
      "or cast to float32."),
     (TypeError, require_float, ("x", F32, jnp.bfloat16),
-     "x must have the dtype of params.w_x, bfloat16, got float32; cast one of them."),
+     "x must have the dtype of the parameters, bfloat16, got float32; cast one of them."),
     (TypeError, require_float, ("x", jnp.zeros(3, jnp.float8_e5m2)),
      "the dtype of x must be one of float64, float32, bfloat16, float16, got float8_e5m2."),
     (TypeError, require_dtype, (np.int32,),
@@ -63,14 +64,14 @@ CHECKS = [
     (ValueError, require_rate, ("r", 1.0), "r must be in [0, 1), got 1.0."),
     (ValueError, require_rate, ("r", -0.1), "r must be in [0, 1), got -0.1."),
     (TypeError, require_bool, ("x", 0), "x must be a bool, got 0."),
-    (TypeError, require_key, ({"r": 0.1}, KEY, 1), "deterministic must be a bool, got 1."),
-    (ValueError, require_key, ({"r": 0.1, "s": 0, "t": 0.5}, None, False),
+    (TypeError, require_key_for, ({"r": 0.1}, KEY, 1), "deterministic must be a bool, got 1."),
+    (ValueError, require_key_for, ({"r": 0.1, "s": 0, "t": 0.5}, None, False),
      "key must be a jax.random.key for r=0.1, t=0.5, got None; pass deterministic=True for "
      "evaluation."),
-    (TypeError, require_key, ({}, 3, False), "key must be a jax.random.key, got 3."),
-    (ValueError, require_key, ({}, jax.random.split(KEY), False),
+    (TypeError, require_key, (3,), "key must be a jax.random.key, got 3."),
+    (ValueError, require_key, (jax.random.split(KEY),),
      "key must be one jax.random.key, got shape (2,)."),
-    (ValueError, require_key, ({}, np.zeros((2, 2), np.uint32), False),
+    (ValueError, require_key_for, ({}, np.zeros((2, 2), np.uint32), False),
      "key must be one jax.random.key, got shape (2, 2)."),
     (ValueError, require_first_step, (-1,), "first_step must be at least 0, got -1."),
     (TypeError, require_first_step, (1.0,), "first_step must be an integer, got 1.0."),
@@ -104,10 +105,10 @@ def test_checks_let_good_arguments_pass():
     require_bool("f", "x", False)
     require_rate("f", "r", 0)
     require_rate("f", "r", 0.999)
-    require_key("f", {"r": 0.5}, KEY, False)
-    require_key("f", {"r": 0.5}, None, True)
-    require_key("f", {"r": 0, "s": 0.0}, None, False)
-    require_key("f", {"r": 0.5}, jax.random.PRNGKey(0), False)
+    require_key_for("f", {"r": 0.5}, KEY, False)
+    require_key_for("f", {"r": 0.5}, None, True)
+    require_key_for("f", {"r": 0, "s": 0.0}, None, False)
+    require_key_for("f", {"r": 0.5}, jax.random.PRNGKey(0), False)
     for value in (0, 3, np.int32(2), jnp.int32(0)):
         require_first_step("f", value)
     traced(require_first_step)("f", -1)

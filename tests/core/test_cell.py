@@ -513,14 +513,14 @@ BAD_CALLS = {
     "w_h_dtype": (
         lambda: call_cell(params=bad_params(w_h=jnp.zeros((3, 9), jnp.bfloat16))),
         TypeError,
-        "gru_cell: params.w_h must have the dtype of params.w_x, float32, got bfloat16; cast one "
-        "of them.",
+        "gru_cell: params.w_h must have the dtype of the parameters, float32, got bfloat16; "
+        "cast one of them.",
     ),
     "b_h_dtype": (
         lambda: call_cell(params=bad_params(b_h=jnp.zeros(9, jnp.float16))),
         TypeError,
-        "gru_cell: params.b_h must have the dtype of params.w_x, float32, got float16; cast one "
-        "of them.",
+        "gru_cell: params.b_h must have the dtype of the parameters, float32, got float16; "
+        "cast one of them.",
     ),
     "w_x_axes": (
         lambda: call_cell(params=bad_params(w_x=jnp.zeros(9))),
@@ -565,7 +565,8 @@ BAD_CALLS = {
     "x_dtype": (
         lambda: call_cell(dtype=jnp.bfloat16),
         TypeError,
-        "gru_cell: x must have the dtype of params.w_x, float32, got bfloat16; cast one of them.",
+        "gru_cell: x must have the dtype of the parameters, float32, got bfloat16; "
+        "cast one of them.",
     ),
     "x_shape": (
         lambda: call_cell(x=(4, 3)),
@@ -585,7 +586,8 @@ BAD_CALLS = {
     "h_dtype": (
         lambda: call_cell(h=jnp.zeros((4, 3), jnp.float16)),
         TypeError,
-        "gru_cell: h must have the dtype of params.w_x, float32, got float16; cast one of them.",
+        "gru_cell: h must have the dtype of the parameters, float32, got float16; "
+        "cast one of them.",
     ),
     "h_never_broadcast": (
         lambda: call_cell(h=(3,)),
@@ -596,7 +598,7 @@ BAD_CALLS = {
     "spec_kind": (
         lambda: call_cell(spec="before"),
         TypeError,
-        "gru_cell: params.spec must be a GRUSpec, got 'before'.",
+        "gru_cell: params.spec must be a GRUSpec, such as jaxgru.PYTORCH, got 'before'.",
     ),
 }
 

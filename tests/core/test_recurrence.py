@@ -517,7 +517,7 @@ GRU_ERRORS = {
     "spec": (
         lambda: call_gru(spec="pytorch"),
         TypeError,
-        "gru: params.spec must be a GRUSpec, got 'pytorch'.",
+        "gru: params.spec must be a GRUSpec, such as jaxgru.PYTORCH, got 'pytorch'.",
     ),
     "gradient": (
         lambda: call_gru(gradient="rtrl"),
@@ -585,7 +585,8 @@ GRU_ERRORS = {
     "noise_kind": (
         lambda: call_gru(noise=0.1),
         TypeError,
-        "gru: noise must be a Noise or None, got 0.1.",
+        "gru: noise must be a Noise or None, got 0.1; pass its rates by name, "
+        "Noise(recurrent_dropout=...).",
     ),
     "noise_range": (
         lambda: jaxgru.Noise(zoneout=1.0),
@@ -626,7 +627,7 @@ GRU_ERRORS = {
     "xs_dtype": (
         lambda: call_gru(xs=jnp.zeros((5, 2), jnp.bfloat16)),
         TypeError,
-        "gru: xs must have the dtype of params.w_x, float32, got bfloat16; cast one of them.",
+        "gru: xs must have the dtype of the parameters, float32, got bfloat16; cast one of them.",
     ),
     "xs_features": (
         lambda: call_gru(xs=(6, 3, 3)),
@@ -666,12 +667,12 @@ GRU_ERRORS = {
     "mask_float": (
         lambda: call_gru(mask=jnp.ones((5, 4))),
         TypeError,
-        "gru: mask must be a bool array, got float32.",
+        "gru: mask must be a bool array, got float32; length_mask makes one of lengths.",
     ),
     "mask_kind": (
         lambda: call_gru(mask=[True] * 5),
         TypeError,
-        "gru: mask must be a bool array, got list.",
+        "gru: mask must be a bool array, got list; length_mask makes one of lengths.",
     ),
     "mask_shape": (
         lambda: call_gru(mask=(4, 5)),
@@ -693,7 +694,7 @@ GRU_ERRORS = {
     "resets_integer": (
         lambda: call_gru(resets=jnp.zeros((5, 4), jnp.int32)),
         TypeError,
-        "gru: resets must be a bool array, got int32.",
+        "gru: resets must be a bool array, got int32; cast it to bool.",
     ),
     "resets_shape": (
         lambda: call_gru(resets=(5,)),
@@ -708,7 +709,7 @@ GRU_ERRORS = {
     "h0_dtype": (
         lambda: call_gru(h0=jnp.zeros((4, 3), jnp.float16)),
         TypeError,
-        "gru: h0 must have the dtype of params.w_x, float32, got float16; cast one of them.",
+        "gru: h0 must have the dtype of the parameters, float32, got float16; cast one of them.",
     ),
     "h0_never_broadcast": (
         lambda: call_gru(h0=(3,)),

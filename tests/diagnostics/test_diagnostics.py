@@ -491,8 +491,8 @@ EYES = jnp.asarray(np.stack([np.eye(3, dtype=np.float32)] * 2))
         (ValueError, "rtrl: h0 must have shape (4, 3) (the batch axes of xs, then H=3 rows of "
                      "params.w_h), got (5, 3).",
          lambda: diagnostics.rtrl(squares, PARAMS, XS, XS, jnp.ones((5, 3)))),
-        (TypeError, "rtrl: h0 must have the dtype of params.w_x, float32, got float16; cast one "
-                    "of them.",
+        (TypeError, "rtrl: h0 must have the dtype of the parameters, float32, got float16; "
+                    "cast one of them.",
          lambda: diagnostics.rtrl(squares, PARAMS, XS, XS, jnp.ones((4, 3), jnp.float16))),
         (TypeError, "gradient_paths: params must be one GRUParams, got tuple; pass each "
                     "layer of a stack with its own input and tap.",
@@ -576,7 +576,8 @@ EYES = jnp.asarray(np.stack([np.eye(3, dtype=np.float32)] * 2))
          lambda: diagnostics.jacobian_products(jnp.eye(3))),
         (ValueError, "singular_values: jacobians must have shape [..., H, H], got (2, 3).",
          lambda: diagnostics.singular_values(jnp.ones((2, 3)))),
-        (TypeError, "lyapunov_exponents: mask must be a bool array, got float32.",
+        (TypeError, "lyapunov_exponents: mask must be a bool array, got float32; "
+                    "length_mask makes one of lengths.",
          lambda: diagnostics.lyapunov_exponents(EYES, jnp.ones(2))),
         (ValueError, "gru_cell: h must have shape (4, 3) (x's leading axes, then H=3 rows of "
                      "params.w_h), got (4, 2).",

@@ -446,7 +446,7 @@ BAD_CALLS = {
     "spec_kind": (
         lambda: interop.to_onnx(cell_of(spec="pytorch")),
         TypeError,
-        "to_onnx: params.spec must be a GRUSpec, got 'pytorch'.",
+        "to_onnx: params.spec must be a GRUSpec, such as jaxgru.PYTORCH, got 'pytorch'.",
     ),
     "spec_of_a_second_layer": (
         lambda: interop.to_torch((cell_of(), cell_of(inputs=3, spec=CHO_2014))),

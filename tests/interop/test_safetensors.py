@@ -305,7 +305,7 @@ BAD_CALLS = {
     ),
     "dtypes": (
         (dataclasses.replace(cell(), b_x=np.ones(9, np.float16)),), {}, TypeError,
-        "params.b_x must have the dtype of params.w_x, float32, got float16; cast one of them.",
+        "params.b_x must have the dtype of the parameters, float32, got float16; cast one of them.",
     ),
     "shapes": (
         (dataclasses.replace(cell(), w_h=np.ones((7, 1), np.float32)),), {}, ValueError,
@@ -319,7 +319,8 @@ BAD_CALLS = {
         (cell(),), {"metadata": [1]}, TypeError, "metadata must be a dict or None, got [1].",
     ),
     "spec": (
-        (with_spec(cell(), "cho"),), {}, TypeError, "params.spec must be a GRUSpec, got 'cho'.",
+        (with_spec(cell(), "cho"),), {}, TypeError,
+        "params.spec must be a GRUSpec, such as jaxgru.PYTORCH, got 'cho'.",
     ),
 }  # fmt: skip
 

@@ -53,7 +53,7 @@ class FusedKernels(Kernel):
     splits: int  # bfloat16 numbers that stand for one operand
 
     def forward(self, config, recurrent, h, a, inputs, save_gates):
-        """What `jaxgru.core.scan.scan_chunk` computes: h after the chunk, and (hs, gates or None).
+        """What `jaxgru.core.scan.scan_steps` computes: h after the chunk, and (hs, gates or None).
 
         On a masked step, the z among the gates is the one that keeps the state.
         """

@@ -59,7 +59,10 @@ class Flags:
 
     def states_before(self, h_start: jax.Array, hs: jax.Array, reverse: bool) -> jax.Array:
         """[T, ..., H], what every step reads."""
-        return self.enter(_shift(h_start, hs.astype(h_start.dtype), reverse))
+        pair = [h_start[None], hs.astype(h_start.dtype)]
+        if reverse:
+            return self.enter(jnp.concatenate(pair[::-1])[1:])
+        return self.enter(jnp.concatenate(pair)[:-1])  # sliced after, so that T may be 0
 
     def with_zoneout(
         self, key: jax.Array | None, rate: float, numbers: jax.Array, h: jax.Array
@@ -97,12 +100,7 @@ def find_cuts(
     windows = (-windows if reverse else windows).reshape(shape)  # they grow in the order of the run
     mask, none = jnp.ones(shape, bool) if mask is None else mask, jnp.iinfo(windows.dtype).min
     passed = jnp.where(mask, windows, jnp.full_like(windows, none))
+    shift = (-1, 1, 0) if reverse else (1, -1, 0)  # by one step; `none` before the first
     before = lax.cummax(passed, axis=0, reverse=reverse)
-    before = _shift(jnp.full_like(passed, none, shape=passed.shape[1:]), before, reverse)
+    before = lax.pad(before, jnp.int32(none), [shift] + [(0, 0, 0)] * (passed.ndim - 1))
     return mask & (before != none) & (before != windows)
-
-
-def _shift(start, v, reverse):
-    """What is in v [T, ...] before each step of the run: start before the first. T may be 0."""
-    pair = [v, start[None]] if reverse else [start[None], v]
-    return jnp.concatenate(pair)[1:] if reverse else jnp.concatenate(pair)[:-1]

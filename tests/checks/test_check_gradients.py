@@ -396,8 +396,11 @@ def test_second_line_names_the_forward_rule_where_only_that_one_is_wrong():
 
 
 def test_advice_about_outputs_is_not_given_for_gradients():
-    report = check_gradients(make_rule(widened), reference, *arguments(jnp.bfloat16))
+    options = {"dtypes": "caller", "finite_differences": False}
+    report = check_gradients(make_rule(widened), reference, *arguments(jnp.bfloat16), **options)
     assert str(report).count("check_gradients: ") == 1
+    assert {row.reason for row in report.failures} == {"dtype"}
+    assert "\nparams.w  WRONG  " in str(report)
 
 
 def test_nan_under_a_mask_that_reaches_no_output_is_legal():

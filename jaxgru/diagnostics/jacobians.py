@@ -286,16 +286,10 @@ def _qr(matrices):
 
 @_qr.defjvp
 def _qr_jvp(primals, tangents):
-    """With Q^T dA R^-1 = W + dR R^-1, where W = Q^T dQ is antisymmetric and dR R^-1 upper."""
+    """Q^T dA R^-1 = W + dR R^-1, with W = Q^T dQ antisymmetric and dR R^-1 upper triangular."""
     q, r = _qr(*primals)
-
-    def invert(r):
-        eyes = jnp.broadcast_to(jnp.eye(r.shape[-1], dtype=r.dtype), r.shape)
-        return lax.linalg.triangular_solve(r, eyes)
-
-    both = jnp.matmul(jnp.matmul(q.mT, tangents[0]), _decompose(invert, r))
-    lower = jnp.tril(both, -1)
-    w = lower - lower.mT
+    both = jnp.matmul(jnp.matmul(q.mT, tangents[0]), _decompose(lambda r: jnp.linalg.inv(r), r))
+    w = jnp.tril(both, -1) - jnp.tril(both, -1).mT
     return (q, r), (jnp.matmul(q, w), jnp.matmul(both - w, r))
 
 

@@ -172,7 +172,7 @@ def train(args):
             draw_batches,
             num_updates=num_updates,
             evaluate=evaluate if validation else None,
-            evaluate_every=every,
+            evaluate_every=every if validation else None,
             checkpoints=runs.checkpoints_of(
                 run, args, every, vocabulary_sha256=digest(vocabulary), text_sha256=digest(text)
             ),
@@ -325,7 +325,7 @@ def cross_check(args, run, params, h0, tokens, targets):
         line += f"  (limit {limit}"
         vanished = len(rows) - len(resolved)
         print(line + (f"; {vanished} gradients too small to compare)" if vanished else ")"))
-    verdict = str(report).rsplit("\n", 1)[-1]
+    verdict = str(report).partition("\n")[0]
     print(f"  {verdict}  Every leaf: {run / 'cross_check.txt'}\n", flush=True)
     if not report.passed:
         print(report, file=sys.stderr)

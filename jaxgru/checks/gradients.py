@@ -27,10 +27,9 @@ _EPSILON = float(np.finfo(np.float64).eps)
 
 def check_gradients(
     fn: Callable[..., Any], reference: Callable[..., Any], *args: Any,
-    dtypes: Sequence[str] = ("caller", "float64"), finite_differences: bool = True,
+    dtypes: str | Sequence[str] = ("caller", "float64"), finite_differences: bool = True,
     num_cotangents: int = 3, num_coordinates: int = 8,
-    cotangents: Mapping[str, Any] | None = None, tolerances: Mapping[str, float] | None = None,
-    key: jax.Array | None = None,
+    tolerances: Mapping[str, float] | None = None, key: jax.Array | None = None,
 ) -> GradientReport:  # fmt: skip
     """Compares the derivative rule of `fn` with autodiff and finite differences of `reference`.
 
@@ -41,15 +40,15 @@ def check_gradients(
         q_k(s) = (out(a + s e_k) - out(a - s e_k)) / 2s
 
     The second comparison is made in float64 only, at sampled coordinates k that include the largest
-    entry; `rounding` is what float64 outputs of that size leave undecided in the quotient. A leaf
-    with v = 0 is judged by its absolute error. Outputs are compared as well, those of a plain call
-    and those of the forward rule; two runs of the rule must agree in every bit; and each gradient
-    must have its argument's dtype, which `jax.custom_vjp` does not check. fn may return any pytree
-    with floating leaves, because the cotangents have the form of its output.
+    entry; `rounding` bounds the quotient's error from rounding the outputs. A leaf with v = 0 is
+    judged by its absolute error. Outputs are compared as well, those of a plain call and those of
+    the forward rule; two runs of the rule must agree in every bit; and each gradient must have its
+    argument's dtype, which `jax.custom_vjp` does not check. fn may return any pytree with floating
+    leaves, because the cotangents have the form of its output.
 
     The cotangents are `random[i]`; `only[leaf]`, random in one output leaf and zero in the others;
-    `one-hot[leaf][index]`, the first and the last entry of each output leaf; `zero`, which must
-    give gradients of exactly zero; and the caller's own.
+    `one-hot[leaf][index]`, the first and the last entry of each output leaf; and `zero`, which must
+    give gradients of exactly zero.
 
     Args:
       fn: function with the derivative rule under test.
@@ -57,19 +56,18 @@ def check_gradients(
       *args: pytrees. Their floating leaves are differentiated; all others (integers, booleans,
         None, keys, static objects) are passed to both functions unchanged.
       dtypes: "caller" leaves the dtypes of args unchanged; the name of a floating dtype casts all
-        floating leaves to it, "float64" in a local 64-bit mode.
+        floating leaves to it, "float64" in a local 64-bit mode. One name or several.
       num_cotangents: number of random cotangents, at least 1.
       finite_differences: whether to run the finite differences; they need "float64" in dtypes.
       num_coordinates: largest number of coordinates that they probe in a leaf, at least 1.
-      cotangents: further cotangents by name, each a pytree like the output; their entries at leaves
-        that are not floating are ignored.
       tolerances: replaces defaults by name: that of a dtype, or "finite-difference". Arguments of
         several dtypes are judged by the largest of their tolerances.
       key: PRNG key of the random cotangents and coordinates, `jax.random.key(0)` by default.
 
     Returns:
-      A `GradientReport` with rows for every dtype, cotangent and leaf. An output of `fn` with
-      another structure, shape or dtype than the reference's is a failure in it.
+      A `GradientReport` with rows for every dtype, cotangent and leaf; `print` shows the worst ones
+      and explains them. An output of `fn` with another structure, shape or dtype than the
+      reference's is a failure in it.
 
     Raises:
       TypeError: fn or reference is not callable, or args or the output have complex leaves or no
@@ -89,6 +87,7 @@ def check_gradients(
     >>> bool(check_gradients(sine, jnp.sin, jnp.array([0.5, 1.0])))
     True
     """
+    dtypes = report.as_sequence(dtypes)
     limits = _check_options(dtypes, finite_differences, num_cotangents, num_coordinates, tolerances)
     problem = _split(fn, reference, args)
     key = jax.random.key(0) if key is None else key
@@ -112,7 +111,7 @@ def check_gradients(
             rows += found
             if {"structure", "shape", "dtype"} & {row.reason for row in found}:
                 continue  # no cotangent fits both
-            pairs = [*_cotangents(out, num_cotangents, seed), *_extra(out, cotangents or {})]
+            pairs = list(_cotangents(out, num_cotangents, seed))
             found, gradients = _check_autodiff(mode, fn, reference, template, out, pairs)
             rows += found
             if finite_differences and name == "float64":
@@ -263,15 +262,6 @@ def _cotangents(out, count, seed) -> Iterator[tuple[str, list[np.ndarray]]]:
             one_hot[index] = 1.0
             yield f"one-hot[{name}]{list(index)}", [*zeros[:i], one_hot, *zeros[i + 1 :]]
     yield "zero", zeros
-
-
-def _extra(out, cotangents) -> Iterator[tuple[str, list[np.ndarray]]]:
-    for name, tree in cotangents.items():
-        shapes = [jax.tree.map(np.shape, each) for each in (tree, out)]
-        need = f"cotangents[{name!r}] must have the output's structure and shapes {shapes[1]}"
-        _require(shapes[0] == shapes[1], f"{need}, got {shapes[0]}")
-        pairs = [(a, b) for _, a, b in named_leaves("", tree, out) if _is_floating(b)]
-        yield name, [np.asarray(a).astype(np.float64) for a, _ in pairs]
 
 
 def _check_autodiff(mode, fn, reference, template, out, pairs):

@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 import jax
 
 from jaxgru.checks.gradients import check_gradients
-from jaxgru.checks.report import GradientReport, GradientRow
+from jaxgru.checks.report import GradientReport, GradientRow, as_sequence
+from jaxgru.core.checks import require_bool
 from jaxgru.core.gradient import BPTT, Autodiff, Gradient, Tangent, as_rule
-from jaxgru.core.noise import Noise
+from jaxgru.core.noise import Noise, require_noise
 from jaxgru.core.parameters import (
     CHO_2014,
     CHUNG_2014,
@@ -20,7 +21,7 @@ from jaxgru.core.parameters import (
     require_params,
     require_spec,
 )
-from jaxgru.core.recurrence import gru
+from jaxgru.core.recurrence import gru, require_inputs, require_state
 
 _GRADIENTS = (
     *(BPTT(residuals=residuals) for residuals in ("gates", "states", "boundaries")),
@@ -32,10 +33,11 @@ _GRADIENTS = (
 def check_gru(
     params: GRUParams, xs: jax.Array, h0: jax.Array | None = None, *,
     mask: jax.Array | None = None, resets: jax.Array | None = None,
-    specs: Sequence[GRUSpec] = (CHO_2014, CHUNG_2014, PYTORCH),
-    reverses: Sequence[bool] = (False, True), gradients: Sequence[Gradient] = _GRADIENTS,
+    specs: GRUSpec | Sequence[GRUSpec] = (CHO_2014, CHUNG_2014, PYTORCH),
+    reverses: bool | Sequence[bool] = (False, True),
+    gradients: Gradient | Sequence[Gradient] = _GRADIENTS,
     noise: Noise | None = None, deterministic: bool = False, key: jax.Array | None = None,
-    dtypes: Sequence[str] = ("caller", "float64"), finite_differences: bool = True,
+    dtypes: str | Sequence[str] = ("caller", "float64"), finite_differences: bool = True,
     num_cotangents: int = 3, num_coordinates: int = 8,
     tolerances: Mapping[str, float] | None = None,
 ) -> GradientReport:  # fmt: skip
@@ -45,7 +47,8 @@ def check_gru(
 
     Args:
       params, xs, h0, mask, resets, noise, deterministic: as in `gru`.
-      specs: the equations to check with these arrays, by default the three named ones.
+      specs: the equations to check with these arrays, by default the three named ones. Here and
+        below a value by itself is a sequence of one.
       reverses: the directions to check.
       gradients: values of the option `gradient` of `gru`; by default `BPTT` with every choice of
         residuals, for the whole sequence and in chunks of two steps, and `Tangent`.
@@ -65,14 +68,20 @@ def check_gru(
 
     >>> import jax.numpy as jnp
     >>> params = GRUParams(jnp.ones((1, 3)), jnp.ones((1, 3)), spec=CHO_2014)
-    >>> grid = {"specs": [CHO_2014], "reverses": [False], "gradients": [BPTT("states")]}
+    >>> grid = {"specs": CHO_2014, "reverses": False, "gradients": BPTT("states")}
     >>> bool(check_gru(params, jnp.ones((2, 1)), **grid))
     True
     """
-    require_params("check_gru", params)
+    specs, reverses, gradients = map(as_sequence, (specs, reverses, gradients))
     for n, spec in enumerate(specs):
         require_spec("check_gru", spec, f"specs[{n}]")
+    for n, reverse in enumerate(reverses):
+        require_bool("check_gru", f"reverses[{n}]", reverse)
+    sizes = require_params("check_gru", params)
+    require_inputs("check_gru", params, xs, sizes[0], mask, resets, 0)
+    require_state("check_gru", "h0", h0, (*xs.shape[1:-1], sizes[1]), params)
     key = jax.random.key(0) if key is None else key
+    require_noise("check_gru", noise, key, deterministic)
     options = {"mask": mask, "resets": resets, "noise": noise, "deterministic": deterministic}
     options["key"] = None if noise is None else key
     rows: list[GradientRow] = []

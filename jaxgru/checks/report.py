@@ -6,27 +6,36 @@ All comparisons run in NumPy on the host, in float64, whatever dtype the leaves 
 import collections
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-_MAX_EXTRA_FAILURES = 40
+_MAX_FAILURES = 40
+_LEGEND = """
+error: |actual - expected| over the leaf's largest |expected|, at the index where it is worst;
+  right up to the limit. It is |actual - expected| itself where all of the leaf is expected to be 0.
+reference: gradients are compared with autodiff and finite-difference, and bit by bit with a rerun;
+  the output, out, is compared in a plain call (primal) and in the forward rule (forward)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class GradientRow:
     """The comparison of one leaf, described by its entry with the largest deviation.
 
-    `error` is `|actual - expected|` over the leaf's largest `|expected|` (absolute if that is
-    zero), and `element_error` the same over this entry's own `|expected|`. Both are inf if there
-    are no numbers to compare, and 0 in a row about dtypes.
+    `absolute` is `|actual - expected|`, `error` the same over the leaf's largest `|expected|`
+    (absolute if that is zero), and `element_error` over this entry's own `|expected|`. All are inf
+    if there are no numbers to compare, and 0 in a row about dtypes.
+
+    `reference` says what is compared: gradients with those of "autodiff", of "finite-difference",
+    or of a second run, "rerun"; and outputs of the plain call, "primal", or of the forward rule,
+    "forward", with those of the reference function.
     """
 
     dtype: str  # of the differentiated arguments, e.g. "float32"
-    reference: str  # "autodiff", "finite-difference", "primal", "forward" or "rerun"
+    reference: str
     tolerance: float
     reason: str  # empty if the leaf agrees, else "value", "dtype", "shape", "structure", ...
     case: str = "-"  # what was checked if a report holds several cases, e.g. "reverse Tangent"
@@ -47,7 +56,11 @@ class GradientRow:
 
 @dataclasses.dataclass(frozen=True)
 class GradientReport:
-    """All comparisons of a check. It is true if all leaves agree, and prints as a table."""
+    """All comparisons of a check. It is true if all leaves agree.
+
+    It prints as a verdict, a line for each leaf with its worst comparison, the failures, and what
+    their columns mean.
+    """
 
     rows: tuple[GradientRow, ...]
 
@@ -77,27 +90,32 @@ class GradientReport:
         return max(errors)
 
     def raise_if_failed(self) -> None:
-        """Raises AssertionError with the table as its message, unless the check passed."""
+        """Raises AssertionError with the report as its message, unless the check passed."""
         if not self.passed:
             raise AssertionError(f"\n{self}")
 
     def __str__(self) -> str:
-        groups: dict[tuple[str, ...], list[GradientRow]] = {}
-        for row in sorted(self.rows, key=lambda row: -row.error / (row.tolerance or 1e-300)):
-            groups.setdefault((row.dtype, row.reference, row.leaf, row.reason), []).append(row)
-        tails = [group[1:] for group in groups.values() if group[0].reason not in ("", "dtype")]
-        others = [row for tail in tails for row in tail]
-        shown = [group[0] for group in groups.values()] + others[:_MAX_EXTRA_FAILURES]
-        lines = _table(sorted(shown, key=lambda row: (row.ok, row.dtype, row.reference, row.leaf)))
-        if len(others) > _MAX_EXTRA_FAILURES:
-            lines.append(f"... and {len(others) - _MAX_EXTRA_FAILURES} more rows in .failures")
-        reasons = collections.Counter(row.reason for row in self.failures)
+        failures = self.failures
+        reasons = collections.Counter(row.reason for row in failures)
         counts = ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()))
         verdict = f"passed, all {len(self.rows)} comparisons agree."
         if not self.passed:
-            failed = f"{len(self.failures)} of {len(self.rows)}"
+            failed = f"{len(failures)} of {len(self.rows)}"
             verdict = f"FAILED, {failed} comparisons disagree ({counts})."
-        return "\n".join([*lines, f"check_gradients: {verdict}", *_advice(self.failures)])
+        leaves: dict[str, GradientRow] = {}  # the worst row of each leaf
+        groups: dict[tuple[str, ...], GradientRow] = {}  # and of each kind of failure
+        ranked = sorted(self.rows, key=lambda row: -row.error / (row.tolerance or 1e-300))
+        for row in sorted(ranked, key=lambda row: row.ok):
+            leaves.setdefault(row.leaf, row)
+            if not row.ok:
+                group = (row.case, row.leaf, row.dtype, row.reference, row.reason)
+                groups.setdefault(group, row)
+        lines = [f"check_gradients: {verdict}", *_advice(failures), "", *_leaf_table(leaves)]
+        if failures:
+            lines += ["", *_failure_table(list(groups.values())[:_MAX_FAILURES])]
+            left = len(failures) - min(len(groups), _MAX_FAILURES)
+            lines += [f"... and {left} more rows in .failures"] if left else []
+        return "\n".join([*lines, _LEGEND])
 
 
 def _advice(failures):
@@ -166,6 +184,12 @@ def rerun_row(template: GradientRow, leaf: str, first: Any, again: Any) -> Gradi
     return dataclasses.replace(row, reference="rerun", tolerance=0.0, reason=reason)
 
 
+def as_sequence(value: Any) -> tuple[Any, ...]:
+    """The values of a sequence; one value, such as a string, by itself."""
+    several = isinstance(value, Iterable) and not isinstance(value, str)
+    return tuple(value) if several else (value,)
+
+
 def unravel(flat: Any, shape: Sequence[int]) -> tuple[int, ...]:
     """The index tuple of a flat position."""
     return tuple(int(i) for i in np.unravel_index(flat, tuple(shape)))
@@ -191,15 +215,40 @@ def is_kind(leaf: Any, kind: Any) -> bool:
     return dtype is not None and bool(jnp.issubdtype(dtype, kind))
 
 
-def _table(rows):
-    names = ["reason", "dtype", "reference", "case", "cotangent", "leaf", "index"]
-    numbers = ["actual", "expected", "absolute", "error", "element_error", "tolerance"]
-    cells = [[*names, *numbers[:-2], "element", "limit"]]
+def _leaf_table(leaves):
+    cells = [["leaf", "verdict", "error", "limit", "dtype", "reference"]]
+    for row in leaves.values():
+        verdict, numbers = "right" if row.ok else "WRONG", (row.error, row.tolerance)
+        numbers = [f"{number:.1e}" for number in numbers]
+        cells.append([row.leaf, verdict, *numbers, row.dtype, row.reference])
+    return _align(cells)
+
+
+def _failure_table(rows):
+    """The rows by case and leaf, each under its name."""
+    rows = sorted(rows, key=lambda row: (row.case, row.leaf))
+    names = ["reason", "dtype", "reference", "index", "actual", "expected", "error", "limit"]
+    cells = [[*names, "cotangent"]]
     for row in rows:
+        reason = "value" if row.reason in ("finite-difference", "primal") else row.reason
         index = "-" if row.index is None else str(list(row.index))
-        values = [getattr(row, name) for name in numbers]
-        texts = [f"{x:.4g}" if isinstance(x, float) else str(x) for x in values]
-        words = [getattr(row, name) for name in names[1:-1]]
-        cells.append([row.reason or "ok", *words, index, *texts])
+        values = [_short(value) for value in (row.actual, row.expected)]
+        numbers = [f"{number:.1e}" for number in (row.error, row.tolerance)]
+        cells.append([reason, row.dtype, row.reference, index, *values, *numbers, row.cotangent])
+    header, *lines = _align(cells)
+    table, above = ["  " + header], ""
+    for row, line in zip(rows, lines, strict=True):
+        name = row.leaf if row.case == "-" else f"{row.leaf} of {row.case}"
+        table += [f"  {line}"] if name == above else [f"{name}:", f"  {line}"]
+        above = name
+    return table
+
+
+def _short(value):
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= 16 else text[:13] + "..."
+
+
+def _align(cells):
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]

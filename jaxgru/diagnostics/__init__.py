@@ -8,7 +8,7 @@ tuple of these for a stack. The arguments that they share are described at `grad
 from jaxgru.diagnostics.example_norms import example_gradient_norms
 from jaxgru.diagnostics.flow import GradientFlow, Paths, credit_reach, gradient_flow, gradient_paths
 from jaxgru.diagnostics.gates import GateStatistics, GateValues, gate_statistics, gate_values
-from jaxgru.diagnostics.influence import rtrl
+from jaxgru.diagnostics.influence import RTRLResult, RTRLState, rtrl
 from jaxgru.diagnostics.jacobians import (
     jacobian_products,
     lyapunov_exponents,
@@ -20,8 +20,8 @@ from jaxgru.diagnostics.jacobians import (
 )
 
 __all__ = [
-    "GateStatistics", "GateValues", "GradientFlow", "Paths", "credit_reach",
-    "example_gradient_norms", "gate_statistics", "gate_values", "gradient_flow", "gradient_paths",
-    "jacobian_products", "lyapunov_exponents", "rtrl", "sequence_jacobians", "singular_values",
-    "step_jacobian", "step_jacobian_bound", "step_jacobian_diagonal",
+    "GateStatistics", "GateValues", "GradientFlow", "Paths", "RTRLResult", "RTRLState",
+    "credit_reach", "example_gradient_norms", "gate_statistics", "gate_values", "gradient_flow",
+    "gradient_paths", "jacobian_products", "lyapunov_exponents", "rtrl", "sequence_jacobians",
+    "singular_values", "step_jacobian", "step_jacobian_bound", "step_jacobian_diagonal",
 ]  # fmt: skip

@@ -66,11 +66,18 @@ def _example_norms(trace, tap):
     arrays = (trace.xs, trace.gates, trace.h_tm1, *derivatives.gates_vjp(trace.c, g, dp))
     of_w_x, of_w_h, rows = derivatives.params_vjp_factors(trace.params, *arrays)
     return GRUParams(
-        jnp.sqrt(_outer_square(*of_w_x)),
-        jnp.sqrt(sum(itertools.starmap(_outer_square, of_w_h))),
+        _root(_outer_square(*of_w_x)),
+        _root(sum(itertools.starmap(_outer_square, of_w_h))),
         *(None if d is None else norm(d.sum(axis=0)) for d in rows),
         spec=trace.params.spec,
     )
+
+
+def _root(square):
+    """sqrt(square), with a gradient of zero at zero: that of an example without a valid step."""
+    zero = square == 0
+    root = jnp.sqrt(jnp.where(zero, jnp.ones_like(square), square))
+    return jnp.where(zero, jnp.zeros_like(root), root)
 
 
 def _outer_square(x, d):

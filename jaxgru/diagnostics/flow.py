@@ -1,7 +1,7 @@
 """How much gradient reaches every state and input of a GRU, and along which paths.
 
 The cotangent dL/dh_t is the gradient with respect to a tap of zeros, from `gru`'s own backward
-pass. All else is local, linear in it, and computed for all steps at once; README.md of this folder
+pass. Everything else is local to a step and linear in this cotangent; README.md of this folder
 has the equations. Functions of a loss are differentiable in reverse mode, the others in both modes.
 """
 
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxgru.core.checks import require_bool, require_flags, require_float
+from jaxgru.core.checks import require_bool, require_flags, require_float, require_shape
 from jaxgru.core.layer_norm import normalize_vjp
 from jaxgru.core.matmul import blocks, matmul
 from jaxgru.core.parameters import GRUParams
@@ -116,9 +116,7 @@ def gradient_paths(
     require_bool("gradient_paths", "reverse", reverse)
     trace = trace_layers("gradient_paths", params, xs, h0, mask, resets, reverse=reverse)
     require_float("gradient_paths", "dhs", dhs, params.w_x.dtype)
-    wanted = (*xs.shape[:-1], params.w_h.shape[0])
-    if dhs.shape != wanted:
-        raise ValueError(f"gradient_paths: dhs must have shape {wanted}, got {dhs.shape}.")
+    require_shape("gradient_paths", "dhs", dhs, trace.h_t.shape, "that of hs")
     return _paths(trace, dhs)
 
 
@@ -127,7 +125,8 @@ def credit_reach(
 ) -> jax.Array:
     """Computes how many steps back from the last one the gradient keeps a fraction of its norm.
 
-    The largest d with norms[T - 1 - d] >= fraction * norms[T - 1], of norms above 0.
+    The largest distance d from the last step at which the norm is above 0 and still at least
+    `fraction` of that of the last step.
 
     Args:
       norms: [T, ...], |dL/dh_t| for a loss of the last state alone, from `gradient_flow`.

@@ -72,7 +72,7 @@ def gate_values(
     mask: jax.Array | None = None, resets: jax.Array | None = None, merge: Merge = "concat",
     residual: bool = False,
 ) -> Any:  # fmt: skip
-    """Computes the gates r and z, the candidate n and the keep fraction k of every step.
+    """Computes the gates r and z, the candidate n and the share k that is kept, of every step.
 
     Args:
       params, xs, h0, mask, resets, merge, residual: see `gradient_flow`. The gates of masked

@@ -1,13 +1,13 @@
 """Gradients computed forward in time from the influence of parameters on the state: RTRL, SnAp-1.
 
-The functions that follow one step see one sequence, without batch axes; `rtrl` maps them over
-these. J and I of `rtrl` are the transpose of the step, `jaxgru.core.derivatives.step_vjp`, applied
-to the unit cotangents.
+`_follow` and `_follow_snap` compute one step of one sequence; `rtrl` maps them over the batch axes
+with vmap. J and I of `rtrl` are the transpose of the step, `jaxgru.core.derivatives.step_vjp`,
+applied to the unit cotangents.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,25 +17,40 @@ from jaxgru.core import derivatives
 from jaxgru.core.checks import require_choice
 from jaxgru.core.flags import Flags, choose
 from jaxgru.core.matmul import blocks, state_dtype
-from jaxgru.diagnostics.jacobians import own_slopes
+from jaxgru.diagnostics.jacobians import jacobian_diagonal
 from jaxgru.diagnostics.traces import (
-    by_layer,
-    require_one_way,
+    per_layer,
     require_scalar_loss,
     require_sequence,
     trace_steps,
 )
+from jaxgru.stacks.checks import require_one_way
 from jaxgru.stacks.forms import as_stack
 from jaxgru.stacks.initializers import init_state
 
 Influence = Literal["exact", "snap-1"]
 
 
+class RTRLState(NamedTuple):
+    """What `rtrl` carries from one step to the next, in float32 for half types."""
+
+    h: Any  # the state, in the form of h0
+    influence: Any  # P = dh/dtheta, or the entries of it that "snap-1" stores
+
+
+class RTRLResult(NamedTuple):
+    """What `rtrl` returns."""
+
+    loss: jax.Array
+    grads: Any  # in the form and dtypes of params
+    state: RTRLState  # after the last step, to go on with
+
+
 def rtrl(
     loss_fn: Callable[[jax.Array, Any], jax.Array], params: Any, xs: jax.Array, targets: Any,
     h0: Any = None, *, mask: jax.Array | None = None, resets: jax.Array | None = None,
-    residual: bool = False, influence: Influence = "exact",
-) -> tuple[jax.Array, Any]:  # fmt: skip
+    residual: bool = False, influence: Influence = "exact", state: RTRLState | None = None,
+) -> RTRLResult:  # fmt: skip
     """Computes sum_t loss_fn(y_t, targets[t]) and its gradient forward in time.
 
     The influence P_t = dh_t/dtheta follows the state, and the gradient sums over the steps' losses
@@ -45,6 +60,13 @@ def rtrl(
 
     with J_t = dh_t/dh_{t-1} and I_t the derivative of h_t by theta at fixed h_{t-1}. Only P is
     carried from step to step: memory does not grow with T.
+
+    For online learning, pass the `state` of one call to the next. A sequence may be cut into pieces
+    of any length, down to one step, and the parameters updated between them. Without updates the
+    losses and gradients of the pieces sum to those of the whole. After an update P still holds
+    derivatives at the earlier parameters, so that the gradient is approximate; its error is
+    proportional to the size of the updates since the last reset, and small learning rates make it
+    small (Williams and Zipser 1989, on real-time learning).
 
     Args:
       loss_fn: (y_t, target_t) -> a scalar: the loss of one step, of all sequences together.
@@ -57,12 +79,18 @@ def rtrl(
         which stores only those entries of P that are nonzero after one step (Menick et al. 2021,
         arXiv:2006.07232, section 3): an approximation, for a single layer without layer norm.
 
+      state: that of the call for the steps before these, with the same influence and batch, in
+        place of h0; None starts a sequence from h0.
+
     Returns:
-      The loss, summed in float32 for half types, and its gradient in the form and dtypes of params.
+      `RTRLResult`: the loss, summed in float32 for half types, its gradient, and the `RTRLState`
+      after the last step. The gradient leaves out how h0, or the losses of earlier calls, depend on
+      params. With no steps (T=0) the state is the one to start from, as `jax.lax.scan` needs it.
 
     Raises:
       ValueError, TypeError: see `gradient_flow`; ValueError also for a `Bidirectional`, whose
-        outputs depend on later inputs, and for "snap-1" with a stack or layer norm.
+        outputs depend on later inputs, for "snap-1" with a stack or layer norm, and for a state of
+        another form or beside h0.
 
     Cost: for N parameters 2 H^2 N operations a row and step, and H N numbers a row, whatever T is.
     "snap-1" with reset="after" stores N numbers a row and adds 2 N operations to a step and its
@@ -73,7 +101,7 @@ def rtrl(
     >>> params, xs = init_gru(jax.random.key(0), 2, 3), jnp.ones((5, 4, 2))
     >>> targets = jnp.zeros((5, 4, 3))
     >>> squared = lambda y, target: ((y - target) ** 2).sum()
-    >>> loss, dparams = jax.jit(rtrl, static_argnums=0)(squared, params, xs, targets)
+    >>> loss, dparams, _ = jax.jit(rtrl, static_argnums=0)(squared, params, xs, targets)
     >>> bptt = jax.jit(jax.grad(lambda p: squared(gru(p, xs)[1], targets)))(params)
     >>> bool(jnp.allclose(dparams.w_h, bptt.w_h, atol=1e-5))
     True
@@ -96,17 +124,19 @@ def rtrl(
                 f"rtrl: targets must be arrays of {xs.shape[0]} steps, as xs, got {shape}."
             )
     lead, dtype = xs.shape[1:-1], state_dtype(xs.dtype)
-    states = zip(layers, by_layer(params, h0))
+    start = _start if influence == "exact" else _start_snap
+    states = zip(layers, per_layer(params, h0))
     states = [init_state(p, lead) if h is None else jnp.asarray(h) for p, h in states]
-    states = tuple(h.astype(dtype) for h in states)
+    begin = tuple(h.astype(dtype) for h in states), start(layers, lead, dtype)
+    states, influences = begin if state is None else _require_state(params, h0, state, begin)
     targets = jax.tree.map(jnp.asarray, targets)
     first = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape[1:], v.dtype), targets)
     output = jax.ShapeDtypeStruct(states[-1].shape, xs.dtype)
     require_scalar_loss("rtrl", loss_fn, output, first)
     if influence == "exact":
-        start, follow, pull = _start, functools.partial(_follow, layers, residual), _pull
+        follow, pull = functools.partial(_follow, layers, residual), _pull
     else:
-        start, follow, pull = _start_snap, functools.partial(_follow_snap, layers[0]), _pull_snap
+        follow, pull = functools.partial(_follow_snap, layers[0]), _pull_snap
     for _ in lead:
         follow = jax.vmap(follow)
 
@@ -120,10 +150,33 @@ def rtrl(
 
     grads = jax.tree.map(lambda v: jnp.zeros_like(v, dtype=dtype), layers)
     loss = jnp.zeros((), state_dtype(jax.eval_shape(loss_fn, output, first).dtype))
-    carry = (states, start(layers, lead, dtype), loss, grads)
-    (_, _, loss, grads), _ = lax.scan(body, carry, (xs, targets, mask, resets))
+    carry = (states, influences, loss, grads)
+    carry, _ = lax.scan(body, carry, (xs, targets, mask, resets))
+    states, influences, loss, grads = carry
     grads = jax.tree.map(lambda d, p: d.astype(p.dtype), grads, layers)
-    return loss, jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(grads))
+    grads = jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(grads))
+    h = states if as_stack(params) is params else states[0]
+    return RTRLResult(loss, grads, RTRLState(h, influences))
+
+
+def _require_state(params, h0, state, begin):
+    """(states, influences) of a state; TypeError or ValueError unless it has the form of begin."""
+    if not isinstance(state, RTRLState):
+        kind = type(state).__name__
+        raise TypeError(f"rtrl: state must be the RTRLState of an earlier call, got {kind}.")
+    if h0 is not None:
+        raise ValueError("rtrl: h0 must be None with a state, which holds h, got both.")
+    given = (tuple(per_layer(params, state.h)), state.influence)
+    same = jax.tree.structure(given) == jax.tree.structure(begin)
+    found, wanted = ([f"{v.dtype}{[*v.shape]}" for v in jax.tree.leaves(s)] for s in (given, begin))
+    if not same or found != wanted:
+        pairs = zip(found, wanted) if same else ()
+        differ = next((f"{a} in place of {b}" for a, b in pairs if a != b), "another form")
+        raise ValueError(
+            "rtrl: state must be that of a call with the same layers, batch axes, dtype and "
+            f"influence, got {differ}; pass state=None to start a sequence."
+        )
+    return given
 
 
 def _pull_units(trace):
@@ -197,7 +250,7 @@ def _follow_snap(params, x, states, influences, mask, resets):
     # I is diagonal: all its rows at once.
     da, du = derivatives.gates_vjp(trace.c, jnp.ones_like(h), dp)
     immediate = derivatives.params_vjp(params, trace.xs, trace.gates, h, da, du)
-    slopes = own_slopes(params, trace.c)
+    slopes = jacobian_diagonal(params, trace.c)
     own = jax.tree.map(lambda p, i: _by_unit(slopes, p) + i, own, immediate)
     if of_r is not None:
         by_state, _, immediate = _pull_units(trace)

@@ -1,4 +1,4 @@
-"""dh_t/dh_{t-1} in closed form, its diagonal, its bound, and the products of it over time.
+"""dh_t/dh_{t-1} in closed form, its diagonal, its bound, and its products over time.
 
 README.md of this folder has the equations of M = J^T and X, here `_state_map` and `_input_map`. A
 masked step has J = I, a reset step J = 0. Results are in the state dtype (float32 for half types).
@@ -11,14 +11,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxgru.core.cell import gru_cell, input_products, scale_blocks
+from jaxgru.core.cell import input_products, scale_blocks
 from jaxgru.core.checks import require_bool, require_flags, require_float
 from jaxgru.core.derivatives import Coefficients
 from jaxgru.core.flags import Flags
 from jaxgru.core.layer_norm import Norm, normalize_jvp
 from jaxgru.core.matmul import blocks, like_row, matmul, state_dtype
-from jaxgru.core.parameters import GRUParams
-from jaxgru.diagnostics.traces import by_layer, require_one_way, trace_layers, trace_steps
+from jaxgru.core.parameters import GRUParams, require_params
+from jaxgru.diagnostics.traces import PLAIN, per_layer, trace_layers, trace_steps
+from jaxgru.stacks.checks import require_one_way, require_step
 
 
 def step_jacobian(params: GRUParams, x: jax.Array, h: jax.Array) -> jax.Array:
@@ -32,7 +33,7 @@ def step_jacobian(params: GRUParams, x: jax.Array, h: jax.Array) -> jax.Array:
       [..., H, H].
 
     Raises:
-      ValueError, TypeError: as `gru_cell`.
+      ValueError, TypeError: an argument does not fit, as in `gru_cell`.
 
     Cost: reset="after" 5H^2 operations a row, "before" one product of [H, H] with [H, H] as well.
 
@@ -42,7 +43,7 @@ def step_jacobian(params: GRUParams, x: jax.Array, h: jax.Array) -> jax.Array:
     >>> bool(jnp.allclose(step_jacobian(params, x, h), wanted, atol=1e-6))
     True
     """
-    return jnp.swapaxes(_state_map(_trace_step(params, x, h)), -1, -2)
+    return jnp.swapaxes(_state_map(_trace_step("step_jacobian", params, x, h)), -1, -2)
 
 
 def step_jacobian_diagonal(params: GRUParams, x: jax.Array, h: jax.Array) -> jax.Array:
@@ -58,7 +59,7 @@ def step_jacobian_diagonal(params: GRUParams, x: jax.Array, h: jax.Array) -> jax
       [..., H].
 
     Raises:
-      ValueError, TypeError: as `gru_cell`.
+      ValueError, TypeError: an argument does not fit, as in `gru_cell`.
 
     Cost: H operations a row for "after", H^2 for "before"; with layer norm the whole Jacobian.
 
@@ -68,13 +69,13 @@ def step_jacobian_diagonal(params: GRUParams, x: jax.Array, h: jax.Array) -> jax
     >>> bool(jnp.allclose(step_jacobian_diagonal(params, x, h), wanted, atol=1e-6))
     True
     """
-    trace = _trace_step(params, x, h)
+    trace = _trace_step("step_jacobian_diagonal", params, x, h)
     if params.g_h is not None:
         return jnp.diagonal(_state_map(trace), axis1=-2, axis2=-1)
-    return own_slopes(trace.params, trace.c)
+    return jacobian_diagonal(trace.params, trace.c)
 
 
-def own_slopes(params: GRUParams, c: Coefficients) -> jax.Array:
+def jacobian_diagonal(params: GRUParams, c: Coefficients) -> jax.Array:
     """`step_jacobian_diagonal` without layer norm, from a step's coefficients."""
     w_r, w_z, w_n = (w.astype(c.K.dtype) for w in blocks(params.w_h))
     own_r, own_z, own_n = (like_row(jnp.diagonal(w), c.K) for w in (w_r, w_z, w_n))
@@ -99,7 +100,7 @@ def step_jacobian_bound(params: GRUParams, x: jax.Array, h: jax.Array) -> jax.Ar
       [...].
 
     Raises:
-      ValueError, TypeError: as `gru_cell`.
+      ValueError, TypeError: an argument does not fit, as in `gru_cell`.
 
     Cost: three singular value decompositions of [H, H], once; then H operations a row.
 
@@ -109,7 +110,7 @@ def step_jacobian_bound(params: GRUParams, x: jax.Array, h: jax.Array) -> jax.Ar
     >>> bool(norm <= step_jacobian_bound(params, x, h))
     True
     """
-    trace = _trace_step(params, x, h)
+    trace = _trace_step("step_jacobian_bound", params, x, h)
     c = trace.c
 
     def size_of(w, scale, norm):
@@ -165,7 +166,7 @@ def sequence_jacobians(
     require_one_way("sequence_jacobians", params, cure)
     call = (params, xs, h0, mask, resets)
     traces = trace_layers("sequence_jacobians", *call, residual=residual, reverse=reverse)
-    traces = by_layer(params, traces)
+    traces = per_layer(params, traces)
     ends = list(itertools.accumulate(trace.h_tm1.shape[-1] for trace in traces))
     columns, of_output = [], None
     for trace, end in zip(traces, ends):
@@ -193,7 +194,7 @@ def jacobian_products(jacobians: jax.Array) -> jax.Array:
     >>> jacobian_products(jnp.full((3, 1, 1), 0.5)).ravel().tolist()
     [0.125, 0.25, 0.5]
     """
-    _require_jacobians("jacobian_products", jacobians)
+    jacobians = _require_jacobians("jacobian_products", jacobians)
 
     def body(after, jacobian):
         product = jnp.matmul(after, jacobian)
@@ -209,7 +210,8 @@ def singular_values(jacobians: jax.Array) -> jax.Array:
       jacobians: [..., H, H], Jacobians of steps or products of them.
 
     Returns:
-      [..., H]; the first is the largest factor by which a matrix stretches a cotangent.
+      [..., H]; the first is the largest factor by which a matrix stretches a cotangent. They can be
+      differentiated once.
 
     Raises:
       ValueError, TypeError: jacobians is not a floating array [..., H, H].
@@ -217,9 +219,7 @@ def singular_values(jacobians: jax.Array) -> jax.Array:
     >>> singular_values(jnp.diag(jnp.array([0.5, 2.0]))).tolist()
     [2.0, 0.5]
     """
-    _require_jacobians("singular_values", jacobians, least=2)
-    jacobians = jacobians.astype(state_dtype(jacobians.dtype))
-    return _decompose(lambda j: jnp.linalg.svd(j, compute_uv=False), jacobians)
+    return _svd_values(_require_jacobians("singular_values", jacobians, least=2))
 
 
 def lyapunov_exponents(jacobians: jax.Array, mask: jax.Array | None = None) -> jax.Array:
@@ -241,14 +241,14 @@ def lyapunov_exponents(jacobians: jax.Array, mask: jax.Array | None = None) -> j
     Raises:
       ValueError, TypeError: jacobians is not a floating array [T, ..., H, H], or mask does not fit.
 
-    Cost: T products and QR decompositions of [H, H]. Nothing underflows, however large T is.
+    Cost: T products and QR decompositions of [H, H]. Nothing underflows, however large T is. The
+    gradient goes through all T decompositions; it is NaN where a product is singular.
 
     >>> rates = lyapunov_exponents(jnp.stack([jnp.diag(jnp.array([0.5, 1.0]))] * 1000))
     >>> [round(float(rate), 3) for rate in rates]  # 0 and log 0.5; 0.5 ** 1000 itself is 0
     [0.0, -0.693]
     """
-    _require_jacobians("lyapunov_exponents", jacobians)
-    jacobians = jacobians.astype(state_dtype(jacobians.dtype))
+    jacobians = _require_jacobians("lyapunov_exponents", jacobians)
     lead = jacobians.shape[:-2]
     require_flags("lyapunov_exponents", {"mask": mask}, lead, "jacobians without its last two axes")
     mask = jnp.ones(lead, bool) if mask is None else jnp.asarray(mask)
@@ -256,9 +256,9 @@ def lyapunov_exponents(jacobians: jax.Array, mask: jax.Array | None = None) -> j
     def body(carry, inputs):
         q, total = carry
         jacobian, valid = inputs
-        q_t, r_t = _decompose(lambda j: jnp.linalg.qr(j), jnp.matmul(jacobian, q))
-        growth = jnp.log(jnp.abs(jnp.diagonal(r_t, axis1=-2, axis2=-1)))
-        q = jnp.where(valid[..., None, None], q_t, q)
+        # Where the step is masked, q is decomposed itself: its gradient is finite.
+        q, r = _qr(jnp.where(valid[..., None, None], jnp.matmul(jacobian, q), q))
+        growth = jnp.log(jnp.abs(jnp.diagonal(r, axis1=-2, axis2=-1)))
         return (q, total + jnp.where(valid[..., None], growth, jnp.zeros_like(growth))), None
 
     q = _identities(jacobians)
@@ -267,12 +267,38 @@ def lyapunov_exponents(jacobians: jax.Array, mask: jax.Array | None = None) -> j
     return jnp.sort(rates, axis=-1, descending=True)
 
 
+@jax.custom_jvp
+def _svd_values(matrices):
+    return _decompose(lambda m: jnp.linalg.svd(m, compute_uv=False), matrices)
+
+
+@_svd_values.defjvp
+def _svd_values_jvp(primals, tangents):
+    """ds_i = u_i^T dA v_i."""
+    u, s, vt = _decompose(lambda m: jnp.linalg.svd(m), *primals)
+    return s, (jnp.matmul(u.mT, tangents[0]) * vt).sum(axis=-1)
+
+
+@jax.custom_jvp
+def _qr(matrices):
+    return _decompose(lambda m: tuple(jnp.linalg.qr(m)), matrices)
+
+
+@_qr.defjvp
+def _qr_jvp(primals, tangents):
+    """Q^T dA R^-1 = W + dR R^-1, with W = Q^T dQ antisymmetric and dR R^-1 upper triangular."""
+    q, r = _qr(*primals)
+    both = jnp.matmul(jnp.matmul(q.mT, tangents[0]), _decompose(lambda r: jnp.linalg.inv(r), r))
+    w = jnp.tril(both, -1) - jnp.tril(both, -1).mT
+    return (q, r), (jnp.matmul(q, w), jnp.matmul(both - w, r))
+
+
 def _decompose(decomposition, matrices):
     """decomposition of [..., H, H]; on a CPU of one matrix after the other.
 
     A batched decomposition on a CPU blocks a thread that waits for others of the same pool, so two
     of them in one program, such as singular values and exponents, can deadlock: seen with jaxlib
-    0.10.2 on two cores.
+    0.10.2 on two cores. Its callers have their own derivatives: JAX has none of this.
     """
     one_by_one = jax.custom_batching.sequential_vmap(decomposition)
     for _ in matrices.shape[:-2]:
@@ -280,9 +306,11 @@ def _decompose(decomposition, matrices):
     return lax.platform_dependent(matrices, cpu=one_by_one, default=decomposition)
 
 
-def _trace_step(params, x, h):
-    """The trace of one step from any state; `gru_cell` checks the arguments."""
-    jax.eval_shape(gru_cell, params, x, h)
+def _trace_step(function, params, x, h):
+    """The trace of one step from any state, of arguments that are checked first."""
+    require_params(function, params)
+    require_float(function, "h", h)
+    require_step(function, params, x, h, None, None, PLAIN, None, 0)
     params, x, h = jax.tree.map(jnp.asarray, (params, x, h))
     return trace_steps(params, x, h.astype(state_dtype(h.dtype)), Flags())
 
@@ -339,9 +367,10 @@ def _identities(jacobians):
 
 
 def _require_jacobians(function, jacobians, least=3):
-    """Raises TypeError or ValueError unless jacobians is [..., H, H] with `least` axes or more."""
+    """Jacobians in the state dtype; TypeError or ValueError unless [..., H, H] of `least` axes."""
     require_float(function, "jacobians", jacobians)
     shape = jacobians.shape
     if len(shape) < least or shape[-1] != shape[-2]:
         wanted = "[T, ..., H, H]" if least == 3 else "[..., H, H]"
         raise ValueError(f"{function}: jacobians must have shape {wanted}, got {shape}.")
+    return jacobians.astype(state_dtype(jacobians.dtype))

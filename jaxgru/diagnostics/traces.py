@@ -4,11 +4,13 @@ Only `gru` itself runs sequentially. Gates and local derivatives are computed fr
 all steps at once, as with residuals="states".
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jaxgru.core.cell import Gates, Recurrent, project, split_recurrent, step
 from jaxgru.core.checks import is_traced
@@ -24,6 +26,8 @@ from jaxgru.stacks.dropout import Dropout
 from jaxgru.stacks.forms import Bidirectional, as_stack, directions_of
 from jaxgru.stacks.initializers import init_taps
 from jaxgru.stacks.run import merge_directions, reverse_resets, run_stack
+
+PLAIN = StackConfig("concat", False, Dropout(), False, BPTT(), Noise(), deterministic=True)
 
 
 class Trace(NamedTuple):
@@ -45,7 +49,7 @@ def trace_layers(
     """A `Trace` for every GRU, in the form of params, of arguments that are checked first."""
     require_sequence(function, params, xs, h0, mask, resets, merge, residual)
     traces, ys = [], xs
-    for number, (layer, h) in enumerate(zip(as_stack(params), by_layer(params, h0))):
+    for number, (layer, h) in enumerate(zip(as_stack(params), per_layer(params, h0))):
         pair = isinstance(layer, Bidirectional)
         starts = h if pair and h is not None else (h, None)
         flags = (resets, reverse_resets(resets) if pair else None)
@@ -82,7 +86,7 @@ def trace_steps(params: GRUParams, xs: jax.Array, h_tm1: jax.Array, flags: Flags
     return Trace(params, recurrent, xs, h_tm1, h_t, gates, c, flags)
 
 
-def by_layer(params, tree) -> Any:
+def per_layer(params, tree) -> Any:
     """A tree in the form of params, or None, as a sequence with one entry for each layer."""
     if tree is None:
         return [None] * len(as_stack(params))
@@ -92,11 +96,11 @@ def by_layer(params, tree) -> Any:
 def trace_loss(function, loss_fn, params, xs, h0, mask, resets, merge, residual) -> Any:
     """The loss of (h_last, ys), its gradient with respect to the taps, and `trace_layers`."""
     traces = trace_layers(function, params, xs, h0, mask, resets, merge, residual)
-    layers, starts = as_stack(params), by_layer(params, h0)
-    config = StackConfig(merge, residual, Dropout(), False, BPTT(), Noise(), True)
+    layers, starts = as_stack(params), per_layer(params, h0)
+    config = dataclasses.replace(PLAIN, merge=merge, residual=residual)
 
     def run(taps):
-        taps = by_layer(params, taps)
+        taps = per_layer(params, taps)
         h_last, ys = run_stack(config, layers, starts, None, 0, xs, mask, resets, taps)
         return (h_last if layers is params else h_last[0]), ys
 
@@ -107,11 +111,16 @@ def trace_loss(function, loss_fn, params, xs, h0, mask, resets, merge, residual)
 
 
 def norm(v):
-    """The Euclidean norm over the last axis in the state dtype; tiny entries do not underflow."""
+    """The Euclidean norm over the last axis in the state dtype; tiny entries do not underflow.
+
+    Its gradient at a vector of zeros is zero. The scale cancels, so no gradient goes through it.
+    """
     v = v.astype(state_dtype(v.dtype))
-    largest = jnp.abs(v).max(axis=-1, keepdims=True)
-    scale = jnp.where(largest > 0, largest, jnp.ones_like(largest))
-    return (scale * jnp.linalg.norm(v / scale, axis=-1, keepdims=True))[..., 0]
+    largest = jnp.abs(lax.stop_gradient(v)).max(axis=-1, keepdims=True)
+    zero = largest == 0
+    v, scale = (jnp.where(zero, jnp.ones_like(x), x) for x in (v, largest))
+    size = scale * jnp.linalg.norm(v / scale, axis=-1, keepdims=True)
+    return jnp.where(zero, jnp.zeros_like(size), size)[..., 0]
 
 
 def require_scalar_loss(function, loss_fn, *args):
@@ -129,14 +138,6 @@ def require_scalar_loss(function, loss_fn, *args):
             f"{need} a floating number, got dtype {found.dtype}, which has no gradient; cast with "
             ".astype before the operation that makes it integral."
         )
-
-
-def require_one_way(function, params, cure):
-    """Raises ValueError if a layer is a `Bidirectional`."""
-    layers = jax.tree.leaves(params, is_leaf=lambda layer: isinstance(layer, Bidirectional))
-    if any(isinstance(layer, Bidirectional) for layer in layers):
-        need = "params must hold layers of one direction"
-        raise ValueError(f"{function}: {need}, got a Bidirectional{cure}.")
 
 
 def require_sequence(function, params, xs, h0, mask, resets, merge="concat", residual=False):

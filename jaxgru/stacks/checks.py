@@ -112,11 +112,8 @@ def require_layers(
 
 def require_step(function, params, x, h, mask, resets, config, key, first_step):
     """The checked choices; TypeError or ValueError for what does not fit one step of a stack."""
-    if any(isinstance(layer, Bidirectional) for layer in params):
-        raise ValueError(
-            f"{function}: params must hold layers of one direction, got a Bidirectional, whose "
-            "outputs depend on later inputs; use gru_stack on whole sequences."
-        )
+    cure = ", whose outputs depend on later inputs; use gru_stack on whole sequences"
+    require_one_way(function, params, cure)
     config = _require_options(function, params, config, key, first_step)
     if config.rule.truncate is not None:
         raise ValueError(
@@ -136,6 +133,13 @@ def require_step(function, params, x, h, mask, resets, config, key, first_step):
     require_sizes(function, params, "concat", config.residual)
     _require_states(function, "h", params, h, lead, source="x")
     return config
+
+
+def require_one_way(function, params, cure):
+    """ValueError if a layer is a `Bidirectional`; the cure says what to do instead."""
+    if any(isinstance(layer, Bidirectional) for layer in as_stack(params)):
+        need = "params must hold layers of one direction"
+        raise ValueError(f"{function}: {need}, got a Bidirectional{cure}.")
 
 
 def require_sizes(function, params, merge, residual):

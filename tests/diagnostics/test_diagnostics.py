@@ -153,7 +153,7 @@ def test_rtrl_of_a_residual_stack_with_gains_is_autodiffs(x64):
             step_loss, p, problem.xs, problem.cotangents[1], residual=True, **options
         )
     )
-    loss, grads = forward(layers)
+    loss, grads, _ = forward(layers)
     wanted = jax.jit(jax.value_and_grad(functools.partial(whole, gradient="autodiff")))(layers)
     assert_close((loss, grads), wanted, 1e-11)
 
@@ -241,6 +241,8 @@ def test_half_precision_observes_in_float32_and_returns_gradients_in_half():
 
     (jacobian, got), (wide_jacobian, wanted) = observe(problem), observe(wide)
     assert jacobian.dtype == jnp.float32
+    products = diagnostics.jacobian_products(jacobian[None].astype(jnp.bfloat16))
+    assert products.dtype == jnp.float32
     assert_close(jacobian, wide_jacobian, 2e-2)
     assert {v.dtype for v in jax.tree.leaves(got)} == {jnp.dtype(jnp.bfloat16)}
     assert_close(got, wanted, 3e-2)
@@ -398,9 +400,10 @@ def test_flow_of_a_batch_that_is_sharded_is_that_of_the_whole():
 def test_rtrl_sums_a_half_precision_loss_in_float32_and_keeps_a_list_a_list():
     params = jax.tree.map(lambda v: np.asarray(v).astype(jnp.bfloat16), PARAMS)
     xs = np.ones((400, 1, 2), jnp.bfloat16)
-    loss, grads = jax.jit(lambda *args: diagnostics.rtrl(lambda y, t: 1 + 0 * y.sum(), *args))(
-        [params], xs, xs
-    )
+    loss, grads, state = jax.jit(
+        lambda *args: diagnostics.rtrl(lambda y, t: 1 + 0 * y.sum(), *args)
+    )([params], xs, xs)
+    assert {v.dtype for v in jax.tree.leaves(state)} == {jnp.dtype(jnp.float32)}
     assert loss == 400 and isinstance(grads, list)
 
 
@@ -424,6 +427,146 @@ def test_rtrl_forgets_at_a_reset(influence, x64):
     assert np.any(run(other.xs, problem.h0)[1].w_x != whole[1].w_x)
 
 
+@pytest.mark.parametrize(
+    ("influence", "count"), [("exact", 1), ("exact", 2), ("snap-1", 1)], ids=str
+)
+def test_rtrl_goes_on_from_its_state_as_if_the_pieces_were_one(influence, count, x64):
+    problem = make_problem(17)
+    layers = stack_of(problem, make_problem(18, inputs=3))
+    params, h0 = (layers, (problem.h0, 2 * problem.h0)) if count > 1 else (layers[0], problem.h0)
+
+    def run(first, last, **start):
+        xs, targets, mask, resets = (
+            v[first:last] for v in (problem.xs, problem.cotangents[1], problem.mask, problem.resets)
+        )
+        return diagnostics.rtrl(
+            lambda y, target: ((y - target) ** 2).sum(), params, xs, targets, **start,
+            mask=mask, resets=resets, influence=influence,
+        )  # fmt: skip
+
+    @jax.jit
+    def in_pieces():
+        parts = [run(0, 0, h0=h0)]  # no step: the state to start from
+        for first, last in ((0, 1), (1, 4), (4, 7)):
+            parts.append(run(first, last, state=parts[-1].state))
+        sums = [
+            sum(values[1:], values[0]) for values in zip(*(jax.tree.leaves(p[:2]) for p in parts))
+        ]
+        return sums, parts[-1].state, parts[-2].state
+
+    whole, (sums, state, before) = jax.jit(lambda: run(0, 7, h0=h0))(), in_pieces()
+    assert_close(sums, jax.tree.leaves(whole[:2]), 1e-13)
+    assert_close(state, whole.state, 1e-14)
+    assert all(v.any() for v in jax.tree.leaves(before))
+
+
+def test_rtrl_after_an_update_follows_the_derivatives_that_it_was_given(x64):
+    """dL/dh of the later steps at the new parameters, times dh/dtheta of the earlier ones."""
+    problem = make_problem(19)
+    old, new = problem.params, jax.tree.map(lambda v: 0.9 * v, problem.params)
+    xs, targets = problem.xs, problem.cotangents[1]
+
+    def squared(y, target):
+        return ((y - target) ** 2).sum()
+
+    @jax.jit
+    def online():
+        state = diagnostics.rtrl(squared, old, xs[:3], targets[:3], problem.h0).state
+        return diagnostics.rtrl(squared, new, xs[3:], targets[3:], state=state)[:2]
+
+    def later(params, h):
+        return squared(jaxgru.gru(params, xs[3:], h, gradient="autodiff")[1], targets[3:])
+
+    @jax.jit
+    def by_autodiff():
+        h, pull = jax.vjp(lambda p: jaxgru.gru(p, xs[:3], problem.h0, gradient="autodiff")[0], old)
+        loss, (direct, dh) = jax.value_and_grad(later, (0, 1))(new, h)
+        return loss, jax.tree.map(jnp.add, direct, pull(dh)[0])
+
+    (loss, grads), wanted = online(), by_autodiff()
+    assert_close((loss, grads), wanted, 1e-12)
+
+
+# Derivatives of the diagnostics themselves.
+
+
+def zeros_in_everything(problem, params):
+    """Results where some gradients are zero vectors; gradients of integers and gates are left out.
+
+    h0 is zero, one sequence is masked throughout, and the loss reads one unit of the last state.
+    """
+    flags, last = options_of(problem), lambda h_last, hs: h_last[..., 0].sum()
+    loss, flow = diagnostics.gradient_flow(last, params, problem.xs, **flags)
+    dhs = jnp.zeros_like(problem.cotangents[1])
+    jacobians = diagnostics.sequence_jacobians(params, problem.xs, **flags)
+    step = (params, problem.xs[0], jnp.zeros_like(problem.h0))
+    return {
+        "gradient_flow": (loss, flow),
+        "gradient_paths": diagnostics.gradient_paths(params, problem.xs, dhs, **flags),
+        "example_gradient_norms": diagnostics.example_gradient_norms(
+            last, params, problem.xs, **flags
+        ),
+        "gate_values": diagnostics.gate_values(params, problem.xs, **flags),
+        "gate_statistics": diagnostics.gate_statistics(params, problem.xs, **flags),
+        "step_jacobian": diagnostics.step_jacobian(*step),
+        "step_jacobian_diagonal": diagnostics.step_jacobian_diagonal(*step),
+        "step_jacobian_bound": diagnostics.step_jacobian_bound(*step),
+        "sequence_jacobians": jacobians,
+        "jacobian_products": diagnostics.jacobian_products(jacobians),
+        "singular_values": diagnostics.singular_values(jacobians),
+        "lyapunov_exponents": diagnostics.lyapunov_exponents(
+            diagnostics.sequence_jacobians(params, problem.xs, mask=problem.mask),
+            problem.mask.at[0].set(True),
+        ),
+    }
+
+
+def test_diagnostics_have_finite_gradients_where_what_they_measure_is_zero(x64):
+    problem = make_problem(21)
+
+    def weighted(v):
+        return jnp.vdot(jnp.cos(jnp.arange(v.size, dtype=v.dtype)), v)
+
+    def total(params):
+        found = zeros_in_everything(problem, params)
+        return {name: sum(map(weighted, jax.tree.leaves(found[name]))) for name in found}
+
+    direction = jax.tree.map(jnp.cos, problem.params)
+    moved = jax.jit(
+        lambda s: total(jax.tree.map(lambda p, d: p + s * d, problem.params, direction))
+    )
+    for name, grads in jax.jit(jax.jacrev(total))(problem.params).items():
+        assert all(np.isfinite(v).all() for v in jax.tree.leaves(grads)), name
+        pairs = zip(jax.tree.leaves(grads), jax.tree.leaves(direction))
+        got = sum(jnp.vdot(g, d) for g, d in pairs)
+        quotient = (moved(1e-5)[name] - moved(-1e-5)[name]) / 2e-5
+        np.testing.assert_allclose(got, quotient, rtol=1e-6, atol=1e-7, err_msg=name)
+
+
+@pytest.mark.parametrize("function", ["singular_values", "lyapunov_exponents"])
+def test_decompositions_have_autodiffs_derivatives(function, x64):
+    """JAX differentiates its own decompositions; masked steps are taken out of the reference."""
+    jacobians = jnp.asarray(np.random.default_rng(3).normal(size=(5, 3, 3)))
+    valid = jnp.array([True, False, True, True, False])
+
+    def plain(jacobians):
+        if function == "singular_values":
+            return jnp.linalg.svd(jacobians, compute_uv=False)
+        q, total = jnp.eye(3), jnp.zeros(3)
+        for t in (0, 2, 3):
+            q, r = jnp.linalg.qr(jacobians[t] @ q)
+            total += jnp.log(jnp.abs(jnp.diagonal(r))) / 3
+        return jnp.sort(total, descending=True)
+
+    def own(jacobians):
+        mask = () if function == "singular_values" else (valid,)
+        return getattr(diagnostics, function)(jacobians, *mask)
+
+    wanted = jax.jit(jax.jacrev(plain))(jacobians)
+    assert_close(jax.jit(jax.jacrev(own))(jacobians), wanted, 1e-12)
+    assert_close(jax.jit(jax.jacfwd(own))(jacobians), wanted, 1e-12)
+
+
 # Errors.
 
 
@@ -438,6 +581,10 @@ BROKEN = (
 BROKEN[0].w_h[2, 8], BROKEN[1].b_x[1] = np.nan, -np.inf
 XS = jnp.ones((5, 4, 2))
 EYES = jnp.asarray(np.stack([np.eye(3, dtype=np.float32)] * 2))
+
+
+def state_of():
+    return diagnostics.rtrl(lambda y, t: y.sum(), PARAMS, XS[:0], XS[:0]).state
 
 
 @pytest.mark.parametrize(
@@ -509,7 +656,7 @@ EYES = jnp.asarray(np.stack([np.eye(3, dtype=np.float32)] * 2))
          lambda: diagnostics.gradient_paths(PARAMS, XS, XS, reverse=1)),
         (TypeError, "sequence_jacobians: reverse must be a bool, got 'no'.",
          lambda: diagnostics.sequence_jacobians(PARAMS, XS, reverse="no")),
-        (ValueError, "gradient_paths: dhs must have shape (5, 4, 3), got (5, 4, 2).",
+        (ValueError, "gradient_paths: dhs must have shape (5, 4, 3) (that of hs), got (5, 4, 2).",
          lambda: diagnostics.gradient_paths(PARAMS, XS, XS)),
         (ValueError, "gate_statistics: low and high must satisfy 0 <= low < high <= 1, got 0.9, "
                      "0.1.",
@@ -579,9 +726,28 @@ EYES = jnp.asarray(np.stack([np.eye(3, dtype=np.float32)] * 2))
         (TypeError, "lyapunov_exponents: mask must be a bool array, got float32; "
                     "length_mask makes one of lengths.",
          lambda: diagnostics.lyapunov_exponents(EYES, jnp.ones(2))),
-        (ValueError, "gru_cell: h must have shape (4, 3) (x's leading axes, then H=3 rows of "
-                     "params.w_h), got (4, 2).",
+        (ValueError, "step_jacobian: h must have shape (4, 3) (the batch axes of x, then H=3 rows "
+                     "of params.w_h), got (4, 2).",
          lambda: diagnostics.step_jacobian(PARAMS, XS[0], XS[0])),
+        (ValueError, "step_jacobian_diagonal: x must have shape [..., I] with I=2 (rows of "
+                     "params.w_x), got (4, 3).",
+         lambda: diagnostics.step_jacobian_diagonal(PARAMS, jnp.ones((4, 3)), jnp.ones((4, 3)))),
+        (TypeError, "step_jacobian_bound: h must be an array, got NoneType; convert it with "
+                    "jnp.asarray.",
+         lambda: diagnostics.step_jacobian_bound(PARAMS, XS[0], None)),
+        (TypeError, "step_jacobian: params must be a GRUParams, got tuple.",
+         lambda: diagnostics.step_jacobian(LAYERS, XS[0], XS[0])),
+        (TypeError, "rtrl: state must be the RTRLState of an earlier call, got ArrayImpl.",
+         lambda: diagnostics.rtrl(squares, PARAMS, XS, XS, state=jnp.ones((4, 3)))),
+        (ValueError, "rtrl: h0 must be None with a state, which holds h, got both.",
+         lambda: diagnostics.rtrl(squares, PARAMS, XS, XS, jnp.ones((4, 3)), state=state_of())),
+        (ValueError, "rtrl: state must be that of a call with the same layers, batch axes, dtype "
+                     "and influence, got float32[4, 3] in place of float32[3]; pass state=None to "
+                     "start a sequence.",
+         lambda: diagnostics.rtrl(squares, PARAMS, XS[:, 0], XS[:, 0], state=state_of())),
+        (ValueError, "rtrl: state must be that of a call with the same layers, batch axes, dtype "
+                     "and influence, got another form; pass state=None to start a sequence.",
+         lambda: diagnostics.rtrl(squares, PARAMS, XS, XS, influence="snap-1", state=state_of())),
         (TypeError, "gru: tap must be a Tap of two arrays, got ArrayImpl; init_taps makes one.",
          lambda: jaxgru.gru(PARAMS, XS, tap=XS)),
         (ValueError, "gru: tap.hs must have shape (5, 4, 3) (as hs), got (5, 4, 2); "
@@ -625,10 +791,14 @@ def test_decompositions_of_a_batch_are_made_one_by_one_on_a_cpu(optimized):
     def observe(jacobians):
         return diagnostics.singular_values(jacobians), diagnostics.lyapunov_exponents(jacobians)
 
+    def total(jacobians):
+        return sum(v.sum() for v in observe(jacobians))
+
     text = jax.jit(observe).lower(jacobians).compile().as_text()
+    text += jax.jit(jax.grad(total)).lower(jacobians).compile().as_text()
     text += jax.jit(jax.vmap(observe, 2, 2)).lower(jacobians[:, :, None]).compile().as_text()
     calls = [line for line in text.splitlines() if 'custom_call_target="lapack' in line]
-    assert len(calls) >= 4
+    assert len(calls) >= 8
     for call in calls:
         shapes = re.findall(r"f32\[([\d,]*)\]", call.split("metadata=")[0])
         assert all(not shape.startswith(("20,", "4,", "5,")) for shape in shapes), call

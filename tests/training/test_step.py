@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import pathlib
+import re
 import sys
 import types
 from typing import Any, NamedTuple
@@ -12,8 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import assert_close
 from jax.dtypes import float0
 
+import jaxgru
+from jaxgru import training
 from jaxgru.training import (
     NonFiniteError,
     clip_by_global_norm,
@@ -455,14 +460,11 @@ def test_clip_refuses_complex_gradients():
         CLIP.update({"p": jnp.ones(2, jnp.complex64)}, optax.EmptyState())
 
 
-def test_norm_of_a_clip_may_be_a_hyperparameter(uncompiled):
+def test_norm_of_a_clip_may_be_a_hyperparameter():
     with jax.numpy_dtype_promotion("standard"):  # for optax.inject_hyperparams
         clip = optax.inject_hyperparams(clip_by_global_norm)(max_norm=5.0)
-    optimizer = optax.chain(clip, SGD)
-    step = jax.jit(lambda g, state: optimizer.update(g, state))
-    with jax.disable_jit(False), jax.numpy_dtype_promotion("standard"):
-        updates, _ = step({"p": jnp.array([6.0, 8.0])}, optimizer.init({"p": jnp.zeros(2)}))
-    np.testing.assert_allclose(updates["p"], [-3.0, -4.0], rtol=1e-6)
+        state, _ = take_step([6.0, 8.0], clip)
+    np.testing.assert_allclose(state.params["p"], [-3.0, -4.0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("max_norm", [0.0, -1.0, np.nan])
@@ -498,6 +500,25 @@ def test_optax_accumulates_the_gradients_of_several_batches(uncompiled):
             state, _ = step(state, jnp.asarray(batch, jnp.float32))
     np.testing.assert_array_equal(state.params["p"], [-2.0, -4.0])
     assert int(state.skipped) == 1
+
+
+def test_accumulation_of_the_readme_is_the_update_of_the_whole_batch():
+    """Its parts have 38, 5, 8 and 24 steps."""
+    readme = pathlib.Path(training.__file__).with_name("README.md").read_text()
+    [block] = [b for b in re.findall(r"```python\n(.*?)```", readme, re.S) if "MultiSteps" in b]
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        exec(block, names := {"__name__": "readme"})
+    params, mask = jaxgru.init_gru(jax.random.key(0), 3, 16), np.asarray(names["mask"])
+
+    def mean_over_steps(params):
+        hs = jaxgru.gru(params, names["xs"], mask=names["mask"])[1]
+        squares = jnp.square(hs[..., 0] - names["targets"][..., 0])
+        return jnp.sum(jnp.where(names["mask"], squares, 0)) / float(mask.sum())
+
+    grads = jax.jit(jax.grad(mean_over_steps))(params)
+    wanted = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
+    assert_close(names["state"].params, wanted, 1e-6)
+    assert mask.sum() == 75 and int(names["state"].skipped) == 0
 
 
 def test_what_became_infinite_in_carry_or_optimizer_skips_the_update(uncompiled):

@@ -204,7 +204,7 @@ def _require_result(returned, carry):
         loss, (new, metrics) = returned
     except (TypeError, ValueError):
         raise TypeError(f"{form}, got {type(returned).__name__}.") from None
-    if jnp.shape(loss) or not _is_number(loss, jnp.floating):
+    if not _is_scalar(loss, jnp.floating):
         raise TypeError(f"{form} with a floating scalar loss, got {_kind(loss)}; e.g. take a mean.")
     if not isinstance(metrics, dict):
         raise TypeError(f"{form} with metrics a dict of scalars, got {type(metrics).__name__}.")
@@ -214,16 +214,15 @@ def _require_result(returned, carry):
             raise ValueError(f"{form} with strings as the names of metrics, got {name!r}.")
         if name in _RESERVED or name.endswith("_per_second"):
             raise ValueError(f"{form} with metric names that are not reserved, got {name!r}.")
-        kinds = jnp.floating, jnp.integer, jnp.bool_
-        if jnp.shape(value) or not any(_is_number(value, kind) for kind in kinds):
+        if not any(_is_scalar(value, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)):
             raise ValueError(f"{form} with real scalars as metrics, got {name!r}: {_kind(value)}.")
     return loss, (new, {name: jnp.asarray(value) for name, value in metrics.items()})
 
 
-def _is_number(x, kind):
-    return isinstance(x, float | int | jax.Array | np.ndarray | np.generic) and jnp.issubdtype(
-        jnp.result_type(x), kind
-    )
+def _is_scalar(x, kind):
+    if not isinstance(x, float | int | jax.Array | np.ndarray | np.generic):
+        return False
+    return jnp.shape(x) == () and jnp.issubdtype(getattr(x, "dtype", type(x)), kind)
 
 
 def _kind(x):

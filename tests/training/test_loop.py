@@ -1,5 +1,7 @@
 """Runs that are stopped at any point and resume to the same bits; early stopping; logs."""
 
+import errno
+import fcntl
 import itertools
 import json
 import os
@@ -436,6 +438,21 @@ def test_second_run_in_a_folder_is_refused(tmp_path):
         f"fit: {tmp_path / 'checkpoints'} is in use by the run of process {os.getpid()}; wait "
         "until it ends or choose another folder."
     )
+
+
+def test_file_system_without_locks_is_warned_of_where_fit_is_called(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.warns(UserWarning) as told:
+        fitted = survivor.run(tmp_path, resume=False, num_updates=2)
+    assert int(fitted.state.step) == 2
+    assert [str(warning.message) for warning in told] == [
+        f"fit: {tmp_path / 'checkpoints'} could not be locked ([Errno {errno.ENOLCK}] No locks "
+        "available): make sure that no other run uses it"
+    ]
+    assert told[0].filename == survivor.__file__
 
 
 def test_folder_of_another_run_is_never_written_to(tmp_path):

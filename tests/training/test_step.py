@@ -584,7 +584,7 @@ RETURNED = [
      f"{LOSS} float32[2]; e.g. take a mean."),
     (lambda loss, carry: (loss.astype(jnp.complex64), (carry, {})), TypeError,
      f"{LOSS} complex64[]; e.g. take a mean."),
-    (lambda loss, carry: ("loss", (carry, {})), TypeError, f"{LOSS} str; e.g. take a mean."),
+    (lambda loss, carry: ([loss], (carry, {})), TypeError, f"{LOSS} list; e.g. take a mean."),
     (lambda loss, carry: (loss, ((jnp.ones(3),), {})), ValueError,
      f"{KEEP}[0] as bfloat16[], got float32[3]{CHANGE}"),
     (lambda loss, carry: (loss, ((carry[0].astype(jnp.float32),), {})), ValueError,
@@ -600,6 +600,8 @@ RETURNED = [
      f"{FORM} with real scalars as metrics, got 'v': complex64[]."),
     (lambda loss, carry: (loss, (carry, {"v": "text"})), ValueError,
      f"{FORM} with real scalars as metrics, got 'v': str."),
+    (lambda loss, carry: (loss, (carry, {"v": jax.random.key(0)})), ValueError,
+     f"{FORM} with real scalars as metrics, got 'v': key<fry>[]."),
     (lambda loss, carry: (loss, (carry, {1: loss})), ValueError,
      f"{FORM} with strings as the names of metrics, got 1."),
     *[(lambda loss, carry, name=name: (loss, (carry, {"mine": loss, name: loss})), ValueError,
@@ -623,12 +625,12 @@ def test_loss_may_return_numbers_of_python_and_keys():
     """A number of Python's takes the dtype of the carry."""
 
     def loss_fn(params, carry, batch, key):
-        return jnp.sum(params["p"]), ({"n": 0, "key": key}, {"n": 3, "true": True})
+        return jnp.sum(params["p"]), ({"n": 0, "key": key}, {"n": 3, "half": 0.5, "true": True})
 
     carry = {"n": jnp.bfloat16(1), "key": jax.random.key(1)}
     state, metrics = make_train_step(loss_fn, SGD)(start(SGD)._replace(carry=carry), None)
     assert (state.carry["n"].dtype, float(state.carry["n"])) == (jnp.bfloat16, 0.0)
-    assert (int(metrics["n"]), bool(metrics["true"])) == (3, True)
+    assert [metrics[name].item() for name in ("n", "half", "true")] == [3, 0.5, True]
     assert not state.carry["key"].is_deleted()
 
 

@@ -1,32 +1,43 @@
 """Atomic writes: a file or folder appears complete, or not at all."""
 
+import errno
 import os
 import pathlib
 import secrets
 import shutil
+import stat
 
 PREFIX, SUFFIX = ".jaxgru-", ".tmp"  # of the names of temporary files
-_REPLACED = ".replaced"  # follows them in the name of a folder that is being replaced
+_REPLACED = ".replaced"  # ends the name of a folder that is being replaced
+# What file systems without locks, without flushes of folders or without reservations answer.
+UNSUPPORTED = (errno.EINVAL, errno.EPERM, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def write_atomically(path: str | os.PathLike, data: bytes) -> None:
     """Writes a temporary file in the same folder, flushes it to disk and renames it.
 
     Args:
-      path: of the file; an existing file is replaced.
+      path: of the file; an existing file is replaced and keeps its mode. A link is followed.
       data: the new content.
 
     Raises:
-      OSError: the file cannot be written; the folder is unchanged.
+      OSError: the file cannot be written; the folder is unchanged. If only the last flush failed,
+        the new file is there, but may be lost when the power fails.
     """
-    path = pathlib.Path(path).absolute()
+    path = pathlib.Path(os.path.realpath(path))
     temporary = path.with_name(f"{PREFIX}{secrets.token_hex(8)}{SUFFIX}")
     try:
         with open(temporary, "xb") as file:  # not `tempfile`, whose files only their owner may read
+            if path.exists():
+                temporary.chmod(stat.S_IMODE(path.stat().st_mode))
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        try:
+            temporary.replace(path)
+        except OSError as error:
+            message = f"write_atomically: {path} could not be replaced: {error.strerror}"
+            raise OSError(error.errno, message) from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -34,10 +45,15 @@ def write_atomically(path: str | os.PathLike, data: bytes) -> None:
 
 
 def flush_folder(folder: str | os.PathLike) -> None:
-    """Flushes the names in a folder to disk."""
+    """Flushes the names in a folder to disk, where the system can do that."""
+    if os.name == "nt":  # Windows opens no folders
+        return
     opened = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(opened)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
     finally:
         os.close(opened)
 

@@ -162,7 +162,8 @@ GUARDS = {  # the first part of a path below jaxgru/ -> test files below tests/
     "experiments/test_convert",
     "atomic_files": "training/test_checkpoints interop/test_safetensors",
     "training/layout": "training/test_layout training/test_step training/test_processes",
-    "training/step": "training/test_step training/test_loop training/test_layout",
+    "training/step": "training/test_step training/test_optimizers training/test_loop "
+    "training/test_layout",
     "training/clipping": "training/test_step",
     "training": "training/test_loop training/test_checkpoints training/test_step "
     "training/test_processes experiments/test_char_lm",

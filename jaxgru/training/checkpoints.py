@@ -17,6 +17,7 @@ import numpy as np
 from jaxgru.atomic_files import (
     PREFIX,
     SUFFIX,
+    UNSUPPORTED,
     flush_folder,
     remove_leftovers,
     replace_folder,
@@ -29,7 +30,7 @@ _FORMAT = "jaxgru checkpoint 1"
 _MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{8,})")
 _NUM_LAST = 3  # checkpoints that are retained in addition to the best
-_MOST_METADATA = 2**20  # bytes that Orbax writes in addition to the arrays
+_MAX_METADATA = 2**20  # bytes that Orbax writes in addition to the arrays
 
 
 class CheckpointError(ValueError):
@@ -74,7 +75,8 @@ def save_checkpoint(
       OSError: it cannot be written; the earlier checkpoints are unchanged.
       ValueError: a step is negative, or metadata changes when it is saved as JSON and loaded: it
         contains NaN, infinity, a tuple, or a key that is not a string.
-      TypeError: a step is not an integer, or metadata is not JSON.
+      TypeError: a step is not an integer, a leaf is no array or has a dtype that JAX would change,
+        such as float64 without x64, or metadata is no dict of JSON values.
       ImportError: Orbax is missing.
 
     Cost: Orbax's write of the state, and one read of its files for the sha256.
@@ -82,10 +84,11 @@ def save_checkpoint(
     step = _require_step("step", step)
     best_step = None if best_step is None else _require_step("best_step", best_step)
     orbax = require_extra("save_checkpoint", "orbax", "orbax.checkpoint").checkpoint
-    leaves, metadata = _leaves(state)[0], {"run": run or {}, "loop": loop or {}}
-    arrays = _arrays(leaves)
+    metadata = {"run": {} if run is None else run, "loop": {} if loop is None else loop}
     for name, value in metadata.items():
-        _require_json("save_checkpoint", name, value)
+        _require_metadata("save_checkpoint", name, value)
+    leaves = _leaves("save_checkpoint", "state", state)[0]
+    arrays = _arrays(leaves)
     record = {
         "format": _FORMAT,
         "leaves": {name: _form(leaf) for name, leaf in leaves.items()},
@@ -105,16 +108,14 @@ def save_checkpoint(
                 checkpointer.save(temporary, args=orbax.args.StandardSave(arrays))
         except Exception as error:  # Orbax raises ValueError when the disk is full
             kind = type(error) if isinstance(error, OSError) else OSError
-            raise kind(f"{path} could not be written: {error}") from error
+            raise kind(f"save_checkpoint: {path} could not be written: {error}") from error
 
     def commit():
         text = json.dumps({**record, "files": _sums(temporary, flush=True)})
-        sealed = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "manifest": text}
-        write_atomically(temporary / _MANIFEST, json.dumps(sealed).encode())
+        with_checksum = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "manifest": text}
+        write_atomically(temporary / _MANIFEST, json.dumps(with_checksum).encode())
         replace_folder(path, temporary)  # also on the disk, before other checkpoints are removed
-        for old_step, old in list_checkpoints(path.parent)[_NUM_LAST:]:
-            if old_step not in (step, best_step):
-                shutil.rmtree(old, ignore_errors=True)  # it may be a file with such a name
+        _remove_old_checkpoints(path.parent, step, best_step)
         remove_leftovers(path.parent)
 
     on_process_zero(prepare)
@@ -129,6 +130,13 @@ def save_checkpoint(
             remove_leftovers(path.parent)
         raise
     return path
+
+
+def _remove_old_checkpoints(folder, step, best_step):
+    """Removes all checkpoints except the last three, the one just saved and the best."""
+    for old_step, old in list_checkpoints(folder)[_NUM_LAST:]:
+        if old_step not in (step, best_step):
+            shutil.rmtree(old, ignore_errors=True)  # it may be a file with such a name
 
 
 def find_checkpoint(
@@ -178,7 +186,7 @@ def load_checkpoint(
 
     Args:
       path: of the checkpoint.
-      like: a state with the same structure, shapes and dtypes, and the wanted sharding.
+      like: a state of arrays with the same structure, shapes, dtypes, and the wanted sharding.
       run: the metadata that the checkpoint must have been saved with; None accepts any.
 
     Returns:
@@ -186,14 +194,16 @@ def load_checkpoint(
 
     Raises:
       OSError: the checkpoint cannot be read.
-      CheckpointError: it is damaged, or belongs to another model or run; every difference is named.
-      ValueError, TypeError: run is refused as in `save_checkpoint`.
+      CheckpointError: it is damaged, or belongs to another model or run.
+      ValueError, TypeError: run or a leaf of like is refused as in `save_checkpoint`.
       ImportError: Orbax is missing.
 
     Cost: two reads, one of them for the sha256.
     """
     orbax = require_extra("load_checkpoint", "orbax", "orbax.checkpoint").checkpoint
-    _require_json("load_checkpoint", "run", run)
+    if run is not None:
+        _require_metadata("load_checkpoint", "run", run)
+    leaves, treedef = _leaves("load_checkpoint", "like", like)
     path = pathlib.Path(path)
     try:
         record = _read_manifest(path)
@@ -205,7 +215,6 @@ def load_checkpoint(
             f"load_checkpoint: {path} belongs to another run: {'; '.join(differences)}. Resume "
             "with the values it was saved with, or choose a new folder."
         )
-    leaves, treedef = _leaves(like)
     _require_same_forms(path, record["leaves"], leaves)
     target = {
         # An array without committed devices is loaded to the host.
@@ -227,15 +236,32 @@ def _require_step(argument, step):
     return step
 
 
+def _require_metadata(function, name, value):
+    """TypeError unless value is a dict of JSON values, ValueError if JSON changes one of them."""
+    if not isinstance(value, dict):
+        raise TypeError(f"{function}: {name} must be a dict, got {value!r}.")
+    _require_json(function, name, value)
+
+
 def _require_json(function, name, value):
-    """Raises ValueError if JSON changes the value, which would then never be equal on loading."""
+    """Refuses what JSON changes, since it would never be equal on loading."""
     if isinstance(value, dict) and all(isinstance(key, str) for key in value):
         for key, entry in value.items():
             _require_json(function, f"{name}[{key!r}]", entry)
-    elif json.loads(json.dumps(value, allow_nan=False)) != value:
+        return
+    try:
+        same = json.loads(json.dumps(value, allow_nan=False)) == value
+    except TypeError as error:
+        raise TypeError(
+            f"{function}: {name} must be a JSON value, got {value!r}; convert it to a Python "
+            f"number, string, list or dict ({error})."
+        ) from None
+    except ValueError:  # NaN or infinity
+        same = False
+    if not same:
         raise ValueError(
             f"{function}: {name} must be the same after it is saved as JSON, got {value!r}; use "
-            "lists instead of tuples, and strings as keys."
+            "finite numbers, lists instead of tuples, and strings as keys."
         )
 
 
@@ -248,16 +274,20 @@ def _first_intact(numbered):
                 raise ValueError(f"{path} holds step {metadata['step']}")
             return Checkpoint(path, **metadata)
         except ValueError as error:
-            warnings.warn(f"checkpoint skipped: {error}", stacklevel=3)
+            warnings.warn(f"find_checkpoint: checkpoint skipped: {error}", stacklevel=3)
     return None
 
 
 def _require_room(folder, arrays):
-    """Raises OSError unless the disk has room for the parts of this process."""
+    """Raises OSError unless the disk has room for the parts of this process, where it can tell."""
     parts = [part for array in arrays for part in array.addressable_shards if part.replica_id == 0]
-    size = sum(part.data.nbytes for part in parts) + _MOST_METADATA
+    size = sum(part.data.nbytes for part in parts) + _MAX_METADATA
     with tempfile.NamedTemporaryFile(prefix=PREFIX, suffix=SUFFIX, dir=folder) as file:
-        os.posix_fallocate(file.fileno(), 0, size)
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
 
 
 def _read_manifest(path):
@@ -265,10 +295,11 @@ def _read_manifest(path):
     try:
         if not (path / _MANIFEST).exists():
             raise ValueError(f"{_MANIFEST} is missing")
-        sealed = json.loads((path / _MANIFEST).read_bytes())
-        if sealed["sha256"] != hashlib.sha256(sealed["manifest"].encode()).hexdigest():
+        with_checksum = json.loads((path / _MANIFEST).read_bytes())
+        text = with_checksum["manifest"]
+        if with_checksum["sha256"] != hashlib.sha256(text.encode()).hexdigest():
             raise ValueError(f"{_MANIFEST} does not match its sha256")
-        record = json.loads(sealed["manifest"])
+        record = json.loads(text)
         if record["format"] != _FORMAT:
             raise ValueError(f"its format is {record['format']!r}")
         sums, found = record["files"], _sums(path)
@@ -313,10 +344,30 @@ def _differences(saved, wanted, prefix=""):
             yield f"{prefix}{name} must be {need}, got {got}"
 
 
-def _leaves(tree):
-    """({path in the tree: leaf}, treedef)."""
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}, treedef
+def _leaves(function, argument, tree):
+    """({path in the tree: leaf}, treedef); TypeError for a leaf that JAX would change."""
+    found, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in found}
+    for path, leaf in leaves.items():
+        if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
+            raise TypeError(
+                f"{function}: {argument}{path} must be an array, got {type(leaf).__name__}; make "
+                "one, e.g. with jnp.asarray."
+            )
+        if not _keeps_dtype(leaf):
+            raise TypeError(
+                f"{function}: {argument}{path} must have a dtype that JAX keeps, got {leaf.dtype}; "
+                "cast it or enable x64."
+            )
+    return leaves, treedef
+
+
+def _keeps_dtype(leaf):
+    try:
+        kept = _is_key(leaf) or jax.dtypes.canonicalize_dtype(leaf.dtype) == leaf.dtype
+        return kept and jnp.asarray(leaf).dtype == leaf.dtype
+    except TypeError:  # text or objects
+        return False
 
 
 def _arrays(leaves):
@@ -340,7 +391,7 @@ def _form(leaf):
 
 
 def _leaf(array, like):
-    """The leaf of a loaded array; None is an empty array."""
+    """`array` as a leaf like `like`; None stands for an empty array, which Orbax does not store."""
     array = _data(like) if array is None else jnp.asarray(array)
     if not _is_key(like):
         return array
@@ -349,19 +400,21 @@ def _leaf(array, like):
 
 def _require_same_forms(path, saved, leaves):
     """Raises CheckpointError unless names, shapes and dtypes are those of the leaves."""
-    missing, unexpected = sorted(leaves.keys() - saved), sorted(saved.keys() - leaves)
-    if missing or unexpected:
-        raise CheckpointError(
-            f"load_checkpoint: {path} must hold the leaves of `like`, got missing keys {missing} "
-            f"and unexpected keys {unexpected}."
-        )
-    forms = [(name, *_form(leaf), *saved[name]) for name, leaf in leaves.items()]
-    wrong = [
-        f"{name} must be {dtype}{shape}, got {got}{size}"
-        for name, dtype, shape, got, size in forms
-        if (dtype, shape) != (got, size)
-    ]
-    if wrong:
-        raise CheckpointError(
-            f"load_checkpoint: {path} belongs to another model: {'; '.join(wrong)}."
-        )
+    wanted = {name: _form(leaf) for name, leaf in leaves.items()}
+    names = [name for name in {**wanted, **saved} if wanted.get(name) != saved.get(name)]
+    if not names:
+        return
+
+    def text(name):
+        if name not in saved or name not in wanted:
+            return f"{name} is {'missing' if name in wanted else 'not in the model'}"
+        need, got = (f"{dtype}{shape}" for dtype, shape in (wanted[name], saved[name]))
+        return f"{name} must be {need}, got {got}"
+
+    parts = dict.fromkeys(m[1] for name in names if (m := re.match(r"\.(\w+)", name)))
+    where = f" in {' and '.join(parts)}" if parts else ""  # of a TrainState
+    raise CheckpointError(
+        f"load_checkpoint: {path} belongs to another model: {len(names)} different leaves{where}, "
+        f"the first: {'; '.join(map(text, names[:3]))}. Resume with the model and optimizer it was "
+        "saved with, or choose a new folder."
+    )

@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxgru.core.checks import is_traced
+
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     """Clips a gradient by its global norm, like `optax.clip_by_global_norm`, however large it is.
@@ -20,7 +22,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     count. A tree without floating leaves has norm 0.
 
     Args:
-      max_norm: the largest norm, above 0.
+      max_norm: the largest norm, above 0; also a hyperparameter of `optax.inject_hyperparams`.
 
     Returns:
       A gradient transformation without state, for `optax.chain`.
@@ -33,19 +35,20 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     >>> clip.update(jnp.array([0.0, 8e30]), clip.init(None))[0].tolist()
     [0.0, 5.0]
     """
-    if not max_norm > 0:
+    if not is_traced(max_norm) and not max_norm > 0:
         raise ValueError(f"clip_by_global_norm: max_norm must be above 0, got {max_norm}.")
 
     def update(updates, state, params=None):
         scale, scaled_norm = _scaled_norm(updates)
+        limit = jnp.asarray(max_norm, scale.dtype)
         # Comparisons with NaN are false, and an infinite entry makes the scaled norm infinite.
-        clips = (scaled_norm / scale >= max_norm) & jnp.isfinite(scaled_norm)
+        clips = (scaled_norm / scale >= limit) & jnp.isfinite(scaled_norm)
 
         def clip(g):
             if not _is_floating(g):
                 return g
             # Dividing by the norm would fail where the norm itself is infinite.
-            clipped = g.astype(scale.dtype) * scale / scaled_norm * max_norm
+            clipped = g.astype(scale.dtype) * scale / scaled_norm * limit
             return jnp.where(clips, clipped.astype(g.dtype), g)
 
         return jax.tree.map(clip, updates), state

@@ -23,7 +23,7 @@ class Layout:
     The program computes the loss of the whole batch, so results on n devices equal those on one
     device up to the order of summation.
 
-    Args:
+    Attributes:
       mesh: a `jax.sharding.Mesh`, e.g. from `jax.make_mesh`, with devices of every process. Its
         axes may be Explicit or Auto; `layout.mesh` has the same devices with Auto axes.
       batch: name of the mesh axis that divides batches, or a tuple of names.
@@ -31,7 +31,8 @@ class Layout:
         may be one of batch. The shares are gathered once per update, before the loop over time.
         None replicates parameters and optimizer state on every device.
       batch_axes: the axis of the rows in each leaf of a batch: an integer, or a pytree prefix of
-        the batch of integers and None, like `in_axes` of `jax.vmap`. None replicates a leaf.
+        the batch of integers and None, like `in_axes` of `jax.vmap`; -1 is the last axis. None
+        replicates a leaf.
       carry_axes: the same for the carry.
 
     Raises:
@@ -134,9 +135,15 @@ class Layout:
         replicated. The argument stays usable.
 
         Raises:
+          TypeError: state is not a TrainState.
           ValueError: a leaf of the carry lacks its axis, its rows are not a multiple of
             `num_shards`, or `carry_axes` is not a pytree prefix of the carry.
         """
+        if not all(hasattr(state, name) for name in ("params", "opt_state", "carry")):
+            raise TypeError(
+                f"Layout.place_state: state must be a TrainState, got {type(state).__name__}; make "
+                "one with init_train_state."
+            )
         return jax.tree.map(_place, state, self._state_shardings("place_state", state))
 
     def gather(self, tree: Any) -> Any:
@@ -218,7 +225,7 @@ class Layout:
 
         def sharding(path, leaf, axis):
             leaf_name = f"Layout.{method}: {subject}{jax.tree_util.keystr(path)}"
-            if axis is not None and not 0 <= axis < leaf.ndim:
+            if axis is not None and not -leaf.ndim <= axis < leaf.ndim:
                 raise ValueError(
                     f"{leaf_name} must have its rows on axis {axis}, got shape {leaf.shape}; set "
                     "batch_axes and carry_axes, None for a leaf without rows."
@@ -228,7 +235,7 @@ class Layout:
                     f"{leaf_name} must have a multiple of {shards} rows (shards of the mesh) on "
                     f"axis {axis}, got shape {leaf.shape}; change it or use fewer devices."
                 )
-            return self._sharding(axis, self.batch)
+            return self._sharding(axis and axis % leaf.ndim, self.batch)
 
         return jax.tree_util.tree_map_with_path(sharding, tree, axes)
 

@@ -118,16 +118,22 @@ def read_json_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
 
     Raises:
       OSError: the file cannot be read.
-      ValueError: a line other than the last is not JSON.
+      ValueError: a line other than the last is not a JSON object.
     """
     path = pathlib.Path(path)
-    lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
-    try:
-        return [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise ValueError(f"{path} must hold one JSON object per line: {error}") from None
+    records = []
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+            if not isinstance(records[-1], dict):
+                raise ValueError(f"it is a {type(records[-1]).__name__}")
+        except ValueError as error:
+            raise ValueError(
+                f"read_json_lines: {path} must hold one JSON object per line, got line {number}: "
+                f"{error}; remove that line."
+            ) from None
+    return records
 
 
 def json_values(value: Any) -> Any:

@@ -3,6 +3,7 @@
 import contextlib
 import pathlib
 import signal
+import sys
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
@@ -56,7 +57,7 @@ class Interrupted(SystemExit):
 class Monitor(NamedTuple):
     """Selects the best evaluation, and stops early if it has a patience."""
 
-    metric: str  # a name in the record, e.g. one that `evaluate` returns
+    metric: str  # a name that `evaluate` returns
     mode: Literal["min", "max"] = "min"
     patience: int | None = None  # stop after this many evaluations in a row without improvement
     min_delta: float = 0.0  # smallest difference that counts as an improvement
@@ -75,36 +76,29 @@ class Fit(NamedTuple):
     """The result of `fit`."""
 
     state: TrainState  # after the last update
-    records: list[dict[str, Any]]  # of this call's updates
+    records: list[dict[str, Any]]  # of this call's updates; metrics.jsonl has those before a resume
     best: TrainState | None  # at the best evaluation so far; None without a monitor
 
 
 def fit(
-    train_step: TrainStep,
-    state: TrainState,
-    batches: Callable[[int], Iterable[Any]],
-    *,
-    num_updates: int,
-    evaluate: Callable[[TrainState], dict[str, float]] | None = None,
-    evaluate_every: int | None = None,
-    monitor: Monitor | None = None,
-    checkpoints: Checkpoints | None = None,
-    callbacks: Iterable[Callback] | None = None,
-    log_every: int = 10,
-    items_per_update: int | None = None,
-    items_name: str = "items",
+    train_step: TrainStep, state: TrainState, batches: Callable[[int], Iterable[Any]], *,
+    num_updates: int, evaluate: Callable[[TrainState], dict[str, float]] | None = None,
+    evaluate_every: int | None = None, monitor: Monitor | None = None,
+    checkpoints: Checkpoints | None = None, callbacks: Iterable[Callback] | None = None,
+    log_every: int = 10, items_per_update: int | None = None, items_name: str = "items",
     progress: bool = True,
-) -> Fit:
+) -> Fit:  # fmt: skip
     """Trains until state.step is num_updates, with one batch per update.
 
     With checkpoints, a run that is killed at any point and resumed ends with the same bits as an
     uninterrupted run. On SIGTERM or Ctrl-C, `fit` finishes the current update, saves a checkpoint
-    and raises `Interrupted`, which exits. A second signal, at least a second later, exits
-    immediately. With several processes, a SIGTERM to one of them stops all after the same update.
-    Only process 0 calls callbacks and shows the progress bar.
+    and raises `Interrupted`, which exits, with a line on stderr. A second signal, at least a second
+    later, exits immediately. With several processes, a SIGTERM to one of them stops all after the
+    same update. Only process 0 calls callbacks and shows the progress bar.
 
     Args:
-      train_step: from `make_train_step`; it donates the buffers of the state.
+      train_step: from `make_train_step`; it donates the buffers of the state, which cannot be used
+        again.
       state: the initial state.
       batches: batches(n) returns the batches from number n on, counted from 0. n is state.step, or
         that of the checkpoint.
@@ -117,7 +111,8 @@ def fit(
       log_every: updates between records; the loop waits for the device only for a record.
       items_per_update: items in a batch, for the rate in the records.
       items_name: name of the items, e.g. "characters".
-      progress: shows a progress bar with tqdm, which the extra `experiments` installs.
+      progress: shows a progress bar; without tqdm, which the extra `experiments` installs, there
+        is only a warning.
 
     Returns:
       Fit(state, records, best). A record is a dict of "update", "seconds" (of training, without
@@ -125,21 +120,25 @@ def fit(
       (but "skipped" is a total), f"{items_name}_per_second", and what evaluate returned.
 
     Raises:
-      ValueError: a count is below 1, num_updates is below state.step, there are too few batches,
-        evaluate does not return the monitor's metric or returns a name of the record, or
-        `save_checkpoint` refuses checkpoints.run.
-      TypeError: a count is not an integer, or checkpoints.run is not JSON.
+      ValueError: a count is below 1, num_updates is below state.step, an option lacks one that it
+        needs, state was donated, there are too few batches (what was trained is saved), evaluate
+        does not return the monitor's metric or returns a name of the record, or `save_checkpoint`
+        refuses checkpoints.run.
+      TypeError: an argument is of another kind, or `save_checkpoint` refuses state or
+        checkpoints.run.
       CheckpointError: the checkpoint belongs to another model, run or monitor, or every checkpoint
         is damaged.
-      OSError: the folder of checkpoints is in use, holds another run, or cannot be written at the
-        start or the end. In between, `fit` only warns.
+      OSError: the folder of checkpoints is in use, holds another run (a checkpoint of another step
+        than state.step, without resume), or cannot be written at the start or the end. In between,
+        `fit` only warns.
       NonFiniteError: when a record is made, at least the last ten updates were skipped as not
         finite. The state with the last finite parameters is in the error and saved.
       Interrupted: SIGTERM or Ctrl-C.
-      ImportError: tqdm is missing but progress is True, or Orbax is missing but checkpoints is set.
+      ImportError: Orbax is missing but checkpoints is set.
     """
+    _require_kinds(train_step, state, batches, evaluate, monitor, checkpoints, callbacks)
     counts = {"num_updates": num_updates, "log_every": log_every, "evaluate_every": evaluate_every}
-    _require_arguments(counts, batches, evaluate, monitor, checkpoints)
+    _require_values(counts, state, evaluate, monitor, checkpoints)
     with contextlib.ExitStack() as stack:
         called = _open_folder(stack, checkpoints, callbacks)
         state, loop, best, seconds = _begin(state, monitor, checkpoints, called, num_updates)
@@ -148,8 +147,7 @@ def fit(
         numbered = zip(updates, batches(start))
         meter = Meter(loop, seconds, items_per_update, items_name)
         asked_to_stop = stack.enter_context(stop_signals(checkpoints is not None))
-        if progress and jax.process_index() == 0:
-            called.append(_progress_bar(stack, start, num_updates))
+        called += _progress_bar(stack, start, num_updates) if progress else []
         for update, batch in numbered:
             state, metrics = train_step(state, batch)
             loop.pending.append(metrics)
@@ -160,8 +158,8 @@ def fit(
                 records.append(record := meter.read(update))
                 failed = loop.in_row >= _MAX_SKIPPED_IN_ROW
                 if due and evaluate is not None and not failed:
-                    record |= _evaluated(evaluate(state), record)
-                    improved = monitor is not None and loop.judge(monitor, record)
+                    record |= (found := _evaluated(evaluate(state), record))
+                    improved = monitor is not None and loop.judge(monitor, found, update)
                 for callback in called:
                     callback(state, record)
                 meter.start()
@@ -181,12 +179,10 @@ def fit(
                 break
         else:
             if updates:
-                raise ValueError(
-                    f"fit: batches must last for {num_updates} updates, got {int(state.step)}."
-                )
-        stop = asked_to_stop(None)
-        if stop is not None and checkpoints is not None:  # or during the last evaluation or save
-            raise Interrupted(stop, int(state.step), pathlib.Path(checkpoints.folder))
+                raise _too_few_batches(num_updates, start, checkpoints, state, loop, unsaved)
+        stop = asked_to_stop(None)  # also during the last evaluation or save
+    if stop is not None and checkpoints is not None:
+        raise _interrupted(stop, state, checkpoints)
     return Fit(state, records, best)
 
 
@@ -201,6 +197,27 @@ def _open_folder(stack, checkpoints, callbacks) -> list[Callback]:
     return list(callbacks or ()) if jax.process_index() == 0 else []
 
 
+def _interrupted(number, state, checkpoints):
+    """The error, which is also shown, since Python shows no SystemExit that has a code."""
+    error = Interrupted(number, int(state.step), pathlib.Path(checkpoints.folder))
+    if jax.process_index() == 0:
+        cure = "run again with Checkpoints(..., resume=True) to continue"
+        print(f"fit: {error}; {cure}.", file=sys.stderr)
+    return error
+
+
+def _too_few_batches(num_updates, start, checkpoints, state, loop, unsaved):
+    """The error; what was trained is saved first."""
+    last, where = int(state.step), ""
+    if checkpoints is not None and last > start:
+        try:
+            _save(checkpoints, last, state, loop, unsaved, required=True)
+            where = f"; the state after them is saved in {checkpoints.folder}"
+        except OSError as error:
+            where = f"; {error}"
+    return ValueError(f"fit: batches must last for {num_updates} updates, got {last}{where}.")
+
+
 def _non_finite_error(loop, update, state, saved_in):
     where = f", and are in {saved_in.folder}" if saved_in else ""
     return NonFiniteError(
@@ -210,34 +227,65 @@ def _non_finite_error(loop, update, state, saved_in):
     )
 
 
-def _require_arguments(counts, batches, evaluate, monitor, checkpoints):
+def _require_kinds(train_step, state, batches, evaluate, monitor, checkpoints, callbacks):
+    """TypeError naming the argument of `fit` that is of another kind."""
+    evaluates = evaluate is None or callable(evaluate)
+    listed = callbacks is None or isinstance(callbacks, Iterable)
+    for fits, name, value, wanted in (
+        (callable(train_step), "train_step", train_step, "function, e.g. from make_train_step"),
+        (isinstance(state, TrainState), "state", state, "TrainState, e.g. from init_train_state"),
+        (callable(batches), "batches", batches, "function, batches(n), of the number of its first "
+         "batch"),
+        (evaluates, "evaluate", evaluate, "function, evaluate(state)"),
+        (isinstance(monitor, Monitor | None), "monitor", monitor,
+         "Monitor, e.g. Monitor('validation_loss')"),
+        (isinstance(checkpoints, Checkpoints | None), "checkpoints", checkpoints,
+         "Checkpoints(folder, every)"),
+        (listed, "callbacks", callbacks, "list of functions"),
+    ):  # fmt: skip
+        if not fits:
+            raise TypeError(f"fit: {name} must be a {wanted}, got {type(value).__name__}.")
+
+
+def _require_values(counts, state, evaluate, monitor, checkpoints):
     """TypeError or ValueError naming the argument of `fit` that is not what it must be."""
     if monitor is not None:
         require_choice("fit", "monitor.mode", monitor.mode, ("min", "max"))
         if evaluate is None:
             raise ValueError("fit: monitor must be given with evaluate, which computes its metric.")
+        if monitor.patience is not None and counts["evaluate_every"] is None:
+            raise ValueError(
+                "fit: monitor.patience must be given with evaluate_every, got None; without it, "
+                "only the last update is evaluated."
+            )
         counts |= {"monitor.patience": monitor.patience}
+    if evaluate is None and counts["evaluate_every"] is not None:
+        raise ValueError("fit: evaluate_every must be given with evaluate, got None; pass both.")
     if checkpoints is not None:
         counts |= {"checkpoints.every": checkpoints.every}
     for name, value in counts.items():
         if value is not None or name not in ("evaluate_every", "monitor.patience"):
             require_count("fit", name, value)
-    if not callable(batches):
-        raise TypeError(
-            "fit: batches must be a function, batches(n), of the number of its first batch, got "
-            f"{type(batches).__name__}."
+    if any(leaf.is_deleted() for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array)):
+        raise ValueError(
+            "fit: state must hold its arrays, got deleted ones; train_step donated them to an "
+            "earlier update: pass the state that train_step or fit returned."
+        )
+    _require_more_updates(counts["num_updates"], state)
+
+
+def _require_more_updates(num_updates, state):
+    if num_updates < int(state.step):
+        raise ValueError(
+            f"fit: num_updates must be at least state.step, {int(state.step)}, got {num_updates}."
         )
 
 
 def _begin(state, monitor, checkpoints, callbacks, num_updates):
     """(state, loop, best state, seconds of training) of a new or a resumed run."""
     loop, best, seconds = LoopState(skipped=int(state.skipped)), None, 0.0
-    if checkpoints is not None and list_checkpoints(checkpoints.folder):
-        if not checkpoints.resume:
-            raise FileExistsError(
-                f"{checkpoints.folder} holds the checkpoints of another run; resume it or choose "
-                "another folder. Nothing was overwritten"
-            )
+    steps = [] if checkpoints is None else [n for n, _ in list_checkpoints(checkpoints.folder)]
+    if checkpoints is not None and checkpoints.resume and steps:
         state, loop, best = _restore(checkpoints, state, monitor)
         step = int(state.step)
         try:
@@ -245,14 +293,18 @@ def _begin(state, monitor, checkpoints, callbacks, num_updates):
                 lambda: [c.resume(step) for c in callbacks if hasattr(c, "resume")]
             )
         except ValueError as error:
-            raise CheckpointError(f"fit: {error}") from error
+            raise CheckpointError(f"fit: the log cannot be continued: {error}") from error
         seconds = max((r.get("seconds", 0.0) for r in last or () if r), default=0.0)
-    elif checkpoints is not None:  # a folder that cannot be written fails before training
+    elif checkpoints is not None:
+        # A call that failed in its first update left no more than the checkpoint of its start.
+        if {*steps} - {int(state.step)}:
+            raise FileExistsError(
+                f"fit: {checkpoints.folder} holds the checkpoints of another run; resume it with "
+                "Checkpoints(..., resume=True) or choose another folder. Nothing was overwritten."
+            )
+        # A folder that cannot be written fails before training.
         _save(checkpoints, int(state.step), state, loop, None, required=True)
-    if num_updates < int(state.step):
-        raise ValueError(
-            f"fit: num_updates must be at least state.step, {int(state.step)}, got {num_updates}."
-        )
+    _require_more_updates(num_updates, state)
     return state, loop, best, seconds
 
 
@@ -283,7 +335,7 @@ def _restore(checkpoints, state, monitor):
             f"fit: monitor must have the metric and mode of the resumed run, {loop.by}, got "
             f"{[monitor.metric, monitor.mode]}."
         )
-    if loop.best_step is None:
+    if loop.best_step is None or monitor is None:
         return newest, loop, None
     if loop.best_step != found.step:
         best = find_step(checkpoints.folder, loop.best_step)
@@ -299,6 +351,11 @@ def _restore(checkpoints, state, monitor):
 
 
 def _evaluated(found, record):
+    if not isinstance(found, dict):
+        raise TypeError(
+            f"fit: evaluate must return a dict of numbers, got {type(found).__name__}; e.g. "
+            "return {'validation_loss': loss}."
+        )
     if clash := sorted(set(found) & set(record)):
         raise ValueError(
             f"fit: evaluate must return names that the record does not use, got {clash}; rename "
@@ -329,13 +386,18 @@ def _save(checkpoints, update, state, loop, unsaved, *, required):
 
 
 def _progress_bar(stack, start, num_updates):
-    """Returns a callback that updates a bar, which the stack closes."""
+    """A list of the callback that updates a bar, which the stack closes; empty without tqdm."""
+    if jax.process_index() != 0:
+        return []
     try:
         from tqdm import tqdm
-    except ImportError as error:
-        raise ImportError(
-            "fit: progress=True needs tqdm; install jaxgru[experiments] or pass progress=False."
-        ) from error
+    except ImportError:
+        warnings.warn(
+            "fit: progress=True needs tqdm, so no progress is shown; install tqdm or pass "
+            "progress=False",
+            stacklevel=3,
+        )
+        return []
     bar = stack.enter_context(
         tqdm(total=num_updates, initial=start, unit="update", dynamic_ncols=True)
     )
@@ -347,4 +409,4 @@ def _progress_bar(stack, start, num_updates):
         bar.update(record["update"] - bar.n)
         bar.set_postfix(values)
 
-    return show
+    return [show]

@@ -36,22 +36,22 @@ class LoopState:
         best = None if saved["best"] == "None" else float(saved["best"])
         return cls(**{**saved, "pending": pending, "best": best})
 
-    def judge(self, monitor, record):
-        """Counts an evaluation; returns whether it is the best so far."""
-        if monitor.metric not in record:
+    def judge(self, monitor, found, update):
+        """Counts what an evaluation found; returns whether it is the best so far."""
+        if monitor.metric not in found:
             raise ValueError(
-                f"fit: monitor.metric must be one of {sorted(record)}, got {monitor.metric!r}; "
-                "evaluate must return it."
+                "fit: monitor.metric must be a name that evaluate returns, one of "
+                f"{sorted(found)}, got {monitor.metric!r}."
             )
         # The processes may evaluate to different bits, but must make the same decision.
-        value = broadcast_from_process_zero(float(record[monitor.metric]))
+        value = broadcast_from_process_zero(float(found[monitor.metric]))
         self.by = [monitor.metric, monitor.mode]
         sign = -1 if monitor.mode == "min" else 1
         gain, before = sign * value, None if self.best is None else sign * self.best
         first = before is None or (math.isnan(before) and not math.isnan(gain))
         improved = first or gain > before + monitor.min_delta
         if improved:
-            self.best, self.best_step, self.since_best = value, record["update"], 0
+            self.best, self.best_step, self.since_best = value, update, 0
         else:
             self.since_best += 1
         return improved
@@ -86,7 +86,7 @@ class Meter:
         self.seconds += elapsed
         record = {"update": update, "seconds": self.seconds}
         for name in host[-1]:
-            values = np.asarray([metrics[name] for metrics in host], np.float64)
+            values = np.asarray([m[name] for m in host if name in m], np.float64)
             finite = values[np.isfinite(values)]
             record[name] = float(finite.mean()) if finite.size else float("nan")
         record["skipped"] = int(host[-1]["skipped"])

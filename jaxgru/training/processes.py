@@ -35,7 +35,7 @@ def on_all_processes(run: Callable[[], Result]) -> Result:
     if error is not None:
         raise error
     if not all_done:
-        raise OSError("another process failed; see its error message")
+        raise OSError("on_all_processes: another process failed; see its error message.")
     return result
 
 
@@ -70,7 +70,8 @@ def broadcast_from_process_zero(value: Any) -> Any:
         return value
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     size = int(multihost_utils.broadcast_one_to_all(np.array(text.size)))
-    received = multihost_utils.broadcast_one_to_all(np.resize(text, size))  # of that size in all
+    # The broadcast array must have the same size on all processes.
+    received = multihost_utils.broadcast_one_to_all(np.resize(text, size))
     return json.loads(np.asarray(received).tobytes())
 
 

@@ -7,14 +7,17 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from jaxgru.core.checks import require_key
 from jaxgru.core.matmul import state_dtype
 from jaxgru.training.clipping import global_norm
 from jaxgru.training.layout import Layout
 
 Metrics = dict[str, jax.Array]
 LossFn = Callable[[Any, Any, Any, chex.PRNGKey], tuple[jax.Array, tuple[Any, Metrics]]]
+_RESERVED = ("loss", "gradient_norm", "skipped", "update", "seconds")  # names of the records
 TrainStep = Callable[["TrainState", Any], tuple["TrainState", Metrics]]
 
 
@@ -43,10 +46,17 @@ def init_train_state(
     Returns:
       TrainState with step 0.
 
+    Raises:
+      TypeError, ValueError: optimizer is none of optax, or key is not one `jax.random.key`.
+
     >>> state = init_train_state({"w": jnp.ones(2)}, optax.sgd(0.1), key=jax.random.key(0))
     >>> int(state.step)
     0
     """
+    _require_optimizer("init_train_state", optimizer)
+    if key is None:
+        raise TypeError("init_train_state: key must be a jax.random.key, got None.")
+    require_key("init_train_state", {}, key, True)
     params, carry = jax.tree.map(_strong, jax.tree.map(jnp.copy, (params, carry)))
     step, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
     # Some optimizers store the buffers of the parameters in their state.
@@ -62,15 +72,22 @@ def make_train_step(
     An update is skipped if its loss, its gradient, the squares of what it adds to the parameters,
     or a new value of parameters, optimizer state or carry is not finite. A skipped update changes
     only the step, the key and the count of skipped updates. The gradient is checked before the
-    optimizer can clip it. Values that were infinite before are ignored: some optimizers start so.
+    optimizer can clip it. Values that were infinite before are ignored, since some
+    optimizers initialize their state with infinity.
+
+    An optimizer that has parameters for them is also given the loss (`value`), the gradient
+    (`grad`) and functions of the parameters on this batch (`value_fn`, `obj_fn`, `grad_fn`), for
+    `optax.lbfgs`, `optax.contrib.sam` and others. Gradients of each example, which
+    `optax.contrib.dpsgd` expects, are not made.
 
     Use optax for clipping of entries (`optax.clip`), accumulation of gradients over several batches
     (`optax.MultiSteps`), schedules and masks, and `clip_by_global_norm` for large gradients.
 
     Args:
       loss_fn: loss_fn(params, carry, batch, key) -> (loss, (carry, metrics)). The carry is passed
-        from batch to batch without a gradient, e.g. a recurrent state or None; metrics is a dict of
-        scalars. For another dtype than that of the parameters, loss_fn casts them.
+        from batch to batch without a gradient, e.g. a recurrent state or None; it keeps its
+        structure, shapes and dtypes. metrics is a dict of real scalars. For another dtype than that
+        of the parameters, loss_fn casts them.
       optimizer: from optax.
       layout: the devices; states and batches must come from its `place_state` and `place_batch`.
         None trains on one device.
@@ -80,9 +97,11 @@ def make_train_step(
       "loss", "gradient_norm" (before the optimizer) and "skipped".
 
     Raises:
-      ValueError: when traced, if the optimizer changes a parameter's shape or dtype, the loss
-        changes the carry's shapes, or a metric is not a scalar or has a reserved name.
-      TypeError: when traced, if the loss returns another structure.
+      ValueError: when traced, if the optimizer changes the structure, a shape or a dtype of the
+        parameters or of its state, the loss does so with the carry, or a metric is not a real
+        scalar or has a reserved name.
+      TypeError: loss_fn, optimizer or layout is of another kind; when traced, if the loss is not a
+        floating scalar or the loss function returns another structure.
 
     Cost: one gradient of the loss; donation avoids a second copy of the parameters.
 
@@ -95,6 +114,15 @@ def make_train_step(
     ([1.0, 1.0], 2.0)
     """
 
+    if not callable(loss_fn):
+        raise TypeError(
+            f"make_train_step: loss_fn must be a function, got {type(loss_fn).__name__}; the order "
+            "is make_train_step(loss_fn, optimizer)."
+        )
+    _require_optimizer("make_train_step", optimizer)
+    if not isinstance(layout, Layout | None):
+        raise TypeError(f"make_train_step: layout must be a Layout, got {type(layout).__name__}.")
+
     def checked_loss(params, carry, batch, key):
         return _require_result(loss_fn(params, carry, batch, key), carry)
 
@@ -106,19 +134,13 @@ def make_train_step(
         inputs = state.carry, batch, key_loss
         (loss, (carry, metrics)), grads = gradient_fn(state.params, *inputs)
 
-        def value_fn(params, obj_fn=None, grad_fn=None):  # a line search passes these on
-            return checked_loss(params, *inputs)[0]
-
-        def grad_fn(params, _):
-            return gradient_fn(params, *inputs)[1]
-
-        extra = {"value": loss, "grad": grads, "value_fn": value_fn, "obj_fn": value_fn}
-        extra = _accepted(optimizer.update, extra | {"grad_fn": grad_fn})
+        extra = _extra_arguments(optimizer, loss, grads, checked_loss, gradient_fn, inputs)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **extra)
         params = optax.apply_updates(state.params, updates)
-        _require_same_shapes(params, state.params)
+        _require_same("the optimizer must keep params", params, state.params)
+        _require_same("the optimizer must keep opt_state", opt_state, state.opt_state)
         old = state.params, state.opt_state, state.carry
-        new = params, opt_state, carry
+        new = jax.tree.map(jnp.asarray, (params, opt_state, carry))
         # The squares also refuse huge finite updates, such as 1e30, which would ruin parameters.
         squares = jax.tree.map(lambda u: jnp.square(u.astype(state_dtype(u.dtype))), updates)
         finite = _is_finite((loss, grads, squares), new, old)
@@ -133,12 +155,21 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=(0,))
 
 
-def _accepted(function, arguments):
-    """The arguments that the function has parameters for."""
-    parameters = inspect.signature(function).parameters
+def _extra_arguments(optimizer, loss, grads, loss_fn, gradient_fn, inputs):
+    """The arguments beside gradient, state and params that the optimizer has parameters for."""
+
+    def value_fn(params, obj_fn=None, grad_fn=None):  # a line search passes these on
+        return loss_fn(params, *inputs)[0]
+
+    def grad_fn(params, _):
+        return gradient_fn(params, *inputs)[1]
+
+    extra = {"value": loss, "grad": grads, "grad_fn": grad_fn}
+    extra |= {"value_fn": value_fn, "obj_fn": value_fn}
+    parameters = inspect.signature(optimizer.update).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return arguments
-    return {name: value for name, value in arguments.items() if name in parameters}
+        return extra
+    return {name: value for name, value in extra.items() if name in parameters}
 
 
 def _strong(x):
@@ -157,6 +188,15 @@ def _is_finite(tree, new, old):
     return jnp.stack([entries.all() for entries in finite]).all()
 
 
+def _require_optimizer(function, optimizer):
+    """TypeError unless it has the methods of a gradient transformation."""
+    if not all(callable(getattr(optimizer, name, None)) for name in ("init", "update")):
+        raise TypeError(
+            f"{function}: optimizer must be an optax.GradientTransformation, got "
+            f"{type(optimizer).__name__}; make one, e.g. optax.adam(1e-3)."
+        )
+
+
 def _require_result(returned, carry):
     """Checks the result of a loss function and makes arrays of its metrics."""
     form = "train_step: loss_fn must return (loss, (carry, metrics))"
@@ -164,27 +204,44 @@ def _require_result(returned, carry):
         loss, (new, metrics) = returned
     except (TypeError, ValueError):
         raise TypeError(f"{form}, got {type(returned).__name__}.") from None
+    if not _is_scalar(loss, jnp.floating):
+        raise TypeError(f"{form} with a floating scalar loss, got {_kind(loss)}; e.g. take a mean.")
     if not isinstance(metrics, dict):
         raise TypeError(f"{form} with metrics a dict of scalars, got {type(metrics).__name__}.")
-    forms = [jax.tree.map(jnp.shape, tree) for tree in (carry, new)]
-    if forms[0] != forms[1] or jax.tree.structure(carry) != jax.tree.structure(new):
-        raise ValueError(f"{form} with a carry of the state's shapes, {forms[0]}, got {forms[1]}.")
-    taken = {"loss", "gradient_norm", "skipped", "update", "seconds"} & set(metrics)
-    if taken:
-        raise ValueError(f"{form} with metric names that are not reserved, got {sorted(taken)}.")
-    metrics = {name: jnp.asarray(value) for name, value in metrics.items()}
+    _require_same("loss_fn must keep carry", new, carry)
     for name, value in metrics.items():
-        if value.ndim:
-            raise ValueError(f"{form} with scalar metrics, got {name}{list(value.shape)}.")
-    return loss, (new, metrics)
+        if not isinstance(name, str):
+            raise ValueError(f"{form} with strings as the names of metrics, got {name!r}.")
+        if name in _RESERVED or name.endswith("_per_second"):
+            raise ValueError(f"{form} with metric names that are not reserved, got {name!r}.")
+        if not any(_is_scalar(value, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)):
+            raise ValueError(f"{form} with real scalars as metrics, got {name!r}: {_kind(value)}.")
+    return loss, (new, {name: jnp.asarray(value) for name, value in metrics.items()})
 
 
-def _require_same_shapes(params, old):
-    """Raises ValueError if `optax.apply_updates` broadcast or cast a parameter."""
-    for (path, new), leaf in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(old)):
-        if new.shape != leaf.shape or new.dtype != leaf.dtype:
-            name = jax.tree_util.keystr(path)
+def _is_scalar(x, kind):
+    if not isinstance(x, float | int | jax.Array | np.ndarray | np.generic):
+        return False
+    return jnp.shape(x) == () and jnp.issubdtype(getattr(x, "dtype", type(x)), kind)
+
+
+def _kind(x):
+    return f"{x.dtype}{list(x.shape)}" if hasattr(x, "dtype") else type(x).__name__
+
+
+def _require_same(subject, new, old):
+    """ValueError unless structure, shapes and dtypes of a tree are as in the state before."""
+    structures = jax.tree.structure(new), jax.tree.structure(old)
+    if structures[0] != structures[1]:
+        raise ValueError(
+            f"train_step: {subject} with the structure {structures[1]}, got {structures[0]}."
+        )
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(new), jax.tree.leaves(old)):
+        a = jnp.asarray(a)
+        # A number of Python's has no dtype of its own.
+        dtype = jnp.result_type(a, b) if getattr(a, "weak_type", False) else a.dtype
+        if a.shape != b.shape or dtype != b.dtype:
             raise ValueError(
-                f"train_step: the optimizer must keep params{name} as {leaf.dtype}"
-                f"{list(leaf.shape)}, got {new.dtype}{list(new.shape)}."
+                f"train_step: {subject}{jax.tree_util.keystr(path)} as {_kind(b)}, got {_kind(a)}; "
+                "cast it or change its shape."
             )

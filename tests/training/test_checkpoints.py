@@ -1,5 +1,7 @@
 """Checkpoints that are damaged, truncated, foreign or locked, and folders full of strays."""
 
+import errno
+import fcntl
 import gc
 import hashlib
 import json
@@ -7,8 +9,10 @@ import os
 import pathlib
 import resource
 import shutil
+import stat
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +21,8 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from jaxgru.atomic_files import remove_leftovers
+from jaxgru import atomic_files
+from jaxgru.atomic_files import flush_folder, remove_leftovers, write_atomically
 from jaxgru.training import (
     CheckpointError,
     find_checkpoint,
@@ -25,6 +30,7 @@ from jaxgru.training import (
     load_checkpoint,
     save_checkpoint,
 )
+from jaxgru.training.checkpoints import _require_room
 from jaxgru.training.lock import locked
 
 RUN = {"config": {"hidden_size": 3, "spec": "cho"}, "vocabulary_sha256": "abc"}
@@ -92,10 +98,10 @@ def test_the_last_three_and_the_best_are_kept(tmp_path):
 
 def test_manifest_holds_sums_of_every_file_and_of_itself(tmp_path):
     path = save(tmp_path, 7, loop={"in_row": 2})
-    sealed = json.loads((path / "manifest.json").read_text())
-    assert set(sealed) == {"sha256", "manifest"}
-    assert sealed["sha256"] == hashlib.sha256(sealed["manifest"].encode()).hexdigest()
-    record = json.loads(sealed["manifest"])
+    with_checksum = json.loads((path / "manifest.json").read_text())
+    assert set(with_checksum) == {"sha256", "manifest"}
+    assert with_checksum["sha256"] == hashlib.sha256(with_checksum["manifest"].encode()).hexdigest()
+    record = json.loads(with_checksum["manifest"])
     assert record.pop("files") == {
         str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest()
         for file in path.rglob("*")
@@ -209,7 +215,7 @@ def test_damaged_checkpoint_is_skipped_for_the_one_before(tmp_path, stride):
             file.write_bytes(content)
             with pytest.warns(UserWarning) as told:
                 assert find_checkpoint(tmp_path).step == 7
-            assert [str(w.message)[:20] for w in told] == ["checkpoint skipped: "]
+            assert [str(w.message)[:37] for w in told] == ["find_checkpoint: checkpoint skipped: "]
             assert str(newer) in str(told[0].message)
             assert told[0].filename == __file__
         file.write_bytes(intact)
@@ -224,8 +230,8 @@ def test_folder_without_its_manifest_is_no_checkpoint(tmp_path):
     with pytest.warns(UserWarning) as told:
         assert find_checkpoint(tmp_path).step == 7
     assert [str(warning.message) for warning in told] == [
-        f"checkpoint skipped: {path} must be an intact 'jaxgru checkpoint 1': manifest.json is "
-        "missing"
+        f"find_checkpoint: checkpoint skipped: {path} must be an intact 'jaxgru checkpoint 1': "
+        "manifest.json is missing"
     ]
     save(tmp_path, 8, seed=1)  # and is written again
     assert find_checkpoint(tmp_path).step == 8
@@ -245,29 +251,34 @@ def test_strays_are_left_alone_and_never_loaded(tmp_path):
         assert find_checkpoint(tmp_path).step == 7
     assert len(told) == 3
     stray = tmp_path / "step-00000011"
-    assert str(told[0].message) == f"checkpoint skipped: {stray} holds step 7"
+    assert str(told[0].message) == f"find_checkpoint: checkpoint skipped: {stray} holds step 7"
     save(tmp_path, 12)
     assert all((tmp_path / name).read_text() == "mine" for name in strays)
     assert (tmp_path / "folder").is_dir()
 
 
-SIZES = "must hold the leaves of `like`, got"
+def where(number, *parts):
+    return f"{number} different leaves in {' and '.join(parts)}, the first: "
+
+
 WRONG = [
-    (make_state(size=4), "belongs to another model: .params['w'] must be float32[4, 2], got "
-     "float32[3, 2]; .opt_state[0].mu['w'] must be float32[4, 2], got float32[3, 2]; "
-     ".opt_state[0].nu['w'] must be float32[4, 2], got float32[3, 2]."),
-    (make_state()._replace(carry=None), f"{SIZES} missing keys [] and unexpected keys "
-     "['.carry[0]']."),
-    (make_state()._replace(carry=(jnp.ones(2), jnp.ones(1))), f"{SIZES} missing keys ['.carry[1]'] "
-     "and unexpected keys []."),
+    (make_state(size=4), where(3, "params", "opt_state") + ".params['w'] must be float32[4, 2], "
+     "got float32[3, 2]; .opt_state[0].mu['w'] must be float32[4, 2], got float32[3, 2]; "
+     ".opt_state[0].nu['w'] must be float32[4, 2], got float32[3, 2]"),
+    (make_state()._replace(carry=None), where(1, "carry") + ".carry[0] is not in the model"),
+    (make_state()._replace(carry=(jnp.ones(2), jnp.ones(1))),
+     where(1, "carry") + ".carry[1] is missing"),
+    (make_state()._replace(opt_state=(), params={}), where(7, "params", "opt_state") + ".params["
+     "'half'] is not in the model; .params['w'] is not in the model; .opt_state[0].count is not in "
+     "the model"),
     (make_state()._replace(key=jax.random.key(0, impl="rbg")),
-     "belongs to another model: .key must be key rbg[], got key threefry2x32[]."),
+     where(1, "key") + ".key must be key rbg[], got key threefry2x32[]"),
     (make_state()._replace(key=jax.random.split(jax.random.key(0))),
-     "belongs to another model: .key must be key threefry2x32[2], got key threefry2x32[]."),
+     where(1, "key") + ".key must be key threefry2x32[2], got key threefry2x32[]"),
     (make_state()._replace(key=jnp.zeros(2, jnp.uint32)),
-     "belongs to another model: .key must be uint32[2], got key threefry2x32[]."),
+     where(1, "key") + ".key must be uint32[2], got key threefry2x32[]"),
     (make_state()._replace(skipped=jax.random.key(0)),
-     "belongs to another model: .skipped must be key threefry2x32[], got int32[]."),
+     where(1, "skipped") + ".skipped must be key threefry2x32[], got int32[]"),
 ]  # fmt: skip
 
 
@@ -276,7 +287,13 @@ def test_checkpoint_of_another_model_is_refused(tmp_path):
     for like, message in WRONG:
         with pytest.raises(CheckpointError) as refused:
             load_checkpoint(path, like)
-        assert str(refused.value) == f"load_checkpoint: {path} {message}"
+        assert str(refused.value) == (
+            f"load_checkpoint: {path} belongs to another model: {message}. Resume with the model "
+            "and optimizer it was saved with, or choose a new folder."
+        )
+    path = save_checkpoint(tmp_path, 8, [jnp.ones(2)])
+    with pytest.raises(CheckpointError, match=r"model: 1 different leaves, the first: \[0\] must"):
+        load_checkpoint(path, [jnp.ones(3)])
 
 
 def test_checkpoint_of_another_run_is_refused_with_every_difference(tmp_path):
@@ -319,7 +336,8 @@ def test_write_that_the_disk_has_no_room_for_leaves_what_was_there(tmp_path, lim
                 save(tmp_path, step, seed=1)
             if limit == 0:
                 path = tmp_path / f"step-0000000{step}"
-                assert str(failed.value).startswith(f"{path} could not be written: ")
+                start = f"save_checkpoint: {path} could not be written: "
+                assert str(failed.value).startswith(start)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     left = contents(tmp_path)  # a thread of Orbax may write a temporary file after its error
@@ -421,8 +439,8 @@ def test_second_run_in_a_folder_is_refused_until_the_first_has_ended(tmp_path):
     with pytest.raises(OSError) as refused, locked(tmp_path):
         pass
     assert str(refused.value) == (
-        f"{tmp_path} is in use by the run of process {holder.pid}; wait until it ends or "
-        "choose another folder"
+        f"fit: {tmp_path} is in use by the run of process {holder.pid}; wait until it ends or "
+        "choose another folder."
     )
     holder.kill()  # the lock goes with it, whatever the file says
     holder.communicate()
@@ -432,7 +450,7 @@ def test_second_run_in_a_folder_is_refused_until_the_first_has_ended(tmp_path):
         pass
 
 
-CURE = "use lists instead of tuples, and strings as keys."
+CURE = "use finite numbers, lists instead of tuples, and strings as keys."
 CHANGED = [
     ({"a": {"sizes": (3, 4)}}, "['a']['sizes'] must be the same after it is saved as JSON, got "
      "(3, 4); "),
@@ -456,25 +474,164 @@ def test_metadata_that_json_would_change_is_refused(tmp_path, metadata, message)
     assert steps(tmp_path) == [7]
 
 
-NO_JSON = "Object of type object is not JSON serializable"
+NO_JSON = (
+    "save_checkpoint: {} must be a JSON value, got {}; convert it to a Python number, string, list "
+    "or dict (Object of type {} is not JSON serializable)."
+)
+ENABLE = "must have a dtype that JAX keeps, got"
 BAD_ARGUMENTS = [
     ({"step": -1}, ValueError, "save_checkpoint: step must be at least 0, got -1."),
     ({"step": 1.0}, TypeError, "save_checkpoint: step must be an integer, got 1.0."),
     ({"step": np.True_}, TypeError, "save_checkpoint: step must be an integer, got True."),
     ({"best_step": -1}, ValueError, "save_checkpoint: best_step must be at least 0, got -1."),
-    ({"run": {"spec": object()}}, TypeError, NO_JSON),
-    ({"loop": {"spec": object()}}, TypeError, NO_JSON),
-    ({"run": {"rate": float("nan")}}, ValueError, "Out of range float values are not JSON compli"),
-]
+    ({"run": {"a": [print]}}, TypeError, NO_JSON.format(
+        "run['a']", "[<built-in function print>]", "builtin_function_or_method")),
+    ({"loop": {"lr": np.float32(1)}}, TypeError,
+     NO_JSON.format("loop['lr']", "np.float32(1.0)", "float32")),
+    ({"run": {"rate": float("nan")}}, ValueError, "save_checkpoint: run['rate'] must be the same "
+     f"after it is saved as JSON, got nan; {CURE}"),
+    ({"run": "a"}, TypeError, "save_checkpoint: run must be a dict, got 'a'."),
+    ({"loop": []}, TypeError, "save_checkpoint: loop must be a dict, got []."),
+    ({"state": {"n": np.array(2**40 + 5)}}, TypeError,
+     f"save_checkpoint: state['n'] {ENABLE} int64; cast it or enable x64."),
+    ({"state": {"x": (np.array([1 / 3]),)}}, TypeError,
+     f"save_checkpoint: state['x'][0] {ENABLE} float64; cast it or enable x64."),
+    ({"state": {"x": np.array(["a"])}}, TypeError,
+     f"save_checkpoint: state['x'] {ENABLE} <U1; cast it or enable x64."),
+    ({"state": {"n": 3}}, TypeError,
+     "save_checkpoint: state['n'] must be an array, got int; make one, e.g. with jnp.asarray."),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("options", "error", "message"), BAD_ARGUMENTS)
 def test_bad_argument_is_refused_and_writes_nothing(tmp_path, options, error, message):
     with pytest.raises(error) as refused:
         save_checkpoint(tmp_path, **{"step": 1, "state": make_state(), **options})
-    own = message.startswith("save_checkpoint")  # the others are Python's
-    assert str(refused.value) == message if own else str(refused.value).startswith(message)
+    assert str(refused.value) == message
     assert list(tmp_path.iterdir()) == []
+
+
+def test_like_must_hold_arrays_that_jax_keeps(tmp_path):
+    path = save_checkpoint(tmp_path, 1, {"x": np.ones(2, np.float32)})
+    assert load_checkpoint(path, {"x": np.zeros(2, np.float32)})["x"].tolist() == [1.0, 1.0]
+    array = "an array, got ShapeDtypeStruct; make one, e.g. with jnp.asarray."
+    for like, message in (
+        (jax.ShapeDtypeStruct((2,), jnp.float32), f"must be {array}"),
+        (np.zeros(2), f"{ENABLE} float64; cast it or enable x64."),
+    ):
+        with pytest.raises(TypeError) as refused:
+            load_checkpoint(path, {"x": like})
+        assert str(refused.value) == f"load_checkpoint: like['x'] {message}"
+    with pytest.raises(TypeError) as refused:
+        load_checkpoint(path, {"x": jnp.ones(2)}, run="a")
+    assert str(refused.value) == "load_checkpoint: run must be a dict, got 'a'."
+
+
+def test_wide_dtypes_come_back_where_they_are_enabled(tmp_path, x64):
+    state = {"n": np.array(2**40 + 5), "x": np.array([1 / 3])}
+    loaded = load_checkpoint(save_checkpoint(tmp_path, 1, state), state)
+    assert bits(loaded) == bits(state)
+
+
+UNSUPPORTED = [errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK]
+
+
+def failing(number, ask=lambda *arguments: True, otherwise=None):
+    """A function of the system that answers with an error, to the arguments that `ask` selects."""
+
+    def fail(*arguments):
+        if ask(*arguments):
+            raise OSError(number, os.strerror(number))
+        return otherwise(*arguments)
+
+    return fail
+
+
+@pytest.mark.parametrize("number", UNSUPPORTED)
+def test_run_goes_on_where_the_file_system_has_no_locks(tmp_path, monkeypatch, number):
+    monkeypatch.setattr(fcntl, "flock", failing(number))
+    with pytest.warns(UserWarning) as told, locked(tmp_path):
+        pass
+    assert [str(warning.message) for warning in told] == [
+        f"fit: {tmp_path} could not be locked ([Errno {number}] {os.strerror(number)}): make sure "
+        "that no other run uses it"
+    ]
+
+
+def test_run_goes_on_where_python_has_no_locks(tmp_path, monkeypatch):
+    """As on Windows."""
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    with pytest.warns(UserWarning, match="could not be locked .*fcntl"), locked(tmp_path):
+        pass
+
+
+def test_lock_that_fails_otherwise_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", failing(errno.EIO))
+    with pytest.raises(OSError, match="Input/output error"), locked(tmp_path):
+        pass
+
+
+def test_folders_that_cannot_be_flushed_are_left_to_the_system(tmp_path, monkeypatch):
+    def is_folder(opened):
+        return isinstance(opened, int) and stat.S_ISDIR(os.fstat(opened).st_mode)
+
+    fsync = os.fsync
+    for number in (errno.EINVAL, errno.EPERM):
+        monkeypatch.setattr(os, "fsync", failing(number, is_folder, fsync))
+        write_atomically(tmp_path / "file", b"new")
+        assert (tmp_path / "file").read_bytes() == b"new"
+        save(tmp_path / str(number), 7)
+    monkeypatch.setattr(os, "fsync", failing(errno.EIO, is_folder, fsync))
+    with pytest.raises(OSError, match="Input/output error"):
+        write_atomically(tmp_path / "file", b"newer")
+    assert (tmp_path / "file").read_bytes() == b"newer"  # only its name may not be on the disk
+    monkeypatch.setattr(os, "fsync", failing(errno.EINVAL))  # a file that cannot be flushed
+    with pytest.raises(OSError, match="Invalid argument"):
+        write_atomically(tmp_path / "file", b"newest")
+    assert (tmp_path / "file").read_bytes() == b"newer"
+
+
+def test_folders_are_not_opened_on_windows(tmp_path, monkeypatch):
+    opened, open_ = [], os.open
+    monkeypatch.setattr(os, "open", lambda *given, **more: opened.append(given) or open_(*given))
+    flush_folder(tmp_path)
+    assert opened == [(tmp_path, os.O_RDONLY)]
+    monkeypatch.setattr(atomic_files, "os", types.SimpleNamespace(name="nt"))
+    flush_folder(tmp_path)
+
+
+def test_file_that_cannot_be_replaced_is_one_error(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    path.write_text("old")
+    monkeypatch.setattr(pathlib.Path, "replace", failing(errno.EEXIST))
+    with pytest.raises(FileExistsError) as failed:
+        write_atomically(path, b"new")
+    message = f"write_atomically: {path} could not be replaced: File exists"
+    assert str(failed.value) == f"[Errno {errno.EEXIST}] {message}"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"] and path.read_text() == "old"
+
+
+def test_file_is_replaced_behind_a_link_and_keeps_its_mode(tmp_path):
+    (tmp_path / "far").mkdir()
+    target, link = tmp_path / "far" / "file", tmp_path / "link"
+    target.write_text("old")
+    target.chmod(0o600)
+    link.symlink_to(target)
+    write_atomically(link, b"new")
+    assert link.is_symlink() and target.read_text() == "new"
+    assert stat.S_IMODE(target.stat().st_mode) == 0o600
+    assert [p.name for p in target.parent.iterdir()] == ["file"]
+    write_atomically(tmp_path / "other", b"")
+    (tmp_path / "plain").write_bytes(b"")
+    assert (tmp_path / "other").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_disk_that_cannot_reserve_room_is_written_to_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "posix_fallocate", failing(errno.EOPNOTSUPP))
+    _require_room(tmp_path, [jnp.ones(3)])
+    monkeypatch.setattr(os, "posix_fallocate", failing(errno.ENOSPC))
+    with pytest.raises(OSError, match="No space left"):
+        _require_room(tmp_path, [jnp.ones(3)])
 
 
 def test_choice_of_checkpoints_other_than_latest_and_best_is_refused(tmp_path):

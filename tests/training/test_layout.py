@@ -312,8 +312,8 @@ REFUSED = {
         "Layout.place_batch: batch[1] must have its rows on axis 1, got shape (); " + NO_ROWS,
     ),
     "negative axis": (
-        lambda: training.Layout(mesh_of(4), batch_axes=-1).place_batch(TOKENS[:, :4]),
-        "Layout.place_batch: batch must have its rows on axis -1, got shape (5, 4); " + NO_ROWS,
+        lambda: training.Layout(mesh_of(4), batch_axes=-3).place_batch(TOKENS[:, :4]),
+        "Layout.place_batch: batch must have its rows on axis -3, got shape (5, 4); " + NO_ROWS,
     ),
     "carry": (
         lambda: place_carry((6, 3)),
@@ -366,6 +366,16 @@ def test_what_is_of_another_kind_is_refused():
     assert str(refused.value) == (
         "Layout: mesh must be a jax.sharding.Mesh, got list; make one with jax.make_mesh."
     )
+    with pytest.raises(TypeError) as refused:
+        layout_of(4).place_state({"w": TOKENS})
+    assert str(refused.value) == (
+        "Layout.place_state: state must be a TrainState, got dict; make one with init_train_state."
+    )
+
+
+def test_axes_of_rows_count_from_the_end_too():
+    placed = training.Layout(mesh_of(4), batch_axes=-2).place_batch(np.ones((5, 8, 3)))
+    assert {part.data.shape for part in placed.addressable_shards} == {(5, 2, 3)}
 
 
 def test_axes_that_are_no_prefix_are_refused():

@@ -1,5 +1,8 @@
 """Runs that are stopped at any point and resume to the same bits; early stopping; logs."""
 
+import errno
+import fcntl
+import itertools
 import json
 import os
 import pathlib
@@ -102,6 +105,9 @@ def test_run_stopped_after_any_update_resumes_to_the_same_bits(tmp_path, whole, 
     assert (tmp_path / "signal/checkpoints" / f"step-{stop:08}").exists()
     name, folder = ("SIGTERM", "SIGINT")[stop % 2], tmp_path / "signal" / "checkpoints"
     assert str(stopped.value) == f"stopped by {name} after update {stop}, saved in {folder}"
+    assert capsys.readouterr().err == (
+        f"fit: {stopped.value}; run again with Checkpoints(..., resume=True) to continue.\n"
+    )
     with pytest.raises(Crash):
         survivor.run(tmp_path / "crash", resume=False, on_update=crash)
     for name in ("signal", "crash"):
@@ -217,11 +223,12 @@ def test_bad_updates_whose_end_cannot_be_saved_stop_the_run_all_the_same(tmp_pat
 
     monkeypatch.setattr(loop, "save_checkpoint", fail)
     bad = {"batches": lambda start: [np.full(3, np.nan, np.float32)] * 60, "log_every": 1}
+    bad |= {"evaluate": None, "monitor": None, "evaluate_every": None}
     with (
         pytest.warns(UserWarning, match="update 10 could not be saved .*; training continues"),
         pytest.raises(training.NonFiniteError) as stopped,
     ):
-        survivor.run(tmp_path, resume=False, every=50, evaluate=None, monitor=None, **bad)
+        survivor.run(tmp_path, resume=False, every=50, **bad)
     assert str(stopped.value) == (
         "fit: loss, gradient or parameters were not finite in the last 10 updates, up to update "
         "10; the parameters are as before them. Lower the learning rate."
@@ -405,7 +412,8 @@ def test_run_whose_log_is_damaged_is_refused(tmp_path):
     with pytest.raises(training.CheckpointError) as refused:
         survivor.run(tmp_path)
     assert str(refused.value) == (
-        f"fit: {log} must hold one JSON object per line: Expecting value: line 1 column 1 (char 0)"
+        f"fit: the log cannot be continued: read_json_lines: {log} must hold one JSON object per "
+        "line, got line 1: Expecting value: line 1 column 1 (char 0); remove that line."
     )
 
 
@@ -427,9 +435,24 @@ def test_second_run_in_a_folder_is_refused(tmp_path):
     with pytest.raises(OSError) as refused:
         survivor.run(tmp_path, resume=False, on_update=run_again)
     assert str(refused.value) == (
-        f"{tmp_path / 'checkpoints'} is in use by the run of process {os.getpid()}; wait until it "
-        "ends or choose another folder"
+        f"fit: {tmp_path / 'checkpoints'} is in use by the run of process {os.getpid()}; wait "
+        "until it ends or choose another folder."
     )
+
+
+def test_file_system_without_locks_is_warned_of_where_fit_is_called(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.warns(UserWarning) as told:
+        fitted = survivor.run(tmp_path, resume=False, num_updates=2)
+    assert int(fitted.state.step) == 2
+    assert [str(warning.message) for warning in told] == [
+        f"fit: {tmp_path / 'checkpoints'} could not be locked ([Errno {errno.ENOLCK}] No locks "
+        "available): make sure that no other run uses it"
+    ]
+    assert told[0].filename == survivor.__file__
 
 
 def test_folder_of_another_run_is_never_written_to(tmp_path):
@@ -439,8 +462,8 @@ def test_folder_of_another_run_is_never_written_to(tmp_path):
     with pytest.raises(FileExistsError) as refused:
         survivor.run(tmp_path, checkpoints=Checkpoints(folder, 5, {"a": 1}))
     assert str(refused.value) == (
-        f"{folder} holds the checkpoints of another run; resume it or choose another folder. "
-        "Nothing was overwritten"
+        f"fit: {folder} holds the checkpoints of another run; resume it with Checkpoints(..., "
+        "resume=True) or choose another folder. Nothing was overwritten."
     )
     for run, difference in (({"a": 2}, "a must be 2, got 1"), (None, "a must be null, got 1")):
         with pytest.raises(training.CheckpointError) as refused:
@@ -450,6 +473,96 @@ def test_folder_of_another_run_is_never_written_to(tmp_path):
             "Resume with the values it was saved with, or choose a new folder."
         )
     assert survivor.left_by(tmp_path) == before
+
+
+def test_call_that_failed_in_its_first_update_can_be_made_again(tmp_path, whole):
+    def fail(step):
+        raise Crash
+
+    with pytest.raises(Crash):
+        survivor.run(tmp_path, resume=False, on_update=fail)
+    with pytest.raises(ValueError, match="num_updates must be at least 1, got 0"):
+        survivor.run(tmp_path / "empty", resume=False, num_updates=0)
+    assert not (tmp_path / "empty").exists()
+    survivor.run(tmp_path, resume=False)
+    assert survivor.left_by(tmp_path) == whole[0]
+
+
+def test_num_updates_below_that_of_the_state_is_refused_before_anything_is_written(tmp_path):
+    state = survivor.make_state()._replace(step=jnp.int32(7))
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 5)
+    with pytest.raises(ValueError) as refused:
+        training.fit(
+            survivor.make_train_step()[0], state, survivor.batches, num_updates=6,
+            checkpoints=checkpoints, progress=False,
+        )  # fmt: skip
+    assert str(refused.value) == "fit: num_updates must be at least state.step, 7, got 6."
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_best_is_none_without_a_monitor_also_when_a_run_resumes(tmp_path, whole):
+    with pytest.raises(Crash):
+        survivor.run(tmp_path, resume=False, on_update=crash_at(20))
+    fitted = survivor.run(tmp_path, monitor=None, num_updates=30)
+    assert fitted.best is None and int(fitted.state.step) == 30
+    best = survivor.run(tmp_path).best  # what was monitored before is not lost
+    assert params_of(best) == params_of(whole[1].best)
+
+
+def crash_at(number):
+    def crash(step):
+        if step == number:
+            raise Crash
+
+    return crash
+
+
+def test_metric_that_is_added_before_a_run_resumes_is_recorded_from_there_on(tmp_path):
+    """The checkpoint of update 5 holds the metrics of two updates that have no record yet."""
+    step = survivor.make_train_step()[0]
+
+    def train(crash, add=()):
+        def train_step(state, batch):
+            state, metrics = step(state, batch)
+            crash(int(state.step))
+            return state, metrics | dict.fromkeys(add, 2.0)
+
+        return training.fit(
+            train_step, survivor.make_state(), survivor.batches, num_updates=6, log_every=3,
+            checkpoints=Checkpoints(tmp_path, 5, resume=True), progress=False,
+        )  # fmt: skip
+
+    with pytest.raises(Crash):
+        train(crash_at(6))
+    [record] = train(lambda step: None, add=["new"]).records
+    assert (record["update"], record["new"]) == (6, 2.0) and np.isfinite(record["loss"])
+
+
+def test_what_was_trained_is_saved_where_the_batches_end_too_early(tmp_path, whole, monkeypatch):
+    def batches(start):
+        return itertools.islice(survivor.batches(start), 12)
+
+    start = "fit: batches must last for 60 updates, got"
+    folder = tmp_path / "checkpoints"
+    with pytest.raises(ValueError) as refused:
+        survivor.run(tmp_path, resume=False, batches=batches)
+    assert str(refused.value) == f"{start} 12; the state after them is saved in {folder}."
+    with pytest.raises(ValueError) as refused:
+        survivor.run(tmp_path, batches=lambda start: [])
+    assert str(refused.value) == f"{start} 12."
+    with monkeypatch.context() as patch, pytest.raises(ValueError) as refused:
+        patch.setattr(loop, "save_checkpoint", lambda *given, **options: _full_disk())
+        survivor.run(tmp_path, batches=lambda start: itertools.islice(batches(start), 1))
+    assert str(refused.value) == (
+        f"{start} 13; fit: update 13 could not be saved in {folder}: [Errno 28] No space left on "
+        "device."
+    )
+    survivor.run(tmp_path)
+    assert survivor.left_by(tmp_path)[1] == whole[0][1]
+
+
+def _full_disk():
+    raise OSError(28, "No space left on device")
 
 
 def test_damaged_last_checkpoint_is_passed_over(tmp_path, whole):
@@ -493,7 +606,7 @@ def test_checkpoint_that_cannot_be_written_stops_no_training_but_the_end_does(tm
         assert len(saves) + len(logs) == len(messages) and len(saves) >= 3 and len(logs) >= 3
         assert saves[0] == (
             f"fit: update 20 could not be saved in {tmp_path / 'checkpoints'}: "
-            f"{tmp_path / 'checkpoints' / 'step-00000020'} could not be written: "
+            f"save_checkpoint: {tmp_path / 'checkpoints' / 'step-00000020'} could not be written: "
             + saves[0].split("could not be written: ")[1]
         )
         assert survivor.left_by(tmp_path) == whole[0]
@@ -550,8 +663,20 @@ def test_training_stops_early_and_keeps_the_best(tmp_path, monitor, values, stop
     [
         (
             {"monitor": Monitor("loss_")},
-            "monitor.metric must be one of ['far', 'first', 'gradient_norm', 'loss', 'seconds', "
-            "'skipped', 'update'], got 'loss_'; evaluate must return it.",
+            "monitor.metric must be a name that evaluate returns, one of ['far'], got 'loss_'.",
+        ),
+        (
+            {"monitor": Monitor("loss")},  # the loss of training would be no evaluation
+            "monitor.metric must be a name that evaluate returns, one of ['far'], got 'loss'.",
+        ),
+        (
+            {"monitor": Monitor("far", patience=1), "evaluate_every": None},
+            "monitor.patience must be given with evaluate_every, got None; without it, only the "
+            "last update is evaluated.",
+        ),
+        (
+            {"evaluate": None, "monitor": None},
+            "evaluate_every must be given with evaluate, got None; pass both.",
         ),
         ({"evaluate": None}, "monitor must be given with evaluate, which computes its metric."),
         (
@@ -674,11 +799,21 @@ def test_log_drops_its_own_later_records_and_a_truncated_line(tmp_path):
     log(None, {"update": 1})
     assert training.read_json_lines(log.path) == [{"update": 1}]
     assert not (tmp_path / "none.jsonl").exists()
+    path.write_bytes('{"a": "b\u2028c"}\n'.encode() + b'{"a": "\xe2')
+    assert training.read_json_lines(path) == [{"a": "b\u2028c"}]
+    path.write_text('{"update": 1}\n[]\n')
+    with pytest.raises(ValueError) as refused:
+        JsonLines(path).resume(1)
+    assert str(refused.value) == (
+        f"read_json_lines: {path} must hold one JSON object per line, got line 2: it is a list; "
+        "remove that line."
+    )
     path.write_text('{"update": 1}\nnot JSON\n{"update": 2}\n')
     with pytest.raises(ValueError) as refused:
         training.read_json_lines(path)
     assert str(refused.value) == (
-        f"{path} must hold one JSON object per line: Expecting value: line 1 column 1 (char 0)"
+        f"read_json_lines: {path} must hold one JSON object per line, got line 2: Expecting value: "
+        "line 1 column 1 (char 0); remove that line."
     )
 
 

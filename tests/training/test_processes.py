@@ -189,7 +189,7 @@ class Group:
         return found
 
 
-OTHER = "OSError('another process failed; see its error message')"
+OTHER = "OSError('on_all_processes: another process failed; see its error message.')"
 
 
 def test_error_of_one_process_stops_all(monkeypatch):

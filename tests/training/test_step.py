@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import pathlib
+import re
 import sys
 import types
 from typing import Any, NamedTuple
@@ -12,8 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import assert_close
 from jax.dtypes import float0
 
+import jaxgru
+from jaxgru import training
 from jaxgru.training import (
     NonFiniteError,
     clip_by_global_norm,
@@ -91,8 +96,54 @@ def test_optimizer_whose_update_broadcasts_a_parameter_is_refused():
     with jax.numpy_rank_promotion("allow"), pytest.raises(ValueError) as refused:
         make_train_step(quadratic, wide)(start(wide), jnp.ones(2))
     assert str(refused.value) == (
-        "train_step: the optimizer must keep params['p'] as float32[2], got float32[3, 2]."
+        "train_step: the optimizer must keep params['p'] as float32[2], got float32[3, 2]; cast it "
+        "or change its shape."
     )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda n: n.astype(jnp.float32), "['n'] as int32[], got float32[]; cast it or change its "
+         "shape."),
+        (lambda n: n[None], "['n'] as int32[], got int32[1]; cast it or change its shape."),
+        (lambda n: (n,), " with the structure PyTreeDef({'n': *}), got PyTreeDef({'n': (*,)})."),
+    ],
+)  # fmt: skip
+def test_optimizer_that_changes_its_state_is_refused(change, message):
+    """The checkpoint of such a state could not be loaded again."""
+    changing = optax.GradientTransformation(
+        lambda params: {"n": jnp.int32(0)},
+        lambda updates, state, params=None: (updates, {"n": change(state["n"])}),
+    )
+    with pytest.raises(ValueError) as refused:
+        make_train_step(quadratic, changing)(start(changing), jnp.ones(2))
+    assert str(refused.value) == f"train_step: the optimizer must keep opt_state{message}"
+
+
+def test_arguments_of_another_kind_are_refused_at_once():
+    optimizer = "optimizer must be an optax.GradientTransformation, got function; make one, e.g. "
+    optimizer += "optax.adam(1e-3)."
+    order = "; the order is make_train_step(loss_fn, optimizer)."
+    for call, message in (
+        (lambda: make_train_step(HALF, quadratic),
+         f"make_train_step: loss_fn must be a function, got {type(HALF).__name__}{order}"),
+        (lambda: make_train_step(quadratic, optax.adam), f"make_train_step: {optimizer}"),
+        (lambda: make_train_step(quadratic, HALF, layout=jax.make_mesh((1,), ("data",))),
+         "make_train_step: layout must be a Layout, got Mesh."),
+        (lambda: init_train_state({}, optax.adam, key=jax.random.key(0)),
+         f"init_train_state: {optimizer}"),
+        (lambda: init_train_state({}, HALF, key=0),
+         "init_train_state: key must be a jax.random.key, got 0."),
+        (lambda: init_train_state({}, HALF, key=None),
+         "init_train_state: key must be a jax.random.key, got None."),
+    ):  # fmt: skip
+        with pytest.raises(TypeError) as refused:
+            call()
+        assert str(refused.value) == message
+    keys = jax.random.split(jax.random.key(0))
+    with pytest.raises(ValueError, match="init_train_state: key must be one jax"):
+        init_train_state({}, HALF, key=keys)
 
 
 def test_each_update_draws_its_own_key(uncompiled):
@@ -218,7 +269,7 @@ def test_mean_leaves_out_what_is_not_finite_and_is_nan_without_any_number():
         ({"batches": [1.0] * 0}, "fit: batches must last for 7 updates, got 0."),
         ({"num_updates": 0}, "fit: num_updates must be at least 1, got 0."),
         ({"log_every": 0}, "fit: log_every must be at least 1, got 0."),
-        ({"evaluate_every": 0}, "fit: evaluate_every must be at least 1, got 0."),
+        ({"evaluate_every": 0, "evaluate": dict}, "fit: evaluate_every must be at least 1, got 0."),
         ({"num_updates": None}, "fit: num_updates must be an integer, got None."),
         ({"log_every": None}, "fit: log_every must be an integer, got None."),
     ],
@@ -259,12 +310,48 @@ def test_progress_bar_counts_updates_from_the_state_on(monkeypatch):
     assert moves == [4]
 
 
-def test_missing_tqdm_names_the_extra(monkeypatch):
+def test_missing_tqdm_is_warned_of_and_stops_no_training(monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm", None)
-    with pytest.raises(ImportError) as missing:
-        run_fit(progress=True)
-    assert str(missing.value) == (
-        "fit: progress=True needs tqdm; install jaxgru[experiments] or pass progress=False."
+    with pytest.warns(UserWarning) as told:
+        fitted = run_fit(progress=True)
+    assert int(fitted.state.step) == 7
+    assert [str(warning.message) for warning in told] == [
+        "fit: progress=True needs tqdm, so no progress is shown; install tqdm or pass "
+        "progress=False"
+    ]
+    assert told[0].filename == __file__
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"checkpoints": "folder"}, "checkpoints must be a Checkpoints(folder, every), got str."),
+        ({"monitor": "v"}, "monitor must be a Monitor, e.g. Monitor('validation_loss'), got str."),
+        ({"callbacks": print}, "callbacks must be a list of functions, got "
+         "builtin_function_or_method."),
+        ({"evaluate": 3}, "evaluate must be a function, evaluate(state), got int."),
+        ({"evaluate": lambda state: 3.0}, "evaluate must return a dict of numbers, got float; e.g. "
+         "return {'validation_loss': loss}."),
+        ({"state": {}}, "state must be a TrainState, e.g. from init_train_state, got dict."),
+        ({"train_step": HALF}, "train_step must be a function, e.g. from make_train_step, got "
+         f"{type(HALF).__name__}."),
+    ],
+)  # fmt: skip
+def test_argument_of_the_loop_of_another_kind_is_refused(options, message):
+    options = {"train_step": quadratic_step(HALF), "state": start(HALF), **options}
+    with pytest.raises(TypeError) as refused:
+        fit(batches=lambda start: [jnp.ones(2)], num_updates=1, progress=False, **options)
+    assert str(refused.value) == f"fit: {message}"
+
+
+def test_state_that_an_update_has_donated_is_refused():
+    state = start(HALF)
+    quadratic_step(HALF)(state, jnp.ones(2))
+    with pytest.raises(ValueError) as refused:
+        fit(quadratic_step(HALF), state, lambda start: [jnp.ones(2)], num_updates=1, progress=False)
+    assert str(refused.value) == (
+        "fit: state must hold its arrays, got deleted ones; train_step donated them to an earlier "
+        "update: pass the state that train_step or fit returned."
     )
 
 
@@ -373,6 +460,13 @@ def test_clip_refuses_complex_gradients():
         CLIP.update({"p": jnp.ones(2, jnp.complex64)}, optax.EmptyState())
 
 
+def test_norm_of_a_clip_may_be_a_hyperparameter():
+    with jax.numpy_dtype_promotion("standard"):  # for optax.inject_hyperparams
+        clip = optax.inject_hyperparams(clip_by_global_norm)(max_norm=5.0)
+        state, _ = take_step([6.0, 8.0], clip)
+    np.testing.assert_allclose(state.params["p"], [-3.0, -4.0], rtol=1e-6)
+
+
 @pytest.mark.parametrize("max_norm", [0.0, -1.0, np.nan])
 def test_clip_to_no_norm_is_refused(max_norm):
     with pytest.raises(ValueError) as refused:
@@ -406,6 +500,25 @@ def test_optax_accumulates_the_gradients_of_several_batches(uncompiled):
             state, _ = step(state, jnp.asarray(batch, jnp.float32))
     np.testing.assert_array_equal(state.params["p"], [-2.0, -4.0])
     assert int(state.skipped) == 1
+
+
+def test_accumulation_of_the_readme_is_the_update_of_the_whole_batch():
+    """Its parts have 38, 5, 8 and 24 steps."""
+    readme = pathlib.Path(training.__file__).with_name("README.md").read_text()
+    [block] = [b for b in re.findall(r"```python\n(.*?)```", readme, re.S) if "MultiSteps" in b]
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        exec(block, names := {"__name__": "readme"})
+    params, mask = jaxgru.init_gru(jax.random.key(0), 3, 16), np.asarray(names["mask"])
+
+    def mean_over_steps(params):
+        hs = jaxgru.gru(params, names["xs"], mask=names["mask"])[1]
+        squares = jnp.square(hs[..., 0] - names["targets"][..., 0])
+        return jnp.sum(jnp.where(names["mask"], squares, 0)) / float(mask.sum())
+
+    grads = jax.jit(jax.grad(mean_over_steps))(params)
+    wanted = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
+    assert_close(names["state"].params, wanted, 1e-6)
+    assert mask.sum() == 75 and int(names["state"].skipped) == 0
 
 
 def test_what_became_infinite_in_carry_or_optimizer_skips_the_update(uncompiled):
@@ -455,23 +568,45 @@ class Pair(NamedTuple):
     one: Any
 
 
+FORM = "loss_fn must return (loss, (carry, metrics))"
+KEEP = "loss_fn must keep carry"
+CHANGE = "; cast it or change its shape."
+LOSS = f"{FORM} with a floating scalar loss, got"
 RETURNED = [
-    (lambda loss, carry: None, TypeError, ", got NoneType."),
-    (lambda loss, carry: (loss, carry, {}), TypeError, ", got tuple."),
+    (lambda loss, carry: None, TypeError, f"{FORM}, got NoneType."),
+    (lambda loss, carry: (loss, carry, {}), TypeError, f"{FORM}, got tuple."),
     (lambda loss, carry: (loss, (carry, 1)), TypeError,
-     " with metrics a dict of scalars, got int."),
+     f"{FORM} with metrics a dict of scalars, got int."),
+    (lambda loss, carry: (loss.astype(jnp.int32), (carry, {})), TypeError,
+     f"{LOSS} int32[]; e.g. take a mean."),
+    (lambda loss, carry: (loss > 0, (carry, {})), TypeError, f"{LOSS} bool[]; e.g. take a mean."),
+    (lambda loss, carry: (loss * jnp.ones(2), (carry, {})), TypeError,
+     f"{LOSS} float32[2]; e.g. take a mean."),
+    (lambda loss, carry: (loss.astype(jnp.complex64), (carry, {})), TypeError,
+     f"{LOSS} complex64[]; e.g. take a mean."),
+    (lambda loss, carry: ([loss], (carry, {})), TypeError, f"{LOSS} list; e.g. take a mean."),
     (lambda loss, carry: (loss, ((jnp.ones(3),), {})), ValueError,
-     " with a carry of the state's shapes, ((),), got ((3,),)."),
+     f"{KEEP}[0] as bfloat16[], got float32[3]{CHANGE}"),
+    (lambda loss, carry: (loss, ((carry[0].astype(jnp.float32),), {})), ValueError,
+     f"{KEEP}[0] as bfloat16[], got float32[]{CHANGE}"),
     (lambda loss, carry: (loss, (None, {})), ValueError,
-     " with a carry of the state's shapes, ((),), got None."),
+     f"{KEEP} with the structure PyTreeDef((*,)), got PyTreeDef(None)."),
     (lambda loss, carry: (loss, (Pair(*carry), {})), ValueError,
-     " with a carry of the state's shapes, ((),), got Pair(one=())."),
-    (lambda loss, carry: (loss, (carry, dict.fromkeys(
-        ("skipped", "loss", "update", "gradient_norm", "seconds", "mine"), loss))), ValueError,
-     " with metric names that are not reserved, got ['gradient_norm', 'loss', 'seconds', "
-     "'skipped', 'update']."),
+     f"{KEEP} with the structure PyTreeDef((*,)), got PyTreeDef(CustomNode(namedtuple[Pair], [*]))"
+     "."),
     (lambda loss, carry: (loss, (carry, {"u": 1.0, "v": jnp.ones((3, 1))})), ValueError,
-     " with scalar metrics, got v[3, 1]."),
+     f"{FORM} with real scalars as metrics, got 'v': float32[3, 1]."),
+    (lambda loss, carry: (loss, (carry, {"v": loss.astype(jnp.complex64)})), ValueError,
+     f"{FORM} with real scalars as metrics, got 'v': complex64[]."),
+    (lambda loss, carry: (loss, (carry, {"v": "text"})), ValueError,
+     f"{FORM} with real scalars as metrics, got 'v': str."),
+    (lambda loss, carry: (loss, (carry, {"v": jax.random.key(0)})), ValueError,
+     f"{FORM} with real scalars as metrics, got 'v': key<fry>[]."),
+    (lambda loss, carry: (loss, (carry, {1: loss})), ValueError,
+     f"{FORM} with strings as the names of metrics, got 1."),
+    *[(lambda loss, carry, name=name: (loss, (carry, {"mine": loss, name: loss})), ValueError,
+       f"{FORM} with metric names that are not reserved, got {name!r}.")
+      for name in ("skipped", "loss", "update", "gradient_norm", "seconds", "items_per_second")],
 ]  # fmt: skip
 
 
@@ -480,12 +615,23 @@ def test_loss_that_returns_something_else_is_refused(result, error, message):
     def loss_fn(params, carry, batch, key):
         return result(jnp.sum(params["p"]), carry)
 
-    state = start(SGD)._replace(carry=(jnp.float32(0),))
+    state = start(SGD)._replace(carry=(jnp.bfloat16(0),))
     with pytest.raises(error) as refused:
-        make_train_step(loss_fn, SGD)(state, None)
-    assert (
-        str(refused.value) == f"train_step: loss_fn must return (loss, (carry, metrics)){message}"
-    )
+        jax.eval_shape(make_train_step(loss_fn, SGD), state, None)
+    assert str(refused.value) == f"train_step: {message}"
+
+
+def test_loss_may_return_numbers_of_python_and_keys():
+    """A number of Python's takes the dtype of the carry."""
+
+    def loss_fn(params, carry, batch, key):
+        return jnp.sum(params["p"]), ({"n": 0, "key": key}, {"n": 3, "half": 0.5, "true": True})
+
+    carry = {"n": jnp.bfloat16(1), "key": jax.random.key(1)}
+    state, metrics = make_train_step(loss_fn, SGD)(start(SGD)._replace(carry=carry), None)
+    assert (state.carry["n"].dtype, float(state.carry["n"])) == (jnp.bfloat16, 0.0)
+    assert [metrics[name].item() for name in ("n", "half", "true")] == [3, 0.5, True]
+    assert not state.carry["key"].is_deleted()
 
 
 def test_clip_keeps_float64(x64):

@@ -1,6 +1,7 @@
 """Scans over time in chunks, so that the temporaries of a chunk stay in the caches."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +45,7 @@ def scan_chunks(size, chunk, carry, per_step, per_chunk, *, reverse):
 
     full = num_steps - rest
     parts = [(slice(full), slice(count)), (slice(full, None), slice(count, None))]
-    found = [None, None]
+    found: list[Any] = [None, None]
     for i in (1, 0) if reverse else (0, 1):
         carry, *found[i] = part(carry, *parts[i])
     steps, chunks = jax.tree.map(lambda u, v: jnp.concatenate([u, v]), *found)

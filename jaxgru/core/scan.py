@@ -4,7 +4,7 @@ One product projects all inputs of a chunk; then the loop runs its steps.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
@@ -62,7 +62,7 @@ def run_chunk(config, params, recurrent, h, inputs, key, save_gates):
     return run(config, recurrent, h, a, inputs, save_gates)
 
 
-def scan_steps(config, recurrent, h, a, inputs, save_gates):
+def scan_steps(config, recurrent, h, a, inputs, save_gates) -> Any:
     """h after the chunk, and (hs, gates or None), from the projected inputs a."""
 
     def body(h, inputs):

@@ -56,7 +56,7 @@ def init_train_state(
     _require_optimizer("init_train_state", optimizer)
     if key is None:
         raise TypeError("init_train_state: key must be a jax.random.key, got None.")
-    require_key("init_train_state", {}, key, True)
+    require_key("init_train_state", key)
     params, carry = jax.tree.map(_strong, jax.tree.map(jnp.copy, (params, carry)))
     step, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
     # Some optimizers store the buffers of the parameters in their state.

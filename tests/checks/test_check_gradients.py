@@ -604,10 +604,12 @@ def test_grid_of_nothing_is_refused():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"specs": [CHO_2014, "cho"]}, "specs[1] must be a GRUSpec, such as jaxgru.PYTORCH, got 'cho'."),
+        ({"specs": [CHO_2014, "cho"]},
+          "specs[1] must be a GRUSpec, such as jaxgru.PYTORCH, got 'cho'."),
         ({"specs": "cho"}, "specs[0] must be a GRUSpec, such as jaxgru.PYTORCH, got 'cho'."),
         ({"reverses": [False, "no"]}, "reverses[1] must be a bool, got 'no'."),
-        ({"mask": np.ones((2, 1))}, "mask must be a bool array, got float64; length_mask makes one of lengths."),
+        ({"mask": np.ones((2, 1))}, 
+          "mask must be a bool array, got float64; length_mask makes one of lengths."),
         ({"gradients": "bp"}, "gradient must be one of 'bptt', 'tangent', 'autodiff', got 'bp'."),
         ({"h0": np.ones((1, 2), np.float32)},
          "h0 must have shape (1, 1) (the batch axes of xs, then H=1 rows of params.w_h), got "

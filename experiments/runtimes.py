@@ -179,7 +179,7 @@ def run_onnx(file, names, xs, merge):
         shape = (1 + (attribute(node, "direction") == b"bidirectional"), batch)
         shape = (*(shape[::-1] if attribute(node, "layout") else shape),)
         _, _, _, _, lengths, h0 = [*node.input, "", "", ""][:6]
-        given = {lengths: np.full(batch, steps, np.int32)}
+        given: dict[str, Any] = {lengths: np.full(batch, steps, np.int32)}
         given[h0] = np.zeros((*shape, attribute(node, "hidden_size") or 0), np.float32)
         feeds |= {name: value for name, value in given.items() if name in free}
     if missing := free - {*feeds}:
@@ -193,7 +193,7 @@ def run_onnx(file, names, xs, merge):
     versions = {"opset_imports": model.opset_import, "ir_version": model.ir_version}
     part = helper.make_model(graph, **versions).SerializeToString()
     try:
-        ys = onnxruntime.InferenceSession(part).run(None, feeds)[0]
+        ys: Any = onnxruntime.InferenceSession(part).run(None, feeds)[0]
     except Exception as error:  # onnxruntime has a class for each kind of failure
         raise NotRunError(str(error).splitlines()[0]) from error
     ys = ys.transpose(1, 2, 0, 3) if attribute(last, "layout") else ys

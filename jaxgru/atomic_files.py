@@ -1,12 +1,35 @@
-"""Atomic writes: a file or folder appears complete, or not at all."""
+"""Atomic writes: a file or folder appears complete, or not at all; and the check of its JSON."""
 
+import json
 import os
 import pathlib
 import secrets
 import shutil
+from typing import Any
 
 PREFIX, SUFFIX = ".jaxgru-", ".tmp"  # of the names of temporary files
 _REPLACED = ".replaced"  # follows them in the name of a folder that is being replaced
+
+
+def require_json(function: str, argument: str, value: Any) -> None:
+    """TypeError if JSON cannot hold the value, ValueError if JSON changes it."""
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        for key, entry in value.items():
+            require_json(function, f"{argument}[{key!r}]", entry)
+        return
+    try:
+        same = json.loads(json.dumps(value, allow_nan=False)) == value
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(
+            f"{function}: {argument} must be a JSON value, got {value!r} ({error}); use finite "
+            "Python numbers, such as array.item(), and strings, lists and dicts."
+        ) from error
+    if not same:
+        raise ValueError(
+            f"{function}: {argument} must be the same after it is saved as JSON, got {value!r}; "
+            "use lists instead of tuples, and strings as keys."
+        )
 
 
 def write_atomically(path: str | os.PathLike, data: bytes) -> None:

@@ -29,7 +29,7 @@ def two_nodes(path, between, lower=(), upper=(), directions=1, width=None, opset
     between them is "operator inputs > outputs" and its attributes.
     """
     helper, rng = onnx.helper, np.random.default_rng(0)
-    both = attributes | {"hidden_size": 3}
+    both: dict = attributes | {"hidden_size": 3}
     both |= {"direction": "bidirectional"} if directions == 2 else {}
     last = both.pop("of_upper", {})
     sizes = {"W": 3, "W2": width or 3 * directions, "R": 3, "R2": 3}

@@ -49,7 +49,7 @@ class OnnxGRU(NamedTuple):
 
 
 def read_onnx(
-    file: str | os.PathLike, *, inputs: Mapping[str, Any] | None = None
+    path: str | os.PathLike, *, inputs: Mapping[str, Any] | None = None
 ) -> tuple[OnnxGRU, ...]:
     """Reads every GRU node of an ONNX file and its subgraphs, in the graph's order.
 
@@ -57,7 +57,7 @@ def read_onnx(
     transposes, ...).
 
     Args:
-      file: the path of the model.
+      path: the path of the model.
       inputs: values of graph inputs by name, for models whose weights are inputs.
 
     Returns: an `OnnxGRU` for each node. Nodes that follow one another (see `below`) are the stack
@@ -71,12 +71,12 @@ def read_onnx(
       TypeError: weights are not floating.
     """
     onnx = require_extra("read_onnx", "onnx", "onnx.reference")
-    with open(file, "rb") as opened:
+    with open(path, "rb") as opened:
         try:
             model = onnx.load(opened, format="protobuf")
         except Exception as error:  # protobuf's DecodeError, onnx's ValidationError, or an OSError
             raise ValueError(
-                f"read_onnx: {file} must be an intact ONNX model, got: {error}."
+                f"read_onnx: {path} must be an intact ONNX model, got: {error}."
             ) from error
     given = {name: np.asarray(value) for name, value in (inputs or {}).items()}
     known = {entry.name for entry in [*model.graph.input, *model.graph.initializer]}
@@ -90,11 +90,11 @@ def read_onnx(
         found = tuple(_read_node(onnx, *place) for place in places)
     except RecursionError as error:
         raise ValueError(
-            f"read_onnx: {file} must compute its weights with fewer nodes, got a chain of nodes "
+            f"read_onnx: {path} must compute its weights with fewer nodes, got a chain of nodes "
             "beyond Python's recursion limit."
         ) from error
     if not found:
-        raise ValueError(f"read_onnx: {file} must hold a GRU node of ONNX, got none.")
+        raise ValueError(f"read_onnx: {path} must hold a GRU node of ONNX, got none.")
     names = [node.name for node in found]
     return tuple(v._replace(below="") if names.count(v.below) > 1 else v for v in found)
 

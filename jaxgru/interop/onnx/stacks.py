@@ -5,11 +5,12 @@ Only operators that move entries, or sum them, may read these numbers, so their 
 """
 
 import math
+from typing import Any
 
 import numpy as np
 
 # The operators that may stand between two GRUs, and which of their inputs may depend on the data.
-_OPERATORS = dict.fromkeys(
+_OPERATORS: dict[str, Any] = dict.fromkeys(
     ("Cast", "Dropout", "Expand", "Flatten", "Gather", "Identity", "ReduceSum", "Reshape", "Shape",
      "Split", "Squeeze", "Transpose", "Unsqueeze"), (0,)
 )  # fmt: skip
@@ -37,10 +38,9 @@ class Stacks:
 
     def below(self, upper):
         """The GRU node whose outputs Y are the inputs X of this one, or None."""
-        lower, places = self.makers.get(upper.input[0]), (0,)
+        lower: Any = self.makers.get(upper.input[0])
         for _ in self.nodes:
-            places = () if lower is None else _OPERATORS.get(lower.op_type, ())
-            if places:
+            if places := _OPERATORS.get(getattr(lower, "op_type", ""), ()):
                 lower = self.makers.get(lower.input[places[0]])
         if lower is None or (lower.op_type, lower.domain in _DOMAINS) != ("GRU", True):
             return None
@@ -66,7 +66,7 @@ class Stacks:
             y = rng.random((steps, count, batch, size))
             side_by_side = y.transpose(0, 2, 1, 3).reshape(steps, batch, -1)
             for lengths in (np.full(batch, steps), np.arange(batch) % (steps + 1)):
-                got = _Values(self, lower, y, lengths).get(upper.input[0])[0]
+                got: Any = _Values(self, lower, y, lengths).get(upper.input[0])[0]
                 if self.attributes_of(upper).get("layout"):
                     got = got.transpose(1, 0, 2)
                 valid = np.arange(steps)[:, None] < lengths
@@ -132,8 +132,8 @@ class _Values:
         if (constant := self.stacks.value_of(name)) is not None:
             exact = constant.dtype.kind in "iub"
             return constant if exact else constant.astype(np.float64), set()
-        node = self.stacks.makers.get(name)
-        places = _OPERATORS.get(node.op_type) if node is not None else None
+        node: Any = self.stacks.makers.get(name)
+        places: Any = _OPERATORS.get(getattr(node, "op_type", ""))
         if places is None or node.domain not in _DOMAINS:
             raise _Unproven
         entries = [self.get(i) if i else (None, set()) for i in node.input]

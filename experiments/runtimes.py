@@ -43,7 +43,7 @@ def run_layers(kind, layers, xs, merge, activation, reset_after):
         jax.numpy_rank_promotion("allow"),
         jax.numpy_dtype_promotion("standard"),
     ):
-        ys = jnp.asarray(xs)
+        ys: Any = jnp.asarray(xs)
         for layer in layers:
             layer = jax.tree.map(lambda v: jnp.asarray(v, jnp.float64), layer)
             if isinstance(layer, Bidirectional):
@@ -88,7 +88,9 @@ def _nnx(arrays, xs, activation, after):
     from flax import nnx
 
     sizes = xs.shape[-1], arrays["dense_h/kernel"].shape[0]
-    cell = nnx.GRUCell(*sizes, activation_fn=activation, param_dtype=xs.dtype, rngs=nnx.Rngs(0))
+    cell: Any = nnx.GRUCell(
+        *sizes, activation_fn=activation, param_dtype=xs.dtype, rngs=nnx.Rngs(0)
+    )
     cell.dense_i.kernel.set_value(arrays["dense_i/kernel"])
     cell.dense_i.bias.set_value(arrays["dense_i/bias"])
     cell.dense_h.kernel.set_value(arrays["dense_h/kernel"])

@@ -11,24 +11,25 @@ PREFIX, SUFFIX = ".jaxgru-", ".tmp"  # of the names of temporary files
 _REPLACED = ".replaced"  # follows them in the name of a folder that is being replaced
 
 
-def require_json(function: str, argument: str, value: Any) -> None:
-    """TypeError if JSON cannot hold the value, ValueError if JSON changes it."""
+def require_json(function: str, name: str, value: Any) -> None:
+    """TypeError unless value is of JSON, ValueError if JSON changes it: it would not load equal."""
     if isinstance(value, dict) and all(isinstance(key, str) for key in value):
         for key, entry in value.items():
-            require_json(function, f"{argument}[{key!r}]", entry)
+            require_json(function, f"{name}[{key!r}]", entry)
         return
     try:
         same = json.loads(json.dumps(value, allow_nan=False)) == value
-    except (TypeError, ValueError) as error:
-        kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(
-            f"{function}: {argument} must be a JSON value, got {value!r} ({error}); use finite "
-            "Python numbers, such as array.item(), and strings, lists and dicts."
-        ) from error
+    except TypeError as error:
+        raise TypeError(
+            f"{function}: {name} must be a JSON value, got {value!r}; convert it to a Python "
+            f"number, string, list or dict ({error})."
+        ) from None
+    except ValueError:  # NaN or infinity
+        same = False
     if not same:
         raise ValueError(
-            f"{function}: {argument} must be the same after it is saved as JSON, got {value!r}; "
-            "use lists instead of tuples, and strings as keys."
+            f"{function}: {name} must be the same after it is saved as JSON, got {value!r}; use "
+            "finite numbers, lists instead of tuples, and strings as keys."
         )
 
 

@@ -20,7 +20,6 @@ from jaxgru.atomic_files import (
     flush_folder,
     remove_leftovers,
     replace_folder,
-    require_json,
     write_atomically,
 )
 from jaxgru.core.checks import require_choice, require_count, require_extra
@@ -86,7 +85,7 @@ def save_checkpoint(
     leaves, metadata = _leaves(state)[0], {"run": run or {}, "loop": loop or {}}
     arrays = _arrays(leaves)
     for name, value in metadata.items():
-        require_json("save_checkpoint", name, value)
+        _require_json("save_checkpoint", name, value)
     record = {
         "format": _FORMAT,
         "leaves": {name: _form(leaf) for name, leaf in leaves.items()},
@@ -194,7 +193,7 @@ def load_checkpoint(
     Cost: two reads, one of them for the sha256.
     """
     orbax = require_extra("load_checkpoint", "orbax", "orbax.checkpoint").checkpoint
-    require_json("load_checkpoint", "run", run)
+    _require_json("load_checkpoint", "run", run)
     path = pathlib.Path(path)
     try:
         record = _read_manifest(path)
@@ -226,6 +225,18 @@ def _require_step(argument, step):
     step = step.item() if getattr(step, "shape", None) == () else step
     require_count("save_checkpoint", argument, step, least=0)
     return step
+
+
+def _require_json(function, name, value):
+    """Raises ValueError if JSON changes the value, which would then never be equal on loading."""
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        for key, entry in value.items():
+            _require_json(function, f"{name}[{key!r}]", entry)
+    elif json.loads(json.dumps(value, allow_nan=False)) != value:
+        raise ValueError(
+            f"{function}: {name} must be the same after it is saved as JSON, got {value!r}; use "
+            "lists instead of tuples, and strings as keys."
+        )
 
 
 def _first_intact(numbered):

@@ -456,19 +456,15 @@ def test_metadata_that_json_would_change_is_refused(tmp_path, metadata, message)
     assert steps(tmp_path) == [7]
 
 
-NO_JSON = "['spec'] must be a JSON value, got <object object at "
+NO_JSON = "Object of type object is not JSON serializable"
 BAD_ARGUMENTS = [
     ({"step": -1}, ValueError, "save_checkpoint: step must be at least 0, got -1."),
     ({"step": 1.0}, TypeError, "save_checkpoint: step must be an integer, got 1.0."),
     ({"step": np.True_}, TypeError, "save_checkpoint: step must be an integer, got True."),
     ({"best_step": -1}, ValueError, "save_checkpoint: best_step must be at least 0, got -1."),
-    ({"run": {"spec": object()}}, TypeError, f"save_checkpoint: run{NO_JSON}"),
-    ({"loop": {"spec": object()}}, TypeError, f"save_checkpoint: loop{NO_JSON}"),
-    (
-        {"run": {"rate": float("nan")}},
-        ValueError,
-        "save_checkpoint: run['rate'] must be a JSON value, got nan (Out of range float values ",
-    ),
+    ({"run": {"spec": object()}}, TypeError, NO_JSON),
+    ({"loop": {"spec": object()}}, TypeError, NO_JSON),
+    ({"run": {"rate": float("nan")}}, ValueError, "Out of range float values are not JSON compli"),
 ]
 
 
@@ -476,8 +472,8 @@ BAD_ARGUMENTS = [
 def test_bad_argument_is_refused_and_writes_nothing(tmp_path, options, error, message):
     with pytest.raises(error) as refused:
         save_checkpoint(tmp_path, **{"step": 1, "state": make_state(), **options})
-    whole = message.endswith(".")  # the others go on with Python's own message
-    assert str(refused.value) == message if whole else str(refused.value).startswith(message)
+    own = message.startswith("save_checkpoint")  # the others are Python's
+    assert str(refused.value) == message if own else str(refused.value).startswith(message)
     assert list(tmp_path.iterdir()) == []
 
 

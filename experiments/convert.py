@@ -2,6 +2,7 @@
 
     python -m experiments.convert --from torch rnn.safetensors --to onnx rnn.onnx
     python -m experiments.convert --from keras model.weights.h5 --to torch rnn.safetensors
+    python -m experiments.convert --from jaxgru RUN --to onnx lm.onnx --to keras gru.safetensors
 
 torch, keras, linen, nnx, equinox, haiku          .safetensors or .npz with the library's own
                                                   names for the arrays
@@ -9,7 +10,8 @@ keras                                             also .weights.h5 from `model.s
                                                   (source only; needs h5py)
 onnx                                              .onnx: the GRU nodes of a source, in the order
                                                   of its graph; as a target, a model that runs
-jaxgru                                            .safetensors of `interop.save_weights`
+jaxgru                                            .safetensors of `interop.save_weights`; as a
+                                                  source also the run folder of an experiment
 stablehlo                                         the forward program with its weights, written by
                                                   `jax.export` (target only)
 
@@ -29,13 +31,16 @@ Some files do not hold the activation, or whether the reset gate comes before or
 refused: write `safetensors.torch.save_file(module.state_dict(), FILE)` instead.
 
 The command prints what it read, and which weights it merged or negated. It then reads the new file
-again and compares the outputs for a random input in float64; where onnxruntime and torch are
-installed, it also runs their own GRUs. A difference is relative to the largest output. The exit
+again and compares the outputs for a random input in float64. It compares them also with those of
+the source in the library that wrote it (of ONNX files in onnxruntime, from the input of the first
+GRU to the outputs of the last), and with those of the new file in its own library; a library that
+could not be run is listed with the reason. A difference is relative to the largest output. The exit
 code is 0 if all differences are rounding in the dtype of the weights, 1 if not, and 2 if the input
-cannot be used. The file is written only with exit code 0, and no file is overwritten.
+cannot be used. A file is written only if it agrees, and no file is overwritten.
 """
 
 import argparse
+import contextlib
 import io
 import itertools
 import os
@@ -53,6 +58,7 @@ import numpy as np
 from jax import export
 
 import jaxgru
+from experiments import runtimes
 from experiments.data import DataError
 from experiments.runs import run_script
 from jaxgru import Bidirectional, GRUParams, interop, models
@@ -85,15 +91,11 @@ def parse_args(argv):
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    for name, dest, kinds in (("--from", "source", FORMATS), ("--to", "target", TARGETS)):
-        parser.add_argument(
-            name,
-            dest=dest,
-            nargs=2,
-            metavar=("FORMAT", "FILE"),
-            required=True,
-            help=f"FORMAT is one of {', '.join(kinds)}",
-        )
+    pair: dict[str, Any] = {"nargs": 2, "metavar": ("FORMAT", "FILE"), "required": True}
+    for name, dest, kinds in (("--from", "source", FORMATS), ("--to", "targets", TARGETS)):
+        action, often = ("append", "; may be repeated") if name == "--to" else ("store", "")
+        listed = f"FORMAT is one of {', '.join(kinds)}{often}"
+        parser.add_argument(name, dest=dest, action=action, help=listed, **pair)
     parser.add_argument(
         "--layer",
         action="append",
@@ -127,64 +129,74 @@ def parse_args(argv):
         parser.error(f"--seed must be at least 0, got {args.seed}")
     for option in ("cell", "step"):
         kind = {"cell": "torch", "step": "stablehlo"}[option]
-        if getattr(args, option) and args.target[0] != kind:
+        if getattr(args, option) and {name for name, _ in args.targets} != {kind}:
             parser.error(f"--{option} is only for the target {kind}")
-    for (kind, _), kinds in ((args.source, FORMATS), (args.target, TARGETS)):
+    for (kind, _), kinds in ((args.source, FORMATS), *((v, TARGETS) for v in args.targets)):
         if kind not in kinds:
             parser.error(f"a format must be one of {', '.join(kinds)}, got {kind}")
     return args
 
 
 def convert(args):
-    """Converts one file.
+    """Converts one file to all targets; returns the largest exit code."""
+    places = [pathlib.Path(file) for _, file in args.targets]
+    for place in places:
+        if place.exists() or places.count(place) > 1:
+            raise DataError(f"{place} exists or is named twice; nothing was overwritten")
+        if not place.parent.is_dir():
+            raise DataError(f"{place.parent} is not a folder")
+    (source, source_file), codes = args.source, []
+    with noting() as texts:
+        model, notes = read(source, source_file, args)
+    print(f"read     {source:8} {source_file}: {describe(layers_of(model))}")
+    for number, (target, place) in enumerate(zip([kind for kind, _ in args.targets], places)):
+        codes.append(convert_to(args, target, place, model, [*notes, *texts] if not number else []))
+    return max(codes)
 
-    The new file is written to a temporary folder next to the target, read again and compared. It
-    is moved to the target only if it agrees.
-    """
-    (source, source_file), (target, target_file) = args.source, args.target
-    place = pathlib.Path(target_file)
-    if place.exists():
-        raise DataError(f"{place} exists; nothing was overwritten")
-    if not place.parent.is_dir():
-        raise DataError(f"{place.parent} is not a folder")
-    with (
-        tempfile.TemporaryDirectory(dir=place.parent) as folder,
-        warnings.catch_warnings(record=True) as caught,
-    ):
+
+@contextlib.contextmanager
+def noting():
+    """Collects the texts of warnings; raises a DataError for an error of the package."""
+    texts: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        new = pathlib.Path(folder) / place.name
         try:
-            model, notes = read(source, source_file, args)
-            print(f"read     {source:8} {source_file}: {describe(layers_of(model))}")
-            errors, more = write_and_compare(args, new, model)
+            yield texts
         except ImportError as error:
             cure = "pip install -e '.[experiments,onnx,safetensors,export]'"
             raise DataError(f"{error} For every format: {cure}") from error
         except MemoryError as error:
-            raise DataError(f"{source_file} declares arrays that do not fit in memory") from error
+            raise DataError("a file declares arrays that do not fit in memory") from error
         except (ValueError, TypeError) as error:
             raise DataError(str(error)) from error
-        texts = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
+    texts += [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
+
+
+def convert_to(args, target, place, model, notes):
+    """Writes one target and prints how it compares; returns the exit code.
+
+    The new file is written to a temporary folder next to the target, read again and compared. It
+    is moved to the target only if it agrees.
+    """
+    with tempfile.TemporaryDirectory(dir=place.parent) as folder:
+        new = pathlib.Path(folder) / place.name
+        with noting() as texts:
+            xs = draw_float64(model, args.seed)
+            wanted = run_stack(layers_of(model), xs, args.merge)
+            more = write(target, new, model, args)
+            errors, reasons = compare(args, target, new, model, xs, wanted)
         for note in dict.fromkeys([*notes, *more, *texts]):
             print(f"note     {note}")
         agree = within_rounding(errors, model)
         if agree:
             os.link(new, place)  # raises if the file was created in the meantime
-        print(f"{'wrote' if agree else 'not written, see below:':8} {target:8} {target_file}")
+    print(f"{'wrote' if agree else 'not written, see below:':8} {target:8} {place}")
     print(f"largest difference / largest output, for a random input of T={STEPS}, B={BATCH}:")
     for name, error in errors.items():
         print(f"  {error:8.1e}  {name}")
+    for name, reason in reasons.items():
+        print(f"  not run   {name}: {reason}")
     return 0 if agree else 1
-
-
-def write_and_compare(args, new, model):
-    """Writes the new file; returns (errors by name, notes)."""
-    rng = np.random.default_rng(args.seed)
-    wanted = run_stack(layers_of(model), draw_float64(model, args.seed), args.merge)
-    notes, again = write(args.target[0], new, model, args), None
-    if args.target[0] != "stablehlo":
-        again = read(args.target[0], new, args_of_target(args, model))
-    return compare(args, new, model, again, wanted, rng), notes
 
 
 def within_rounding(errors, model):
@@ -198,8 +210,9 @@ def read(kind, file, args):
     if kind == "jaxgru":
         if args.layer:
             raise DataError("--layer is not for jaxgru, whose files hold their structure")
-        loaded = interop.load_weights(file)
-        return loaded.params, ()
+        path = pathlib.Path(file)
+        path = path / "weights.safetensors" if path.is_dir() else path
+        return interop.load_weights(path).params, ()
     if kind == "onnx":
         return read_nodes(file, args.layer)
     arrays = read_arrays(file, kind)
@@ -223,16 +236,16 @@ def read_nodes(file, names):
     """(stack, notes) of all GRU nodes of an ONNX file, or of those named."""
     nodes = interop.read_onnx(file)
     if names:
-        found = {node.name: node for node in nodes}
-        if missing := [name for name in names if name not in found]:
-            raise DataError(f"{file} must hold GRU nodes {missing}; its own are {list(found)}")
-        nodes = [found[name] for name in names]
+        found = [node.name for node in nodes]
+        if missing := [name for name in names if found.count(name) != 1]:
+            raise DataError(f"{file} must hold one GRU node of each of {missing}; it holds {found}")
+        nodes = [nodes[found.index(name)] for name in names]
     listed = " ".join(f"--layer {node.name}" for node in nodes)
     for lower, node in itertools.pairwise(nodes):
         if node.below != lower.name and not names:
             raise DataError(
-                f"{file}: GRU nodes must be a stack, but node {node.name!r} does not read only the "
-                f"outputs of {lower.name!r}; choose the nodes of a stack from {listed}"
+                f"{file}: GRU nodes must be a stack, but node {node.name!r} is not known to read "
+                f"just the outputs of {lower.name!r}; choose the nodes of a stack from {listed}"
             )
     for node in nodes:
         if node.direction == "reverse":
@@ -416,9 +429,8 @@ def args_of_target(args, model):
     specs = equations_of(layers_of(model))
     resets = {spec.reset for spec in specs}
     reset = resets.pop() if len(resets) == 1 else None  # None: from the shapes of the biases
-    return argparse.Namespace(
-        layer=[], reset=reset, activation=specs[0].activation, activation_given=True
-    )
+    options = {"reset": reset, "activation": specs[0].activation, "activation_given": True}
+    return argparse.Namespace(layer=[], merge=args.merge, **options)
 
 
 def layers_of(model: Any) -> Any:
@@ -451,27 +463,50 @@ def describe(layers):
     return f"{len(layers)} layer{'s' * (len(layers) > 1)}{both}, {sizes}; {equations}"
 
 
-def compare(args, new, model, again, wanted, rng):
-    """{name: largest difference of the outputs for a random input}."""
-    xs = draw_float64(model, args.seed)
-    found: dict[str, Any] = {}
-    if again is not None:
-        found["read again, float64"] = run_stack(layers_of(again[0]), xs, args.merge)
-    if args.source[0] == "torch":
-        found["the source in torch.nn.GRU, float64"] = run_torch(
-            args.source[1], args.layer, args, xs
-        )
-    if args.target[0] == "torch":
-        found["in torch.nn.GRU, float64"] = run_torch(new, [], args, xs)
-    errors = {k: largest_difference(v, wanted) for k, v in found.items() if v is not None}
+def compare(args, target, new, model, xs, wanted):
+    """({name: largest difference of the outputs for a random input}, {name: why it was not run})"""
+    found, reasons, own = {}, {}, args_of_target(args, model)
     dtype = first_cell(layers_of(model)).w_x.dtype
-    if args.target[0] == "onnx" and dtype == np.float32:
-        error = difference_of_onnxruntime(args, new, model, rng)
-        errors |= {} if error is None else {"in onnxruntime, float32": error}
-    if args.target[0] == "stablehlo":
+    if target != "stablehlo":
+        again = layers_of(read(target, new, own)[0])
+        found["read again, float64"] = run_stack(again, xs, args.merge)
+    for start, kind, file, options in (
+        ("the source ", *args.source, args), ("", target, new, own)
+    ):  # fmt: skip
+        if kind in runtimes.NAMES:
+            width = "float32" if kind == "onnx" else "float64"
+            name = f"{start}in {runtimes.NAMES[kind]}, {width}"
+            try:
+                if kind == "onnx" and dtype != np.float32:
+                    raise runtimes.NotRunError(f"its GRU has no {dtype}")
+                found[name] = run_library(kind, file, options, xs)
+            except ImportError as error:
+                reasons[name] = f"{error.name} is not installed"
+            except runtimes.NotRunError as error:
+                reasons[name] = str(error)
+    errors = {k: largest_difference(v, wanted) for k, v in found.items()}
+    rng = np.random.default_rng(args.seed)
+    if target == "onnx" and "in onnxruntime, float32" in errors:
+        name = "in onnxruntime, float32, whole and with random lengths"
+        errors[name] = difference_of_onnxruntime(args, new, model, rng)
+    if target == "stablehlo":
         error = difference_of_program(args, new, model, rng)
-        errors |= {f"in the program on {jax.default_backend()}, {dtype}": error}
-    return errors
+        errors[f"in the program on {jax.default_backend()}, {dtype}"] = error
+    return errors, reasons
+
+
+def run_library(kind, file, args, xs):
+    """The outputs of the GRUs of a file, computed by the library that the file is for."""
+    if kind == "onnx":
+        names = args.layer or [node.name for node in interop.read_onnx(file)]
+        return runtimes.run_onnx(file, names, xs, args.merge)
+    arrays = read_arrays(file, kind)
+    if kind == "torch":
+        start = "".join(args.layer)
+        arrays = {k.removeprefix(start): v for k, v in arrays.items() if k.startswith(start)}
+        return runtimes.run_torch(arrays, xs, args.merge)
+    layers, after = nest(arrays, kind, args.layer, file), args.reset != "before"
+    return runtimes.run_layers(kind, layers, xs, args.merge, args.activation, after)
 
 
 def draw_float64(model, seed):
@@ -483,8 +518,12 @@ def draw_float64(model, seed):
 def largest_difference(got, wanted):
     """The largest error relative to the largest wanted entry; 0 for equal arrays, also with NaN."""
     got, wanted = np.asarray(got, np.float64), np.asarray(wanted, np.float64)
+    if got.shape != wanted.shape:
+        return np.inf
     if np.array_equal(got, wanted, equal_nan=True):
         return 0.0
+    valid = ~(np.isnan(got) & np.isnan(wanted))
+    got, wanted = got[valid], wanted[valid]
     return float(np.abs(got - wanted).max() / max(np.abs(wanted).max(), np.finfo(np.float32).tiny))
 
 
@@ -493,27 +532,6 @@ def run_stack(layers, xs, merge):
     with jax.enable_x64(True):
         layers = jax.tree.map(lambda v: jnp.asarray(v, jnp.float64), layers)
         return np.asarray(jaxgru.gru_stack(layers, xs, merge=merge)[1])
-
-
-def run_torch(file, layer, args, xs):
-    """The outputs of torch.nn.GRU with the weights of a file, in float64.
-
-    None without torch, for a GRUCell, and for summed directions.
-    """
-    prefix = "".join(layer)
-    found = read_arrays(file, "torch")
-    arrays = {k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)}
-    try:
-        import torch
-    except ImportError:
-        return None
-    if "weight_ih" in arrays or args.merge == "sum":
-        return None
-    layers = interop.from_torch(arrays).params
-    module = torch.nn.GRU(**interop.to_torch(layers).options, dtype=torch.float64)
-    module.load_state_dict({k: torch.from_numpy(v.astype(np.float64)) for k, v in arrays.items()})
-    with torch.no_grad():
-        return module(torch.from_numpy(xs))[0].numpy()
 
 
 def run_model(model, xs, h0, merge, mask=None):
@@ -536,11 +554,9 @@ def draw_inputs(model, rng):
 
 
 def difference_of_onnxruntime(args, new, model, rng):
-    """The error of onnxruntime's outputs for random lengths; None if it is not installed."""
-    try:
-        import onnxruntime
-    except ImportError:
-        return None
+    """The error of onnxruntime's outputs of the whole model for random lengths."""
+    import onnxruntime
+
     xs, lengths = draw_inputs(model, rng)
     mask = jaxgru.length_mask(lengths, STEPS)
     wanted = run_model(model, jnp.asarray(xs), None, args.merge, mask)[1]

@@ -1,16 +1,40 @@
-"""Atomic writes: a file or folder appears complete, or not at all."""
+"""Atomic writes: a file or folder appears complete, or not at all; and the check of its JSON."""
 
 import errno
+import json
 import os
 import pathlib
 import secrets
 import shutil
 import stat
+from typing import Any
 
 PREFIX, SUFFIX = ".jaxgru-", ".tmp"  # of the names of temporary files
 _REPLACED = ".replaced"  # ends the name of a folder that is being replaced
 # What file systems without locks, without flushes of folders or without reservations answer.
 UNSUPPORTED = (errno.EINVAL, errno.EPERM, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+def require_json(function: str, name: str, value: Any) -> None:
+    """TypeError unless value is of JSON, ValueError if JSON changes it: it would not load equal."""
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        for key, entry in value.items():
+            require_json(function, f"{name}[{key!r}]", entry)
+        return
+    try:
+        same = json.loads(json.dumps(value, allow_nan=False)) == value
+    except TypeError as error:
+        raise TypeError(
+            f"{function}: {name} must be a JSON value, got {value!r}; convert it to a Python "
+            f"number, string, list or dict ({error})."
+        ) from None
+    except ValueError:  # NaN or infinity
+        same = False
+    if not same:
+        raise ValueError(
+            f"{function}: {name} must be the same after it is saved as JSON, got {value!r}; use "
+            "finite numbers, lists instead of tuples, and strings as keys."
+        )
 
 
 def write_atomically(path: str | os.PathLike, data: bytes) -> None:

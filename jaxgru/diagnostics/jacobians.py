@@ -79,8 +79,9 @@ def jacobian_diagonal(params: GRUParams, c: Coefficients) -> jax.Array:
     """`step_jacobian_diagonal` without layer norm, from a step's coefficients."""
     w_r, w_z, w_n = (w.astype(c.K.dtype) for w in blocks(params.w_h))
     own_r, own_z, own_n = (like_row(jnp.diagonal(w), c.K) for w in (w_r, w_z, w_n))
-    if c.r is None:
+    if c.Q is not None:
         return c.K + own_z * c.Z + own_r * c.R + own_n * c.Q
+    assert c.r is not None
     return c.K + own_z * c.Z + c.A * (c.r * own_n + matmul(c.R, w_r.T * w_n))
 
 

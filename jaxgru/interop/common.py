@@ -12,7 +12,8 @@ from typing import Any, NamedTuple, get_args
 import jax
 import numpy as np
 
-from jaxgru.core.parameters import Activation, GRUParams, require_params
+from jaxgru.core.checks import require_choice
+from jaxgru.core.parameters import Activation, GRUParams, GRUSpec, require_params
 from jaxgru.stacks.forms import Bidirectional, as_stack, directions_of, map_grus
 
 ONE_BIAS = (
@@ -39,8 +40,8 @@ class Exported(NamedTuple):
 
     Attributes:
       weights: NumPy arrays under the target's names, in the order or nesting that it loads.
-      options: the arguments of the target's constructor; a list with one entry per layer where
-        `weights` is such a list.
+      options: the arguments of the target's constructor, for each entry where `weights` is a
+        list, a tuple or a `Bidirectional`.
       notes: one sentence each for what was summed, negated or filled with zeros.
     """
 
@@ -56,8 +57,8 @@ class Target(NamedTuple):
     activations: tuple[str, ...] = get_args(Activation)
     update: str = "keep"
     biases: int = 2  # how many of b_x and b_h it has
-    always: bool = False  # whether it always has them
-    merged: str = ""  # which biases it has once, for a note, where b_x and b_h are summed
+    always: bool = False  # True if its biases cannot be left out
+    merged: str = ""  # note that says which biases the target has only once; empty if it has both
 
 
 def named_arrays(function, argument, source, prefix="", separator="/", known_by=()) -> Any:
@@ -199,7 +200,18 @@ def _require_fit(function, argument, params):
     return params
 
 
-def require_exportable(function, params, targets, each_layer=False) -> Any:
+def accept_float64() -> Any:
+    """Lets checks accept float64 arrays although x64 is off: nothing is computed."""
+    return jax.enable_x64(True)
+
+
+def spec_of(function, reset, activation) -> GRUSpec:
+    """The spec of a source whose z keeps; ValueError that names the function and its argument."""
+    require_choice(function, "activation", activation, get_args(Activation))
+    return GRUSpec(reset, "keep", activation)
+
+
+def require_exportable(function, params, targets, each_layer=False, argument="params") -> Any:
     """The parameters as NumPy arrays with the target's z and biases, and notes of what changed.
 
     `targets` has a `Target` for each reset that the library computes. All cells get both biases, or
@@ -213,7 +225,13 @@ def require_exportable(function, params, targets, each_layer=False) -> Any:
                 f"{function}: {name} must be a GRUParams, got {type(cell).__name__}; pass "
                 f"{name}.layers."
             )
-        with jax.enable_x64(True):  # nothing is computed, so float64 need not be enabled
+        if not isinstance(cell, GRUParams):
+            more = " or a Bidirectional" if name.endswith("]") else ""
+            more = ", a Bidirectional or a stack of them" if name == argument else more
+            raise TypeError(
+                f"{function}: {name} must be a GRUParams{more}, got {type(cell).__name__}."
+            )
+        with accept_float64():
             require_params(function, cell, name)
         target = _require_target(function, name, cell, targets)
 
@@ -227,13 +245,13 @@ def require_exportable(function, params, targets, each_layer=False) -> Any:
         notes[f"{negation} {target.update}s in {target.name}"] = None
         return negate_update(cell)
 
-    params = read_layers(function, "params", params, read)
+    params = read_layers(function, argument, params, read)
     for number, layer in enumerate(as_stack(params)):
         specs = [cell.spec for cell in directions_of(layer)]
         if len(set(specs)) > 1:
             raise ValueError(
-                f"{function}: layer {number} of params must have one spec in both directions, as "
-                f"{targets[specs[0].reset].name} has, got {specs[0]} and {specs[1]}."
+                f"{function}: layer {number} of {argument} must have one spec in both directions, "
+                f"as {targets[specs[0].reset].name} has, got {specs[0]} and {specs[1]}."
             )
     if each_layer:
         params = tuple(_with_biases(layer, targets, notes) for layer in as_stack(params))
@@ -330,9 +348,9 @@ def export_cells(function: str, params: Any, targets: Any, write: Callable) -> E
     return Exported(weights, options, notes)
 
 
-def export_layers(function: str, params: Any, targets: Any, write: Callable) -> Exported:
+def export_layers(function, params, targets, write: Callable, argument="params") -> Exported:
     """Exported with the (weights, options) of write(cells) for a layer; of a stack, lists."""
-    layers, notes = require_exportable(function, params, targets, each_layer=True)
+    layers, notes = require_exportable(function, params, targets, True, argument)
     weights, options = map(list, zip(*(write(directions_of(layer)) for layer in layers)))
     if is_stack(params):
         return Exported(weights, options, notes)

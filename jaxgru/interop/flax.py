@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxgru.core.parameters import Activation, GRUParams, GRUSpec
+from jaxgru.core.parameters import Activation, GRUParams
 from jaxgru.interop import common
 from jaxgru.interop.common import Exported, Imported
 
@@ -33,7 +33,7 @@ def from_linen(cell: Any, *, prefix: str = "", activation: Activation = "tanh") 
         them), or no name has the prefix.
       TypeError: the source is of another kind, an array is not floating, or dtypes differ.
     """
-    spec = GRUSpec("after", "keep", activation)
+    spec = common.spec_of("from_linen", "after", activation)
     axes = {f"h{gate}/kernel": "H H" for gate in "rzn"}
     axes |= {f"i{gate}/kernel": "I H" for gate in "rzn"}
     axes |= {f"i{gate}/bias": "H" for gate in "rzn"} | {"hn/bias": "H"}
@@ -93,8 +93,7 @@ def from_nnx(cell: Any, *, prefix: str = "", activation: Activation = "tanh") ->
     Returns: parameters nested as `cell`, with reset "after" and update "keep"; b_h is None.
     Raises: as `from_linen`.
     """
-    spec = GRUSpec("after", "keep", activation)
-
+    spec = common.spec_of("from_nnx", "after", activation)
     axes = {"dense_h/kernel": "H 3H", "dense_i/kernel": "I 3H", "dense_i/bias": "3H"}
 
     def read(name, source):

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxgru.core.parameters import Activation, GRUParams, GRUSpec
+from jaxgru.core.parameters import Activation, GRUParams
 from jaxgru.interop import common
 from jaxgru.interop.common import Exported, Imported, reorder
 from jaxgru.stacks.forms import Bidirectional
@@ -26,6 +26,10 @@ def from_keras(
     kernel [I, 3H] and recurrent_kernel [H, 3H] in blocks z | r | n. bias [2, 3H], the input's row
     first, if the reset gate acts after the product (Keras's default); [3H] if it acts before. Run a
     layer with `go_backwards` with `reverse=True`; Keras returns its outputs in reversed order.
+
+    `model.get_weights()` of two stacked GRUs with I = H has the same shapes as that of one
+    `Bidirectional`, and is read as such. Give the layers apart:
+    `[v.get_weights() for v in model.layers]`, of its GRU layers alone.
 
     Args:
       weights: `layer.get_weights()`, which for a `Bidirectional` has both directions; or a mapping
@@ -63,12 +67,17 @@ def from_keras(
         w_x, w_h, *biases = (reorder(arrays[key]) for key in _NAMES if key in arrays)
         if bias is not None and after:
             biases = biases[0]  # [2, 3H], one row each
-        spec = GRUSpec("after" if after else "before", "keep", activation)
+        spec = common.spec_of(function, "after" if after else "before", activation)
         return GRUParams(w_x, w_h, *biases, spec=spec)
 
     def layer(name, source):
         if isinstance(source, Mapping):
             return cell(name, common.named_arrays(function, name, source))
+        if not isinstance(source, list | tuple):
+            raise TypeError(
+                f"from_keras: {name} must be a layer's get_weights(), a mapping, or a list of "
+                f"those, got {type(source).__name__}."
+            )
         if len(source) not in (2, 3, 4, 6):
             raise ValueError(
                 f"from_keras: {name} must hold 2 or 3 arrays, or 4 or 6 of a Bidirectional, got "
@@ -79,12 +88,6 @@ def from_keras(
         parts = (arrays[:each], arrays[each:])
         cells = [cell(name, dict(zip(_NAMES, part))) for part in parts if part]
         return Bidirectional(*cells) if len(cells) == 2 else cells[0]
-
-    if not isinstance(weights, Mapping | list | tuple):
-        raise TypeError(
-            "from_keras: weights must be a layer's get_weights(), a mapping, or a list of those, "
-            f"got {type(weights).__name__}."
-        )
 
     def is_stack(source):
         return common.is_stack(source) and not any(hasattr(v, "shape") for v in source)

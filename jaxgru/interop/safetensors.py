@@ -1,7 +1,7 @@
 """Parameters in safetensors files: arrays and JSON, no code; needs the extra `safetensors`.
 
-The metadata of a file describe its arrays: the structure, the spec of every GRU, all sizes, and a
-sha256 over all names, dtypes, shapes and bytes. Other programs can read the arrays by name.
+The metadata of a file describe its arrays: the structure, the spec of every GRU, and a sha256 over
+all names, dtypes, shapes and bytes. Other programs can read the arrays by name.
 """
 
 import dataclasses
@@ -10,16 +10,16 @@ import json
 import os
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgru.atomic_files import write_atomically
+from jaxgru.atomic_files import require_json, write_atomically
 from jaxgru.core.checks import require_extra
 from jaxgru.core.parameters import GRUParams, GRUSpec, require_params
-from jaxgru.interop.common import as_float_array, is_stack
-from jaxgru.models.parameters import SequenceParams, TokenParams
-from jaxgru.stacks.forms import Bidirectional
+from jaxgru.interop.common import accept_float64, as_float_array, is_stack
+from jaxgru.models.parameters import SequenceParams, TokenParams, require_model
+from jaxgru.stacks.checks import require_grus, require_sizes
+from jaxgru.stacks.forms import Bidirectional, as_stack, directions_of, output_size_of
 
 _FORMAT = "jaxgru weights 2"
 _MOST_HEADER = 8 * 2**20  # bytes; an array takes about 100 bytes of the header
@@ -57,19 +57,21 @@ def save_weights(
 
     Raises:
       ImportError, OSError: safetensors is not installed, or the file cannot be written.
-      TypeError: params are of another kind, an array is not floating or differs in dtype from its
-        cell, or metadata is not a dict that JSON can hold.
-      ValueError: shapes do not fit, or metadata holds NaN.
+      TypeError: params are of another kind, an array is not floating, dtypes differ, or metadata is
+        not a dict that JSON can hold.
+      ValueError: shapes do not fit, or metadata changes when it is saved as JSON and loaded: it
+        holds NaN, infinity, a tuple, or a key that is not a string.
     """
     safetensors = require_extra("save_weights", "safetensors", "safetensors.numpy")
     if metadata is not None and not isinstance(metadata, dict):
         raise TypeError(f"save_weights: metadata must be a dict or None, got {metadata!r}.")
-    structure, arrays = _take_apart("save_weights", params, "")
+    require_json("save_weights", "metadata", metadata)
+    structure, arrays = _flatten("save_weights", params, "")
+    _require_fit("save_weights", params)
     description = {
         "format": _FORMAT,
         "structure": json.dumps(structure),
-        "sizes": json.dumps({name: list(array.shape) for name, array in arrays.items()}),
-        "metadata": json.dumps({} if metadata is None else metadata, allow_nan=False),
+        "metadata": json.dumps({} if metadata is None else metadata),
     }
     description["sha256"] = _digest(description, arrays)
     data = safetensors.numpy.save(arrays, metadata=description)
@@ -112,12 +114,10 @@ def load_weights(path: str | os.PathLike) -> LoadedWeights:
             "file is damaged."
         )
     try:
-        sizes = {name: list(array.shape) for name, array in arrays.items()}
-        if json.loads(description["sizes"]) != sizes:
-            raise ValueError("its sizes are not those of its arrays")
-        params = _put_together(json.loads(description["structure"]), dict(arrays))
-        if _take_apart("load_weights", params, "")[1].keys() != arrays.keys():
+        params = _unflatten(json.loads(description["structure"]), arrays)
+        if _flatten("load_weights", params, "")[1].keys() != arrays.keys():
             raise ValueError("its structure does not use all of its arrays")
+        _require_fit("load_weights", params)
         metadata = json.loads(description["metadata"])
         if not isinstance(metadata, dict):
             raise TypeError(f"load_weights: metadata must be a dict, got {metadata!r}.")
@@ -193,12 +193,12 @@ def _digest(description, arrays):
     return digest.hexdigest()
 
 
-def _take_apart(function, params, prefix):
+def _flatten(function, params, prefix):
     """(structure in JSON, {name: array}) of a layer, a stack or a model."""
     kind, name = type(params).__name__, prefix.removesuffix(".") or "params"
     spec: dict[str, Any] = {}
     if isinstance(params, GRUParams):
-        with jax.enable_x64(True):  # nothing is computed, so float64 need not be enabled
+        with accept_float64():
             require_params(function, params, name)
         fields, spec = params.arrays(), {"spec": dataclasses.asdict(params.spec)}
     elif _KINDS.get(kind) is type(params):
@@ -214,9 +214,9 @@ def _take_apart(function, params, prefix):
     for field, value in fields.items():
         place = f"{prefix}{field}"
         if kind == "stack" or field in _PARTS:
-            structure[field], inner = _take_apart(function, value, f"{place}.")
+            structure[field], inner = _flatten(function, value, f"{place}.")
             arrays |= inner
-        elif value is None:
+        elif value is None and (kind == "GRUParams" or field == "embedding"):
             structure[field] = None
         else:
             structure[field] = place
@@ -224,11 +224,29 @@ def _take_apart(function, params, prefix):
     return {"kind": kind, "fields": structure} | spec, arrays
 
 
-def _put_together(structure, arrays):
+def _require_fit(function, params):
+    """TypeError or ValueError unless the parts fit together with one of the merges."""
+    model: Any = params if isinstance(params, SequenceParams | TokenParams) else None
+    layers: Any = as_stack(params) if model is None else model.layers
+    with accept_float64():
+        require_grus(function, layers, stack=True)
+        rows = [directions_of(layer)[0].w_x.shape[:1] for layer in layers[1:]]
+        rows += [] if model is None else [np.shape(model.w)[:1]]
+        summed = any(
+            isinstance(layer, Bidirectional) and found == (output_size_of(layer, "sum"),)
+            for layer, found in zip(layers, rows)
+        )
+        merge = "sum" if summed else "concat"
+        require_sizes(function, layers, merge, False)
+        if model is not None:
+            require_model(function, model, type(model), merge)
+
+
+def _unflatten(structure, arrays):
     """The parameters of a structure."""
     if structure is None or isinstance(structure, str):
         return None if structure is None else arrays[structure]
-    fields = {k: _put_together(v, arrays) for k, v in structure["fields"].items()}
+    fields = {k: _unflatten(v, arrays) for k, v in structure["fields"].items()}
     if structure["kind"] == "stack":
         return tuple(fields.values())
     if structure["kind"] == "GRUParams":

@@ -11,7 +11,13 @@ from jaxgru.interop.common import Exported, Imported
 from jaxgru.stacks.forms import Bidirectional, as_stack, directions_of
 
 _TARGETS = {"after": common.Target("torch.nn.GRU", ("tanh",))}
-_NAMES = {"weight_ih": "w_x", "weight_hh": "w_h", "bias_ih": "b_x", "bias_hh": "b_h"}
+_W_X, _W_H, _B_X, _B_H = "weight_ih", "weight_hh", "bias_ih", "bias_hh"
+_NAMES = {_W_X: "w_x", _W_H: "w_h", _B_X: "b_x", _B_H: "b_h"}
+
+
+def _suffixes(layer):
+    """The ends of the names of a layer: of its forward and of its backward direction."""
+    return f"_l{layer}", f"_l{layer}_reverse"
 
 
 def from_torch(state_dict: Mapping[str, Any], *, prefix: str = "") -> Imported:
@@ -25,8 +31,8 @@ def from_torch(state_dict: Mapping[str, Any], *, prefix: str = "") -> Imported:
         bfloat16, so cast such tensors with .float() first.
       prefix: the start of the names of this GRU in a larger model, for example "encoder.rnn.".
 
-    Returns: for a GRU a stack, with `Bidirectional` layers where there are `_reverse` names; for a
-      GRUCell a `GRUParams`. Their spec is `PYTORCH`.
+    Returns: for a GRU a stack, also of one layer, with `Bidirectional` layers where there are
+      `_reverse` names; for a GRUCell a `GRUParams`. Their spec is `PYTORCH`.
     Raises: as `from_linen`; ValueError: state_dict is the state of an optimizer.
 
     >>> cell = {"weight_ih": np.ones((9, 2)), "weight_hh": np.ones((9, 3))}
@@ -39,21 +45,22 @@ def from_torch(state_dict: Mapping[str, Any], *, prefix: str = "") -> Imported:
             "from_torch: state_dict must be of a module, got that of an optimizer, which is not "
             "converted; initialize an optax optimizer."
         )
-    known = ("weight_hh_l0", "weight_hh")
+    known = (_W_H + _suffixes(0)[0], _W_H)
     arrays = common.named_arrays(function, "state_dict", state_dict, prefix, ".", known)
-    bias = any("bias" in name for name in arrays)
-    count = max(1, sum(name.startswith("weight_hh") and "rev" not in name for name in arrays))
+    bias = any(name.startswith((_B_X, _B_H)) for name in arrays)
+    found = [name for name in arrays if name.startswith(_W_H)]
     both = any(name.endswith("_reverse") for name in arrays)
-    suffixes = [[f"_l{k}", f"_l{k}_reverse"][: 1 + both] for k in range(count)]
-    if single := "weight_ih" in arrays or "weight_hh" in arrays:
-        suffixes = [[""]]
+    count = max(1, sum(not name.endswith("_reverse") for name in found))
+    suffixes = [_suffixes(k)[: 1 + both] for k in range(count)]
+    if single := _W_X in arrays or _W_H in arrays:
+        suffixes = [("",)]
     axes = {}
     for k, layer in enumerate(suffixes):
         for suffix in layer:
             below = ("2H" if both else "H") if k else "I"
-            axes |= {f"weight_hh{suffix}": "3H H", f"weight_ih{suffix}": f"3H {below}"}
+            axes |= {_W_H + suffix: "3H H", _W_X + suffix: f"3H {below}"}
             if bias:
-                axes |= {f"bias_ih{suffix}": "3H", f"bias_hh{suffix}": "3H"}
+                axes |= {_B_X + suffix: "3H", _B_H + suffix: "3H"}
     common.bind(function, "state_dict", arrays, axes)
 
     def cell(suffix):
@@ -65,9 +72,10 @@ def from_torch(state_dict: Mapping[str, Any], *, prefix: str = "") -> Imported:
 
 
 def to_torch(params: Any) -> Exported:
-    """Returns the state dict of a `torch.nn.GRU`, or of a `torch.nn.GRUCell` for one `GRUParams`.
+    """Returns the state dict of a `torch.nn.GRU` for a stack, of a `GRUCell` for one `GRUParams`.
 
-    The arrays are transposed and no biases are summed. Load them with
+    For a `torch.nn.GRU` of one layer pass `(params,)`, a stack of one. The arrays are transposed
+    and no biases are summed. Load them with
     `module.load_state_dict({k: torch.from_numpy(v) for k, v in exported.weights.items()})`.
 
     Args:
@@ -103,7 +111,7 @@ def to_torch(params: Any) -> Exported:
                 f"all layers of a torch.nn.GRU are alike, got a {type(layer).__name__}."
             )
         wanted = (input_size if k == 0 else (1 + both) * hidden_size, hidden_size)
-        for cell, suffix in zip(directions_of(layer), (f"_l{k}", f"_l{k}_reverse")):
+        for cell, suffix in zip(directions_of(layer), _suffixes(k)):
             found = (cell.w_x.shape[0], cell.w_h.shape[0])
             if found != wanted:
                 raise ValueError(

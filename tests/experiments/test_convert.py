@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 from jax import export
 
 import jaxgru
-from experiments.convert import main
+from experiments.convert import largest_difference, main
 from jaxgru import CHUNG_2014, PYTORCH, GRUSpec, init_gru, init_stack, interop
 from jaxgru.models import init_token_model
 
@@ -197,7 +198,7 @@ def test_nodes_of_onnx_are_a_stack_where_each_reads_the_one_below(tmp_path, caps
     code, printed = run(
         capsys, "--from", "onnx", beside, "--to", "jaxgru", tmp_path / "k", "--layer", "none"
     )
-    assert (code, "must hold GRU nodes ['none']" in printed) == (2, True)
+    assert (code, "must hold one GRU node of each of ['none']" in printed) == (2, True)
 
 
 def test_state_that_an_onnx_file_holds_is_not_dropped(tmp_path, capsys):
@@ -436,3 +437,97 @@ def test_half_types_keep_their_bits(tmp_path, capsys):
     assert code == 0, printed
     arrays = interop.read_safetensors(tmp_path / "t.safetensors")
     same(interop.from_torch(arrays).params, jax.tree.map(np.asarray, layers))
+
+
+LIBRARIES = {
+    "torch": "torch.nn.GRU",
+    "keras": "keras.layers.GRU",
+    "linen": "flax.linen.GRUCell",
+    "nnx": "flax.nnx.GRUCell",
+    "equinox": "equinox.nn.GRUCell",
+    "haiku": "haiku.GRU",
+}
+
+
+@pytest.mark.parametrize("kind", LIBRARIES)
+def test_source_is_compared_with_its_own_library(tmp_path, capsys, monkeypatch, kind):
+    """A wrong reading of the file is found, although the new file agrees with that reading."""
+    pytest.importorskip({"linen": "flax", "nnx": "flax"}.get(kind, kind), reason="in extra `peers`")
+    cell = init_gru(jax.random.key(0), 2, 3, spec=CHUNG_2014 if kind == "haiku" else PYTORCH)
+    weights = getattr(interop, f"to_{kind}")(cell).weights
+    if kind == "keras":
+        weights = dict(zip(("kernel", "recurrent_kernel", "bias"), weights))
+    leaves = jax.tree_util.tree_leaves_with_path(weights)
+    st.save_file({"/".join(k.key for k in p): v for p, v in leaves}, tmp_path / "m.safetensors")
+    argv = ("--from", kind, tmp_path / "m.safetensors", "--to", "jaxgru")
+    code, printed = run(capsys, *argv, tmp_path / "right")
+    assert code == 0, printed
+    assert f"the source in {LIBRARIES[kind]}, float64" in printed
+    true = getattr(interop, f"from_{kind}")
+
+    def wrong(*arguments, **options):
+        params, notes = true(*arguments, **options)
+        swapped = jax.tree.map(lambda v: np.roll(v, 3, axis=-1), params)  # the blocks of the gates
+        return interop.Imported(swapped, notes)
+
+    monkeypatch.setattr(interop, f"from_{kind}", wrong)
+    code, printed = run(capsys, *argv, tmp_path / "wrong")
+    assert (code, "0.0e+00  read again, float64" in printed) == (1, True)
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_nodes_that_are_no_stack_in_their_file_are_found_by_onnxruntime(tmp_path, capsys):
+    pytest.importorskip("onnxruntime", reason="onnxruntime is in the extra `peers`")
+    argv = ("--to", "jaxgru", tmp_path / "j", "--layer", "lower", "--layer", "upper")
+    beside = write_nodes(tmp_path / "beside.onnx", False)
+    code, printed = run(capsys, "--from", "onnx", beside, *argv)
+    assert (code, "0.0e+00  read again, float64" in printed) == (1, True)
+    assert not (tmp_path / "j").exists()
+    chain = write_nodes(tmp_path / "chain.onnx", True)
+    code, printed = run(capsys, "--from", "onnx", chain, *argv)
+    assert code == 0, printed
+    assert "  the source in onnxruntime, float32" in printed
+
+
+def test_library_that_is_not_installed_is_named(tmp_path, capsys, monkeypatch):
+    torch_file(tmp_path / "t.safetensors")
+    for name in ("torch", "onnxruntime"):
+        monkeypatch.setitem(sys.modules, name, None)
+    argv = ("--from", "torch", tmp_path / "t.safetensors", "--to", "onnx", tmp_path / "m.onnx")
+    code, printed = run(capsys, *argv)
+    assert code == 0, printed
+    assert "  not run   the source in torch.nn.GRU, float64: torch is not installed\n" in printed
+    assert "  not run   in onnxruntime, float32: onnxruntime is not installed\n" in printed
+
+
+def test_node_that_onnxruntime_cannot_run_is_named(tmp_path, capsys):
+    pytest.importorskip("onnxruntime", reason="onnxruntime is in the extra `peers`")
+    interop.save_weights(tmp_path / "j", init_stack(jax.random.key(0), 2, 3, dtype=jnp.float16))
+    code, printed = run(capsys, "--from", "jaxgru", tmp_path / "j", "--to", "onnx", tmp_path / "o")
+    assert code == 0, printed
+    assert "  not run   in onnxruntime, float32: its GRU has no float16\n" in printed
+
+
+def test_run_folder_goes_to_several_targets(tmp_path, capsys):
+    model = init_token_model(jax.random.key(0), 5, 3, embedding_size=2)
+    (tmp_path / "run").mkdir()
+    interop.save_weights(tmp_path / "run" / "weights.safetensors", model, metadata={"epoch": 1})
+    argv = ("--from", "jaxgru", tmp_path / "run", "--to", "onnx", tmp_path / "m.onnx", "--to")
+    code, printed = run(capsys, *argv, "jaxgru", tmp_path / "m.safetensors")
+    assert code == 0, printed
+    assert printed.count("wrote") == 2 and printed.count("read    ") == 1
+    (node,) = interop.read_onnx(tmp_path / "m.onnx")
+    same(node.params, model.layers[0])
+    same(interop.load_weights(tmp_path / "m.safetensors").params, model)
+    code, printed = run(capsys, *argv, "jaxgru", tmp_path / "m.safetensors")
+    assert (code, "m.onnx exists or is named twice; nothing was overwritten" in printed) == (
+        2,
+        True,
+    )
+
+
+def test_equal_nan_does_not_hide_a_difference():
+    nan = np.nan
+    assert largest_difference([nan, 1.0], [nan, 2.0]) == 0.5
+    assert np.isnan(largest_difference([nan, 1.0], [1.0, 1.0]))
+    assert largest_difference([[1.0, 1.0]], [1.0, 1.0]) == np.inf

@@ -424,8 +424,32 @@ BAD_CALLS = {
     "unknown_activation": (
         lambda: interop.from_keras(keras_cell(np.ones(9)), activation="elu"),
         ValueError,
-        "GRUSpec: activation must be one of 'tanh', 'relu', 'sigmoid', 'softplus', 'identity', got "
-        "'elu'.",
+        "from_keras: activation must be one of 'tanh', 'relu', 'sigmoid', 'softplus', 'identity', "
+        "got 'elu'.",
+    ),
+    "unknown_activation_of_linen": (
+        lambda: interop.from_linen({}, activation="elu"),
+        ValueError,
+        "from_linen: activation must be one of 'tanh', 'relu', 'sigmoid', 'softplus', 'identity', "
+        "got 'elu'.",
+    ),
+    "unknown_activation_of_nnx": (
+        lambda: interop.from_nnx({}, activation=None),
+        ValueError,
+        "from_nnx: activation must be one of 'tanh', 'relu', 'sigmoid', 'softplus', 'identity', "
+        "got None.",
+    ),
+    "unknown_activation_of_onnx": (
+        lambda: interop.from_onnx(np.ones((1, 9, 2)), np.ones((1, 9, 3)), activation="elu"),
+        ValueError,
+        "from_onnx: activation must be one of 'tanh', 'relu', 'sigmoid', 'softplus', 'identity', "
+        "got 'elu'.",
+    ),
+    "keras_layer_of_none": (
+        lambda: interop.from_keras([keras_cell(np.ones(9)), None]),
+        TypeError,
+        "from_keras: weights[1] must be a layer's get_weights(), a mapping, or a list of those, "
+        "got NoneType.",
     ),
     "onnx_directions": (
         lambda: interop.from_onnx(np.ones((3, 9, 2)), np.ones((3, 9, 3))),
@@ -441,7 +465,17 @@ BAD_CALLS = {
     "params_kind": (
         lambda: interop.to_linen({"w_x": 1}),
         TypeError,
-        "to_linen: params must be a GRUParams, got dict.",
+        "to_linen: params must be a GRUParams, a Bidirectional or a stack of them, got dict.",
+    ),
+    "layer_kind": (
+        lambda: interop.to_torch((cell_of(), 1)),
+        TypeError,
+        "to_torch: params[1] must be a GRUParams or a Bidirectional, got int.",
+    ),
+    "direction_kind": (
+        lambda: interop.to_keras(Bidirectional(cell_of(), None)),
+        TypeError,
+        "to_keras: params.backward must be a GRUParams, got NoneType.",
     ),
     "spec_kind": (
         lambda: interop.to_onnx(cell_of(spec="pytorch")),

@@ -142,6 +142,40 @@ def test_file_of_torchs_exporter_is_read(tmp_path, bidirectional):
     np.testing.assert_allclose(hs, module(xs)[0].detach().numpy(), atol=1e-6)
 
 
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["one_way", "both_ways"])
+def test_packed_sequences_and_states_of_torch_are_those_of_the_readme(bidirectional):
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    module = torch.nn.GRU(2, 3, 2, bidirectional=bidirectional)
+    xs, lengths = torch.randn(5, 4, 2), torch.tensor([5, 3, 1, 2])
+    h0 = torch.randn(2 * (1 + bidirectional), 4, 3)
+    pack = torch.nn.utils.rnn.pack_padded_sequence(xs, lengths, enforce_sorted=False)
+    with torch.no_grad():
+        packed, h_n = module(pack, h0)
+        padded = torch.nn.utils.rnn.pad_packed_sequence(packed, total_length=5)[0].numpy()
+    params = jax.tree.map(jnp.asarray, interop.from_torch(module.state_dict()).params)
+    structure = jax.tree.structure(jaxgru.init_state(params, (4,)))
+    mask = length_mask(jnp.asarray(lengths.numpy()), 5)
+    h0 = jax.tree.unflatten(structure, list(jnp.asarray(h0.numpy())))
+    h_last, ys = jaxgru.gru_stack(params, jnp.asarray(xs.numpy()), h0, mask=mask)
+    np.testing.assert_allclose(jnp.stack(jax.tree.leaves(h_last)), h_n.numpy(), atol=1e-6)
+    np.testing.assert_allclose(np.asarray(ys)[mask], padded[mask], atol=1e-6)
+
+
+@pytest.mark.parametrize("one", ["GRU", "GRUCell"])
+def test_one_layer_loads_into_the_module_that_to_torch_names(one):
+    """A stack of one is an nn.GRU, a GRUParams an nn.GRUCell; they come back as such."""
+    torch = pytest.importorskip("torch")
+    (params,) = init_stack(jax.random.key(0), 2, 3, spec=jaxgru.PYTORCH, scheme="pytorch")
+    params = (params,) if one == "GRU" else params
+    exported = interop.to_torch(params)
+    module = getattr(torch.nn, one)(**exported.options)
+    module.load_state_dict({k: torch.from_numpy(v) for k, v in exported.weights.items()})
+    again = interop.from_torch(module.state_dict()).params
+    assert type(again) is type(params)
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
 def test_training_after_conversion_has_the_loss_curve_of_torch():
     """SGD has no state, so both sides take the same steps after the conversion, in float32."""
     torch = pytest.importorskip("torch")

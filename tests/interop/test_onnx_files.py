@@ -414,6 +414,7 @@ def test_file_that_does_not_exist_is_named(tmp_path):
 
 
 CELL = make_problem(0, dtype=jnp.float32).params
+BOTH = init_stack(jax.random.key(0), 2, 3, 2, bidirectional=True)
 BAD_CALLS = {
     "deep_nesting": (
         lambda path: read_onnx(
@@ -447,8 +448,36 @@ BAD_CALLS = {
     "sizes": (
         lambda path: write_onnx(path, (CELL, CELL)),
         ValueError,
-        "write_onnx: params[1].w_x must have 3 rows (the outputs of params[0], merge='concat'), "
-        "got 2.",
+        "write_onnx: params[1] must take the 3 outputs of the layer below it, got I=2.",
+    ),
+    "merge": (
+        lambda path: write_onnx(path, BOTH, merge="sum"),
+        ValueError,
+        "write_onnx: params[1].forward.w_x must have 3 rows (the outputs of params[0], "
+        "merge='sum'), got 6.",
+    ),
+    "lengths": (
+        lambda path: write_onnx(path, CELL, lengths=1),
+        TypeError,
+        "write_onnx: lengths must be a bool, got 1.",
+    ),
+    "state": (
+        lambda path: write_onnx(path, CELL, state="no"),
+        TypeError,
+        "write_onnx: state must be a bool, got 'no'.",
+    ),
+    "layer_norm_of_a_model": (
+        lambda path: write_onnx(
+            path,
+            SequenceParams(
+                (CELL, make_problem(0, inputs=3, layer_norm=True, dtype=jnp.float32).params),
+                np.ones((3, 2), np.float32),
+                np.ones(2, np.float32),
+            ),
+        ),
+        ValueError,
+        "write_onnx: params.layers[1] must have no layer-norm scale, because ONNX's GRU has no "
+        "layer normalization of the gates' products, got g_x or g_h.",
     ),
     "layer_norm": (
         lambda path: write_onnx(path, make_problem(0, layer_norm=True, dtype=jnp.float32).params),

@@ -34,6 +34,9 @@ KINDS = {
         with_spec(Bidirectional(cell(), cell(1)), PYTORCH),
         with_spec(cell(inputs=6, hidden=4), GRUSpec("before", "write", "identity")),
     ),
+    "summed": (Bidirectional(cell(), cell(1)), cell(2, inputs=3)),
+    "summed_model": SequenceParams((Bidirectional(cell(), cell(1)),), head(3, 1), head(1)),
+    "sizes": Bidirectional(cell(), cell(1, hidden=4)),
     "stack": (Bidirectional(cell(bias="none"), cell(1)), cell(inputs=6, hidden=4, bias="b_h")),
     "model": SequenceParams((cell(),), head(3, 1), head(1)),
     "tokens": TokenParams(head(5, 2), (cell(), cell(1, inputs=3)), head(3, 5), head(5)),
@@ -118,7 +121,7 @@ def test_spec_of_every_gru_is_in_the_structure(tmp_path):
     size = int.from_bytes(path.read_bytes()[:8], "little")
     described = json.loads(path.read_bytes()[8 : 8 + size])["__metadata__"]
     assert described["format"] == "jaxgru weights 2"
-    assert set(described) == {"format", "structure", "sizes", "metadata", "sha256"}
+    assert set(described) == {"format", "structure", "metadata", "sha256"}
     wanted = structure_of({"reset": "after", "update": "keep", "activation": "tanh"})
     assert json.loads(described["structure"]) == json.loads(wanted)
 
@@ -131,10 +134,9 @@ OTHER = {"reset": "before", "update": "keep", "activation": "tanh"}
     [
         ("structure", structure_of(OTHER)),
         ("structure", '{"x": 1}'),
-        ("sizes", '{"x": 1}'),
         ("metadata", '{"x": 1}'),
     ],
-    ids=["spec", "structure", "sizes", "metadata"],
+    ids=["spec", "structure", "metadata"],
 )
 def test_description_is_part_of_the_sha256(tmp_path, field, text):
     path = saved(tmp_path)
@@ -161,7 +163,6 @@ def test_description_is_part_of_the_sha256(tmp_path, field, text):
         ("structure", structure_of({"update": "keep", "activation": "tanh"}), "KeyError('reset')"),
         ("structure", structure_of(OTHER | {"reset": "never"}), "GRUSpec: reset must be one of"),
         ("structure", structure_of(OTHER).replace("spec", "equation"), "KeyError('spec')"),
-        ("sizes", '{"w": [99]}', "ValueError('its sizes are not those of its arrays')"),
         ("metadata", "[1]", "load_weights: metadata must be a dict, got [1]."),
     ],
 )
@@ -315,6 +316,28 @@ BAD_CALLS = {
         (SequenceParams((cell(),), np.ones((3, 1), int), head(1)),), {}, TypeError,
         "w must be an array of float64, float32, bfloat16, float16, got dtype int64.",
     ),
+    "head_without_an_array": (
+        (SequenceParams((cell(),), None, head(1)),), {}, TypeError,
+        "w must be an array of float64, float32, bfloat16, float16, got dtype object.",
+    ),
+    "rows_of_a_head": (
+        (SequenceParams((cell(),), head(9, 1), head(1)),), {}, ValueError,
+        "params.w must have 3 rows (the outputs of the top layer, merge='concat'), got 9; pass the "
+        "merge that it was made with.",
+    ),
+    "stack_of_stacks": (
+        (((cell(),), (cell(1, inputs=3),)),), {}, TypeError,
+        "params[0] must be a GRUParams or a Bidirectional, got tuple.",
+    ),
+    "layers_that_do_not_fit": (
+        ((cell(), cell()),), {}, ValueError,
+        "params[1].w_x must have 3 rows (the outputs of params[0], merge='concat'), got 2.",
+    ),
+    "model_without_a_stack": (
+        (SequenceParams(cell(), head(3, 1), head(1)),), {}, TypeError,
+        "params must be a sequence of layers, GRUParams or Bidirectional, got GRUParams; put it "
+        "into a tuple.",
+    ),
     "metadata": (
         (cell(),), {"metadata": [1]}, TypeError, "metadata must be a dict or None, got [1].",
     ),
@@ -335,10 +358,22 @@ def test_bad_call_is_refused_and_leaves_no_file(tmp_path, case):
 
 
 def test_metadata_that_json_cannot_hold_is_refused_and_leaves_no_file(tmp_path):
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        save_weights(tmp_path / "w", cell(), metadata={"x": float("nan")})
-    with pytest.raises(TypeError, match="JSON serializable"):
-        save_weights(tmp_path / "w", cell(), metadata={"x": object()})
+    start = "must be the same after it is saved as JSON, got"
+    cure = "use finite numbers, lists instead of tuples, and strings as keys."
+    for metadata, kind, message in (
+        ({"x": (1, 2)}, ValueError, f"['x'] {start} (1, 2); {cure}"),
+        ({1: 2}, ValueError, f" {start} {{1: 2}}; {cure}"),
+        ({"x": [float("nan")]}, ValueError, f"['x'] {start} [nan]; {cure}"),
+        (
+            {"a": {"x": np.float32(0.5)}},
+            TypeError,
+            "['a']['x'] must be a JSON value, got np.float32(0.5); convert it to a Python number, "
+            "string, list or dict (Object of type float32 is not JSON serializable).",
+        ),
+    ):
+        with pytest.raises(kind) as caught:
+            save_weights(tmp_path / "w", cell(), metadata=metadata)
+        assert str(caught.value) == f"save_weights: metadata{message}"
     with pytest.raises(FileNotFoundError):
         load_weights(tmp_path / "w")
     assert list(tmp_path.iterdir()) == []

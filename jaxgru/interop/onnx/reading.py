@@ -1,5 +1,6 @@
 """Reads the GRU nodes of ONNX files; needs the extra `onnx`."""
 
+import functools
 import os
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
@@ -7,17 +8,16 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from jaxgru.core.checks import require_choice, require_extra
+from jaxgru.interop.onnx.stacks import Stacks
 from jaxgru.interop.onnx.weights import ONNX_ACTIVATIONS, from_onnx
 
 _INPUTS = ("X", "W", "R", "B", "sequence_lens", "initial_h")
-# Operators that exporters use to compute weights; none of them can grow its inputs.
+# Operators that exporters use to compute weights; the outputs of each are no larger than its
+# inputs.
 _OF_CONSTANTS = {
     *("Cast", "Concat", "Constant", "DequantizeLinear", "Identity", "Reshape", "Slice", "Split"),
     *("Squeeze", "Transpose", "Unsqueeze"),
 }
-# Operators that rearrange the outputs of a GRU, and which of their inputs those are.
-_PLAIN = ("Identity", "ReduceSum", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
-_REARRANGED = dict.fromkeys(_PLAIN, 0) | {"Where": 1}
 
 
 class OnnxGRU(NamedTuple):
@@ -32,8 +32,10 @@ class OnnxGRU(NamedTuple):
       sequence_lens: [B] if the file holds it, else None.
       computed: {"initial_h": name, "sequence_lens": name} of those that are inputs of the graph or
         that it computes. A run of this node needs their values.
-      below: the name of the GRU node whose outputs are this node's inputs, possibly rearranged or
-        repeated after the end of a sequence; "" if the inputs come from anything else.
+      below: the name of the GRU node whose outputs Y, at all valid steps and with the directions
+        side by side or summed, are proven to be this node's inputs X; "" otherwise, and also if the
+        two differ in their sequence_lens, if the initial state depends on the data, if a direction
+        is "reverse", in a subgraph, or if several nodes have that name.
     """
 
     name: str
@@ -47,7 +49,7 @@ class OnnxGRU(NamedTuple):
 
 
 def read_onnx(
-    file: str | os.PathLike, *, inputs: Mapping[str, Any] | None = None
+    path: str | os.PathLike, *, inputs: Mapping[str, Any] | None = None
 ) -> tuple[OnnxGRU, ...]:
     """Reads every GRU node of an ONNX file and its subgraphs, in the graph's order.
 
@@ -55,7 +57,7 @@ def read_onnx(
     transposes, ...).
 
     Args:
-      file: the path of the model.
+      path: the path of the model.
       inputs: values of graph inputs by name, for models whose weights are inputs.
 
     Returns: an `OnnxGRU` for each node. Nodes that follow one another (see `below`) are the stack
@@ -69,12 +71,12 @@ def read_onnx(
       TypeError: weights are not floating.
     """
     onnx = require_extra("read_onnx", "onnx", "onnx.reference")
-    with open(file, "rb") as opened:
+    with open(path, "rb") as opened:
         try:
             model = onnx.load(opened, format="protobuf")
         except Exception as error:  # protobuf's DecodeError, onnx's ValidationError, or an OSError
             raise ValueError(
-                f"read_onnx: {file} must be an intact ONNX model, got: {error}."
+                f"read_onnx: {path} must be an intact ONNX model, got: {error}."
             ) from error
     given = {name: np.asarray(value) for name, value in (inputs or {}).items()}
     known = {entry.name for entry in [*model.graph.input, *model.graph.initializer]}
@@ -88,20 +90,22 @@ def read_onnx(
         found = tuple(_read_node(onnx, *place) for place in places)
     except RecursionError as error:
         raise ValueError(
-            f"read_onnx: {file} must compute its weights with fewer nodes, got a chain of nodes "
+            f"read_onnx: {path} must compute its weights with fewer nodes, got a chain of nodes "
             "beyond Python's recursion limit."
         ) from error
     if not found:
-        raise ValueError(f"read_onnx: {file} must hold a GRU node of ONNX, got none.")
-    return found
+        raise ValueError(f"read_onnx: {path} must hold a GRU node of ONNX, got none.")
+    names = [node.name for node in found]
+    return tuple(v._replace(below="") if names.count(v.below) > 1 else v for v in found)
 
 
-def _nodes(onnx, model, graph, known, outer=lambda name: None):
+def _nodes(onnx, model, graph, known, outer=None):
     """(node, value_of, below) of every GRU.
 
-    value_of(name) is the value of a name, or None if it is not constant. `below` is the name of the
-    GRU node whose outputs this node reads.
+    value_of(name) is the value of a name, or None if it is not constant. `below` is the GRU node
+    whose outputs this node reads, or None.
     """
+    evaluate = functools.partial(_evaluate, onnx, model)
     values = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer} | known
     makers = {name: node for node in graph.node for name in node.output if name}
 
@@ -110,23 +114,18 @@ def _nodes(onnx, model, graph, known, outer=lambda name: None):
             return values[name]
         node = makers.get(name)
         if node is None:
-            return outer(name)
+            return outer(name) if outer else None
         values[name] = None
         if node.op_type in _OF_CONSTANTS and node.domain in ("", "ai.onnx"):
             arguments = {i: value_of(i) for i in node.input if i}
             if all(v is not None for v in arguments.values()):
-                values.update(zip(node.output, _evaluate(onnx, model, node, arguments)))
+                values.update(zip(node.output, evaluate(node, arguments)))
         return values[name]
 
-    def below(name):
-        node = makers.get(name)
-        while node is not None and node.op_type in _REARRANGED:
-            node = makers.get(node.input[_REARRANGED[node.op_type]])
-        return _name_of(node) if node is not None and node.op_type == "GRU" else ""
-
+    stacks = None if outer else Stacks(onnx, model, value_of, evaluate)
     for node in graph.node:
         if node.op_type == "GRU" and node.domain in ("", "ai.onnx"):
-            yield node, value_of, below(node.input[0] if node.input else "")
+            yield node, value_of, stacks.below(node) if stacks and node.input else None
         for attribute in node.attribute:
             for inner in [attribute.g, *attribute.graphs]:
                 yield from _nodes(onnx, model, inner, {}, value_of)
@@ -147,8 +146,8 @@ def _evaluate(onnx, model, node, arguments):
 
 
 def _name_of(node):
-    """A node's name, or that of its first output."""
-    return node.name or next(filter(None, node.output), "")
+    """A node's name, or that of its first output; "" for None."""
+    return "" if node is None else node.name or next(filter(None, node.output), "")
 
 
 def _read_node(onnx, node, value_of, below):
@@ -174,7 +173,8 @@ def _read_node(onnx, node, value_of, below):
     )
     held = {label: values.get(label) for label in _INPUTS[4:]}
     computed = {k: sources[k] for k, value in held.items() if k in sources and value is None}
-    return OnnxGRU(name, params, direction, layout, **held, computed=computed, below=below)
+    form = (name, params, direction, layout)
+    return OnnxGRU(*form, **held, computed=computed, below=_name_of(below))
 
 
 def _form(name, attributes, weights) -> tuple[Any, int, int]:

@@ -4,19 +4,14 @@ from typing import Any
 
 import numpy as np
 
-from jaxgru.core.parameters import Activation, GRUParams, GRUSpec
+from jaxgru.core.parameters import Activation, GRUParams
 from jaxgru.interop import common
 from jaxgru.interop.common import Exported, Imported, reorder
 from jaxgru.stacks.forms import Bidirectional
 
 _TARGETS = dict.fromkeys(("before", "after"), common.Target("ONNX's GRU"))
-ONNX_ACTIVATIONS = {
-    "tanh": "Tanh",
-    "relu": "Relu",
-    "sigmoid": "Sigmoid",
-    "softplus": "Softplus",
-    "identity": "Affine",
-}
+ONNX_ACTIVATIONS = {"tanh": "Tanh", "relu": "Relu", "sigmoid": "Sigmoid", "softplus": "Softplus"}
+ONNX_ACTIVATIONS |= {"identity": "Affine"}
 
 
 def from_onnx(
@@ -51,7 +46,7 @@ def from_onnx(
         raise ValueError(
             f"from_onnx: linear_before_reset must be 0 or 1, got {linear_before_reset!r}."
         )
-    spec = GRUSpec("after" if linear_before_reset else "before", "keep", activation)
+    spec = common.spec_of("from_onnx", "after" if linear_before_reset else "before", activation)
 
     def cell(d):
         biases = (None, None) if b is None else map(reorder, np.split(arrays["B"][d], 2))
@@ -77,7 +72,7 @@ def to_onnx(params: Any) -> Exported:
     return onnx_nodes("to_onnx", params)
 
 
-def onnx_nodes(function: str, params: Any) -> Exported:
+def onnx_nodes(function: str, params: Any, argument: str = "params") -> Exported:
     """The inputs and attributes of one node per layer; errors name the function."""
 
     def write(cells):
@@ -99,4 +94,4 @@ def onnx_nodes(function: str, params: Any) -> Exported:
             options |= {"activation_alpha": [1.0] * count, "activation_beta": [0.0] * count}
         return weights, options
 
-    return common.export_layers(function, params, _TARGETS, write)
+    return common.export_layers(function, params, _TARGETS, write, argument)

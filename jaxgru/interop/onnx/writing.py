@@ -3,31 +3,24 @@
 import os
 from typing import Any, Literal, get_args
 
-import jax
 import numpy as np
 
 from jaxgru.atomic_files import write_atomically
-from jaxgru.core.checks import require_choice, require_extra
-from jaxgru.interop.common import is_stack
+from jaxgru.core.checks import require_bool, require_choice, require_extra
+from jaxgru.interop.common import accept_float64, is_stack
 from jaxgru.interop.onnx.weights import onnx_nodes
 from jaxgru.models.parameters import SequenceParams, TokenParams, require_model
-from jaxgru.stacks.checks import require_grus, require_sizes
+from jaxgru.stacks.checks import require_sizes
 from jaxgru.stacks.forms import Merge, directions_of, output_size_of
 
 Outputs = Literal["every", "last"]
-_OPSET, _IR_VERSION = 17, 8  # of 2022: any onnxruntime from 1.12 on runs them
+_OPSET, _IR_VERSION = 17, 8  # released in 2022; onnxruntime 1.12 and newer run them
 
 
 def write_onnx(
-    file: str | os.PathLike,
-    params: Any,
-    *,
-    merge: Merge = "concat",
-    residual: bool = False,
-    outputs: Outputs = "every",
-    lengths: bool = False,
-    state: bool = False,
-) -> tuple[str, ...]:
+    path: str | os.PathLike, params: Any, *, merge: Merge = "concat", residual: bool = False,
+    outputs: Outputs = "every", lengths: bool = False, state: bool = False,
+) -> tuple[str, ...]:  # fmt: skip
     """Writes a stack or a model as an ONNX graph that other runtimes can run.
 
     The graph computes the values of `token_logits`, `sequence_outputs`, `final_outputs` or
@@ -37,7 +30,7 @@ def write_onnx(
     B are free. onnxruntime runs files of float32; its GRU has no float64 and no float16.
 
     Args:
-      file: the path; an existing file is replaced atomically.
+      path: the path of the file; an existing file is replaced atomically.
       params: a `GRUParams`, `Bidirectional`, stack, `SequenceParams` or `TokenParams`.
       merge, residual: as in `gru_stack`.
       outputs: "every" for the outputs of all steps, "last" for those of the last valid step.
@@ -50,22 +43,24 @@ def write_onnx(
       ImportError, OSError: onnx is not installed, or the file cannot be written.
       ValueError: params have a layer-norm scale or are bfloat16, sizes do not fit, or outputs is
         unknown.
-      TypeError: params are of another kind.
+      TypeError: params are of another kind, or residual, lengths or state is not a bool.
 
     Cost: three copies of the arrays. A file holds at most 2 GB.
     """
     onnx = require_extra("write_onnx", "onnx")
     require_choice("write_onnx", "outputs", outputs, get_args(Outputs))
+    require_bool("write_onnx", "lengths", lengths)
+    require_bool("write_onnx", "state", state)
     model: Any = params if isinstance(params, SequenceParams | TokenParams) else None
     layers: Any = params if model is None else model.layers
     layers = layers if is_stack(layers) else (layers,)
-    with jax.enable_x64(True):  # nothing is computed, so float64 need not be enabled
-        require_grus("write_onnx", layers, stack=True)
-        require_sizes("write_onnx", layers, merge, residual)
-    exported = onnx_nodes("write_onnx", layers)
+    exported = onnx_nodes("write_onnx", layers, "params" if model is None else "params.layers")
     dtype = exported.weights[0]["R"].dtype
+    with accept_float64():
+        require_sizes("write_onnx", layers, merge, residual)
+        if model:
+            require_model("write_onnx", model, type(model), merge)
     if model:
-        require_model("write_onnx", model, type(model), merge)
         for name, value in model._asdict().items():
             if name != "layers" and value is not None and value.dtype != dtype:
                 raise TypeError(
@@ -90,7 +85,7 @@ def write_onnx(
         top, size = graph.node("Add", product, graph.constant("b", model.b)), model.w.shape[1]
     graph.output("outputs", top, ["T", "B", size] if outputs == "every" else ["B", size])
     data = graph.finish().SerializeToString()
-    write_atomically(file, data)
+    write_atomically(path, data)
     return exported.notes
 
 

@@ -1,0 +1,226 @@
+"""Runs files of weights in the libraries that wrote them, with the arrays as the files hold them.
+
+`experiments.convert` compares the results with those of this package. Nothing here uses its reading
+of an array. Everything is float64, but for onnxruntime, whose GRU is float32.
+"""
+
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgru import Bidirectional
+
+NAMES = {
+    "torch": "torch.nn.GRU", "keras": "keras.layers.GRU", "linen": "flax.linen.GRUCell",
+    "nnx": "flax.nnx.GRUCell", "equinox": "equinox.nn.GRUCell", "haiku": "haiku.GRU",
+    "onnx": "onnxruntime",
+}  # fmt: skip
+ACTIVATIONS: dict[str, Any] = {
+    "tanh": jnp.tanh,
+    "relu": jax.nn.relu,
+    "sigmoid": jax.nn.sigmoid,
+    "softplus": jax.nn.softplus,
+    "identity": lambda v: v,
+}
+
+
+class NotRunError(Exception):
+    """The reason for which a library was not run."""
+
+
+def run_layers(kind, layers, xs, merge, activation, reset_after):
+    """The outputs [T, B, K] of a stack in a library of cells, for xs [T, B, I].
+
+    A layer is {name: array}, or a Bidirectional of two.
+    """
+    run = {"keras": _keras, "linen": _linen, "nnx": _nnx, "equinox": _equinox, "haiku": _haiku}
+    options = {"activation": ACTIVATIONS[activation], "after": reset_after}
+    with (
+        jax.enable_x64(True),
+        jax.numpy_rank_promotion("allow"),
+        jax.numpy_dtype_promotion("standard"),
+    ):
+        ys: Any = jnp.asarray(xs)
+        for layer in layers:
+            layer = jax.tree.map(lambda v: jnp.asarray(v, jnp.float64), layer)
+            if isinstance(layer, Bidirectional):
+                forward = run[kind](layer.forward, ys, **options)
+                backward = run[kind](layer.backward, ys[::-1], **options)[::-1]
+                both = [forward, backward]
+                ys = sum(both) if merge == "sum" else jnp.concatenate(both, axis=-1)
+            else:
+                ys = run[kind](layer, ys, **options)
+        return np.asarray(ys)
+
+
+def _keras(arrays, xs, activation, after):
+    os.environ.setdefault("KERAS_BACKEND", "jax")
+    import keras
+
+    if keras.backend.backend() != "jax":
+        raise NotRunError(f"Keras has the backend {keras.backend.backend()}, not jax")
+    kernel, recurrent, bias = (arrays.get(k) for k in ("kernel", "recurrent_kernel", "bias"))
+    options: Any = {"use_bias": bias is not None, "activation": activation, "dtype": "float64"}
+    options["reset_after"] = after if bias is None else bias.ndim == 2
+    layer = keras.layers.GRU(recurrent.shape[0], return_sequences=True, **options)
+    batch_first = jnp.swapaxes(xs, 0, 1)
+    layer.build(batch_first.shape)
+    layer.set_weights([kernel, recurrent] if bias is None else [kernel, recurrent, bias])
+    return jnp.swapaxes(jnp.asarray(layer(batch_first)), 0, 1)
+
+
+def _linen(arrays, xs, activation, after):
+    from flax import linen
+
+    size, dtype = arrays["hn/bias"].size, xs.dtype
+    cell = linen.GRUCell(size, activation_fn=activation, param_dtype=dtype)
+    nested: dict[str, Any] = {}
+    for name, value in arrays.items():
+        module, array = name.split("/")
+        nested.setdefault(module, {})[array] = value
+    return linen.RNN(cell, time_major=True).apply({"params": {"cell": nested}}, xs)
+
+
+def _nnx(arrays, xs, activation, after):
+    from flax import nnx
+
+    sizes = xs.shape[-1], arrays["dense_h/kernel"].shape[0]
+    cell: Any = nnx.GRUCell(
+        *sizes, activation_fn=activation, param_dtype=xs.dtype, rngs=nnx.Rngs(0)
+    )
+    cell.dense_i.kernel.set_value(arrays["dense_i/kernel"])
+    cell.dense_i.bias.set_value(arrays["dense_i/bias"])
+    cell.dense_h.kernel.set_value(arrays["dense_h/kernel"])
+    return _steps(cell, xs, sizes[1], lambda found: found[0])
+
+
+def _equinox(arrays, xs, activation, after):
+    import equinox
+
+    sizes, bias = (xs.shape[-1], arrays["weight_hh"].shape[1]), "bias" in arrays
+    cell = equinox.nn.GRUCell(*sizes, use_bias=bias, key=jax.random.key(0))
+    cell = equinox.tree_at(lambda c: [getattr(c, k) for k in arrays], cell, [*arrays.values()])
+    return _steps(lambda h, x: jax.vmap(cell)(x, h), xs, sizes[1])
+
+
+def _haiku(arrays, xs, activation, after):
+    import haiku
+
+    def unroll(xs):
+        core = haiku.GRU(arrays["w_h"].shape[0])
+        return haiku.static_unroll(core, xs, core.initial_state(xs.shape[1]))[0]
+
+    return haiku.without_apply_rng(haiku.transform(unroll)).apply({"gru": arrays}, xs)
+
+
+def _steps(cell, xs, hidden_size, state_of=lambda found: found):
+    """The states of every step of a cell."""
+    h, hs = jnp.zeros((xs.shape[1], hidden_size), xs.dtype), []
+    for x in xs:
+        h = state_of(cell(h, x))
+        hs.append(h)
+    return jnp.stack(hs)
+
+
+def run_torch(arrays, xs, merge):
+    """The outputs of a torch.nn.GRU or GRUCell with a state dict of arrays."""
+    import torch
+
+    weights = {k: torch.from_numpy(np.asarray(v, np.float64)) for k, v in arrays.items()}
+    cell, inputs = "weight_hh" in weights, torch.from_numpy(xs)
+    hidden_size = weights["weight_hh" if cell else "weight_hh_l0"].shape[1]
+    options: Any = {"bias": any("bias" in k for k in weights), "dtype": torch.float64}
+    with torch.no_grad():
+        if cell:
+            module: Any = torch.nn.GRUCell(xs.shape[-1], hidden_size, **options)
+            module.load_state_dict(weights)
+            h, hs = None, []
+            for x in inputs:
+                h = module(x, h)
+                hs.append(h)
+            return torch.stack(hs).numpy()
+        both = "weight_hh_l0_reverse" in weights
+        count = sum(k.startswith("weight_hh") for k in weights) // (1 + both)
+        module = torch.nn.GRU(xs.shape[-1], hidden_size, count, bidirectional=both, **options)
+        module.load_state_dict(weights)
+        ys = module(inputs)[0].numpy()
+    if both and merge == "sum":
+        if count > 1:
+            raise NotRunError("its layers read two directions side by side, not their sum")
+        return ys[..., :hidden_size] + ys[..., hidden_size:]
+    return ys
+
+
+def run_onnx(file, names, xs, merge):
+    """The outputs of the last of these GRU nodes of a file, for xs as the input of the first.
+
+    All nodes in between run as the file has them, with initial states of zero where those are
+    inputs of the graph.
+    """
+    import onnx
+    import onnxruntime
+
+    model, helper, kinds = onnx.load(file), onnx.helper, onnx.TensorProto
+    grus = {v.name or output_of(v): v for v in model.graph.node if v.op_type == "GRU"}
+    if not {*names} <= {*grus}:
+        raise NotRunError("a GRU is in a subgraph")
+    first, last = grus[names[0]], grus[names[-1]]
+    last.output[0] = last.output[0] or "every_output"
+    nodes, free = nodes_between(model.graph, first.input[0], last.output[0])
+    steps, batch = xs.shape[:2]
+
+    def attribute(node, name):
+        return {v.name: helper.get_attribute_value(v) for v in node.attribute}.get(name)
+
+    xs = xs.swapaxes(0, 1) if attribute(first, "layout") else xs
+    feeds: dict[str, Any] = {first.input[0]: xs.astype(np.float32)}
+    for node in (v for v in nodes if v.op_type == "GRU"):
+        shape = (1 + (attribute(node, "direction") == b"bidirectional"), batch)
+        shape = (*(shape[::-1] if attribute(node, "layout") else shape),)
+        _, _, _, _, lengths, h0 = [*node.input, "", "", ""][:6]
+        given: dict[str, Any] = {lengths: np.full(batch, steps, np.int32)}
+        given[h0] = np.zeros((*shape, attribute(node, "hidden_size") or 0), np.float32)
+        feeds |= {name: value for name, value in given.items() if name in free}
+    if missing := free - {*feeds}:
+        raise NotRunError(f"its GRUs also depend on {', '.join(sorted(missing))}")
+    types = {name: helper.np_dtype_to_tensor_dtype(v.dtype) for name, v in feeds.items()}
+    inputs = [helper.make_tensor_value_info(name, kind, None) for name, kind in types.items()]
+    outputs = [helper.make_tensor_value_info(last.output[0], kinds.FLOAT, None)]
+    read = {name for node in nodes for name in node.input}
+    held = [tensor for tensor in model.graph.initializer if tensor.name in read]
+    graph = helper.make_graph(nodes, "part", inputs, outputs, held)
+    versions = {"opset_imports": model.opset_import, "ir_version": model.ir_version}
+    part = helper.make_model(graph, **versions).SerializeToString()
+    try:
+        ys: Any = onnxruntime.InferenceSession(part).run(None, feeds)[0]
+    except Exception as error:  # onnxruntime has a class for each kind of failure
+        raise NotRunError(str(error).splitlines()[0]) from error
+    ys = ys.transpose(1, 2, 0, 3) if attribute(last, "layout") else ys
+    if merge == "sum":
+        return ys.sum(axis=1)
+    return ys.transpose(0, 2, 1, 3).reshape(steps, batch, -1)
+
+
+def nodes_between(graph, start, end):
+    """The nodes that compute `end` from `start`, and the other inputs of the graph they need."""
+    makers = {name: node for node in graph.node for name in node.output if name}
+    seen, used, free, waiting = {v.name for v in graph.initializer} | {start}, set(), set(), [end]
+    while waiting:
+        name = waiting.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        if name in makers:
+            used.add(output_of(makers[name]))
+            waiting += filter(None, makers[name].input)
+        else:
+            free.add(name)
+    return [node for node in graph.node if output_of(node) in used], free
+
+
+def output_of(node):
+    """The name of the first output of an ONNX node that has one."""
+    return next(filter(None, node.output))

@@ -1135,7 +1135,7 @@ STATES_FORM = (
         (
             lambda: resets_from_dones(jnp.ones((3, 2), bool), axis=2),
             ValueError,
-            "resets_from_dones: dones must have shape [T, ...] with time at axis=2, got (3, 2).",
+            "resets_from_dones: axis must be one of shape (3, 2), got 2.",
         ),
         (
             lambda: resets_from_dones(jnp.ones(3)),

@@ -11,20 +11,23 @@ from jax import lax
 from jaxgru.core.checks import is_traced, require_count, require_flags
 
 
-def length_mask(lengths: Any, num_steps: int) -> jax.Array:
+def length_mask(lengths: Any, num_steps: int, *, axis: int = 0) -> jax.Array:
     """mask[t, ...] = t < lengths[...]: True on the valid steps of right-padded sequences.
 
     Args:
       lengths: [...] integers from 0 to num_steps.
       num_steps: T; a symbolic dimension of `jax.export` too.
 
+      axis: where the mask has its time; 1 for [B, T].
+
     Returns:
-      [T, ...] bool, for `gru(..., mask=...)`; transpose it for batch-major input.
+      [T, ...] bool, for `gru(..., mask=...)`.
 
     Raises:
-      TypeError: lengths or num_steps are no integers.
+      TypeError: lengths, num_steps or axis are not integers.
       ValueError: a length is negative or above num_steps. Lengths that are traced cannot be read;
         for them a negative length acts as 0 and one above num_steps as num_steps.
+        Also if the mask has no such axis.
 
     Cost: one comparison an entry.
 
@@ -47,7 +50,7 @@ def length_mask(lengths: Any, num_steps: int) -> jax.Array:
             )
     lengths = jnp.asarray(lengths).astype(jnp.int32)
     steps = lax.broadcasted_iota(jnp.int32, (num_steps, *lengths.shape), 0)
-    return steps < lengths[None]
+    return jnp.moveaxis(steps < lengths[None], 0, _require_axis("length_mask", axis, steps))
 
 
 def resets_from_dones(
@@ -76,15 +79,17 @@ def resets_from_dones(
     if dones is None:
         raise TypeError("resets_from_dones: dones must be a bool array, got None.")
     require_flags("resets_from_dones", {"dones": dones})
-    require_count("resets_from_dones", "axis", axis, -dones.ndim)
-    if axis >= dones.ndim:
-        raise ValueError(
-            f"resets_from_dones: dones must have shape [T, ...] with time at axis={axis}, "
-            f"got {dones.shape}."
-        )
-    dones = jnp.moveaxis(dones, axis, 0)
+    dones = jnp.moveaxis(dones, _require_axis("resets_from_dones", axis, dones), 0)
     if done_before is None:
         done_before = jnp.zeros_like(dones, shape=dones.shape[1:])
     shape, meaning = dones.shape[1:], "dones without its axis of time"
     require_flags("resets_from_dones", {"done_before": done_before}, shape, meaning)
     return jnp.moveaxis(jnp.concatenate([jnp.asarray(done_before)[None], dones])[:-1], 0, axis)
+
+
+def _require_axis(function, axis, flags):
+    """The axis; TypeError unless it is an integer, ValueError unless the array has it."""
+    require_count(function, "axis", axis, -flags.ndim)
+    if axis >= flags.ndim:
+        raise ValueError(f"{function}: axis must be one of shape {flags.shape}, got {axis}.")
+    return axis

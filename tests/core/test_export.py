@@ -20,6 +20,26 @@ def loss(params, xs, **options):
     return jnp.sum(h_last**2) + jnp.sum(jnp.sin(hs))
 
 
+def test_model_of_lengths_is_exported_for_any_number_of_steps():
+    problem = make_problem(3)
+    num_steps, batch = export.symbolic_shape("t, b")
+
+    def run(xs, lengths):
+        return jaxgru.gru(problem.params, xs, mask=jaxgru.length_mask(lengths, xs.shape[0]))[0]
+
+    size, dtype = problem.xs.shape[-1], problem.xs.dtype
+    exported = export.export(jax.jit(run))(
+        jax.ShapeDtypeStruct((num_steps, batch, size), dtype),
+        jax.ShapeDtypeStruct((batch,), jnp.int32),
+    )
+    for steps, lengths in ((3, [2, 0]), (5, [5, 1, 4])):
+        xs = jax.random.normal(jax.random.key(steps), (steps, len(lengths), size), dtype)
+        got = exported.call(xs, jnp.asarray(lengths, jnp.int32))
+        for row, length in enumerate(lengths):
+            h, _ = jaxgru.gru(problem.params, xs[:length, row])
+            np.testing.assert_allclose(got[row], h, rtol=1e-6, atol=1e-7)
+
+
 plain_gradient = jax.jit(jax.grad(functools.partial(loss, gradient="autodiff"), argnums=(0, 1)))
 
 

@@ -454,6 +454,12 @@ def test_length_mask_takes_any_integer_type(dtype):
         np.testing.assert_array_equal(got, np.arange(300)[:, None] < [0, 100])
 
 
+def test_length_mask_has_time_on_the_axis_that_is_asked_for():
+    wanted = [[True, True, False], [False, False, False]]
+    for axis in (1, -1, np.int64(1)):
+        assert length_mask([2, 0], 3, axis=axis).tolist() == wanted
+
+
 def test_length_mask_of_no_steps_is_empty():
     assert length_mask([0, 0], 0).shape == (0, 2)
 

@@ -313,6 +313,23 @@ def test_mesh_of_devices_gives_the_gradient_of_one_device(rule, kind):
     assert len(dxs.sharding.device_set) == 4
 
 
+@pytest.mark.parametrize("reverse", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_explicit_mesh_cuts_the_gradient_of_masked_rows(reverse):
+    problem = make_problem(28, batch=(4,))
+
+    def loss(params, xs, mask):
+        h_last, _ = gru(params, xs, mask=mask, reverse=reverse, gradient=BPTT(truncate=2))
+        return jnp.sum(jnp.sin(h_last))
+
+    call = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    wanted = call(*arrays(problem)[:3])
+    mesh = four_devices(AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        params = jax.device_put(problem.params, NamedSharding(mesh, P()))
+        got = call(params, *jax.device_put(arrays(problem)[1:3], NamedSharding(mesh, ROWS)))
+    assert_close(got, wanted, EXACT)
+
+
 @rules("tangent", slow=["gates"])
 def test_explicit_mesh_takes_an_initial_state_divided_like_the_rows(rule):
     problem = make_problem(25, batch=(4,))

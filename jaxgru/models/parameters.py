@@ -12,8 +12,8 @@ from jaxgru.core.checks import require_choice, require_count, require_dtype
 from jaxgru.core.matmul import like_row, state_dtype
 from jaxgru.core.parameters import CHO_2014, GRUSpec, Scheme
 from jaxgru.stacks.checks import require_grus
+from jaxgru.stacks.create import init_stack
 from jaxgru.stacks.forms import Layer, Merge, output_size_of
-from jaxgru.stacks.initializers import init_stack
 
 
 class SequenceParams(NamedTuple):

@@ -181,10 +181,13 @@ def test_labels_of_every_size_are_read_as_they_are(name):
 
 def test_traced_label_that_is_none_of_the_classes_makes_its_loss_nan():
     """Those below zero, too, which would count from the end as indices do."""
-    loss = jax.jit(functools.partial(categorical_loss, reduction="none"))
+    loss = functools.partial(categorical_loss, reduction="none")
     labels = np.array([0, -1, -K, K, -K - 1, K - 1])
-    found = loss(np.ones((6, K), np.float32), labels)
+    found = jax.jit(loss)(np.ones((6, K), np.float32), labels)
     assert np.isnan(found).tolist() == [False, True, True, True, True, False]
+    wide = np.array([2**32 + 1, 1])  # in NumPy, where the mask alone is traced
+    found = jax.jit(lambda mask: loss(np.ones((2, K), np.float32), wide, mask))(np.ones(2, bool))
+    assert np.isnan(found).tolist() == [True, False]
 
 
 def test_masked_labels_may_have_any_value():

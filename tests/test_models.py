@@ -19,6 +19,8 @@ from jaxgru import (
     PYTORCH,
     Bidirectional,
     Dropout,
+    GRUParams,
+    GRUSpec,
     Noise,
     gru_stack,
     init_state,
@@ -348,6 +350,19 @@ def test_logits_that_are_not_finite_are_no_token():
             assert tokens[:, 1].tolist() == inside([jnp.zeros((2, H))])[1][:, 1].tolist()
         traced = jax.jit(lambda prompt, run=run: run(params, KEY, prompt, 9)[1])
         assert (traced(np.array([[V, 2]]))[:, 0] == -1).all()
+
+
+@pytest.mark.parametrize("num_steps", [2, 4], ids=["products", "table"])
+def test_no_token_follows_one_that_could_not_be_drawn(num_steps):
+    """Though the state is huge once only: any next token would bring it back to 1."""
+    w_x, w_h = np.float32([[0, 0, 1]]), np.float32([[0, -1, 0]])
+    layer = GRUParams(w_x, w_h, spec=GRUSpec(activation="identity"))
+    embedding, w, b = np.float32([[1e38], [1], [1]]), np.float32([[1e3, 0, 0]]), np.zeros(3)
+    params = TokenParams(embedding, (layer,), w, np.float32(b))
+    tokens = jax.jit(lambda p: models.generate(p, KEY, np.array([0]), num_steps)[1])(params)
+    assert tokens.tolist() == [-1] * num_steps
+    h, logits = models.token_logits(params, np.array([0, 2]))
+    assert np.isinf(logits[0]).any() and h[0] == 1 and np.isfinite(logits[1]).all()
 
 
 def test_traced_filters_of_nothing_leave_the_likeliest_token():

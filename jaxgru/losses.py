@@ -48,8 +48,8 @@ def categorical_loss(
 
     Args:
       logits: [..., K], with a leading T if every step has a loss.
-      labels: [...] integers in [0, K), of any size. Inside jit other labels cannot be refused: each
-        makes its entry, and so the loss, NaN. Mask entries without a label.
+      labels: [...] integers in [0, K), of any integer dtype. Inside jit other labels cannot be
+        refused: each makes its entry, and so the loss, NaN. Mask entries without a label.
       mask, reduction, axis: see `jaxgru.losses`.
 
     Returns:

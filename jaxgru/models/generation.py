@@ -50,7 +50,7 @@ def generate(
         (Holtzman et al. 2020, arXiv:1904.09751, eq. 2), and those as likely as the last of them,
         after top_k; None for all.
       stop_token: in [0, V). After a sequence has drawn it, all its tokens are stop_token, and its
-        state stays as it is; None stops none.
+        state stays as it is; a call that continues reads it as any token. None stops none.
       residual: as the model was trained with.
       noise: as the model was trained with; the mean of its zoneout acts.
 

@@ -113,9 +113,9 @@ def token_logits(
 
     Args:
       params: of the model.
-      tokens: [T, ...] integers in [0, V), of any size. Inside jit other tokens cannot be refused:
-        from such a token on, the logits and the state of its sequence are NaN. Masked tokens may
-        have any value.
+      tokens: [T, ...] integers in [0, V), of any integer dtype. Inside jit other tokens cannot be
+        refused: from such a token on, the logits and the state of its sequence are NaN. Masked
+        tokens may have any value.
       h0, mask, resets, merge, residual, dropout, reverse, axis, gradient, noise, key,
         deterministic, first_step, tap: as in `gru_stack`; axis is one of those of the logits.
 

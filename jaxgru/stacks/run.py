@@ -93,7 +93,7 @@ def gru_stack(
       residual: True adds each layer's input to its output, from the second layer on (Wu et al.
         2016, arXiv:1609.08144, eq. 6).
       dropout: the rate in [0, 1) between layers, or a `Dropout`. A rate between layers does nothing
-        in a stack of one layer, and raises a UserWarning there.
+        in a stack of one layer, and gives a UserWarning there.
       reverse: as in `gru`, where no layer is `Bidirectional`.
       axis, gradient, noise, key, deterministic, first_step: as in `gru`; dropout needs a key, too.
       tap: a sequence with the tap of each layer, from `init_taps`; see `gru`.

@@ -9,15 +9,16 @@ sequences::
     "batch_mean"     sum m l / B
     "sequence_mean"  1/B sum_b (sum_t m l / sum_t m)
 
-If no entry counts, 0 / 0 is taken as 0. The gradient scales with the reduction, and with it the
-right learning rate and clip: from "mean" to "sum" it grows by the number of entries that count.
+If no entry counts, 0 / 0 is taken as 0. The size of the gradient depends on the reduction; choose
+the learning rate and the clipping norm for it.
 
 The entries are computed by optax, in float32 for half types. All losses share these options:
 
     mask       [...] bool, True where an entry counts; other entries, also NaN, change nothing
     reduction  one of the five above
-    axis       the axis of time in [...]; None if the loss is one entry for each sequence (many to
-               one), where "batch_mean" and "sequence_mean" are 1/B sum m l
+    axis       the axis of time in [...], "first" for axis 0; None if the loss is one entry for each
+               sequence (many to one), where "batch_mean" and "sequence_mean" are 1/B sum m l. Where
+               [...] has one axis, these two need axis=0 (time) or axis=None (sequences).
 
 They raise ValueError if a shape does not fit or a choice is unknown, and TypeError if an array has
 the wrong dtype.
@@ -36,18 +37,19 @@ from jaxgru.core.matmul import state_dtype
 __all__ = ["bernoulli_loss", "categorical_loss", "squared_loss"]
 
 Reduction = Literal["none", "sum", "mean", "batch_mean", "sequence_mean"]
+Axis = int | Literal["first"] | None
 
 
 def categorical_loss(
     logits: jax.Array, labels: jax.Array, mask: jax.Array | None = None, *,
-    reduction: Reduction = "mean", axis: int | None = 0,
+    reduction: Reduction = "mean", axis: Axis = "first",
 ) -> jax.Array:  # fmt: skip
     """Computes -log softmax(logits)[label], in nats, for one of K classes.
 
     Args:
       logits: [..., K], with a leading T if every step has a loss.
-      labels: [...] integers in [0, K). Inside jit other labels cannot be refused: there labels from
-        -K to -1 count from the end, and all others give NaN. Mask entries without a label.
+      labels: [...] integers in [0, K), of any integer dtype. Inside jit other labels cannot be
+        refused: each makes its entry, and so the loss, NaN. Mask entries without a label.
       mask, reduction, axis: see `jaxgru.losses`.
 
     Returns:
@@ -60,16 +62,11 @@ def categorical_loss(
     1.6094
     """
     require_float("categorical_loss", "logits", logits)
-    require_labels("categorical_loss", "labels", labels)
+    if logits.ndim < 1:
+        raise ValueError(f"categorical_loss: logits must have shape [..., K], got {logits.shape}.")
+    labels = require_labels("categorical_loss", "labels", labels, logits.shape[-1], mask)
     _require_fit("categorical_loss", "labels", labels, logits.shape[:-1], logits, mask, reduction)
-    logits, labels = _zero_masked(mask, logits), _zero_masked(mask, labels)
-    if not is_traced(labels) and labels.size:
-        values = np.asarray(labels)
-        if not (values.min() >= 0 and values.max() < logits.shape[-1]):
-            raise ValueError(
-                f"categorical_loss: labels must be in [0, {logits.shape[-1]}) where they count, "
-                f"got {values.min()} to {values.max()}; mask entries without a label."
-            )
+    logits = _zero_masked(mask, logits)
     logits = logits.astype(state_dtype(logits.dtype))
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     return _reduce("categorical_loss", losses, mask, reduction, axis)
@@ -77,7 +74,7 @@ def categorical_loss(
 
 def bernoulli_loss(
     logits: jax.Array, targets: jax.Array, mask: jax.Array | None = None, *,
-    reduction: Reduction = "mean", axis: int | None = 0,
+    reduction: Reduction = "mean", axis: Axis = "first",
 ) -> jax.Array:  # fmt: skip
     """Computes -sum_k y_k log s(o_k) + (1 - y_k) log s(-o_k), in nats, for K independent labels.
 
@@ -103,7 +100,7 @@ def bernoulli_loss(
 def squared_loss(
     outputs: jax.Array, targets: jax.Array, mask: jax.Array | None = None, *,
     form: Literal["mean", "half_sum"] = "mean", reduction: Reduction = "mean",
-    axis: int | None = 0,
+    axis: Axis = "first",
 ) -> jax.Array:  # fmt: skip
     """Computes 1/K sum_k (o_k - y_k)^2, or 1/2 sum_k (o_k - y_k)^2.
 
@@ -134,12 +131,35 @@ def squared_loss(
     return _reduce("squared_loss", losses, mask, reduction, axis)
 
 
-def require_labels(function: str, argument: str, labels: Any) -> None:
-    """Raises TypeError unless labels is an integer array."""
+def require_labels(
+    function: str, argument: str, labels: Any, count: int, mask: Any = None
+) -> jax.Array:
+    """The labels as int32: 0 where they are masked, count where they are outside of [0, count).
+
+    TypeError unless labels is an integer array; ValueError where a label that is not masked is
+    outside of [0, count), if it can be read, which is outside jit only.
+    """
     dtype = getattr(labels, "dtype", None)
     if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
         found = f"dtype {dtype}" if dtype is not None else type(labels).__name__
         raise TypeError(f"{function}: {argument} must be an integer array, got {found}.")
+    require_flags(function, {"mask": mask}, labels.shape, f"that of {argument}")
+    if is_readable(labels) and is_readable(mask):
+        values = np.asarray(labels) if mask is None else np.asarray(labels)[np.asarray(mask)]
+        if values.size and not (values.min() >= 0 and values.max() < count):
+            raise ValueError(
+                f"{function}: {argument} must be in [0, {count}), got {values.min()} to "
+                f"{values.max()}; mask entries that do not count."
+            )
+    xp = jnp if isinstance(labels, jax.Array) else np  # jnp.asarray would wrap 64 bits
+    labels = labels.astype(np.int32) if dtype.itemsize < 4 else labels  # count may be above 127
+    labels = xp.where((labels < 0) | (labels >= count), count, labels).astype(np.int32)
+    return _zero_masked(mask, jnp.asarray(labels))
+
+
+def is_readable(value: Any) -> bool:
+    """Whether the value is known here: it is not traced, and no other process holds a part."""
+    return not is_traced(value) and getattr(value, "is_fully_addressable", True)
 
 
 def _reduce(function, losses, mask, reduction, axis):
@@ -150,11 +170,19 @@ def _reduce(function, losses, mask, reduction, axis):
         return losses if reduction == "none" else losses.sum()
     if reduction == "mean":
         return losses.sum() / jnp.maximum(counts.sum(), 1)
+    if axis == "first":
+        if losses.ndim == 1:
+            raise ValueError(
+                f"{function}: axis must be given for reduction={reduction!r} of losses with one "
+                "axis, got none; pass axis=0 if it is the time of one sequence, axis=None if each "
+                "loss is that of a sequence."
+            )
+        axis = 0
     if axis is not None:
-        if not -losses.ndim <= axis < losses.ndim:
+        if not isinstance(axis, int) or not -losses.ndim <= axis < losses.ndim:
             raise ValueError(
                 f"{function}: axis must name the axis of time of the losses for reduction="
-                f"{reduction!r}, or be None, got {axis} for shape {losses.shape}."
+                f"{reduction!r}, or be None, got {axis!r} for shape {losses.shape}."
             )
         losses, counts = losses.sum(axis=axis), counts.sum(axis=axis)
     if reduction == "sequence_mean":

@@ -1,5 +1,6 @@
 """Losses: entries and their derivatives against NumPy, reductions against their definitions."""
 
+import functools
 import re
 
 import jax
@@ -149,16 +150,73 @@ def test_logits_of_any_size_have_finite_losses():
 
 
 @pytest.mark.usefixtures("x64", "uncompiled")
-def test_labels_that_are_traced_or_none_are_not_read():
-    """Every label from 0 to K - 1 is legal, and so is no label at all."""
+def test_every_label_from_zero_to_the_last_is_legal_and_so_is_none_at_all():
     _, o, _, _, _ = make("categorical")
     for label in (0, K - 1):
         found = categorical_loss(jnp.asarray(o[0]), jnp.full(B, label))
         np.testing.assert_allclose(found, -np.log(softmax(o[0])[:, label]).mean(), rtol=1e-12)
     assert categorical_loss(jnp.asarray(o[0, :0]), jnp.zeros(0, int)) == 0
-    with jax.disable_jit(False):
-        got = jax.jit(categorical_loss)(jnp.asarray(o[0]), jnp.array([0, 1, K + 5]))
-    assert jnp.isnan(got)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", ["int8", "uint8", "int16", "uint32", "int64", "uint64"])
+def test_labels_of_every_size_are_read_as_they_are(name):
+    """With more classes than a narrow type counts; a wide one does not wrap into [0, K)."""
+    logits = np.random.default_rng(0).normal(size=(3, 300))
+    labels = np.array([127, 0, 5]).astype(name)
+    wanted = -np.log(softmax(logits)[np.arange(3), labels.astype(int)])
+    loss = functools.partial(categorical_loss, jnp.asarray(logits), reduction="none")
+    for found in (loss(labels), loss(jnp.asarray(labels)), jax.jit(loss)(labels)):
+        np.testing.assert_allclose(found, wanted, rtol=1e-12)
+    info, count = np.iinfo(name), 300 if np.iinfo(name).max > 300 else 100
+    outside = {info.min if info.min else count, min(info.max, 2**32 + 5), count}
+    for label in outside:
+        labels = np.array([1, 2, label]).astype(name)
+        few = functools.partial(categorical_loss, jnp.asarray(logits[:, :count]), reduction="none")
+        assert np.isnan(jax.jit(few)(labels)).tolist() == [False, False, True]
+        for given in (labels, jnp.asarray(labels)):
+            with pytest.raises(ValueError, match=rf"labels must be in \[0, {count}\), got "):
+                few(given)
+
+
+def test_traced_label_that_is_none_of_the_classes_makes_its_loss_nan():
+    """Those below zero, too, which would count from the end as indices do."""
+    loss = functools.partial(categorical_loss, reduction="none")
+    labels = np.array([0, -1, -K, K, -K - 1, K - 1])
+    found = jax.jit(loss)(np.ones((6, K), np.float32), labels)
+    assert np.isnan(found).tolist() == [False, True, True, True, True, False]
+    wide = np.array([2**32 + 1, 1])  # in NumPy, where the mask alone is traced
+    found = jax.jit(lambda mask: loss(np.ones((2, K), np.float32), wide, mask))(np.ones(2, bool))
+    assert np.isnan(found).tolist() == [True, False]
+
+
+def test_masked_labels_may_have_any_value():
+    """Their gradient is zero and that of the others is as without them, traced or not."""
+    logits = np.random.default_rng(0).normal(size=(4, K)).astype(np.float32)
+    labels, mask = np.array([1, -100, K, 0]), np.array([True, False, False, True])
+    run = jax.value_and_grad(categorical_loss)
+    wanted, slope = run(logits[::3], labels[::3])
+    for given in (run, jax.jit(run), lambda *v: jax.jit(lambda m: run(*v[:2], m))(v[2])):
+        value, gradient = given(logits, labels, mask)
+        np.testing.assert_allclose(value, wanted, rtol=1e-6)
+        np.testing.assert_allclose(gradient[::3], slope, rtol=1e-6)
+        assert not gradient[1:3].any()
+
+
+@pytest.mark.parametrize("reduction", ["batch_mean", "sequence_mean"])
+def test_losses_of_one_axis_need_to_know_which_it_is(reduction):
+    """Of one sequence of T steps the mean over sequences is over one; of B sequences over B."""
+    entries = np.float32([1, 2, 6])
+    run = functools.partial(squared_loss, np.sqrt(entries)[:, None], np.zeros((3, 1), np.float32))
+    message = (
+        f"squared_loss: axis must be given for reduction='{reduction}' of losses with one axis"
+    )
+    with pytest.raises(ValueError, match=message):
+        run(reduction=reduction)
+    found = run(reduction=reduction, axis=0)
+    np.testing.assert_allclose(found, 9 if reduction == "batch_mean" else 3, rtol=1e-6)
+    np.testing.assert_allclose(run(reduction=reduction, axis=None), 3, rtol=1e-6)
+    np.testing.assert_allclose(run(reduction="sum"), 9, rtol=1e-6)
 
 
 LOGITS, Y = np.ones((T, B, K), np.float32), np.ones((T, B), int)
@@ -195,11 +253,17 @@ LOGITS, Y = np.ones((T, B, K), np.float32), np.ones((T, B), int)
          "squared_loss: axis must name the axis of time of the losses for "
          "reduction='batch_mean', or be None, got 0 for shape ()."),
         (lambda: categorical_loss(LOGITS, Y * K), ValueError,
-         "categorical_loss: labels must be in [0, 5) where they count, got 5 to 5; mask entries "
-         "without a label."),
+         "categorical_loss: labels must be in [0, 5), got 5 to 5; mask entries that do not count."),
         (lambda: categorical_loss(LOGITS, Y - 2), ValueError,
-         "categorical_loss: labels must be in [0, 5) where they count, got -1 to -1; mask "
-         "entries without a label."),
+         "categorical_loss: labels must be in [0, 5), got -1 to -1; mask entries that do not "
+         "count."),
+        (lambda: categorical_loss(np.ones((), np.float32), Y), ValueError,
+         "categorical_loss: logits must have shape [..., K], got ()."),
+        (lambda: categorical_loss(LOGITS, Y > 0), TypeError,
+         "categorical_loss: labels must be an integer array, got dtype bool."),
+        (lambda: squared_loss(LOGITS, LOGITS, reduction="batch_mean", axis="last"), ValueError,
+         "squared_loss: axis must name the axis of time of the losses for "
+         "reduction='batch_mean', or be None, got 'last' for shape (4, 3)."),
         (lambda: categorical_loss(LOGITS, [1]), TypeError,
          "categorical_loss: labels must be an integer array, got list."),
         (lambda: bernoulli_loss([1.0], LOGITS), TypeError,

@@ -12,12 +12,16 @@ import pytest
 from conftest import assert_close, flat, make_problem
 from oracle import forward
 
+import jaxgru
 from jaxgru import (
     CHO_2014,
     CHUNG_2014,
     PYTORCH,
     Bidirectional,
     Dropout,
+    GRUParams,
+    GRUSpec,
+    Noise,
     gru_stack,
     init_state,
     length_mask,
@@ -209,7 +213,165 @@ def test_model_learns_a_cycle_through_the_handwritten_gradient():
     assert drawn.tolist() == [2, 3, 0, 1, 2, 3]
 
 
+# Tokens of every size, and those that are none.
+
+
+def test_tokens_of_eight_bits_are_those_of_thirty_two():
+    """Of 257 one-hot rows: as the embedding that is the identity; and of an embedding of 128."""
+    few = make_problem(0, inputs=257, dtype=np.float32).params
+    head = draw(1, H, 257, dtype=np.float32), draw(2, 257, dtype=np.float32)
+    one_hot, table = (TokenParams(e, (few,), *head) for e in (None, jnp.eye(257)))
+    tokens = np.array([0, 7, 0, 3], np.uint8)
+    wanted = token_logits(table, tokens.astype(int))[1]
+    assert_close(token_logits(one_hot, tokens)[1], wanted, 1e-5)
+    assert_close(jax.jit(models.token_logits)(one_hot, tokens)[1], wanted, 1e-5)
+    wanted = token_loss(table, tokens.astype(int), tokens.astype(int))[0]
+    np.testing.assert_allclose(token_loss(one_hot, tokens, tokens)[0], wanted, rtol=1e-5)
+    drawn = [generate(p, KEY, t, 12, temperature=0)[1]
+             for p, t in ((one_hot, tokens), (table, tokens.astype(int)))]  # fmt: skip
+    np.testing.assert_array_equal(*drawn)
+    params = init_token_model(KEY, 128, H, embedding_size=E)
+    narrow, wide = (token_logits(params, np.array([65, 66], t))[1] for t in (np.int8, np.int32))
+    np.testing.assert_array_equal(narrow, wide)
+
+
+@pytest.mark.parametrize("one_hot", [False, True])
+def test_token_that_is_none_makes_its_sequence_nan(one_hot):
+    """Inside jit, from its step on; the other sequences are as they were, and so is padding."""
+    params, tokens = make(one_hot=one_hot, dtype=np.float32), np.array(make_tokens(), np.int32)
+    run, loss = jax.jit(models.token_logits), jax.jit(jax.value_and_grad(token_loss, has_aux=True))
+    wanted = np.array(run(params, tokens)[1])
+    mask = np.ones((T, B), bool)
+    mask[4:, 1] = False
+    for outside in (-1, -V, V, 2**31 - 1):
+        given = tokens.copy()
+        given[4, 1] = outside
+        found = np.array(run(params, given)[1])
+        assert np.isnan(found[4:, 1]).all()
+        found[4:, 1] = wanted[4:, 1]
+        np.testing.assert_array_equal(found, wanted)
+        assert np.isnan(loss(params, given, tokens)[0][0])
+        assert np.isnan(loss(params, tokens, given)[0][0])
+        with pytest.raises(ValueError, match=rf"tokens must be in \[0, {V}\), got .*{outside}"):
+            token_logits(params, given)
+        with pytest.raises(ValueError, match=rf"targets must be in \[0, {V}\), got .*{outside}"):
+            token_loss(params, tokens, given)
+        for masked in (loss, jax.value_and_grad(token_loss, has_aux=True)):
+            jax.tree.map(
+                np.testing.assert_array_equal,
+                masked(params, given, given, mask=mask),
+                masked(params, tokens, tokens, mask=mask),
+            )
+
+
 # Generation.
+
+
+def by_steps(params, prompt, num_steps, filters, *, stop=None, mask=None, **options):
+    """`generate` with one call of the model a step, and the filters in NumPy."""
+    run = jax.jit(functools.partial(token_logits, deterministic=True, **options))
+    h, logits = run(params, prompt, mask=mask)
+    logits, tokens = logits[-1], []
+    for key in jax.random.split(KEY, num_steps):
+        drawn = draw_one(key, np.asarray(logits, np.float32), *filters)
+        if tokens and stop is not None:
+            drawn = np.where(tokens[-1] == stop, stop, drawn)
+        tokens.append(drawn)
+        before, (h, logits) = h, run(params, drawn[None], h)
+        stopped = (drawn == stop)[..., None]
+        h, logits = tuple(np.where(stopped, *pair) for pair in zip(before, h)), logits[-1]
+    return before, np.stack(tokens)
+
+
+def draw_one(key, logits, temperature, top_k, top_p):
+    temperature = np.broadcast_to(np.float32(temperature), logits.shape[:-1])
+    kept = logits - logits.max(-1, keepdims=True)
+    kept = kept / np.where(temperature > 0, temperature, 1)[..., None]
+    for row in kept.reshape(-1, logits.shape[-1]):
+        order = np.argsort(-row)
+        row[order[top_k:]] = -np.inf
+        p = np.exp(row[order]) / np.exp(row).sum()
+        row[order[1:][np.cumsum(p)[:-1] >= top_p]] = -np.inf
+    sampled = np.asarray(jax.random.categorical(key, jnp.asarray(kept)))
+    return np.where(temperature > 0, sampled, logits.argmax(-1)).astype(np.int32)
+
+
+@pytest.mark.parametrize("num_steps", [5, 9], ids=["products", "table"])
+@pytest.mark.parametrize("case", ["plain", "rows", "stop", "everything"])
+def test_generation_is_a_loop_over_steps_of_the_model(case, num_steps):
+    """One temperature for each prompt, a token that stops them, and time on the second axis."""
+    params, prompt = make(num_layers=2, dtype=np.float32), np.array(make_tokens(steps=4), np.uint8)
+    params, options, filters = params._replace(w=2 * params.w), {}, [1.5, V, 1.0]
+    stop = axis = mask = None
+    if case in ("rows", "everything"):
+        filters = [np.array([0.0, 0.5, 3.0]), 4, 0.9]
+    if case == "everything":
+        options = {"residual": True, "zoneout": 0.3}
+        mask, axis = length_mask([4, 2, 3], 4), 1
+    if case in ("stop", "everything"):
+        drawn = by_steps(params, prompt, num_steps, filters, mask=mask, **options)[1]
+        some = [(drawn[:-2] == t).any() and not (drawn == t).any(0).all() for t in range(V)]
+        stop = some.index(True)
+    h_last, wanted = by_steps(params, prompt, num_steps, filters, stop=stop, mask=mask, **options)
+    if stop is not None:  # some stop early and some do not
+        assert 0 < (wanted[-2:] == stop).all(0).sum() < B
+    names = dict(zip(("temperature", "top_k", "top_p"), filters))
+    time = 0 if axis is None else axis
+    given = {"mask": None if mask is None else jnp.moveaxis(mask, 0, time), "stop_token": stop}
+    h, tokens = generate(
+        params, KEY, np.moveaxis(prompt, 0, time), num_steps, **names, **given, **options,
+        **({} if axis is None else {"axis": axis}),
+    )  # fmt: skip
+    np.testing.assert_array_equal(np.moveaxis(tokens, time, 0), wanted)
+    assert_close(h, h_last, 1e-5)
+
+
+def test_logits_that_are_not_finite_are_no_token():
+    """An error outside jit; inside -1, in that sequence alone. -inf only rules a token out."""
+    params, prompt = make(dtype=np.float32), np.array([[1, 2]])
+    ruled_out = params._replace(b=params.b.at[3].set(-jnp.inf))
+    for temperature in (0.0, 9.0):
+        drawn = generate(ruled_out, KEY, np.ones((1, 50), int), 9, temperature=temperature)[1]
+        assert (drawn >= 0).all() and not (drawn == 3).any()
+        run = functools.partial(models.generate, temperature=temperature)
+        for wrong in (jnp.nan, jnp.inf):
+            broken = params._replace(b=params.b.at[3].set(wrong))
+            with pytest.raises(
+                FloatingPointError, match=r"^generate: logits must be finite, got NaN or infinity"
+            ):
+                run(broken, KEY, prompt, 3)
+            inside = jax.jit(lambda p, run=run: run(p, KEY, prompt, 3)[1])(broken)
+            assert (inside == -1).all()
+        for num_steps in (4, 9):  # products, and a table
+            h0 = [jnp.zeros((2, H)).at[0].set(jnp.nan)]
+            inside = jax.jit(lambda h0, n=num_steps, run=run: run(params, KEY, prompt, n, h0=h0))
+            tokens = inside(h0)[1]
+            assert (tokens[:, 0] == -1).all()
+            assert tokens[:, 1].tolist() == inside([jnp.zeros((2, H))])[1][:, 1].tolist()
+        traced = jax.jit(lambda prompt, run=run: run(params, KEY, prompt, 9)[1])
+        assert (traced(np.array([[V, 2]]))[:, 0] == -1).all()
+
+
+@pytest.mark.parametrize("num_steps", [2, 4], ids=["products", "table"])
+def test_no_token_follows_one_that_could_not_be_drawn(num_steps):
+    """Though the state is huge once only: any next token would bring it back to 1."""
+    w_x, w_h = np.float32([[0, 0, 1]]), np.float32([[0, -1, 0]])
+    layer = GRUParams(w_x, w_h, spec=GRUSpec(activation="identity"))
+    embedding, w, b = np.float32([[1e38], [1], [1]]), np.float32([[1e3, 0, 0]]), np.zeros(3)
+    params = TokenParams(embedding, (layer,), w, np.float32(b))
+    tokens = jax.jit(lambda p: models.generate(p, KEY, np.array([0]), num_steps)[1])(params)
+    assert tokens.tolist() == [-1] * num_steps
+    h, logits = models.token_logits(params, np.array([0, 2]))
+    assert np.isinf(logits[0]).any() and h[0] == 1 and np.isfinite(logits[1]).all()
+
+
+def test_traced_filters_of_nothing_leave_the_likeliest_token():
+    params, prompt = make(dtype=np.float32), np.arange(V)[None]
+    wanted = generate(params, KEY, prompt, 5, temperature=0)[1]
+    assert (wanted != 0).all()
+    for name in ("top_k", "top_p"):
+        run = jax.jit(lambda v, name=name: generate(params, KEY, prompt, 5, **{name: v})[1])
+        np.testing.assert_array_equal(run(0), wanted)
 
 
 @eagerly
@@ -361,12 +523,24 @@ def test_dropout_before_the_head_scales_what_it_reads():
     h_last, clean = final_outputs(params, xs)
     assert_close(clean, h_last[0].sum(-1, keepdims=True) + b[None], 1e-13)
     _, noisy = final_outputs(params, xs, dropout=Dropout(output=0.75), key=key)
-    kept = np.asarray(jax.random.bernoulli(jax.random.split(key)[1], 0.25, (B, H)))
+    kept = np.asarray(jax.random.bernoulli(jax.random.split(key, 3)[-1], 0.25, (B, H)))
     wanted = np.where(kept, 4 * np.asarray(h_last[0]), 0.0).sum(-1, keepdims=True) + np.asarray(b)
     np.testing.assert_allclose(noisy, wanted, rtol=1e-13)
     for given in (None, key):
         options = {"dropout": Dropout(output=0.75), "key": given, "deterministic": True}
         np.testing.assert_array_equal(final_outputs(params, xs, **options)[1], clean)
+
+
+def test_final_state_is_that_of_the_stack_with_the_same_key():
+    """Whatever is drawn, and the head's dropout with it."""
+    params = init_sequence_model(KEY, E, H, 2, num_layers=2, bidirectional=True)
+    xs = draw(15, T, B, E, dtype=np.float32)
+    options = {"dropout": Dropout(0.2, 0.3, 0.4), "noise": Noise(0.2, 0.3), "key": KEY}
+    wanted, _ = jaxgru.gru_stack(params.layers, xs, **options)
+    h_last, noisy = final_outputs(params, xs, **options)
+    jax.tree.map(np.testing.assert_array_equal, h_last, wanted)
+    options["dropout"] = Dropout(0.2, 0.3)
+    assert np.abs(noisy - final_outputs(params, xs, **options)[1]).max() > 1e-3
 
 
 @eagerly
@@ -509,6 +683,98 @@ BAD_CALLS = {
         "token_logits: params.w must have 6 rows (the outputs of the top layer, "
         "merge='concat'), got 3; pass the merge that it was made with.",
     ),
+    **{
+        f"shape_of_{name}_{number}": (
+            lambda p, name=name, value=value: token_logits(p._replace(**{name: value}), TOKENS),
+            f"token_logits: params.{name} must have shape {wanted}, got {found}.",
+        )
+        for name, wanted, values in (
+            ("b", "(7,) (the columns of params.w)", {"(1,)": np.ones(1), "None": None}),
+            (
+                "embedding",
+                "(7, 2) (the columns of params.w, then the rows of the first layer's w_x)",
+                {"(6, 2)": np.ones((6, 2)), "(7, 3)": np.ones((7, 3)), "None": None},
+            ),
+        )
+        for number, (found, value) in enumerate(values.items())
+    },
+    "axes_of_w": (
+        lambda p: token_logits(p._replace(w=np.ones(3)), TOKENS),
+        "token_logits: params.w must have 3 rows (the outputs of the top layer, "
+        "merge='concat'), got shape (3,); pass the merge that it was made with.",
+    ),
+    "dtype_of_the_embedding": (
+        lambda p: token_logits(p._replace(embedding=np.ones((V, E), np.float32)), TOKENS),
+        "token_logits: params.embedding must have the dtype of the layers, float64, got float32; "
+        "cast one of them.",
+    ),
+    "one_hot_rows": (
+        lambda p: generate(make(one_hot=True)._replace(layers=p.layers), KEY, TOKENS, 1),
+        "generate: params.embedding must have shape (7, 2) (the columns of params.w, then the rows "
+        "of the first layer's w_x), got None.",
+    ),
+    "place_of_a_layer": (
+        lambda p: token_loss(p._replace(layers=(p.layers[0], None)), TOKENS, TOKENS),
+        "token_loss: params.layers[1] must be a GRUParams or a Bidirectional, got NoneType.",
+    ),
+    "place_of_a_size": (
+        lambda p: final_outputs(SequenceParams(*make(num_layers=2)[1:]), np.ones((T, 5))),
+        "final_outputs: xs must have shape [T, ..., I] with I=2 (rows of params.layers[0].w_x), "
+        "got (7, 5).",
+    ),
+    "rows_of_a_layer": (
+        lambda p: sequence_outputs(SequenceParams(p.layers * 2, *p[2:]), np.ones((T, E))),
+        "sequence_outputs: params.layers[1].w_x must have 3 rows (the outputs of params.layers[0], "
+        "merge='concat'), got 2.",
+    ),
+    "state_for_logits": (
+        lambda p: token_logits(p, TOKENS, [np.ones(4)]),
+        "token_logits: h0[0] must have shape (3,) (the batch axes of xs, then H=3 rows of "
+        "params.layers[0].w_h), got (4,).",
+    ),
+    "form_of_a_tap": (
+        lambda p: token_logits(p, TOKENS, tap=[]),
+        "token_logits: tap must be a sequence of 1 taps, one for each layer, got 0 of them; "
+        "init_taps(params.layers, lead_shape) has the form.",
+    ),
+    "state_for_generation": (
+        lambda p: generate(p, KEY, TOKENS, 1, h0=[np.ones(4)]),
+        "generate: h0[0] must have shape (3,) (the batch axes of xs, then H=3 rows of "
+        "params.layers[0].w_h), got (4,).",
+    ),
+    "residual": (
+        lambda p: generate(p, KEY, TOKENS, 1, residual=[]),
+        "generate: residual must be a bool, got [].",
+    ),
+    "number_for_a_key": (
+        lambda p: generate(p, 3, TOKENS, 1),
+        "generate: key must be a jax.random.key, got 3.",
+    ),
+    "no_key": (
+        lambda p: generate(p, None, TOKENS, 1),
+        "generate: key must be a jax.random.key, got None.",
+    ),
+    "axis_of_a_prompt": (
+        lambda p: generate(p, KEY, TOKENS, 1, axis=1),
+        "generate: axis must name an axis of xs other than its last, got 1 for shape (3, 2).",
+    ),
+    "stop_token": (
+        lambda p: generate(p, KEY, TOKENS, 1, stop_token=V),
+        "generate: stop_token must be in [0, 7), got 7.",
+    ),
+    "temperatures": (
+        lambda p: generate(p, KEY, TOKENS[None], 1, temperature=np.ones(2)),
+        "generate: temperature must be a number or have shape (3,) (one for each prompt), got "
+        "(2,).",
+    ),
+    "one_temperature_below": (
+        lambda p: generate(p, KEY, TOKENS[None], 1, temperature=np.array([1, -1, 1])),
+        "generate: temperature must be finite and >= 0, got [ 1 -1  1].",
+    ),
+    "words_for_a_temperature": (
+        lambda p: generate(p, KEY, TOKENS, 1, temperature="hot"),
+        "generate: temperature must be a number, got 'hot'.",
+    ),
     "dropout_without_key": (
         lambda p: final_outputs(SequenceParams(*p[1:]), 0, dropout=Dropout(output=0.5)),
         "final_outputs: key must be a jax.random.key for dropout.output=0.5, got None; pass "
@@ -518,8 +784,8 @@ BAD_CALLS = {
         lambda p: generate(
             p._replace(layers=make_outputs([-2])[0], w=np.ones((6, V))), KEY, TOKENS, 1
         ),
-        "generate: params must hold layers of one direction, got a Bidirectional, whose outputs "
-        "depend on later tokens.",
+        "generate: params.layers must hold layers of one direction, got a Bidirectional, whose "
+        "outputs depend on later tokens.",
     ),
     "floating_prompt": (
         lambda p: generate(p, KEY, np.ones(2), 1),
@@ -531,11 +797,11 @@ BAD_CALLS = {
     ),
     "token_above": (
         lambda p: generate(p, KEY, np.array([V, 2]), 1),
-        "generate: prompt must hold tokens in [0, 7), got 2 to 7.",
+        "generate: prompt must be in [0, 7), got 2 to 7; mask entries that do not count.",
     ),
     "token_below": (
         lambda p: generate(p, KEY, np.array([-1, 2]), 1),
-        "generate: prompt must hold tokens in [0, 7), got -1 to 2.",
+        "generate: prompt must be in [0, 7), got -1 to 2; mask entries that do not count.",
     ),
     "empty_prompt": (
         lambda p: generate(p, KEY, TOKENS[:0], 1),
@@ -577,7 +843,8 @@ BAD_CALLS = {
 OF_KIND = {
     "embedding_of_half_a_number", "dtype", "floating_tokens", "list_of_tokens", "floating_targets",
     "model_for_logits", "model_for_outputs", "model_for_final_outputs", "model_for_generation",
-    "floating_prompt",
+    "floating_prompt", "dtype_of_the_embedding", "place_of_a_layer", "residual",
+    "number_for_a_key", "no_key", "words_for_a_temperature",
 }  # fmt: skip
 
 

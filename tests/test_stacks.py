@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -493,6 +494,33 @@ def test_one_step_of_a_stack_is_one_cell_after_the_other():
     assert_close(gru_stack_cell(layers, xs[0], h0), ((below, above), above), EXACT)
 
 
+@pytest.mark.parametrize("noisy", [False, True])
+def test_steps_outside_jit_compile_once(noisy):
+    """A loop of Python over a stream: the first step compiles, and no later one does."""
+    layers = init_stack(jax.random.key(0), INPUTS, H, 2)
+    rates = {"dropout": Dropout(0.1, 0.2, 0.3), "noise": Noise(0.2, 0.3), "key": jax.random.key(1)}
+    xs, compilations = np.ones((20, B, INPUTS), np.float32), []
+
+    def listen(event, *_, **__):
+        if "backend_compile" in event:
+            compilations.append(event)
+
+    def run(h, step):
+        options = rates if noisy else {}
+        return jaxgru.gru_stack_cell(layers, xs[step], h, first_step=step, **options)[0]
+
+    h = run(list(init_state(layers, (B,))), 0)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for step in range(1, 20):
+            h = run(h, step)
+        assert not compilations
+        jax.jit(lambda h: h * 3)(h[0])
+        assert compilations  # the listener hears
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
 def test_initial_state_is_zeros_in_the_form_of_the_parameters():
     layers = (
         init_stack(jax.random.key(0), 2, 3, dtype=jnp.bfloat16)[0],
@@ -587,6 +615,44 @@ def test_dropout_keeps_the_mean_and_drops_its_share():
     assert abs((shared[0] == 0).mean() - 0.25) < 4 * np.sqrt(0.25 * 0.75 / 400)
     assert abs((independent == 0).mean() - 0.25) < 4 * np.sqrt(0.25 * 0.75 / 8000)
     assert (independent[0] != independent[1]).any()
+
+
+def test_dropout_between_the_layers_of_one_layer_is_warned_of():
+    """As by torch; not where another rate is meant, where there are layers, or in evaluation."""
+    xs, key = jnp.ones((T, B, INPUTS)), jax.random.key(0)
+    run = functools.partial(jaxgru.gru_stack, key=key)
+    message = (
+        r"gru_stack: dropout=0.5 acts between layers, and there is one layer, so it does nothing; "
+        r"pass Dropout\(input=...\) or Dropout\(output=...\)."
+    )
+    with pytest.warns(UserWarning, match=f"^{message}$") as caught:
+        jax.eval_shape(functools.partial(run, dropout=0.5), make_stack(1, dtype=jnp.float32), xs)
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        one, two = (make_stack(n, dtype=jnp.float32) for n in (1, 2))
+        for layers, options in (
+            (two, {"dropout": 0.5}),
+            (one, {"dropout": 0.0}),
+            (one, {"dropout": Dropout(input=0.5)}),
+            (one, {"dropout": 0.5, "deterministic": True}),
+        ):
+            jax.eval_shape(functools.partial(run, **options), layers, xs)
+
+
+def test_rate_may_be_any_number_that_is_known():
+    """A scalar of NumPy or a scalar array draws what the number does."""
+    layers, key = make_stack(2, dtype=jnp.float32), jax.random.key(0)
+    xs, h0, _, _ = make_data(layers, dtype=jnp.float32)
+    run = functools.partial(jaxgru.gru_stack, layers, xs, h0, key=key)
+    wanted = run(dropout=Dropout(between=0.25))
+    for rate in (np.float32(0.25), np.float64(0.25), np.array(0.25), jnp.float32(0.25)):
+        for dropout in (rate, Dropout(between=rate)):
+            jax.tree.map(np.testing.assert_array_equal, run(dropout=dropout), wanted)
+    assert hash(Dropout(np.float32(0.25))) == hash(Dropout(0.25))
+    for wrong in (np.array([0.25]), np.bool_(False), np.float32(1.5), jnp.float32(-1)):
+        with pytest.raises((TypeError, ValueError), match="Dropout: input must be "):
+            Dropout(wrong)
 
 
 @pytest.mark.parametrize("kind", ["variational", "all"])
@@ -1050,6 +1116,11 @@ STATES_FORM = (
             "init_stack: hidden_size must hold one size for each of num_layers=3 layers, got 2.",
         ),
         (
+            lambda: init_stack(jax.random.key(0), 2, []),
+            ValueError,
+            "init_stack: hidden_size must hold at least one size, got [].",
+        ),
+        (
             lambda: init_stack(jax.random.key(0), 2, 3, 0),
             ValueError,
             "init_stack: num_layers must be at least 1, got 0.",
@@ -1067,7 +1138,7 @@ STATES_FORM = (
         (
             lambda: init_state(two_way(), 8),
             TypeError,
-            "init_state: batch_shape must be a sequence, got 8.",
+            "init_state: batch_shape must be a sequence, got 8; pass (8,).",
         ),
         (
             lambda: call(first_step=-1),

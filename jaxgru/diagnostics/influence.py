@@ -25,8 +25,8 @@ from jaxgru.diagnostics.traces import (
     trace_steps,
 )
 from jaxgru.stacks.checks import require_one_way
+from jaxgru.stacks.create import init_state
 from jaxgru.stacks.forms import as_stack
-from jaxgru.stacks.initializers import init_state
 
 Influence = Literal["exact", "snap-1"]
 

@@ -22,9 +22,9 @@ from jaxgru.core.noise import Noise
 from jaxgru.core.parameters import GRUParams
 from jaxgru.core.recurrence import run_gru
 from jaxgru.stacks.checks import StackConfig, require_grus, require_layers
+from jaxgru.stacks.create import init_taps
 from jaxgru.stacks.dropout import Dropout
 from jaxgru.stacks.forms import Bidirectional, as_stack, directions_of
-from jaxgru.stacks.initializers import init_taps
 from jaxgru.stacks.run import merge_directions, reverse_resets, run_stack
 
 PLAIN = StackConfig("concat", False, Dropout(), False, BPTT(), Noise(), deterministic=True)

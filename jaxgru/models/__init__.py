@@ -15,14 +15,5 @@ from jaxgru.models.parameters import (
     init_token_model,
 )
 
-__all__ = [
-    "SequenceParams",
-    "TokenParams",
-    "final_outputs",
-    "generate",
-    "init_sequence_model",
-    "init_token_model",
-    "sequence_outputs",
-    "token_logits",
-    "token_loss",
-]
+__all__ = ["SequenceParams", "TokenParams", "final_outputs", "generate", "init_sequence_model",
+           "init_token_model", "sequence_outputs", "token_logits", "token_loss"]  # fmt: skip

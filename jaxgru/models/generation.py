@@ -9,62 +9,67 @@ import numpy as np
 from jax import lax
 
 from jaxgru.core.cell import project, split_recurrent, step
-from jaxgru.core.checks import is_traced, require_count, require_flags
+from jaxgru.core.checks import is_traced, require_axis, require_count, require_key
+from jaxgru.core.gradient import BPTT
 from jaxgru.core.matmul import state_dtype
 from jaxgru.core.noise import Noise, require_noise
-from jaxgru.losses import require_labels
-from jaxgru.models.outputs import token_logits
-from jaxgru.models.parameters import TokenParams, apply_head, embed, require_model
-from jaxgru.stacks.forms import Bidirectional
+from jaxgru.losses import is_readable, require_labels
+from jaxgru.models.outputs import ROOT
+from jaxgru.models.parameters import TokenParams, apply_head, embed, look_up, require_model
+from jaxgru.stacks.checks import StackConfig, require_layers, require_one_way
+from jaxgru.stacks.dropout import Dropout
+from jaxgru.stacks.forms import directions_of
+from jaxgru.stacks.run import run_stack
 
 
 def generate(
-    params: TokenParams,
-    key: jax.Array,
-    prompt: jax.Array,
-    num_steps: int,
-    *,
-    mask: jax.Array | None = None,
-    h0: Any = None,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    residual: bool = False,
-    noise: Noise | None = None,
-) -> tuple[Any, jax.Array]:
+    params: TokenParams, key: jax.Array, prompt: jax.Array, num_steps: int, *,
+    mask: jax.Array | None = None, h0: Any = None, axis: int = 0,
+    temperature: float | jax.Array = 1.0, top_k: int | None = None, top_p: float | None = None,
+    stop_token: int | None = None, residual: bool = False, noise: Noise | None = None,
+) -> tuple[Any, jax.Array]:  # fmt: skip
     """(h_last, tokens): continues a prompt, each token drawn from softmax(logits / temperature).
 
-    Compiled once for each prompt shape, num_steps, residual, noise and set of filters in
-    use (temperature=0 is one); the whole loop is one program, and temperature, top_k and top_p may
-    change from call to call.
+    Compiled once for each prompt shape, num_steps, axis, residual, noise and set of filters in
+    use (temperature=0 is one, and one temperature for each prompt another); the whole loop is one
+    program, and temperature, top_k, top_p and stop_token may change from call to call.
 
     Args:
       params: of the model.
       key: a `jax.random.key`.
-      prompt: [P, ...] integers in [0, V), P at least 1; one token of a result is tokens[-1:].
+      prompt: [P, ...] integers in [0, V), time first, P at least 1; to continue a result, pass
+        tokens[-1:] as prompt and h_last as h0. Masked tokens may have any value.
       num_steps: how many tokens to draw.
       mask: [P, ...] bool for prompts of several lengths, True on their tokens; None for all.
       h0: the state before the prompt, in the form of `init_state`; None for zeros.
-      temperature: above 0; 0 takes the likeliest token (greedy).
+      axis: the axis of time in prompt, mask and tokens; 1 for [B, P].
+      temperature: at least 0; 0 takes the likeliest token (greedy). An array [...], the batch axes
+        of prompt, has one for each prompt.
       top_k: draws from the k likeliest tokens (and those as likely as the k-th); None for all.
       top_p: draws from the fewest likeliest tokens whose probabilities add up to at least p
         (Holtzman et al. 2020, arXiv:1904.09751, eq. 2), and those as likely as the last of them,
         after top_k; None for all.
+      stop_token: in [0, V). After a sequence has drawn it, all its tokens are stop_token, and its
+        state stays as it is; a call that continues reads it as any token. None stops none.
       residual: as the model was trained with.
       noise: as the model was trained with; the mean of its zoneout acts.
 
     Returns:
-      h_last, the state before the last token is read, so that a call with that token as prompt and
-      h_last as h0 goes on; and tokens [num_steps, ...] int32.
+      h_last, the state before the last token is read, or before the first stop_token of a sequence
+      that has stopped; and tokens [num_steps, ...] int32. Inside jit, where nothing can be
+      refused, tokens are -1 from the first on whose logits are NaN or infinite.
 
     Raises:
-      ValueError: a token is outside [0, V), a prompt is empty or masked throughout, another value
-        is out of its range, or a layer is bidirectional.
-      TypeError: the prompt holds no integers.
+      ValueError: a token that counts is outside of [0, V), a prompt is empty or masked throughout,
+        another value is out of its range, an array of params does not fit the others, a layer is
+        bidirectional, or h0 does not fit.
+      TypeError: the prompt holds no integers, key is no key, or another argument is of another
+        kind.
+      FloatingPointError: outside jit, logits are NaN or infinite.
 
     Cost: the products of one step of each layer and of the head a token. Where V is at most
     num_steps, what the first layer makes of each token's input is made once, 3VH numbers, and
-    looked up.
+    looked up. Outside jit it waits for the tokens.
 
     >>> from jaxgru.models import init_token_model
     >>> params = init_token_model(jax.random.key(0), 5, 3)
@@ -72,50 +77,77 @@ def generate(
     >>> tokens.shape
     (4,)
     """
-    require_model("generate", params, TokenParams, "concat")
-    if any(isinstance(layer, Bidirectional) for layer in params.layers):
+    function = "generate"
+    require_model(function, params, TokenParams, "concat")
+    require_one_way(function, params.layers, ", whose outputs depend on later tokens", ROOT)
+    require_key(function, {}, key, False)
+    if key is None:
+        raise TypeError(f"{function}: key must be a jax.random.key, got None.")
+    require_count(function, "num_steps", num_steps)
+    vocab_size, w_x = params.w.shape[1], directions_of(params.layers[0])[0].w_x
+    prompt = require_labels(function, "prompt", prompt, vocab_size, mask)
+    if prompt.ndim:
+        axis = require_axis(function, axis, (*prompt.shape, w_x.shape[0]))
+    if not prompt.ndim or prompt.shape[axis] < 1:
+        raise ValueError(f"{function}: prompt must hold at least one token, got {prompt.shape}.")
+    xs = jax.ShapeDtypeStruct((*prompt.shape, w_x.shape[0]), w_x.dtype)
+    require_layers(function, params.layers, xs, h0, residual=residual, axis=axis, root=ROOT)
+    if mask is not None and is_readable(mask) and not np.asarray(mask).any(axis=axis).all():
         raise ValueError(
-            "generate: params must hold layers of one direction, got a Bidirectional, whose "
-            "outputs depend on later tokens."
+            f"{function}: mask must be True on a token of every prompt, got none of one."
         )
-    require_labels("generate", "prompt", prompt)
-    require_count("generate", "num_steps", num_steps)
-    vocab_size = params.w.shape[1]
-    if prompt.ndim < 1 or prompt.shape[0] < 1:
-        raise ValueError(f"generate: prompt must hold at least one token, got {prompt.shape}.")
-    require_flags("generate", {"mask": mask}, prompt.shape, "that of prompt")
-    if mask is not None and not is_traced(mask) and not np.asarray(mask).any(axis=0).all():
-        raise ValueError("generate: mask must be True on a token of every prompt, got none of one.")
-    if not is_traced(prompt):
-        values = np.asarray(prompt)
-        if values.size and not (values.min() >= 0 and values.max() < vocab_size):
-            raise ValueError(
-                f"generate: prompt must hold tokens in [0, {vocab_size}), got {values.min()} to "
-                f"{values.max()}."
-            )
-    if not is_traced(temperature) and not 0 <= temperature < float("inf"):
-        raise ValueError(f"generate: temperature must be finite and >= 0, got {temperature}.")
+    batch = (*prompt.shape[:axis], *prompt.shape[axis + 1 :])
+    filters = _require_filters(temperature, top_k, top_p, stop_token, vocab_size, batch)
+    noise = require_noise(function, noise, None, True)
+    config = StackConfig("concat", residual, Dropout(), False, BPTT(), noise, True)
+    h_last, tokens = _generate(params, key, prompt, mask, h0, filters, num_steps, axis, config)
+    if is_readable(tokens) and (np.asarray(tokens) < 0).any():
+        raise FloatingPointError(
+            f"{function}: logits must be finite, got NaN or infinity; check params and h0."
+        )
+    return h_last, tokens
+
+
+def _require_filters(temperature, top_k, top_p, stop_token, vocab_size, batch):
+    """(temperature, top_k, top_p, stop_token) as arrays: None for a greedy temperature."""
+    greedy = False
+    if np.shape(temperature) not in ((), batch):
+        raise ValueError(
+            f"generate: temperature must be a number or have shape {batch} (one for each prompt), "
+            f"got {np.shape(temperature)}."
+        )
+    if not is_traced(temperature):
+        values = np.asarray(temperature)
+        if not jnp.issubdtype(values.dtype, np.number):
+            raise TypeError(f"generate: temperature must be a number, got {temperature!r}.")
+        if not ((values >= 0) & (values < np.inf)).all():
+            raise ValueError(f"generate: temperature must be finite and >= 0, got {temperature}.")
+        greedy = not values.any()
     if top_k is not None and not is_traced(top_k):
         require_count("generate", "top_k", top_k)
     if top_p is not None and not is_traced(top_p) and not 0 < top_p <= 1:
         raise ValueError(f"generate: top_p must be in (0, 1], got {top_p}.")
-    noise = require_noise("generate", noise, None, True)
-    greedy = not is_traced(temperature) and temperature == 0
-    filters = (
-        None if greedy else jnp.float32(temperature),
+    if stop_token is not None and not is_traced(stop_token):
+        require_count("generate", "stop_token", stop_token, 0)
+        if stop_token >= vocab_size:
+            raise ValueError(
+                f"generate: stop_token must be in [0, {vocab_size}), got {stop_token}."
+            )
+    return (
+        None if greedy else jnp.asarray(temperature).astype(jnp.float32),
         None if top_k is None else jnp.int32(top_k),
         None if top_p is None else jnp.float32(top_p),
+        None if stop_token is None else jnp.int32(stop_token),
     )
-    return _generate(params, key, prompt, mask, h0, filters, num_steps, residual, noise)
 
 
-@functools.partial(jax.jit, static_argnames=("num_steps", "residual", "noise"))
-def _generate(params, key, prompt, mask, h0, filters, num_steps, residual, noise):
+@functools.partial(jax.jit, static_argnames=("num_steps", "axis", "config"))
+def _generate(params, key, prompt, mask, h0, filters, num_steps, axis, config):
     """`generate` of checked arguments. What is the same in every step is made before the loop."""
-    h, logits = token_logits(
-        params, prompt, h0, mask=mask, residual=residual, noise=noise, deterministic=True
-    )
-    recurrents, zoneout = [split_recurrent(p) for p in params.layers], noise.zoneout
+    *filters, stop_token = filters
+    prompt, mask = jax.tree.map(lambda v: jnp.moveaxis(v, axis, 0), (prompt, mask))
+    h, ys = run_stack(config, params.layers, h0, None, 0, embed(params, prompt), mask, None)
+    recurrents, zoneout = [split_recurrent(p) for p in params.layers], config.noise.zoneout
     vocab_size, table = params.w.shape[1], None
     if vocab_size <= num_steps:  # a row is then looked up instead of multiplied
         table = project(params.layers[0], embed(params, jnp.arange(vocab_size)))
@@ -127,39 +159,52 @@ def _generate(params, key, prompt, mask, h0, filters, num_steps, residual, noise
             if table is None or h_next:
                 a = project(layer, y)
             else:
-                a = tuple(rows[token] for rows in table)
+                a = tuple(look_up(rows, token) for rows in table)
             wide = h.astype(state_dtype(h.dtype))
             h_t = step(recurrent, a, wide)[0]
             h_t = ((1 - zoneout) * h_t + zoneout * wide if zoneout else h_t).astype(h.dtype)
-            y = h_t + y if residual and h_next else h_t
+            y = h_t + y if config.residual and h_next else h_t
             h_next.append(h_t)
         token_next = _draw(key, apply_head(params, y), *filters)
+        if stop_token is not None:
+            stopped = token == stop_token
+            h_next = [jnp.where(stopped[..., None], h, h_t) for h, h_t in zip(states, h_next)]
+            token_next = jnp.where(stopped, token, token_next)
         return (tuple(h_next), token_next), token_next
 
     keys = jax.random.split(key, num_steps)
-    first = _draw(keys[0], logits[-1], *filters)
+    first = _draw(keys[0], apply_head(params, ys[-1]), *filters)
     (h, _), rest = lax.scan(body, (h, first), keys[1:])
-    return h, jnp.concatenate([first[None], rest])
+    return h, jnp.moveaxis(jnp.concatenate([first[None], rest]), 0, axis)
 
 
 def _draw(key, logits, temperature, top_k, top_p):
-    """A token from softmax(logits / temperature) under the filters; the likeliest where it is 0."""
-    likeliest = logits.argmax(-1).astype(jnp.int32)
-    if temperature is None:  # known to be 0
-        return likeliest
-    logits = logits.astype(jnp.float32)
-    logits = logits - logits.max(axis=-1, keepdims=True)  # a small temperature makes no infinity
-    logits = logits / jnp.where(temperature > 0, temperature, 1)
+    """A token from softmax(logits / temperature) under the filters; the likeliest where it is 0.
+
+    -1 where the largest logit is not finite; argmax takes NaN for the largest.
+    """
+    likeliest = token = logits.argmax(-1).astype(jnp.int32)
+    largest = jnp.take_along_axis(logits, likeliest[..., None], axis=-1)
+    if temperature is not None:  # None is known to be 0
+        logits = (logits - largest).astype(jnp.float32)  # a small temperature makes no infinity
+        scale = jnp.where(temperature > 0, temperature, 1)
+        logits = _filter(logits / (scale[..., None] if scale.ndim else scale), top_k, top_p)
+        sampled = jax.random.categorical(key, logits).astype(jnp.int32)
+        token = jnp.where(temperature > 0, sampled, likeliest)
+    return jnp.where(jnp.isfinite(largest[..., 0]), token, -1)
+
+
+def _filter(logits, top_k, top_p):
+    """The logits, -inf where a token must not be drawn. The likeliest token always may be."""
     if top_k is not None:
-        place = jnp.minimum(top_k, logits.shape[-1]) - 1
+        place = jnp.clip(top_k, 1, logits.shape[-1]) - 1
         least = jnp.take(jnp.sort(logits, descending=True), place[None], axis=-1)
         logits = jnp.where(logits < least, -jnp.inf, logits)
     if top_p is not None:
         ordered = jnp.sort(logits, descending=True)
         probabilities = jax.nn.softmax(ordered, axis=-1)
-        before = jnp.cumsum(probabilities, axis=-1) - probabilities
-        chosen = (before < top_p) | (top_p >= 1)  # the first always is
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities  # 0 for the first alone
+        chosen = (before < jnp.maximum(top_p, jnp.finfo(jnp.float32).tiny)) | (top_p >= 1)
         least = jnp.where(chosen, ordered, jnp.inf).min(axis=-1, keepdims=True)
         logits = jnp.where(logits < least, -jnp.inf, logits)
-    sampled = jax.random.categorical(key, logits)
-    return jnp.where(temperature > 0, sampled.astype(jnp.int32), likeliest)
+    return logits

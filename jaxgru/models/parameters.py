@@ -6,14 +6,20 @@ from typing import Any, NamedTuple, get_args
 import jax
 import jax.export
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from jaxgru.core.checks import require_choice, require_count, require_dtype
+from jaxgru.core.checks import (
+    require_choice,
+    require_count,
+    require_dtype,
+    require_float,
+)
 from jaxgru.core.matmul import like_row, state_dtype
 from jaxgru.core.parameters import CHO_2014, GRUSpec, Scheme
 from jaxgru.stacks.checks import require_grus
-from jaxgru.stacks.forms import Layer, Merge, output_size_of
-from jaxgru.stacks.initializers import init_stack
+from jaxgru.stacks.create import init_stack
+from jaxgru.stacks.forms import Layer, Merge, directions_of, output_size_of
 
 
 class SequenceParams(NamedTuple):
@@ -39,20 +45,11 @@ for _kind in (SequenceParams, TokenParams):
 
 
 def init_sequence_model(
-    key: jax.Array,
-    input_size: int,
-    hidden_size: int | Sequence[int],
-    output_size: int,
-    *,
-    num_layers: int | None = None,
-    spec: GRUSpec = CHO_2014,
-    bidirectional: bool = False,
-    merge: Merge = "concat",
-    bias: bool = True,
-    layer_norm: bool = False,
-    scheme: Scheme = "orthogonal",
-    dtype: Any = jnp.float32,
-) -> SequenceParams:
+    key: jax.Array, input_size: int, hidden_size: int | Sequence[int], output_size: int,
+    num_layers: int | None = None, *, spec: GRUSpec = CHO_2014, bidirectional: bool = False,
+    merge: Merge = "concat", bias: bool = True, layer_norm: bool = False,
+    scheme: Scheme = "orthogonal", dtype: Any = jnp.float32,
+) -> SequenceParams:  # fmt: skip
     """Draws a model: `init_stack`, and a head drawn LeCun normal with zero bias.
 
     Args:
@@ -80,20 +77,12 @@ def init_sequence_model(
 
 
 def init_token_model(
-    key: jax.Array,
-    vocab_size: int,
-    hidden_size: int | Sequence[int],
-    *,
-    embedding_size: int | None = None,
-    num_layers: int | None = None,
-    spec: GRUSpec = CHO_2014,
-    bidirectional: bool = False,
-    merge: Merge = "concat",
-    bias: bool = True,
-    layer_norm: bool = False,
-    scheme: Scheme = "orthogonal",
+    key: jax.Array, vocab_size: int, hidden_size: int | Sequence[int],
+    num_layers: int | None = None, *, embedding_size: int | None = None,
+    spec: GRUSpec = CHO_2014, bidirectional: bool = False, merge: Merge = "concat",
+    bias: bool = True, layer_norm: bool = False, scheme: Scheme = "orthogonal",
     dtype: Any = jnp.float32,
-) -> TokenParams:
+) -> TokenParams:  # fmt: skip
     """Draws a token model: embedding N(0, 1), `init_stack`, head LeCun normal with zero bias.
 
     Args:
@@ -142,23 +131,52 @@ def apply_head(params: SequenceParams | TokenParams, hs: jax.Array) -> jax.Array
 
 
 def embed(params: TokenParams, tokens: jax.Array) -> jax.Array:
-    """x = embedding[token], or the one-hot row."""
-    if params.embedding is None:
-        return jax.nn.one_hot(tokens, params.w.shape[1], dtype=params.w.dtype)
-    return jnp.asarray(params.embedding)[tokens]  # NumPy cannot be indexed by traced arrays
+    """x = embedding[token], or the one-hot row; NaN for a token outside of [0, V)."""
+    if params.embedding is not None:
+        return look_up(jnp.asarray(params.embedding), tokens)
+    count, dtype = params.w.shape[1], params.w.dtype
+    rows = jax.nn.one_hot(tokens, count, dtype=dtype)
+    legal = (tokens >= 0) & (tokens < count)
+    return jnp.where(legal[..., None], rows, jnp.full((), jnp.nan, dtype))
+
+
+def look_up(table: jax.Array, tokens: jax.Array) -> jax.Array:
+    """table[token]; NaN for a token that has no row."""
+    options = {"mode": "fill", "fill_value": jnp.nan, "wrap_negative_indices": False}
+    return table.at[tokens].get(**options)
 
 
 def require_model(function: str, params: Any, kind: type, merge: Merge) -> None:
-    """TypeError or ValueError unless params are of that kind and their head fits their layers."""
+    """TypeError or ValueError unless params are of that kind and their arrays fit each other."""
     if not isinstance(params, kind):
         raise TypeError(
             f"{function}: params must be a {kind.__name__}, got {type(params).__name__}."
         )
     require_choice(function, "merge", merge, get_args(Merge))
-    require_grus(function, params.layers, stack=True)
-    size = output_size_of(params.layers[-1], merge)
-    if params.w.shape[0] != size:
+    require_grus(function, params.layers, stack=True, root="params.layers")
+    size, w_x = output_size_of(params.layers[-1], merge), directions_of(params.layers[0])[0].w_x
+    shape = np.shape(params.w)
+    if len(shape) != 2 or shape[0] != size:
+        found = shape[0] if len(shape) == 2 else f"shape {shape}"
         raise ValueError(
             f"{function}: params.w must have {size} rows (the outputs of the top layer, "
-            f"merge={merge!r}), got {params.w.shape[0]}; pass the merge that it was made with."
+            f"merge={merge!r}), got {found}; pass the merge that it was made with."
         )
+    columns, rows = "the columns of params.w", "the rows of the first layer's w_x"
+    shapes = {"w": (shape, ""), "b": (shape[1:], columns)}
+    # Without an embedding a token model reads one-hot rows, of size V.
+    if kind is TokenParams and (params.embedding is not None or shape[1] != w_x.shape[0]):
+        shapes["embedding"] = ((shape[1], w_x.shape[0]), f"{columns}, then {rows}")
+    for name, (wanted, meaning) in shapes.items():
+        value = getattr(params, name)
+        if np.shape(value) != wanted:
+            raise ValueError(
+                f"{function}: params.{name} must have shape {wanted} ({meaning}), got "
+                f"{'None' if value is None else np.shape(value)}."
+            )
+        if getattr(value, "dtype", w_x.dtype) != w_x.dtype:
+            raise TypeError(
+                f"{function}: params.{name} must have the dtype of the layers, {w_x.dtype}, got "
+                f"{value.dtype}; cast one of them."
+            )
+        require_float(function, f"params.{name}", value)

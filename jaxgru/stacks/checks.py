@@ -1,6 +1,10 @@
-"""The checks of a call of a layer or stack. They run once for each call of a public function."""
+"""The checks of a call of a layer or stack. They run once for each call of a public function.
+
+`root` is how the caller names the layers: "params", or "params.layers" in a model.
+"""
 
 import dataclasses
+import warnings
 from typing import Any, get_args
 
 import jax
@@ -12,13 +16,12 @@ from jaxgru.core.checks import (
     require_first_step,
     require_flags,
     require_float,
-    require_rate,
 )
 from jaxgru.core.gradient import as_rule
 from jaxgru.core.noise import require_noise
 from jaxgru.core.parameters import GRUParams, require_params
 from jaxgru.core.recurrence import Tap, require_inputs, require_state, require_tap
-from jaxgru.stacks.dropout import Dropout
+from jaxgru.stacks.dropout import Dropout, as_rate
 from jaxgru.stacks.forms import Bidirectional, Merge, as_stack, describe, output_size_of
 
 
@@ -33,14 +36,15 @@ class StackConfig:
     rule: Any  # checked: a `Rule`
     noise: Any  # checked: a `Noise`
     deterministic: bool
+    root: str = "params"
 
 
 def require_call(function, params, xs, h0, mask, resets, config, key, axis, first_step, tap):
     """The checked choices, the axis of time, and (xs, mask, resets, tap) with time in front."""
     config = _require_options(function, params, config, key, first_step)
-    merge, residual = config.merge, config.residual
-    axis = require_layers(function, params, xs, h0, mask, resets, merge, residual, axis)
-    for place, p, entry in _entries(function, "tap", params, tap):
+    merge, residual, root = config.merge, config.residual, config.root
+    axis = require_layers(function, params, xs, h0, mask, resets, merge, residual, axis, root)
+    for place, p, entry in _entries(function, "tap", params, tap, root):
         sizes = (p.w_x.shape[0], p.w_h.shape[0])
         require_tap(function, f"tap{place}", entry, xs.shape[:-1], sizes, p)
     return config, axis, jax.tree.map(lambda v: jnp.moveaxis(v, axis, 0), (xs, mask, resets, tap))
@@ -50,8 +54,13 @@ def _require_options(function, params, config, key, first_step):
     """The checked choices, but for merge and residual, which `require_layers` checks."""
     dropout = config.dropout
     if not isinstance(dropout, Dropout):
-        require_rate(function, "dropout", dropout)
-        dropout = Dropout(between=dropout)
+        dropout = Dropout(between=as_rate(function, "dropout", dropout))
+        if dropout.between and len(params) == 1 and not config.deterministic:
+            warnings.warn(
+                f"{function}: dropout={dropout.between} acts between layers, and there is one "
+                "layer, so it does nothing; pass Dropout(input=...) or Dropout(output=...).",
+                stacklevel=5,
+            )
     rule = as_rule(function, config.rule)
     rates = {f"dropout.{name}": getattr(dropout, name) for name in ("input", "between", "output")}
     noise = require_noise(function, config.noise, key, config.deterministic, rates)
@@ -65,7 +74,7 @@ def _require_options(function, params, config, key, first_step):
     return dataclasses.replace(config, dropout=dropout, rule=rule, noise=noise)
 
 
-def require_grus(function, params, stack=False):
+def require_grus(function, params, stack=False, root="params"):
     """TypeError unless params is a well-formed stack of one dtype, or a layer if not `stack`."""
     single = isinstance(params, GRUParams | Bidirectional)
     if not isinstance(params, GRUParams | list | tuple) or not params or (stack and single):
@@ -73,10 +82,10 @@ def require_grus(function, params, stack=False):
         found = "an empty one" if empty else type(params).__name__
         cure = "; put it into a tuple" if single else ""
         raise TypeError(
-            f"{function}: params must be a sequence of layers, GRUParams or Bidirectional, "
+            f"{function}: {root} must be a sequence of layers, GRUParams or Bidirectional, "
             f"got {found}{cure}."
         )
-    for place, layer, directions in _layers(params):
+    for place, layer, directions in _layers(params, root):
         if not isinstance(layer, GRUParams | Bidirectional):
             raise TypeError(
                 f"{function}: {place} must be a GRUParams or a Bidirectional, "
@@ -84,7 +93,7 @@ def require_grus(function, params, stack=False):
             )
         for name, direction in directions:
             require_params(function, direction, name)
-            first, bottom = _bottom(params)
+            first, bottom = _bottom(params, root)
             found, wanted = direction.w_x.dtype, bottom.w_x.dtype
             if found != wanted:
                 raise TypeError(
@@ -93,20 +102,29 @@ def require_grus(function, params, stack=False):
                 )
 
 
+def require_one_way(function, params, cure, root="params"):
+    """ValueError if a layer of a layer or stack is a `Bidirectional`."""
+    if any(isinstance(layer, Bidirectional) for layer in as_stack(params)):
+        raise ValueError(
+            f"{function}: {root} must hold layers of one direction, got a Bidirectional{cure}."
+        )
+
+
 def require_layers(
-    function, params, xs, h0=None, mask=None, resets=None, merge="concat", residual=False, axis=None
-):
+    function, params, xs, h0=None, mask=None, resets=None, merge="concat", residual=False,
+    axis=None, root="params",
+):  # fmt: skip
     """The axis of time of a layer or stack; TypeError or ValueError for what does not fit.
 
     axis: None for a function without that option, where it is 0.
     """
-    (name, bottom), found = _bottom(params), 0 if axis is None else axis
+    (name, bottom), found = _bottom(params, root), 0 if axis is None else axis
     size = bottom.w_x.shape[0]
     found = require_inputs(function, bottom, xs, size, mask, resets, found, f"{name}.w_x")
-    require_sizes(function, params, merge, residual)
+    require_sizes(function, params, merge, residual, root)
     batch = (*xs.shape[:found], *xs.shape[found + 1 : -1])
     time_major = xs if axis is not None and found == 0 else None
-    _require_states(function, "h0", params, h0, batch, time_major)
+    _require_states(function, "h0", params, h0, batch, time_major, root=root)
     return found
 
 
@@ -135,19 +153,12 @@ def require_step(function, params, x, h, mask, resets, config, key, first_step):
     return config
 
 
-def require_one_way(function, params, cure):
-    """ValueError if a layer is a `Bidirectional`; the cure says what to do instead."""
-    if any(isinstance(layer, Bidirectional) for layer in as_stack(params)):
-        need = "params must hold layers of one direction"
-        raise ValueError(f"{function}: {need}, got a Bidirectional{cure}.")
-
-
-def require_sizes(function, params, merge, residual):
+def require_sizes(function, params, merge, residual, root="params"):
     """TypeError or ValueError unless every layer reads what the layer below it returns."""
     require_choice(function, "merge", merge, get_args(Merge))
     require_bool(function, "residual", residual)
     size, source = _bottom(params)[1].w_x.shape[0], "as the other direction"
-    for number, (name, layer, directions) in enumerate(_layers(params)):
+    for number, (name, layer, directions) in enumerate(_layers(params, root)):
         for direction_name, p in directions:
             if p.w_x.shape[0] != size:
                 raise ValueError(
@@ -169,14 +180,16 @@ def require_sizes(function, params, merge, residual):
         size, source = output, f"the outputs of {name}, merge={merge!r}"
 
 
-def _require_states(function, argument, params, h, batch, time_major=None, source="xs"):
+def _require_states(
+    function, argument, params, h, batch, time_major=None, source="xs", root="params"
+):
     """TypeError or ValueError unless h is None or has the form of params."""
-    for place, p, entry in _entries(function, argument, params, h):
-        name, shape, rows = argument + place, (*batch, p.w_h.shape[0]), f"params{place}.w_h"
+    for place, p, entry in _entries(function, argument, params, h, root):
+        name, shape, rows = argument + place, (*batch, p.w_h.shape[0]), f"{root}{place}.w_h"
         require_state(function, name, entry, shape, p, time_major, rows, source)
 
 
-def _entries(function, argument, params, tree, place="") -> Any:
+def _entries(function, argument, params, tree, root, place="") -> Any:
     """(place, GRUParams, entry of the tree) of every GRU; nothing where the tree is None.
 
     ValueError unless the tree has the form of params. The place is what follows the name of params
@@ -186,16 +199,16 @@ def _entries(function, argument, params, tree, place="") -> Any:
         return
     parts, several = _parts(params), isinstance(tree, list | tuple) and not isinstance(tree, Tap)
     if several != bool(parts) or (several and len(tree) != len(parts)):
-        noun, one, cure = "state", "an array [..., H]", "init_state(params, batch_shape)"
+        noun, one, cure = "state", "an array [..., H]", f"init_state({root}, batch_shape)"
         torch = (
             f", and torch's [layers, B, H] is tuple({argument}), with two directions "
             f"tuple(zip({argument}[::2], {argument}[1::2]))"
         )
         if argument == "tap":
-            noun, one, cure, torch = "tap", "one Tap", "init_taps(params, lead_shape)", ""
+            noun, one, cure, torch = "tap", "one Tap", f"init_taps({root}, lead_shape)", ""
         cure = f"{cure} has the form"
         if isinstance(params, GRUParams):
-            wanted = f"{one}, as params{place} has one direction"
+            wanted = f"{one}, as {root}{place} has one direction"
         elif isinstance(params, Bidirectional):
             wanted = f"a pair of {noun}s, forward and backward"
         else:
@@ -208,7 +221,7 @@ def _entries(function, argument, params, tree, place="") -> Any:
         yield place, params, tree
         return
     for (step, part), entry in zip(parts, tree):
-        yield from _entries(function, argument, part, entry, place + step)
+        yield from _entries(function, argument, part, entry, root, place + step)
 
 
 def _parts(params):
@@ -218,13 +231,13 @@ def _parts(params):
     return [(f"[{n}]", p) for n, p in enumerate(params)] if isinstance(params, list | tuple) else []
 
 
-def _layers(params):
+def _layers(params, root="params"):
     """(name, layer, its (name, GRUParams) pairs) of every layer; params are a stack or a layer."""
     for place, layer in _parts(params) if as_stack(params) is params else [("", params)]:
-        name = f"params{place}"
+        name = f"{root}{place}"
         yield name, layer, [(name + side, p) for side, p in _parts(layer) or [("", layer)]]
 
 
-def _bottom(params):
+def _bottom(params, root="params"):
     """(name, GRUParams) of what reads the sequence first."""
-    return next(_layers(params))[2][0]
+    return next(_layers(params, root))[2][0]

@@ -1,11 +1,13 @@
 """Dropout around the layers of a stack."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxgru.core.checks import require_bool, require_rate
+from jaxgru.core.checks import is_traced, require_bool, require_rate
 from jaxgru.core.noise import draw_mask, draw_masks
 
 
@@ -13,18 +15,19 @@ from jaxgru.core.noise import draw_mask, draw_masks
 class Dropout:
     """Rates of the dropout around the layers of a stack; static.
 
-    Dropout at rate p multiplies by 0 with probability p and by 1 / (1 - p) else.
+    Dropout at rate p sets each entry to 0 with probability p and multiplies the others by
+    1 / (1 - p). A rate is a number; a scalar array that is not traced becomes one.
 
     Attributes:
       input: in [0, 1), before the first layer.
-      between: in [0, 1), before every other layer, as `torch.nn.GRU(dropout=...)`.
+      between: in [0, 1), before each layer but the first, as `torch.nn.GRU(dropout=...)`.
       output: in [0, 1), after the last layer.
       variational: True draws one mask for all steps (Gal and Ghahramani 2016, arXiv:1512.05287)
         instead of one for each step.
 
     Raises:
       ValueError: a rate is outside of [0, 1).
-      TypeError: a rate is no Python number, or variational no bool.
+      TypeError: a rate is no number or is traced, or variational is no bool.
 
     >>> Dropout(between=0.2).variational
     False
@@ -37,8 +40,16 @@ class Dropout:
 
     def __post_init__(self):
         for name in ("input", "between", "output"):
-            require_rate("Dropout", name, getattr(self, name))
+            object.__setattr__(self, name, as_rate("Dropout", name, getattr(self, name)))
         require_bool("Dropout", "variational", self.variational)
+
+
+def as_rate(function: str, argument: str, rate: Any) -> Any:
+    """The rate as a number of Python; TypeError or ValueError unless it is one in [0, 1)."""
+    if isinstance(rate, np.generic | np.ndarray | jax.Array) and not is_traced(rate):
+        rate = rate.item() if rate.shape == () else rate
+    require_rate(function, argument, rate)
+    return rate
 
 
 def drop(key, x, rate, numbers=None):

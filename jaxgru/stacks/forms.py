@@ -13,9 +13,9 @@ Merge = Literal["concat", "sum"]
 
 
 class Bidirectional(NamedTuple):
-    """A layer of two GRUs that read the sequence in both directions; also its states and taps."""
+    """One layer: a forward and a backward GRU. Its states and taps have the same form."""
 
-    forward: Any  # GRUParams; of a state [..., H], of a tap a `Tap`
+    forward: Any  # a GRUParams; in a state an array [..., H], in a tap a `Tap`
     backward: Any
 
 
@@ -40,7 +40,7 @@ def output_size_of(layer: Layer, merge: Merge) -> int:
 
 
 def map_grus(function: Callable[..., Any], params: Any, *trees: Any) -> Any:
-    """function(GRUParams, entry of each tree) for every GRU of a layer or stack, in its form."""
+    """params with each GRUParams p replaced by function(p, the trees' entries at its place)."""
     first, *others = (tuple(t) if isinstance(t, list) else t for t in (params, *trees))
     return jax.tree.map(function, first, *others, is_leaf=lambda p: isinstance(p, GRUParams))
 

@@ -18,21 +18,13 @@ from jaxgru.stacks.forms import Bidirectional, Layer, Merge
 
 
 def gru_bidirectional(
-    params: Bidirectional,
-    xs: jax.Array,
-    h0: Bidirectional | tuple[jax.Array, jax.Array] | None = None,
-    *,
-    mask: jax.Array | None = None,
-    resets: jax.Array | None = None,
-    merge: Merge = "concat",
-    axis: int = 0,
-    gradient: Gradient = "bptt",
-    noise: Noise | None = None,
-    key: jax.Array | None = None,
-    deterministic: bool = False,
-    first_step: int | jax.Array = 0,
+    params: Bidirectional, xs: jax.Array,
+    h0: Bidirectional | tuple[jax.Array, jax.Array] | None = None, *,
+    mask: jax.Array | None = None, resets: jax.Array | None = None, merge: Merge = "concat",
+    axis: int = 0, gradient: Gradient = "bptt", noise: Noise | None = None,
+    key: jax.Array | None = None, deterministic: bool = False, first_step: int | jax.Array = 0,
     tap: Any = None,
-) -> tuple[Bidirectional, jax.Array]:
+) -> tuple[Bidirectional, jax.Array]:  # fmt: skip
     """Runs one GRU forward and one backward over a sequence and returns (h_last, ys).
 
     ys_t = [forward_t | backward_t], or their sum (Schuster and Paliwal 1997; `torch.nn.GRU` and
@@ -75,24 +67,12 @@ def gru_bidirectional(
 
 
 def gru_stack(
-    params: Sequence[Layer],
-    xs: jax.Array,
-    h0: Sequence[Any] | None = None,
-    *,
-    mask: jax.Array | None = None,
-    resets: jax.Array | None = None,
-    merge: Merge = "concat",
-    residual: bool = False,
-    dropout: float | Dropout = 0.0,
-    reverse: bool = False,
-    axis: int = 0,
-    gradient: Gradient = "bptt",
-    noise: Noise | None = None,
-    key: jax.Array | None = None,
-    deterministic: bool = False,
-    first_step: int | jax.Array = 0,
-    tap: Sequence[Any] | None = None,
-) -> tuple[tuple[Any, ...], jax.Array]:
+    params: Sequence[Layer], xs: jax.Array, h0: Sequence[Any] | None = None, *,
+    mask: jax.Array | None = None, resets: jax.Array | None = None, merge: Merge = "concat",
+    residual: bool = False, dropout: float | Dropout = 0.0, reverse: bool = False, axis: int = 0,
+    gradient: Gradient = "bptt", noise: Noise | None = None, key: jax.Array | None = None,
+    deterministic: bool = False, first_step: int | jax.Array = 0, tap: Sequence[Any] | None = None,
+) -> tuple[tuple[Any, ...], jax.Array]:  # fmt: skip
     """Runs a stack of GRU layers over a sequence and returns (h_last, ys).
 
         y^0 = drop(xs),   x^l = drop(y^{l-1}) for l > 1,   y^l = layer_l(x^l)
@@ -112,7 +92,8 @@ def gru_stack(
       merge: how the directions of a `Bidirectional` are joined, "concat" or "sum".
       residual: True adds each layer's input to its output, from the second layer on (Wu et al.
         2016, arXiv:1609.08144, eq. 6).
-      dropout: the rate in [0, 1) between layers, or a `Dropout`.
+      dropout: the rate in [0, 1) between layers, or a `Dropout`. A rate between layers does nothing
+        in a stack of one layer, and gives a UserWarning there.
       reverse: as in `gru`, where no layer is `Bidirectional`.
       axis, gradient, noise, key, deterministic, first_step: as in `gru`; dropout needs a key, too.
       tap: a sequence with the tap of each layer, from `init_taps`; see `gru`.
@@ -142,20 +123,11 @@ def gru_stack(
 
 
 def gru_stack_cell(
-    params: Sequence[Layer],
-    x: jax.Array,
-    h: Sequence[jax.Array],
-    *,
-    mask: jax.Array | None = None,
-    resets: jax.Array | None = None,
-    residual: bool = False,
-    dropout: float | Dropout = 0.0,
-    noise: Noise | None = None,
-    key: jax.Array | None = None,
-    deterministic: bool = False,
-    gradient: Gradient = "bptt",
-    first_step: int | jax.Array = 0,
-) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    params: Sequence[Layer], x: jax.Array, h: Sequence[jax.Array], *,
+    mask: jax.Array | None = None, resets: jax.Array | None = None, residual: bool = False,
+    dropout: float | Dropout = 0.0, noise: Noise | None = None, key: jax.Array | None = None,
+    deterministic: bool = False, gradient: Gradient = "bptt", first_step: int | jax.Array = 0,
+) -> tuple[tuple[jax.Array, ...], jax.Array]:  # fmt: skip
     """Runs a stack for one step and returns (h, y): for streams.
 
     Args:
@@ -175,7 +147,8 @@ def gru_stack_cell(
       ValueError: a layer is `Bidirectional`, the gradient has a truncate, or as `gru_stack`.
       TypeError: as `gru_stack`.
 
-    Cost: that of one step; XLA removes the loop of length 1.
+    Cost: that of one step; XLA removes the loop of length 1. Outside jit it is compiled once for
+    each shape and choice, not once a step.
 
     >>> from jaxgru import init_stack, init_state
     >>> layers = init_stack(jax.random.key(0), 2, 3, num_layers=2)
@@ -186,7 +159,14 @@ def gru_stack_cell(
     require_grus("gru_stack_cell", params, stack=True)
     config = StackConfig("concat", residual, dropout, False, gradient, noise, deterministic)
     config = require_step("gru_stack_cell", params, x, h, mask, resets, config, key, first_step)
-    xs, mask, resets = (None if v is None else jnp.asarray(v)[None] for v in (x, mask, resets))
+    h = h and tuple(h)  # as it is returned, so that the second step is compiled as the first
+    return _run_step(config, params, h, key, first_step, x, mask, resets)
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _run_step(config, params, h, key, first_step, *arrays):
+    """`gru_stack_cell` of checked arguments: without jit its loop would be compiled every time."""
+    xs, mask, resets = (None if v is None else jnp.asarray(v)[None] for v in arrays)
     h_next, ys = run_stack(config, params, h, key, first_step, xs, mask, resets)
     return h_next, ys[0]
 
@@ -203,8 +183,7 @@ def check_and_run(function, params, xs, h0, mask, resets, config, key, axis, fir
 
 def run_stack(config, params, h0, key, first_step, xs, mask, resets, tap=None) -> Any:
     """`gru_stack` of checked arguments, with time in front."""
-    dropout, count = config.dropout, 2 * len(params) + 1
-    keys = [None] * count if key is None or config.deterministic else jax.random.split(key, count)
+    dropout, keys = config.dropout, draw_keys(config, params, key)
     steps = lax.broadcasted_iota(jnp.int32, (xs.shape[0],), 0)
     numbers = None if dropout.variational else first_step + steps
     h0, tap = (v or [None] * len(params) for v in (h0, tap))
@@ -217,6 +196,12 @@ def run_stack(config, params, h0, key, first_step, xs, mask, resets, tap=None) -
         ys = hs + ys if config.residual and n else hs
         h_last.append(h)
     return tuple(h_last), drop(keys[-1], ys, dropout.output, numbers)
+
+
+def draw_keys(config, params, key):
+    """Two keys a layer, for the dropout before it and for it, and one for the dropout of ys."""
+    count = 2 * len(params) + 1
+    return [None] * count if key is None or config.deterministic else jax.random.split(key, count)
 
 
 def _run_layer(config, layer, h0, key, first_step, xs, mask, resets, tap) -> Any:
@@ -240,7 +225,10 @@ def merge_directions(merge: Merge, *outputs: jax.Array) -> jax.Array:
 
 
 def reverse_resets(resets: jax.Array | None) -> jax.Array | None:
-    """Resets of the backward direction: what separates t - 1 from t comes before step t - 1."""
+    """Resets of the backward direction.
+
+    A reset between steps t - 1 and t comes before step t - 1 when the sequence is run backward.
+    """
     if resets is None:
         return None
     none = jnp.zeros_like(resets, shape=(1, *resets.shape[1:]))

@@ -15,19 +15,11 @@ from jaxgru.stacks.forms import Bidirectional, Layer, Merge, describe, map_grus,
 
 
 def init_stack(
-    key: jax.Array,
-    input_size: int,
-    hidden_size: int | Sequence[int],
-    num_layers: int | None = None,
-    *,
-    spec: GRUSpec = CHO_2014,
-    bidirectional: bool = False,
-    merge: Merge = "concat",
-    bias: bool = True,
-    layer_norm: bool = False,
-    scheme: Scheme = "orthogonal",
-    dtype: Any = jnp.float32,
-) -> tuple[Layer, ...]:
+    key: jax.Array, input_size: int, hidden_size: int | Sequence[int],
+    num_layers: int | None = None, *, spec: GRUSpec = CHO_2014, bidirectional: bool = False,
+    merge: Merge = "concat", bias: bool = True, layer_norm: bool = False,
+    scheme: Scheme = "orthogonal", dtype: Any = jnp.float32,
+) -> tuple[Layer, ...]:  # fmt: skip
     """Draws the parameters of a stack; `init_gru` draws each layer and direction.
 
     Args:
@@ -54,6 +46,8 @@ def init_stack(
     """
     require_count("init_stack", "input_size", input_size)
     several = isinstance(hidden_size, Sequence)
+    if several and not hidden_size:
+        raise ValueError(f"init_stack: hidden_size must hold at least one size, got {hidden_size}.")
     if num_layers is None:
         num_layers = len(hidden_size) if several else 1
     require_count("init_stack", "num_layers", num_layers)
@@ -95,7 +89,8 @@ def init_state(params: Any, batch_shape: Sequence[int] = ()) -> Any:
     [(4, 3), (4, 3)]
     """
     if not isinstance(batch_shape, Sequence):
-        raise TypeError(f"init_state: batch_shape must be a sequence, got {batch_shape!r}.")
+        cure = f"; pass ({batch_shape},)" if isinstance(batch_shape, int) else ""
+        raise TypeError(f"init_state: batch_shape must be a sequence, got {batch_shape!r}{cure}.")
     require_grus("init_state", params)
     return map_grus(lambda p: jnp.zeros((*batch_shape, p.w_h.shape[0]), p.w_h.dtype), params)
 

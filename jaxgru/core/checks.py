@@ -61,7 +61,7 @@ def require_count(function: str, argument: str, value: Any, least: int = 1) -> N
 
 def require_float(function: str, argument: str, value: Any, dtype: Any = None) -> None:
     """TypeError unless value is a floating array, of the given dtype where one is given."""
-    if not isinstance(value, jax.Array | np.ndarray | np.generic):
+    if not isinstance(value, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct):
         raise TypeError(
             f"{function}: {argument} must be an array, got {type(value).__name__}; "
             "convert it with jnp.asarray."

@@ -229,7 +229,8 @@ def _require_fit(function, params):
     model: Any = params if isinstance(params, SequenceParams | TokenParams) else None
     layers: Any = as_stack(params) if model is None else model.layers
     with accept_float64():
-        require_grus(function, layers, stack=True)
+        root = "params" if model is None else "params.layers"
+        require_grus(function, layers, stack=True, root=root)
         rows = [directions_of(layer)[0].w_x.shape[:1] for layer in layers[1:]]
         rows += [] if model is None else [np.shape(model.w)[:1]]
         summed = any(
@@ -237,7 +238,7 @@ def _require_fit(function, params):
             for layer, found in zip(layers, rows)
         )
         merge = "sum" if summed else "concat"
-        require_sizes(function, layers, merge, False)
+        require_sizes(function, layers, merge, False, root)
         if model is not None:
             require_model(function, model, type(model), merge)
 

@@ -80,7 +80,7 @@ def generate(
     function = "generate"
     require_model(function, params, TokenParams, "concat")
     require_one_way(function, params.layers, ", whose outputs depend on later tokens", ROOT)
-    require_key(function, {}, key, False)
+    require_key(function, key)
     if key is None:
         raise TypeError(f"{function}: key must be a jax.random.key, got None.")
     require_count(function, "num_steps", num_steps)

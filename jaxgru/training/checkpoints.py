@@ -21,6 +21,7 @@ from jaxgru.atomic_files import (
     flush_folder,
     remove_leftovers,
     replace_folder,
+    require_json,
     write_atomically,
 )
 from jaxgru.core.checks import require_choice, require_count, require_extra
@@ -240,29 +241,7 @@ def _require_metadata(function, name, value):
     """TypeError unless value is a dict of JSON values, ValueError if JSON changes one of them."""
     if not isinstance(value, dict):
         raise TypeError(f"{function}: {name} must be a dict, got {value!r}.")
-    _require_json(function, name, value)
-
-
-def _require_json(function, name, value):
-    """Refuses what JSON changes, since it would never be equal on loading."""
-    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        for key, entry in value.items():
-            _require_json(function, f"{name}[{key!r}]", entry)
-        return
-    try:
-        same = json.loads(json.dumps(value, allow_nan=False)) == value
-    except TypeError as error:
-        raise TypeError(
-            f"{function}: {name} must be a JSON value, got {value!r}; convert it to a Python "
-            f"number, string, list or dict ({error})."
-        ) from None
-    except ValueError:  # NaN or infinity
-        same = False
-    if not same:
-        raise ValueError(
-            f"{function}: {name} must be the same after it is saved as JSON, got {value!r}; use "
-            "finite numbers, lists instead of tuples, and strings as keys."
-        )
+    require_json(function, name, value)
 
 
 def _first_intact(numbered):

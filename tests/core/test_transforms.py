@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxgru
+from jaxgru import BPTT
 from jaxgru.core.parameters import CHO_2014, PYTORCH, init_gru
 from jaxgru.stacks import init_stack
 

@@ -497,6 +497,28 @@ BAD_CALLS = {
         "write_onnx: params.w must have 3 rows (the outputs of the top layer, merge='concat'), got "
         "4; pass the merge that it was made with.",
     ),
+    "bias_of_a_head": (
+        lambda path: write_onnx(
+            path,
+            SequenceParams((CELL,), np.ones((3, 2), np.float32), np.ones(1, np.float32)),
+        ),
+        ValueError,
+        "write_onnx: params.b must have shape (2,) (the columns of params.w), got (1,).",
+    ),
+    "rows_of_an_embedding": (
+        lambda path: write_onnx(
+            path,
+            TokenParams(
+                np.ones((4, 2), np.float32),
+                (CELL,),
+                np.ones((3, 5), np.float32),
+                np.ones(5, np.float32),
+            ),
+        ),
+        ValueError,
+        "write_onnx: params.embedding must have shape (5, 2) (the columns of params.w, then the "
+        "rows of the first layer's w_x), got (4, 2).",
+    ),
     "no_input": (
         lambda path: read_onnx(
             make_model([node_of()], path=path, **kernels()), inputs={"b": 1, "a": 2}

@@ -325,6 +325,20 @@ BAD_CALLS = {
         "params.w must have 3 rows (the outputs of the top layer, merge='concat'), got 9; pass the "
         "merge that it was made with.",
     ),
+    "axes_of_a_head": (
+        (SequenceParams((cell(),), head(3, 1, 1), head(1)),), {}, ValueError,
+        "params.w must have 3 rows (the outputs of the top layer, merge='concat'), got shape "
+        "(3, 1, 1); pass the merge that it was made with.",
+    ),
+    "bias_of_a_head": (
+        (SequenceParams((cell(),), head(3, 1), head(7)),), {}, ValueError,
+        "params.b must have shape (1,) (the columns of params.w), got (7,).",
+    ),
+    "rows_of_an_embedding": (
+        (TokenParams(head(4, 2), (cell(),), head(3, 5), head(5)),), {}, ValueError,
+        "params.embedding must have shape (5, 2) (the columns of params.w, then the rows of the "
+        "first layer's w_x), got (4, 2).",
+    ),
     "stack_of_stacks": (
         (((cell(),), (cell(1, inputs=3),)),), {}, TypeError,
         "params[0] must be a GRUParams or a Bidirectional, got tuple.",
@@ -335,8 +349,8 @@ BAD_CALLS = {
     ),
     "model_without_a_stack": (
         (SequenceParams(cell(), head(3, 1), head(1)),), {}, TypeError,
-        "params must be a sequence of layers, GRUParams or Bidirectional, got GRUParams; put it "
-        "into a tuple.",
+        "params.layers must be a sequence of layers, GRUParams or Bidirectional, got GRUParams; "
+        "put it into a tuple.",
     ),
     "metadata": (
         (cell(),), {"metadata": [1]}, TypeError, "metadata must be a dict or None, got [1].",

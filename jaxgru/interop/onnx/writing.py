@@ -54,19 +54,13 @@ def write_onnx(
     model: Any = params if isinstance(params, SequenceParams | TokenParams) else None
     layers: Any = params if model is None else model.layers
     layers = layers if is_stack(layers) else (layers,)
-    exported = onnx_nodes("write_onnx", layers, "params" if model is None else "params.layers")
+    root = "params" if model is None else "params.layers"
+    exported = onnx_nodes("write_onnx", layers, root)
     dtype = exported.weights[0]["R"].dtype
     with accept_float64():
-        require_sizes("write_onnx", layers, merge, residual)
-        if model:
+        require_sizes("write_onnx", layers, merge, residual, root)
+        if model is not None:
             require_model("write_onnx", model, type(model), merge)
-    if model:
-        for name, value in model._asdict().items():
-            if name != "layers" and value is not None and value.dtype != dtype:
-                raise TypeError(
-                    f"write_onnx: params.{name} must have the dtype of the layers, {dtype}, got "
-                    f"{value.dtype}; cast one of them."
-                )
     graph = _Graph(onnx, dtype, state)
     ys = _write_inputs(graph, params, layers)
     if lengths:

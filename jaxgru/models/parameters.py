@@ -143,6 +143,10 @@ def embed(params: TokenParams, tokens: jax.Array) -> jax.Array:
 def look_up(table: jax.Array, tokens: jax.Array) -> jax.Array:
     """table[token]; NaN for a token that has no row."""
     options = {"mode": "fill", "fill_value": jnp.nan, "wrap_negative_indices": False}
+    sharding = getattr(jax.typeof(tokens), "sharding", None)
+    if sharding is not None and any(axis is not None for axis in sharding.spec):  # explicit axes
+        rows = jax.P(*sharding.spec, *[None] * (table.ndim - 1))
+        options["out_sharding"] = jax.NamedSharding(sharding.mesh, rows)
     return table.at[tokens].get(**options)
 
 

@@ -231,5 +231,4 @@ def reverse_resets(resets: jax.Array | None) -> jax.Array | None:
     """
     if resets is None:
         return None
-    none = jnp.zeros_like(resets, shape=(1, *resets.shape[1:]))
-    return jnp.concatenate([resets, none])[1:]
+    return lax.pad(resets, False, [(-1, 1, 0)] + [(0, 0, 0)] * (resets.ndim - 1))

@@ -12,6 +12,7 @@ from jax import lax
 from jaxgru.core import derivatives
 from jaxgru.core.matmul import matmul
 from jaxgru.core.parameters import GRUParams
+from jaxgru.core.sharding import replicate
 from jaxgru.diagnostics.traces import norm, trace_loss
 from jaxgru.stacks.forms import Merge, map_grus
 
@@ -91,5 +92,6 @@ def _outer_square(x, d):
             return jnp.maximum(jnp.vdot(matmul(x, x.T), matmul(d, d.T)), 0)
         return jnp.square(matmul(x.T, d)).sum()
 
-    flat = [jnp.moveaxis(v.reshape(v.shape[0], math.prod(lead), v.shape[-1]), 0, 1) for v in (x, d)]
+    whole = [replicate(v) for v in (x, d)]
+    flat = [jnp.moveaxis(v.reshape(len(v), math.prod(lead), v.shape[-1]), 0, 1) for v in whole]
     return lax.map(of_example, tuple(flat)).reshape(lead)

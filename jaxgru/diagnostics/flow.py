@@ -151,7 +151,7 @@ def credit_reach(
     if not 0 < fraction < math.inf:
         raise ValueError(f"credit_reach: fraction must be positive and finite, got {fraction}.")
     require_flags("credit_reach", {"mask": mask}, norms.shape, "that of norms")
-    valid = jnp.ones(norms.shape, bool) if mask is None else jnp.asarray(mask)
+    valid = jnp.ones_like(norms, bool) if mask is None else jnp.asarray(mask)
     after = lax.cumsum(valid.astype(jnp.int32), reverse=True) - 1  # valid steps after this one
     last = jnp.where(valid & (after == 0), norms, jnp.zeros_like(norms)).sum(axis=0)
     enough = norms >= jnp.asarray(fraction, norms.dtype) * last[None]

@@ -17,6 +17,7 @@ from jaxgru.core import derivatives
 from jaxgru.core.checks import require_choice
 from jaxgru.core.flags import Flags, choose
 from jaxgru.core.matmul import blocks, state_dtype
+from jaxgru.core.sharding import replicate
 from jaxgru.diagnostics.jacobians import jacobian_diagonal
 from jaxgru.diagnostics.traces import (
     per_layer,
@@ -150,8 +151,10 @@ def rtrl(
 
     grads = jax.tree.map(lambda v: jnp.zeros_like(v, dtype=dtype), layers)
     loss = jnp.zeros((), state_dtype(jax.eval_shape(loss_fn, output, first).dtype))
-    carry = (states, influences, loss, grads)
-    carry, _ = lax.scan(body, carry, (xs, targets, mask, resets))
+    carry, inputs = jax.tree.map(
+        replicate, ((states, influences, loss, grads), (xs, targets, mask, resets))
+    )
+    carry, _ = lax.scan(body, carry, inputs)
     states, influences, loss, grads = carry
     grads = jax.tree.map(lambda d, p: d.astype(p.dtype), grads, layers)
     grads = jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(grads))

@@ -18,6 +18,7 @@ from jaxgru.core.flags import Flags
 from jaxgru.core.layer_norm import Norm, normalize_jvp
 from jaxgru.core.matmul import blocks, like_row, matmul, state_dtype
 from jaxgru.core.parameters import GRUParams, require_params
+from jaxgru.core.sharding import replicate
 from jaxgru.diagnostics.traces import PLAIN, per_layer, trace_layers, trace_steps
 from jaxgru.stacks.checks import require_one_way, require_step
 
@@ -252,7 +253,8 @@ def lyapunov_exponents(jacobians: jax.Array, mask: jax.Array | None = None) -> j
     jacobians = _require_jacobians("lyapunov_exponents", jacobians)
     lead = jacobians.shape[:-2]
     require_flags("lyapunov_exponents", {"mask": mask}, lead, "jacobians without its last two axes")
-    mask = jnp.ones(lead, bool) if mask is None else jnp.asarray(mask)
+    mask = jnp.ones(lead, bool) if mask is None else replicate(jnp.asarray(mask))
+    jacobians = replicate(jacobians)
 
     def body(carry, inputs):
         q, total = carry
@@ -301,6 +303,7 @@ def _decompose(decomposition, matrices):
     of them in one program, such as singular values and exponents, can deadlock: seen with jaxlib
     0.10.2 on two cores. Its callers have their own derivatives: JAX has none of this.
     """
+    matrices = replicate(matrices)
     one_by_one = jax.custom_batching.sequential_vmap(decomposition)
     for _ in matrices.shape[:-2]:
         one_by_one = jax.vmap(one_by_one)

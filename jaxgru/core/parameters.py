@@ -129,6 +129,9 @@ def init_gru(
       scheme: "orthogonal" (default; Saxe et al. 2014, arXiv:1312.6120), "pytorch" or "keras".
       dtype: of every array; half types are drawn in float32 and rounded.
 
+    Returns:
+      The GRUParams; b_x and b_h are None without bias, g_x and g_h without layer_norm.
+
     Raises:
       ValueError: a size is not positive, or the scheme is unknown.
       TypeError: another argument has the wrong kind, or dtype is not one of float64 (which needs
@@ -191,7 +194,7 @@ def require_params(function: str, params: Any, argument: str = "params") -> tupl
     """Returns (I, H), or raises a TypeError or ValueError that names the malformed array."""
     if not isinstance(params, GRUParams):
         holds = [isinstance(leaf, GRUParams) for leaf in jax.tree.leaves(params, is_leaf=_is_layer)]
-        cure = "; run a stack by gru_stack, and pass the GRUParams alone" if any(holds) else ""
+        cure = "; pass one layer, or run a stack by gru_stack" if any(holds) else ""
         raise TypeError(
             f"{function}: {argument} must be a GRUParams, got {type(params).__name__}{cure}."
         )

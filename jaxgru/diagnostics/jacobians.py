@@ -38,7 +38,7 @@ def step_jacobian(params: GRUParams, x: jax.Array, h: jax.Array) -> jax.Array:
 
     Cost: reset="after" 5H^2 operations a row, "before" one product of [H, H] with [H, H] as well.
 
-    >>> from jaxgru import init_gru
+    >>> from jaxgru import gru_cell, init_gru
     >>> params, x, h = init_gru(jax.random.key(0), 2, 3), jnp.ones(2), jnp.zeros(3)
     >>> wanted = jax.jacrev(gru_cell, argnums=2)(params, x, h)
     >>> bool(jnp.allclose(step_jacobian(params, x, h), wanted, atol=1e-6))

@@ -18,6 +18,7 @@ from jaxgru import (
     PYTORCH,
     Bidirectional,
     GRUParams,
+    Noise,
     gru,
     gru_stack,
     init_gru,
@@ -220,3 +221,29 @@ def test_modules_of_other_libraries_hold_parameters(library):
         if want is not None:
             got = grads[name] if isinstance(grads, dict) else getattr(grads, name)
             np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"key": 0}, TypeError, "key must be a jax.random.key, got 0."),
+        ({"bias": "no"}, TypeError, "bias must be a bool, got 'no'."),
+        ({"layer_norm": 1}, TypeError, "layer_norm must be a bool, got 1."),
+        ({"spec": "pytorch"}, TypeError,
+         "spec must be a GRUSpec, such as jaxgru.PYTORCH, got 'pytorch'."),
+    ],
+)  # fmt: skip
+def test_bad_argument_of_init_gru_is_named(options, kind, message):
+    options = {"key": jax.random.key(0), **options}
+    with pytest.raises(kind) as refused:
+        init_gru(options.pop("key"), 2, 3, **options)
+    assert str(refused.value) == f"init_gru: {message}"
+
+
+def test_rate_of_numpy_is_a_number():
+    params, xs = draw()
+    key = jax.random.key(1)
+    same = [
+        gru(params, xs, noise=Noise(zoneout=rate), key=key)[1] for rate in (0.5, np.float32(0.5))
+    ]
+    np.testing.assert_array_equal(*same)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import types
 
 import chex
 import jax
@@ -614,6 +615,21 @@ GRU_ERRORS = {
         lambda: call_gru(params={"w_x": jnp.zeros((2, 9))}),
         TypeError,
         "gru: params must be a GRUParams, got dict.",
+    ),
+    "params_stack": (
+        lambda: call_gru(params=(jaxgru.init_gru(jax.random.key(0), 2, 3),)),
+        TypeError,
+        "gru: params must be a GRUParams, got tuple; pass one layer, or run a stack by gru_stack.",
+    ),
+    "xs_of_another_library": (
+        lambda: call_gru(xs=types.SimpleNamespace(dtype="torch.float32", shape=(5, 2))),
+        TypeError,
+        "gru: xs must be an array, got SimpleNamespace; convert it with jnp.asarray.",
+    ),
+    "lengths_for_a_mask": (
+        lambda: call_gru(mask=jnp.array([3, 2])),
+        TypeError,
+        "gru: mask must be a bool array, got int32; length_mask makes one of lengths.",
     ),
     "params_w_x_kind": (
         lambda: call_gru(params=GRUParams(1.0, jnp.zeros((3, 9)), None, None, spec=CHO_2014)),

@@ -171,8 +171,8 @@ def train(args):
             state,
             draw_batches,
             num_updates=num_updates,
-            evaluate=evaluate if validation else None,
-            evaluate_every=every if validation else None,
+            evaluate=evaluate if validation else lambda state: {},  # `Samples` are drawn then
+            evaluate_every=every,
             checkpoints=runs.checkpoints_of(
                 run, args, every, vocabulary_sha256=digest(vocabulary), text_sha256=digest(text)
             ),

@@ -50,7 +50,7 @@ class Fault(NamedTuple):
     line: int
     before: str
     after: str
-    source: str  # the whole file with the fault in it
+    source: str  # the text of the file with the fault in it
 
 
 def changes_of(node: ast.AST) -> Iterator[tuple[ast.AST, ast.AST]]:

@@ -65,7 +65,7 @@ POLICIES = [{}, {"residuals": "states", "chunk_size": 2}, {"residuals": "boundar
 
 
 def make_stack(num_layers=2, bidirectional=False, dtype=jnp.float64, **options):
-    """Layers with random biases, and gains where there are any."""
+    """Layers with random biases, and with layer-norm scales if they are asked for."""
     key = jax.random.key(num_layers)
     layers = init_stack(
         key,
@@ -78,7 +78,7 @@ def make_stack(num_layers=2, bidirectional=False, dtype=jnp.float64, **options):
         **options,
     )
 
-    def spread(v):  # so that gains differ too
+    def spread(v):  # so that layer-norm scales differ too
         factors = jnp.linspace(0.8, 1.2, v.shape[-1], dtype=dtype)
         return v * factors.reshape((1,) * (v.ndim - 1) + factors.shape)
 
@@ -86,7 +86,7 @@ def make_stack(num_layers=2, bidirectional=False, dtype=jnp.float64, **options):
 
 
 def make_data(layers, seed=0, dtype=jnp.float64, steps=T):
-    """xs, h0, a mask with a gap and a late end, resets on real and on held steps."""
+    """xs, h0, a mask with a gap and a late end, resets on valid and on masked steps."""
     keys = jax.random.split(jax.random.key(seed), 4)
     mask = jnp.array([[1, 0, 1, 1], [0, 1, 1, 0]], bool).T
     resets = jnp.array([[0, 0, 1, 0], [0, 0, 1, 1]], bool).T
@@ -132,12 +132,12 @@ def draw_noise(layers, key, rates):
         drawn = []
         for side_key in side_keys:
             scale_key, zoneout_key = jax.random.split(side_key)
-            rate, held = rates.get("recurrent_dropout", 0.0), rates.get("zoneout", 0.0)
+            rate, zoned_out = rates.get("recurrent_dropout", 0.0), rates.get("zoneout", 0.0)
             scale = draw(scale_key, rate, (B, H)) if rate else None
             zoneout = np.zeros((T, B, H))
-            for t in range(T) if held else ():
+            for t in range(T) if zoned_out else ():
                 step_key = jax.random.fold_in(zoneout_key, t)
-                zoneout[t] = 1 - np.asarray(jax.random.bernoulli(step_key, 1 - held, (B, H)))
+                zoneout[t] = 1 - np.asarray(jax.random.bernoulli(step_key, 1 - zoned_out, (B, H)))
             drawn.append((scale, zoneout))
         noise.append((factor, drawn))
     return noise
@@ -683,7 +683,7 @@ def test_evaluation_is_deterministic_and_needs_no_key():
     assert np.abs(noisy[0] - noisy[2]).max() > 1e-2
 
 
-def kept_by_backward(**options):
+def residuals_of(**options):
     """The dtype and size of what the backward pass keeps."""
     layers = init_stack(jax.random.key(0), 8, 8, 2)
     xs = jnp.ones((16, 4, 8))
@@ -697,18 +697,18 @@ def kept_by_backward(**options):
 
 
 def test_masks_of_every_step_are_drawn_again_and_not_kept():
-    """Dropout keeps the inputs it made, recurrent dropout one mask a layer, zoneout nothing."""
+    """Dropout saves the inputs it made, recurrent dropout one mask per layer, zoneout nothing."""
     steps, rows = 16 * 4 * 8, 4 * 8
-    plain, key = kept_by_backward(), jax.random.key(0)
+    plain, key = residuals_of(), jax.random.key(0)
     for rates, extra in (
         ({"zoneout": 0.5}, []),
         ({"recurrent_dropout": 0.5}, [rows, rows]),
         ({"dropout": 0.5}, [steps]),
     ):
-        kept = list(kept_by_backward(key=key, **rates))
+        saved = list(residuals_of(key=key, **rates))
         for entry in plain:
-            kept.remove(entry)
-        large = [(dtype, size) for dtype, size in kept if size >= rows]
+            saved.remove(entry)
+        large = [(dtype, size) for dtype, size in saved if size >= rows]
         assert large == [("float32", size) for size in extra], rates
 
 
@@ -725,9 +725,9 @@ def test_masks_do_not_depend_on_the_chunks(implementation):
     for size in (1, 4):
         hs = run(params, xs, gradient=BPTT(chunk_size=size), **options)[1]
         np.testing.assert_allclose(hs, whole, atol=1e-6)
-    held = whole[1:] == whole[:-1]
-    assert 0.2 < held.mean() < 0.8
-    assert (held[0] != held[1]).any()
+    unchanged = whole[1:] == whole[:-1]
+    assert 0.2 < unchanged.mean() < 0.8
+    assert (unchanged[0] != unchanged[1]).any()
 
 
 @pytest.mark.parametrize("shape", [(0, 2), (3, 0)], ids=["no_steps", "no_rows"])

@@ -929,10 +929,10 @@ STATES_FORM = (
             STATES_FORM.format("an array of shape (2, 2, 3)"),
         ),
         (
-            lambda: jax.jit(lambda rate: call(dropout=rate, key=jax.random.key(0)))(0.5),
-            TypeError,
-            "gru_stack: dropout must be a Python float, got a traced value; inside jit, make it"
-            " a static argument.",
+            lambda: jax.jit(lambda rate: call(dropout=rate))(0.5),
+            ValueError,
+            "gru_stack: key must be a jax.random.key for dropout.between (traced), got None; pass "
+            "deterministic=True for evaluation.",
         ),
         (
             lambda: call(mask=jnp.ones((B, T), bool)),
@@ -989,7 +989,7 @@ STATES_FORM = (
             (
                 functools.partial(Dropout, **{rate: "a"}),
                 TypeError,
-                f"Dropout: {rate} must be a Python float, got 'a'.",
+                f"Dropout: {rate} must be a Python float or a floating scalar array, got 'a'.",
             )
             for rate in ("input", "between", "output")
         ),

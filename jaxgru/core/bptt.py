@@ -51,7 +51,7 @@ def _backward(config, residuals, cotangents):
     def chunk(carry, per_step, h_start):
         (g, dparams), (inputs, hs, gates, dhs) = carry, per_step
         h_tm1, gates = recall(inputs, hs, gates, h_start)
-        flags = inputs.flags.with_zoneout(key, config.zoneout, inputs.numbers, g)
+        flags = inputs.flags.with_zoneout(key, inputs.numbers, g)
         c = coefficients(recurrent, gates, h_tm1)
         run = reverse_scan if config.kernel is None else config.kernel.backward
         g, (dh, dp, dtap) = run(config, transposed, g, c, dhs, inputs._replace(flags=flags))

@@ -111,20 +111,38 @@ def require_bool(function: str, argument: str, value: Any) -> None:
         raise TypeError(f"{function}: {argument} must be a bool, got {value!r}.")
 
 
-def require_rate(function: str, argument: str, rate: Any) -> None:
-    """TypeError unless rate is a static number, ValueError unless it is in [0, 1)."""
-    if isinstance(rate, bool) or not isinstance(rate, int | float | np.floating | np.integer):
-        cure = "; inside jit, make it a static argument" if is_traced(rate) else ""
-        found = "a traced value" if is_traced(rate) else repr(rate)
-        raise TypeError(f"{function}: {argument} must be a Python float, got {found}{cure}.")
-    if not 0 <= rate < 1:
+def require_rate(function: str, argument: str, rate: Any) -> Any:
+    """The rate, as a number of Python or a scalar array of JAX.
+
+    TypeError unless it is one of them or of NumPy, ValueError unless it is in [0, 1) or traced.
+    """
+    if isinstance(rate, np.generic | np.ndarray) and rate.shape == ():
+        rate = rate.item()
+    if isinstance(rate, jax.Array):
+        is_rate = rate.shape == () and jnp.issubdtype(rate.dtype, jnp.floating)
+        found = f"shape {rate.shape} and dtype {rate.dtype}"
+    else:
+        is_rate = isinstance(rate, int | float) and not isinstance(rate, bool)
+        found = repr(rate)
+    if not is_rate:
+        raise TypeError(
+            f"{function}: {argument} must be a Python float or a floating scalar array, got "
+            f"{found}."
+        )
+    if not is_traced(rate) and not 0 <= float(rate) < 1:
         raise ValueError(f"{function}: {argument} must be in [0, 1), got {rate}.")
+    return rate
 
 
-def require_key_for(function: str, rates: dict[str, float], key: Any, deterministic: Any) -> None:
-    """As `require_key`, but key may be None where no rate is above 0, and in evaluation."""
+def show_rate(argument: str, rate: Any) -> str:
+    """argument=rate for messages, where the rate can be read."""
+    return f"{argument} (traced)" if is_traced(rate) else f"{argument}={rate}"
+
+
+def require_key_for(function: str, rates: dict[str, Any], key: Any, deterministic: Any) -> None:
+    """As `require_key`, but key may be None in evaluation, or where every rate is known to be 0."""
     require_bool(function, "deterministic", deterministic)
-    acting = [f"{argument}={rate}" for argument, rate in rates.items() if rate > 0]
+    acting = [show_rate(*item) for item in rates.items() if is_traced(item[1]) or item[1] != 0]
     if acting and key is None and not deterministic:
         raise ValueError(
             f"{function}: key must be a jax.random.key for {', '.join(acting)}, got None; pass "

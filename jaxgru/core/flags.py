@@ -8,20 +8,16 @@ Both are linear in the state. `enter_linear` is the derivative of `enter` and it
 """
 
 import dataclasses
-import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxgru.core.noise import draw_masks
+from jaxgru.core.noise import draw_masks, is_zero, with_static_numbers
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("mask", "resets", "cuts"),
-    meta_fields=("zoneout_mean",),
-)
+@with_static_numbers
 @dataclasses.dataclass(frozen=True, eq=False)
 class Flags:
     """The flags of all steps [T, ..., 1], or of one [..., 1] inside the loop; None without."""
@@ -29,7 +25,8 @@ class Flags:
     mask: jax.Array | None = None  # False keeps h_tm1; [T, ..., H] where zoneout is drawn
     resets: jax.Array | None = None
     cuts: jax.Array | None = None  # the gradient of the state ends before the step
-    zoneout_mean: float = 0.0  # the share of h_tm1 in h_t of a valid step, where nothing is drawn
+    # The share of h_tm1 in h_t of a valid step; `with_zoneout` draws 0s and 1s of that mean.
+    zoneout_mean: Any = 0.0  # a number, or an array with one for each step
 
     def enter(self, h: jax.Array) -> jax.Array:
         """The state that the step reads."""
@@ -42,8 +39,9 @@ class Flags:
 
     def leave(self, h_t: jax.Array, h_tm1: jax.Array) -> jax.Array:
         """The state after the step, or its tangent."""
-        if self.zoneout_mean:
-            h_t = (1 - self.zoneout_mean) * h_t + self.zoneout_mean * h_tm1
+        if not is_zero(self.zoneout_mean):
+            written, kept = self._shares(h_t.dtype)
+            h_t = written * h_t + kept * h_tm1
         return choose(self.mask, h_t, h_tm1)
 
     def leave_vjp(self, dh: jax.Array) -> tuple[jax.Array, jax.Array | None]:
@@ -52,10 +50,16 @@ class Flags:
         if self.mask is not None:
             zero = jnp.zeros_like(dh)
             dh, dh_tm1 = choose(self.mask, dh, zero), choose(self.mask, zero, dh)
-        if self.zoneout_mean:
-            share = self.zoneout_mean * dh
-            dh, dh_tm1 = (1 - self.zoneout_mean) * dh, share if dh_tm1 is None else dh_tm1 + share
+        if not is_zero(self.zoneout_mean):
+            written, kept = self._shares(dh.dtype)
+            share = kept * dh
+            dh, dh_tm1 = written * dh, share if dh_tm1 is None else dh_tm1 + share
         return dh, dh_tm1
+
+    def _shares(self, dtype):
+        """The mean shares of the new state and of h_tm1 in h_t."""
+        shares = (1 - self.zoneout_mean, self.zoneout_mean)
+        return [v.astype(dtype) if isinstance(v, jax.Array) else v for v in shares]
 
     def states_before(self, h_start: jax.Array, hs: jax.Array, reverse: bool) -> jax.Array:
         """[T, ..., H], what every step reads."""
@@ -64,15 +68,13 @@ class Flags:
             return self.enter(jnp.concatenate(pair[::-1])[1:])
         return self.enter(jnp.concatenate(pair)[:-1])  # sliced after, so that T may be 0
 
-    def with_zoneout(
-        self, key: jax.Array | None, rate: float, numbers: jax.Array, h: jax.Array
-    ) -> "Flags":
+    def with_zoneout(self, key: jax.Array | None, numbers: Any, h: jax.Array) -> "Flags":
         """Flags whose mask is also False at the units that zoneout holds at h_{t-1}."""
         if key is None:
             return self
-        written = draw_masks(key, rate, numbers, h.shape, h)
+        written = draw_masks(key, self.zoneout_mean, numbers, h.shape, h)
         mask = written if self.mask is None else self.mask & written
-        return dataclasses.replace(self, mask=mask)
+        return dataclasses.replace(self, mask=mask, zoneout_mean=0.0)
 
 
 def zero_where(flags: jax.Array | None, h: jax.Array) -> jax.Array:

@@ -5,16 +5,39 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxgru.core.checks import require_key_for, require_rate
 from jaxgru.core.matmul import state_dtype
 from jaxgru.core.sharding import place_like
 
+Rate = float | np.floating | jax.Array  # an array may be traced
 
+
+def with_static_numbers(kind):
+    """Makes a dataclass a pytree: numbers of Python in its fields are static, the rest is data."""
+    names = [field.name for field in dataclasses.fields(kind)]
+
+    def flatten(value):
+        values = [getattr(value, name) for name in names]
+        static = tuple(v if isinstance(v, int | float) else None for v in values)
+        return [v for v in values if not isinstance(v, int | float)], static
+
+    def unflatten(static, data):
+        value, data = object.__new__(kind), iter(data)  # unchecked, as JAX fills in anything
+        for name, number in zip(names, static):
+            object.__setattr__(value, name, next(data) if number is None else number)
+        return value
+
+    jax.tree_util.register_pytree_node(kind, flatten, unflatten)
+    return kind
+
+
+@with_static_numbers
 @dataclasses.dataclass(frozen=True)
 class Noise:
-    """Rates of the noise inside the recurrence; static.
+    """Rates of the noise inside the recurrence.
 
     With recurrent dropout the products with w_h read d * h_{t-1} in place of h_{t-1}. An entry of d
     is 0 with probability recurrent_dropout and 1 / (1 - recurrent_dropout) otherwise; d is the same
@@ -24,28 +47,33 @@ class Noise:
     arXiv:1606.01305, eq. 2). In evaluation (deterministic=True) its mean acts:
     h_t = zoneout h_{t-1} + (1 - zoneout) step(x_t, h_{t-1}).
 
+    A rate that is a number of Python or NumPy is static: 0 costs nothing, and each value is
+    compiled anew. One that is a scalar array of JAX is data, so it may be traced, as a schedule of
+    the rate is in a train step, and one program serves all its values. It draws the masks of the
+    Python float of the same value, and has no gradient. A Noise is a pytree of such arrays.
+
     Attributes:
-      recurrent_dropout: in [0, 1).
-      zoneout: in [0, 1).
+      recurrent_dropout: in [0, 1), which cannot be checked where it is traced.
+      zoneout: likewise.
 
     Raises:
       ValueError: a rate is outside of [0, 1).
-      TypeError: a rate is not a number, or is traced.
+      TypeError: a rate is not a number or a floating scalar array.
 
     >>> Noise(zoneout=0.1)
     Noise(recurrent_dropout=0.0, zoneout=0.1)
     """
 
-    recurrent_dropout: float = 0.0
-    zoneout: float = 0.0
+    recurrent_dropout: Rate = 0.0
+    zoneout: Rate = 0.0
 
     def __post_init__(self):
-        require_rate("Noise", "recurrent_dropout", self.recurrent_dropout)
-        require_rate("Noise", "zoneout", self.zoneout)
+        for name, rate in vars(self).items():
+            object.__setattr__(self, name, require_rate("Noise", name, rate))
 
 
 def require_noise(
-    function: str, noise: Any, key: Any, deterministic: Any, more: dict[str, float] | None = None
+    function: str, noise: Any, key: Any, deterministic: Any, more: dict[str, Any] | None = None
 ) -> Noise:
     """The noise, or `Noise()` for None; raises if it, or a rate of `more`, needs a missing key."""
     noise = Noise() if noise is None else noise
@@ -54,33 +82,59 @@ def require_noise(
             f"{function}: noise must be a Noise or None, got {noise!r}; pass its rates by name, "
             "Noise(recurrent_dropout=...)."
         )
-    require_key_for(function, {**(more or {}), **dataclasses.asdict(noise)}, key, deterministic)
+    require_key_for(function, {**(more or {}), **vars(noise)}, key, deterministic)
     return noise
 
 
-def draw_state_dropout(key: jax.Array, rate: float, h0: jax.Array) -> jax.Array | None:
+def is_zero(rate: Any) -> bool:
+    """True for a static rate of 0. An array may be above 0, so what it costs is paid."""
+    return isinstance(rate, int | float) and rate == 0
+
+
+def as_constant(rate: Any) -> Any:
+    """The rate; an array has no gradient and the dtype of Python floats, so that it draws alike."""
+    if not isinstance(rate, jax.Array):
+        return rate
+    return lax.stop_gradient(rate).astype(jnp.result_type(float))
+
+
+def scale_kept(x: jax.Array, rate: Any) -> jax.Array:
+    """x / (1 - rate), in the dtype of x."""
+    kept = 1 - rate
+    return x / (kept.astype(x.dtype) if isinstance(kept, jax.Array) else kept)
+
+
+def draw_state_dropout(key: jax.Array, rate: Any, h0: jax.Array) -> jax.Array | None:
     """1/(1 - rate) with probability 1 - rate, else 0, as h0 but in the state dtype; or None."""
-    if not rate:
+    if is_zero(rate):
         return None
+    rate = as_constant(rate)
     mask = draw_mask(key, rate, h0.shape, h0)
-    return mask.astype(state_dtype(h0.dtype)) / (1 - rate)
+    return scale_kept(mask.astype(state_dtype(h0.dtype)), rate)
 
 
-def draw_mask(key: jax.Array, rate: float, shape: tuple[int, ...], like: jax.Array) -> jax.Array:
+def draw_mask(key: jax.Array, rate: Any, shape: tuple[int, ...], like: jax.Array) -> jax.Array:
     """Bool of that shape, False with probability `rate`, sharded over a mesh as `like` is."""
     return place_like(jax.random.bernoulli(key, 1 - rate, shape), like)
 
 
 def draw_masks(
-    key: jax.Array, rate: float, numbers: jax.Array, shape: tuple[int, ...], like: jax.Array
+    key: jax.Array, rate: Any, numbers: jax.Array, shape: tuple[int, ...], like: jax.Array
 ) -> jax.Array:
-    """A `draw_mask` for each step, [T, *shape], from the key and the number of that step alone."""
+    """A `draw_mask` for each step, [T, *shape], from the key and the number of that step alone.
 
-    def draw(number):
+    rate: one for all steps, or [T, ...].
+    """
+
+    def draw(number, rate=rate):
         return jax.random.bernoulli(jax.random.fold_in(key, number), 1 - rate, shape)
 
     typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     implementation = str(jax.random.key_impl(key if typed else jax.random.wrap_key_data(key)))
     # Under vmap the hardware generators draw a whole batch from its first key.
-    drawn = jax.vmap(draw)(numbers) if "threefry" in implementation else lax.map(draw, numbers)
+    steps = (numbers, rate) if jnp.ndim(rate) else (numbers,)
+    if "threefry" in implementation:
+        drawn = jax.vmap(draw)(*steps)
+    else:
+        drawn = lax.map(lambda step: draw(*step), steps)
     return place_like(drawn, like)

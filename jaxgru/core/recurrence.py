@@ -13,7 +13,7 @@ from jaxgru.core.cell import project
 from jaxgru.core.chunks import default_chunk_size, default_residuals
 from jaxgru.core.flags import Flags, find_cuts
 from jaxgru.core.gradient import BPTT, Autodiff, Gradient, Rule, Tangent, as_rule
-from jaxgru.core.noise import Noise, draw_state_dropout, require_noise
+from jaxgru.core.noise import Noise, as_constant, draw_state_dropout, is_zero, require_noise
 from jaxgru.core.parameters import GRUParams, require_params
 from jaxgru.core.scan import Config, Inputs, plain_scan
 from jaxgru.core.sharding import cast_to_common_varying_axes
@@ -73,9 +73,9 @@ def gru(
         reverse mode), "autodiff" (JAX's own, the reference), or one of `BPTT`, `Tangent` and
         `Autodiff` with options. **`jax.jvp`, `jax.jacfwd` and `jax.linearize` need "tangent"**;
         with "bptt" JAX raises a TypeError. Every order of derivative works with each of them.
-      noise: rates of recurrent dropout and zoneout; None for neither.
-      key: a `jax.random.key`, needed where a rate of noise is above 0. One key draws the same
-        masks at the same steps, whatever the gradient, the direction and the padding.
+      noise: rates of recurrent dropout and zoneout, which may be traced; None for neither.
+      key: a `jax.random.key`, needed where a rate of noise is above 0 or traced. One key draws
+        the same masks at the same steps, whatever the gradient, the direction and the padding.
       deterministic: True for evaluation: no dropout, and zoneout's mean; key is not used.
       first_step: the number of the first step of xs, for zoneout's draws and the windows of
         `BPTT.truncate`. With it, consecutive pieces of a sequence give the values of the whole
@@ -148,16 +148,23 @@ def run_gru(
     if key is not None and not deterministic:
         dropout_key, zoneout_key = jax.random.split(key)
         dropout = draw_state_dropout(dropout_key, noise.recurrent_dropout, h0)
-        zoneout_key = zoneout_key if noise.zoneout else None
-    arrays = (params, xs, h0, mask, resets, cuts, tap_hs, dropout)
+        zoneout_key = None if is_zero(noise.zoneout) else zoneout_key
+    zoneout = as_constant(noise.zoneout)
+    if isinstance(zoneout, jax.Array):
+        if kernel is not None and zoneout_key is None:
+            raise TypeError(
+                "gru: noise.zoneout must be a Python float where a kernel takes its mean, got an "
+                "array; leave BPTT's kernel out."
+            )
+        zoneout = jnp.broadcast_to(zoneout, (xs.shape[0],) + (1,) * h0.ndim)
+    arrays = (params, xs, h0, Flags(mask, resets, cuts, zoneout), tap_hs, dropout)
     arrays = cast_to_common_varying_axes(arrays, zoneout_key)
-    params, xs, h0, mask, resets, cuts, tap_hs, dropout = arrays
-    flags = Flags(mask, resets, cuts, float(noise.zoneout) if deterministic else 0.0)
+    params, xs, h0, flags, tap_hs, dropout = arrays
     inputs = Inputs(xs, flags, None if zoneout_key is None else numbers, tap_hs)
     residuals = chunk_size = None
     if isinstance(rule, BPTT):
         residuals, chunk_size = _resolve(rule, xs, h0)
-    config = Config(reverse, float(noise.zoneout), residuals, chunk_size, rule.unroll, kernel)
+    config = Config(reverse, residuals, chunk_size, rule.unroll, kernel)
     run = {BPTT: bptt, Tangent: tangent, Autodiff: plain_scan}[type(rule)]
     return run(config, params, inputs, h0, dropout, zoneout_key)
 

@@ -21,7 +21,6 @@ class Config:
     """The static choices of a call, resolved."""
 
     reverse: bool
-    zoneout: float  # the rate in training; evaluation uses `Flags.zoneout_mean`
     residuals: Residuals | None
     chunk_size: int | None  # None: the whole sequence at once
     unroll: int
@@ -56,7 +55,7 @@ def forward(config, params, inputs, h0, dropout, key, *, save_gates):
 
 def run_chunk(config, params, recurrent, h, inputs, key, save_gates):
     """(h_end, (hs, gates or None)) of a chunk: the projection in bulk, then the loop."""
-    flags = inputs.flags.with_zoneout(key, config.zoneout, inputs.numbers, h)
+    flags = inputs.flags.with_zoneout(key, inputs.numbers, h)
     inputs, a = inputs._replace(flags=flags), project(params, inputs.xs)
     run = scan_steps if config.kernel is None else config.kernel.forward
     return run(config, recurrent, h, a, inputs, save_gates)

@@ -42,7 +42,7 @@ def _tangent_jvp(config, primals, tangents):
     gates = step(recurrent, project(params, inputs.xs), h_tm1)[1]
     e = step_jvp_inputs(params, tparams, inputs.xs, txs, gates, h_tm1, dropout)
     th0 = (jnp.zeros_like(h0) if th0 is None else th0).astype(dtype)
-    flags = flags.with_zoneout(key, config.zoneout, inputs.numbers, th0)
+    flags = flags.with_zoneout(key, inputs.numbers, th0)
 
     def body(th, per_step):
         c, e, flags, ttap = per_step

@@ -10,9 +10,10 @@ from jax import lax
 
 from jaxgru.core.cell import project, split_recurrent, step
 from jaxgru.core.checks import is_traced, require_axis, require_count, require_key
+from jaxgru.core.flags import Flags
 from jaxgru.core.gradient import BPTT
 from jaxgru.core.matmul import state_dtype
-from jaxgru.core.noise import Noise, require_noise
+from jaxgru.core.noise import Noise, as_constant, require_noise
 from jaxgru.losses import is_readable, require_labels
 from jaxgru.models.outputs import ROOT
 from jaxgru.models.parameters import TokenParams, apply_head, embed, look_up, require_model
@@ -141,13 +142,14 @@ def _require_filters(temperature, top_k, top_p, stop_token, vocab_size, batch):
     )
 
 
-@functools.partial(jax.jit, static_argnames=("num_steps", "axis", "config"))
+@functools.partial(jax.jit, static_argnames=("num_steps", "axis"))
 def _generate(params, key, prompt, mask, h0, filters, num_steps, axis, config):
     """`generate` of checked arguments. What is the same in every step is made before the loop."""
     *filters, stop_token = filters
     prompt, mask = jax.tree.map(lambda v: jnp.moveaxis(v, axis, 0), (prompt, mask))
     h, ys = run_stack(config, params.layers, h0, None, 0, embed(params, prompt), mask, None)
-    recurrents, zoneout = [split_recurrent(p) for p in params.layers], config.noise.zoneout
+    recurrents = [split_recurrent(p) for p in params.layers]
+    flags = Flags(zoneout_mean=as_constant(config.noise.zoneout))
     vocab_size, table = params.w.shape[1], None
     if vocab_size <= num_steps:  # a row is then looked up instead of multiplied
         table = project(params.layers[0], embed(params, jnp.arange(vocab_size)))
@@ -161,8 +163,7 @@ def _generate(params, key, prompt, mask, h0, filters, num_steps, axis, config):
             else:
                 a = tuple(look_up(rows, token) for rows in table)
             wide = h.astype(state_dtype(h.dtype))
-            h_t = step(recurrent, a, wide)[0]
-            h_t = ((1 - zoneout) * h_t + zoneout * wide if zoneout else h_t).astype(h.dtype)
+            h_t = flags.leave(step(recurrent, a, wide)[0], wide).astype(h.dtype)
             y = h_t + y if config.residual and h_next else h_t
             h_next.append(h_t)
         token_next = _draw(key, apply_head(params, y), *filters)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxgru.core.checks import require_choice
 from jaxgru.core.gradient import Gradient
-from jaxgru.core.noise import Noise
+from jaxgru.core.noise import Noise, Rate
 from jaxgru.losses import Reduction, categorical_loss, require_labels
 from jaxgru.models.parameters import SequenceParams, TokenParams, apply_head, embed, require_model
 from jaxgru.stacks.checks import StackConfig, require_call
@@ -23,7 +23,7 @@ ROOT = "params.layers"  # what messages call the layers
 def sequence_outputs(
     params: SequenceParams, xs: jax.Array, h0: Any = None, *,
     mask: jax.Array | None = None, resets: jax.Array | None = None, merge: Merge = "concat",
-    residual: bool = False, dropout: float | Dropout = 0.0, reverse: bool = False, axis: int = 0,
+    residual: bool = False, dropout: Rate | Dropout = 0.0, reverse: bool = False, axis: int = 0,
     gradient: Gradient = "bptt", noise: Noise | None = None, key: jax.Array | None = None,
     deterministic: bool = False, first_step: int | jax.Array = 0, tap: Any = None,
 ) -> tuple[Any, jax.Array]:  # fmt: skip
@@ -59,7 +59,7 @@ def sequence_outputs(
 def final_outputs(
     params: SequenceParams, xs: jax.Array, h0: Any = None, *,
     mask: jax.Array | None = None, resets: jax.Array | None = None, merge: Merge = "concat",
-    residual: bool = False, dropout: float | Dropout = 0.0, reverse: bool = False, axis: int = 0,
+    residual: bool = False, dropout: Rate | Dropout = 0.0, reverse: bool = False, axis: int = 0,
     gradient: Gradient = "bptt", noise: Noise | None = None, key: jax.Array | None = None,
     deterministic: bool = False, first_step: int | jax.Array = 0, tap: Any = None,
 ) -> tuple[Any, jax.Array]:  # fmt: skip
@@ -105,7 +105,7 @@ def final_outputs(
 def token_logits(
     params: TokenParams, tokens: jax.Array, h0: Any = None, *,
     mask: jax.Array | None = None, resets: jax.Array | None = None, merge: Merge = "concat",
-    residual: bool = False, dropout: float | Dropout = 0.0, reverse: bool = False, axis: int = 0,
+    residual: bool = False, dropout: Rate | Dropout = 0.0, reverse: bool = False, axis: int = 0,
     gradient: Gradient = "bptt", noise: Noise | None = None, key: jax.Array | None = None,
     deterministic: bool = False, first_step: int | jax.Array = 0, tap: Any = None,
 ) -> tuple[Any, jax.Array]:  # fmt: skip
@@ -148,7 +148,7 @@ def token_loss(
     params: TokenParams, tokens: jax.Array, targets: jax.Array, h0: Any = None, *,
     reduction: Reduction = "mean",
     mask: jax.Array | None = None, resets: jax.Array | None = None, merge: Merge = "concat",
-    residual: bool = False, dropout: float | Dropout = 0.0, reverse: bool = False, axis: int = 0,
+    residual: bool = False, dropout: Rate | Dropout = 0.0, reverse: bool = False, axis: int = 0,
     gradient: Gradient = "bptt", noise: Noise | None = None, key: jax.Array | None = None,
     deterministic: bool = False, first_step: int | jax.Array = 0, tap: Any = None,
 ) -> tuple[jax.Array, Any]:  # fmt: skip

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import functools
 import warnings
 from typing import Any, get_args
 
@@ -16,18 +17,28 @@ from jaxgru.core.checks import (
     require_first_step,
     require_flags,
     require_float,
+    require_rate,
+    show_rate,
 )
 from jaxgru.core.gradient import as_rule
-from jaxgru.core.noise import require_noise
+from jaxgru.core.noise import is_zero, require_noise
 from jaxgru.core.parameters import GRUParams, require_params
 from jaxgru.core.recurrence import Tap, require_inputs, require_state, require_tap
-from jaxgru.stacks.dropout import Dropout, as_rate
+from jaxgru.stacks.dropout import Dropout
 from jaxgru.stacks.forms import Bidirectional, Merge, as_stack, describe, output_size_of
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("dropout", "noise"),
+    meta_fields=("merge", "residual", "reverse", "rule", "deterministic", "root"),
+)
 @dataclasses.dataclass(frozen=True)
 class StackConfig:
-    """The static choices of a call, as they are given; `_require_options` returns them checked."""
+    """The choices of a call, as they are given; `_require_options` returns them checked.
+
+    All are static but for the rates among them that are arrays.
+    """
 
     merge: Merge
     residual: bool
@@ -54,11 +65,12 @@ def _require_options(function, params, config, key, first_step):
     """The checked choices, but for merge and residual, which `require_layers` checks."""
     dropout = config.dropout
     if not isinstance(dropout, Dropout):
-        dropout = Dropout(between=as_rate(function, "dropout", dropout))
-        if dropout.between and len(params) == 1 and not config.deterministic:
+        dropout = Dropout(between=require_rate(function, "dropout", dropout))
+        if not is_zero(dropout.between) and len(params) == 1 and not config.deterministic:
+            given = show_rate("dropout", dropout.between)
             warnings.warn(
-                f"{function}: dropout={dropout.between} acts between layers, and there is one "
-                "layer, so it does nothing; pass Dropout(input=...) or Dropout(output=...).",
+                f"{function}: {given} acts between layers, and there is one layer, so it does "
+                "nothing; pass Dropout(input=...) or Dropout(output=...).",
                 stacklevel=5,
             )
     rule = as_rule(function, config.rule)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxgru.core.gradient import Gradient
-from jaxgru.core.noise import Noise
+from jaxgru.core.noise import Noise, Rate
 from jaxgru.core.parameters import GRUParams
 from jaxgru.core.recurrence import run_gru
 from jaxgru.stacks.checks import StackConfig, require_call, require_grus, require_step
@@ -69,7 +69,7 @@ def gru_bidirectional(
 def gru_stack(
     params: Sequence[Layer], xs: jax.Array, h0: Sequence[Any] | None = None, *,
     mask: jax.Array | None = None, resets: jax.Array | None = None, merge: Merge = "concat",
-    residual: bool = False, dropout: float | Dropout = 0.0, reverse: bool = False, axis: int = 0,
+    residual: bool = False, dropout: Rate | Dropout = 0.0, reverse: bool = False, axis: int = 0,
     gradient: Gradient = "bptt", noise: Noise | None = None, key: jax.Array | None = None,
     deterministic: bool = False, first_step: int | jax.Array = 0, tap: Sequence[Any] | None = None,
 ) -> tuple[tuple[Any, ...], jax.Array]:  # fmt: skip
@@ -92,8 +92,8 @@ def gru_stack(
       merge: how the directions of a `Bidirectional` are joined, "concat" or "sum".
       residual: True adds each layer's input to its output, from the second layer on (Wu et al.
         2016, arXiv:1609.08144, eq. 6).
-      dropout: the rate in [0, 1) between layers, or a `Dropout`. A rate between layers does nothing
-        in a stack of one layer, and gives a UserWarning there.
+      dropout: the rate in [0, 1) between layers, which may be traced, or a `Dropout`. A rate
+        between layers does nothing in a stack of one layer, and gives a UserWarning there.
       reverse: as in `gru`, where no layer is `Bidirectional`.
       axis, gradient, noise, key, deterministic, first_step: as in `gru`; dropout needs a key, too.
       tap: a sequence with the tap of each layer, from `init_taps`; see `gru`.
@@ -125,7 +125,7 @@ def gru_stack(
 def gru_stack_cell(
     params: Sequence[Layer], x: jax.Array, h: Sequence[jax.Array], *,
     mask: jax.Array | None = None, resets: jax.Array | None = None, residual: bool = False,
-    dropout: float | Dropout = 0.0, noise: Noise | None = None, key: jax.Array | None = None,
+    dropout: Rate | Dropout = 0.0, noise: Noise | None = None, key: jax.Array | None = None,
     deterministic: bool = False, gradient: Gradient = "bptt", first_step: int | jax.Array = 0,
 ) -> tuple[tuple[jax.Array, ...], jax.Array]:  # fmt: skip
     """Runs a stack for one step and returns (h, y): for streams.
@@ -163,7 +163,7 @@ def gru_stack_cell(
     return _run_step(config, params, h, key, first_step, x, mask, resets)
 
 
-@functools.partial(jax.jit, static_argnums=0, inline=True)
+@functools.partial(jax.jit, inline=True)
 def _run_step(config, params, h, key, first_step, *arrays):
     """`gru_stack_cell` of checked arguments: without jit its loop would be compiled every time."""
     xs, mask, resets = (None if v is None else jnp.asarray(v)[None] for v in arrays)

@@ -1,4 +1,5 @@
-"""Every public function of arrays gives on a mesh of devices what it gives on one."""
+"""Every public function of arrays gives on a mesh of devices, or inside `jax.shard_map`, what it
+gives on one."""
 
 import inspect
 
@@ -12,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxgru
 from jaxgru import BPTT, Dropout, Noise, Tangent, diagnostics, losses, models
+from jaxgru.core.sharding import varying_axes
 
 T, B, INPUTS, H, V = 5, 4, 3, 4, 6
 KEY = jax.random.key(0)
@@ -47,6 +49,12 @@ def gradient(run, params):
     return jax.grad(loss, has_aux=True)(params)
 
 
+def traced_rates(xs, mask, deterministic):
+    rate = jax.nn.sigmoid(PARAMS.b_x[0])
+    options = {"noise": Noise(rate, rate), "key": KEY, "deterministic": deterministic}
+    return gradient(lambda p: jaxgru.gru(p, xs, mask=mask, **options), PARAMS)
+
+
 def last(h_last, hs):
     return jnp.sum(h_last**2)
 
@@ -63,6 +71,8 @@ CALLS = {
     "gru noise": lambda xs, mask, *_: gradient(
         lambda p: jaxgru.gru(p, xs, mask=mask, noise=NOISE, key=KEY), PARAMS
     ),
+    "gru traced rates": lambda xs, mask, *_: traced_rates(xs, mask, deterministic=False),
+    "gru traced mean": lambda xs, mask, *_: traced_rates(xs, mask, deterministic=True),
     "gru truncate": lambda xs, mask, *_: gradient(
         lambda p: jaxgru.gru(p, xs, mask=mask, reverse=True, gradient=Tangent(truncate=2)), PARAMS
     ),
@@ -182,3 +192,28 @@ def test_mesh_gives_what_one_device_gives(name, kind):
         got = jax.jit(CALLS[name])(*placed)
     assert jax.tree.structure(got) == jax.tree.structure(wanted)
     assert_close(jax.tree.map(np.asarray, got), wanted, 1e-4)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if " " in name else ()) for name in CALLS]
+)
+def test_shard_map_gives_each_device_what_its_rows_give_alone(name):
+    """One row a device. The gradient of what all devices hold alike is JAX's sum over them."""
+    xs, mask, *others = arrays()
+    data, varies = (xs, mask.at[0].set(True), *others), []  # gate_statistics of no step are NaN
+
+    def on_device(*data):
+        found = CALLS[name](*data)
+        varies.extend(bool(varying_axes(v)) for v in jax.tree.leaves(found))
+        return jax.tree.map(lambda v: v[None], found)
+
+    mesh = jax.make_mesh((4,), ("rows",), axis_types=(AxisType.Auto,))
+    options = {"mesh": mesh, "in_specs": P(None, "rows"), "out_specs": P("rows")}
+    got = jax.jit(jax.shard_map(on_device, **options))(*data)
+    alone = jax.jit(CALLS[name])
+    parts = [alone(*(v[:, row : row + 1] for v in data)) for row in range(B)]
+    leaves, treedef = jax.tree.flatten(jax.tree.map(lambda *rows: np.stack(rows), *parts))
+    assert jax.tree.structure(got) == treedef and len(varies) == len(leaves)
+    for found, rows, is_own in zip(jax.tree.leaves(got), leaves, varies):
+        wanted = rows if is_own else np.broadcast_to(rows.sum(axis=0), rows.shape)
+        assert_close(np.asarray(found), wanted, 1e-4)

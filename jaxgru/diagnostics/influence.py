@@ -17,7 +17,7 @@ from jaxgru.core import derivatives
 from jaxgru.core.checks import require_choice
 from jaxgru.core.flags import Flags, choose
 from jaxgru.core.matmul import blocks, state_dtype
-from jaxgru.core.sharding import replicate
+from jaxgru.core.sharding import cast_to_common_varying_axes, replicate
 from jaxgru.diagnostics.jacobians import jacobian_diagonal
 from jaxgru.diagnostics.traces import (
     per_layer,
@@ -96,7 +96,8 @@ def rtrl(
     Cost: for N parameters 2 H^2 N operations a row and step, and H N numbers a row, whatever T is.
     "snap-1" with reset="after" stores N numbers a row and adds 2 N operations to a step and its
     transpose. With "before" each weight of the reset gate moves every unit in one step, so their
-    influence is computed exactly, with a third of the exact memory. Not under `jax.shard_map`.
+    influence is computed exactly, with a third of the exact memory.
+    Inside `jax.shard_map` loss and gradient are those of the device's rows: sum them by `lax.psum`.
 
     >>> from jaxgru import gru, init_gru
     >>> params, xs = init_gru(jax.random.key(0), 2, 3), jnp.ones((5, 4, 2))
@@ -131,6 +132,9 @@ def rtrl(
     begin = tuple(h.astype(dtype) for h in states), start(layers, lead, dtype)
     states, influences = begin if state is None else _require_state(params, h0, state, begin)
     targets = jax.tree.map(jnp.asarray, targets)
+    arrays = (layers, xs, targets, mask, resets, states, influences)
+    arrays = cast_to_common_varying_axes(arrays)
+    layers, xs, targets, mask, resets, states, influences = arrays
     first = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape[1:], v.dtype), targets)
     output = jax.ShapeDtypeStruct(states[-1].shape, xs.dtype)
     require_scalar_loss("rtrl", loss_fn, output, first)
@@ -151,6 +155,7 @@ def rtrl(
 
     grads = jax.tree.map(lambda v: jnp.zeros_like(v, dtype=dtype), layers)
     loss = jnp.zeros((), state_dtype(jax.eval_shape(loss_fn, output, first).dtype))
+    loss, grads = cast_to_common_varying_axes((loss, grads), arrays)
     carry, inputs = jax.tree.map(
         replicate, ((states, influences, loss, grads), (xs, targets, mask, resets))
     )

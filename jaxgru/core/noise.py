@@ -95,7 +95,7 @@ def as_constant(rate: Any) -> Any:
     """The rate; an array has no gradient and the dtype of Python floats, so that it draws alike."""
     if not isinstance(rate, jax.Array):
         return rate
-    return lax.stop_gradient(rate).astype(jnp.result_type(float))
+    return lax.stop_gradient(rate.astype(jnp.result_type(float)))
 
 
 def scale_kept(x: jax.Array, rate: Any) -> jax.Array:

@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 import itertools
+import re
 import types
+from pathlib import Path
 
 import chex
 import jax
@@ -755,3 +757,36 @@ def test_bad_call_is_refused_with_its_reason(case):
     with pytest.raises(kind) as caught:
         call()
     assert str(caught.value) == message
+
+
+@in_float64
+@pytest.mark.parametrize("gradient", ["bptt", "tangent"])
+def test_readme_resets_to_a_learned_state(gradient):
+    """Its recipe gives the values and gradients of an explicit loop."""
+    readme = Path(jaxgru.__file__).parent / "core" / "README.md"
+    (recipe,) = re.findall(r"```python\n(.*?)```", readme.read_text(), re.S)
+    names = {}
+    with jax.enable_x64(False):  # its example is of float32
+        exec(compile(recipe, str(readme), "exec"), names)
+    problem = make_problem(44)
+    resets = problem.resets.at[0].set(jnp.array([True, False, False]))
+    begin = jnp.cos(jnp.arange(9.0).reshape(3, 3))
+
+    def by_recipe(*arrays):
+        h_last, hs = names["gru_with_resets_to"](*arrays, resets, gradient=gradient)
+        return h_last, hs[1::2]
+
+    def by_loop(state, params, xs, h):
+        hs = []
+        for x, reset in zip(xs, resets):
+            h = jaxgru.gru_cell(params, x, jnp.where(reset[:, None], state, h))
+            hs.append(h)
+        return h, jnp.stack(hs)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def pullback(run, *arrays):
+        found, pull = jax.vjp(run, *arrays)
+        return found, pull(problem.cotangents)
+
+    arrays = (begin, problem.params, problem.xs, problem.h0)
+    assert_close(pullback(by_recipe, *arrays), pullback(by_loop, *arrays), EXACT)

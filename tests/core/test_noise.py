@@ -84,6 +84,18 @@ def test_rate_of_dropout_has_no_gradient():
     assert slope == 0 and value != 2 * xs.size
 
 
+@pytest.mark.usefixtures("x64")
+def test_mean_of_zoneout_has_the_dtype_of_the_state():
+    """Where a Python float is float64 and the state float32."""
+    problem = make_problem(45, dtype=jnp.float32)
+    got, wanted = (
+        gru(problem.params, problem.xs, noise=Noise(zoneout=rate), deterministic=True)[1]
+        for rate in (jnp.float64(0.3), 0.3)
+    )
+    assert got.dtype == jnp.float32
+    assert_close(got, wanted, 1e-6)
+
+
 def test_masks_follow_the_rates_of_their_steps():
     """One rate for each step, as zoneout passes them on."""
     numbers, like = jnp.arange(3, 7), jnp.zeros((50, 4))

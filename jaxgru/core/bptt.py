@@ -13,7 +13,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from jaxgru.core.cell import project, split_recurrent, step
-from jaxgru.core.chunks import scan_chunks
+from jaxgru.core.chunks import chunk_starts, scan_chunks
 from jaxgru.core.derivatives import (
     coefficients,
     gates_vjp,
@@ -22,29 +22,54 @@ from jaxgru.core.derivatives import (
     step_vjp,
     transpose_recurrent,
 )
+from jaxgru.core.matmul import state_dtype
 from jaxgru.core.scan import Inputs, forward, plain_scan, run_chunk
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def bptt(config, params, inputs, h0, dropout, key):
+def bptt(configs, params, inputs, h0, dropout, key):
     """The plain recurrence. It saves nothing where no gradient is taken."""
-    return plain_scan(config, params, inputs, h0, dropout, key)
+    return configs.run(plain_scan, params, inputs, h0, dropout, key)
 
 
-def _forward(config, params, inputs, h0, dropout, key):
-    """The results, and the residuals that config chooses."""
+def _forward(configs, params, inputs, h0, dropout, key):
+    """The results, and the residuals."""
     primals = (params, inputs, h0, dropout, key)  # symbolic_zeros gives pairs (value, perturbed)
     primals = jax.tree.map(lambda p: p.value, primals, is_leaf=lambda p: hasattr(p, "perturbed"))
-    save_gates = config.residuals == "gates"
-    h_last, (hs, gates), h_starts = forward(config, *primals, save_gates=save_gates)
-    saved_hs = None if config.residuals == "boundaries" else hs
-    return (h_last, hs), (primals, saved_hs, gates, h_starts)
+    results, residuals = configs.run(forward_and_residuals, *primals, save_gates=configs.save_gates)
+    return results, (primals, residuals)
 
 
-def _backward(config, residuals, cotangents):
+def forward_and_residuals(config, params, inputs, h0, dropout, key, save_gates):
+    """(h_last, hs), and the residuals that config chooses.
+
+    Where another platform saves its gates, the residuals of this one have zeros in their place:
+    the programs of all platforms return the same arrays. XLA leaves out what nothing reads.
+    """
+    arguments = (params, inputs, h0, dropout, key)
+    of_config = config.residuals == "gates"
+    h_last, (hs, gates), h_starts = forward(config, *arguments, save_gates=of_config)
+    if config.residuals == "boundaries":
+        return (h_last, hs), (None, None, h_starts)
+    if save_gates and gates is None:
+        a, h = project(params, inputs.xs), hs.astype(h_starts.dtype)
+        gates = jax.tree.map(jnp.zeros_like, step(split_recurrent(params, dropout), a, h)[1])
+    return (h_last, hs), (hs, gates, None)
+
+
+def _backward(configs, residuals, cotangents):
+    """The cotangents of params, inputs and h0."""
+    cotangents = [None if isinstance(ct, SymbolicZero) else ct for ct in cotangents]
+    dparams, dinputs, dh0 = configs.run(backward, *residuals, cotangents)
+    return dparams, dinputs, dh0, None, None
+
+
+def backward(config, primals, residuals, cotangents):
     """The cotangents of params, inputs and h0, chunk by chunk, against the forward direction."""
-    (params, inputs, h0, dropout, key), hs, gates, h_starts = residuals
-    dh_last, dhs = (None if isinstance(ct, SymbolicZero) else ct for ct in cotangents)
+    (params, inputs, h0, dropout, key), (hs, gates, h_starts) = primals, residuals
+    dh_last, dhs = cotangents
+    if h_starts is None:
+        h_starts = chunk_starts(h0.astype(state_dtype(h0.dtype)), hs, config)
     recurrent, w_x_transposed = split_recurrent(params, dropout), params.w_x.T
     transposed = transpose_recurrent(recurrent)
 
@@ -80,7 +105,7 @@ def _backward(config, residuals, cotangents):
     )  # fmt: skip
     dparams = jax.tree.map(lambda d, p: d.astype(p.dtype), dparams, params)
     dinputs = Inputs(dxs, None, None, dtap)  # type: ignore  # flags and numbers have no gradient
-    return dparams, dinputs, g.astype(h0.dtype), None, None
+    return dparams, dinputs, g.astype(h0.dtype)
 
 
 bptt.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -15,6 +15,10 @@ _WHOLE_SEQUENCE = 1 << 18  # T * B * H up to which all of time is one chunk
 _CHUNK = 1 << 17  # chunk_size * B * H, with a chunk_size of at least 8
 _MANY_GATES = 1 << 19  # T * B * H above which saved gates no longer stay in the caches
 _CHEAP_PRODUCT = 256  # the largest I + H for which recomputing them is then faster than saving
+# On a GPU each launch of a kernel costs microseconds: `python -m experiments.benchmarks.compiled`
+# counts them.
+_GPU_CHUNK = 64
+_GPU_UNROLL = 8  # 4 at batches of more than 128, where an unrolled backward loop reads more memory
 
 
 def scan_chunks(size, chunk, carry, per_step, per_chunk, *, reverse):
@@ -52,7 +56,17 @@ def scan_chunks(size, chunk, carry, per_step, per_chunk, *, reverse):
     return carry, steps, chunks
 
 
-def default_chunk_size(num_steps, h0, residuals):
+def chunk_starts(h0, hs, config):
+    """[number of chunks, ..., H], the state at the start of each chunk, read from hs."""
+    size, h0 = config.chunk_size, h0[None]
+    if size is None or size >= hs.shape[0]:
+        return h0
+    if config.reverse:
+        return jnp.concatenate([hs[size::size].astype(h0.dtype), h0])
+    return jnp.concatenate([h0, hs[size - 1 : -1 : size].astype(h0.dtype)])
+
+
+def default_chunk_size(platform, num_steps, h0, residuals):
     """The chunk size whose temporaries stay in the caches, or sqrt(T) for "boundaries".
 
     None, the whole sequence: where it is short or a size is symbolic, and on a mesh with Auto axes,
@@ -65,18 +79,30 @@ def default_chunk_size(num_steps, h0, residuals):
         target = max(1, math.isqrt(num_steps))
     elif on_auto_mesh() or num_steps * h0.size <= _WHOLE_SEQUENCE:
         return None
+    elif platform == "gpu":
+        target = _GPU_CHUNK
     else:
         target = max(_CHUNK // max(1, h0.size), 8)
     return next((size for size in range(target, 2 * target) if num_steps % size == 0), target)
 
 
-def default_residuals(xs, h0):
+def default_residuals(platform, xs, h0):
     """The faster residuals: "states" where recomputing the gates is faster than saving them.
 
-    Gates are 3H or 4H numbers per row, and recomputing them takes 3H(I + H) multiply-adds: it is
-    the faster the smaller I + H and the larger T B H.
+    Gates are 3H or 4H numbers per row, and recomputing them takes 3H(I + H) multiply-adds: on a CPU
+    it is the faster the smaller I + H and the larger T B H. A GPU saves launches with it at every
+    size, and a TPU has multiply-adds to spare.
     """
     sizes = (*xs.shape, *h0.shape)
     known = all(isinstance(size, int) for size in sizes)
     many = known and xs.shape[0] * h0.size > _MANY_GATES
-    return "states" if many and xs.shape[-1] + h0.shape[-1] <= _CHEAP_PRODUCT else "gates"
+    cheap = platform == "tpu" or xs.shape[-1] + h0.shape[-1] <= _CHEAP_PRODUCT
+    return "states" if platform == "gpu" or (many and cheap) else "gates"
+
+
+def default_unroll(platform, num_steps, h0):
+    """Steps that one iteration of the loop runs: several on a GPU, where each launch counts."""
+    if platform != "gpu" or not isinstance(num_steps, int):  # a symbolic T cannot be unrolled
+        return 1
+    rows = math.prod(size for size in h0.shape[:-1] if isinstance(size, int))
+    return _GPU_UNROLL if rows <= 128 else _GPU_UNROLL // 2

@@ -27,10 +27,10 @@ class Kernel:
 
 
 def _require_counts(rule, *names):
-    """Every field must be a positive integer; all but unroll may be None."""
+    """Every field must be a positive integer, or None where None is its default."""
     for name in names:
         value = getattr(rule, name)
-        if value is not None or name == "unroll":
+        if value is not None or (name == "unroll" and not isinstance(rule, BPTT)):
             require_count(type(rule).__name__, name, value)
 
 
@@ -40,7 +40,8 @@ class BPTT:
 
     JAX raises a TypeError for forward mode (`jax.jvp`, `jax.jacfwd`): use `Tangent` there.
     residuals, chunk_size and unroll change memory and time; values and gradients change by rounding
-    only. None chooses by size, see `jaxgru/core/chunks.py`.
+    only. None chooses by size and by the device that the program is compiled for, see
+    `jaxgru/core/chunks.py`.
 
     Attributes:
       residuals: what the forward pass saves for the backward pass. "gates": hs and r, z, n (and q,
@@ -63,7 +64,7 @@ class BPTT:
 
     residuals: Residuals | None = None
     chunk_size: int | None = None
-    unroll: int = 1
+    unroll: int | None = None
     truncate: int | None = None
     kernel: Kernel | None = None
 
@@ -76,7 +77,7 @@ class BPTT:
                 "BPTT: kernel must be a Kernel of jaxgru.experimental or None, got "
                 f"{self.kernel!r}."
             )
-        if self.kernel is not None and self.unroll != 1:
+        if self.kernel is not None and self.unroll not in (None, 1):
             raise ValueError(
                 f"BPTT: unroll must be 1 with a kernel, which has no loop of XLA to unroll, got "
                 f"{self.unroll}; leave it out."

@@ -10,12 +10,12 @@ from jax import lax
 from jaxgru.core import checks
 from jaxgru.core.bptt import bptt
 from jaxgru.core.cell import project
-from jaxgru.core.chunks import default_chunk_size, default_residuals
+from jaxgru.core.chunks import default_chunk_size, default_residuals, default_unroll
 from jaxgru.core.flags import Flags, find_cuts
-from jaxgru.core.gradient import BPTT, Autodiff, Gradient, Rule, Tangent, as_rule
+from jaxgru.core.gradient import BPTT, Gradient, Rule, Tangent, as_rule
 from jaxgru.core.noise import Noise, as_constant, draw_state_dropout, is_zero, require_noise
 from jaxgru.core.parameters import GRUParams, require_params
-from jaxgru.core.scan import Config, Inputs, plain_scan
+from jaxgru.core.scan import Config, Configs, Inputs, plain_scan
 from jaxgru.core.sharding import cast_to_common_varying_axes
 from jaxgru.core.tangent import tangent
 
@@ -161,22 +161,25 @@ def run_gru(
     arrays = cast_to_common_varying_axes(arrays, zoneout_key)
     params, xs, h0, flags, tap_hs, dropout = arrays
     inputs = Inputs(xs, flags, None if zoneout_key is None else numbers, tap_hs)
-    residuals = chunk_size = None
+    arguments = (params, inputs, h0, dropout, zoneout_key)
     if isinstance(rule, BPTT):
-        residuals, chunk_size = _resolve(rule, xs, h0)
-    config = Config(reverse, residuals, chunk_size, rule.unroll, kernel)
-    run = {BPTT: bptt, Tangent: tangent, Autodiff: plain_scan}[type(rule)]
-    return run(config, params, inputs, h0, dropout, zoneout_key)
+        kinds = ("cpu", "gpu", "tpu")
+        choices = [Config(reverse, kernel, *_resolve(rule, kind, xs, h0)) for kind in kinds]
+        return bptt(Configs(*choices), *arguments)
+    run = tangent if isinstance(rule, Tangent) else plain_scan
+    return run(Config(reverse, None, None, None, rule.unroll), *arguments)
 
 
-def _resolve(rule, xs, h0):
-    """(residuals, chunk_size) with defaults by size; a kernel runs whole sequences by default."""
-    residuals, chunk_size = rule.residuals, rule.chunk_size
+def _resolve(rule, platform, xs, h0):
+    """(residuals, chunk_size, unroll) with their defaults; a kernel runs whole sequences."""
+    residuals, chunk_size, unroll = rule.residuals, rule.chunk_size, rule.unroll
     if residuals is None:
-        residuals = default_residuals(xs, h0) if rule.kernel is None else "states"
+        residuals = default_residuals(platform, xs, h0) if rule.kernel is None else "states"
     if chunk_size is None and (rule.kernel is None or residuals == "boundaries"):
-        chunk_size = default_chunk_size(xs.shape[0], h0, residuals)
-    return residuals, chunk_size
+        chunk_size = default_chunk_size(platform, xs.shape[0], h0, residuals)
+    if unroll is None:
+        unroll = default_unroll(platform, xs.shape[0], h0) if rule.kernel is None else 1
+    return residuals, chunk_size, unroll
 
 
 def _zero_state(params, xs):

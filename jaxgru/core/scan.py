@@ -4,6 +4,7 @@ One product projects all inputs of a chunk; then the loop runs its steps.
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -21,10 +22,39 @@ class Config:
     """The static choices of a call, resolved."""
 
     reverse: bool
+    kernel: Kernel | None
     residuals: Residuals | None
     chunk_size: int | None  # None: the whole sequence at once
     unroll: int
-    kernel: Kernel | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Configs:
+    """The `Config` for each kind of device that a program may be compiled for."""
+
+    default: Config
+    gpu: Config
+    tpu: Config
+
+    @property
+    def save_gates(self) -> bool:
+        """Whether the residuals hold gates, on any device: they must have one structure."""
+        return any(c.residuals == "gates" for c in (self.default, self.gpu, self.tpu))
+
+    def run(self, function, *arrays, **static) -> Any:
+        """function(config, *arrays, **static), by the config of the device.
+
+        JAX knows the device when it lowers the program, not when it traces it: what differs is
+        traced once for each config, and compiled for one.
+        """
+        kinds = {"cuda": self.gpu, "rocm": self.gpu, "tpu": self.tpu}
+        bound = {
+            c: functools.partial(function, c, **static) for c in (self.default, *kinds.values())
+        }
+        others = {name: bound[c] for name, c in kinds.items() if c != self.default}
+        if not others:
+            return bound[self.default](*arrays)
+        return lax.platform_dependent(*arrays, default=bound[self.default], **others)
 
 
 class Inputs(NamedTuple):

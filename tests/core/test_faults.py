@@ -11,7 +11,7 @@ from conftest import flat
 
 from jaxgru import BPTT
 from jaxgru.checks.gradients import check_gradients
-from jaxgru.core import bptt, recurrence, scan
+from jaxgru.core import bptt, recurrence
 from jaxgru.core.parameters import CHO_2014, CHUNG_2014, PYTORCH, init_gru
 
 # One of each kind of place; the fast tier leaves the others to the slow one.
@@ -454,7 +454,7 @@ def test_fault_of_what_acts_inside_the_recurrence_is_caught(fault, monkeypatch):
 
 def broken_rule(change):
     """The "bptt" rule with its results passed through change(cotangents of params, xs, h0)."""
-    rule = jax.custom_vjp(scan.plain_scan, nondiff_argnums=(0,))
+    rule = jax.custom_vjp(bptt.bptt.fun, nondiff_argnums=(0,))
 
     def bwd(static, residuals, cotangents):
         dparams, dxs, dh0, *rest = bptt._backward(static, residuals, cotangents)

@@ -556,9 +556,9 @@ GRU_ERRORS = {
         "Tangent: unroll must be an integer, got True.",
     ),
     "unroll_none": (
-        lambda: jaxgru.BPTT(unroll=None),
+        lambda: jaxgru.Tangent(unroll=None),
         TypeError,
-        "BPTT: unroll must be an integer, got None.",
+        "Tangent: unroll must be an integer, got None.",
     ),
     "unroll_zero": (
         lambda: jaxgru.Autodiff(unroll=0),

@@ -1,0 +1,115 @@
+"""Defaults by the device that a program is compiled for; no GPU and no TPU is needed here.
+
+JAX lowers a program for any device on any machine. What it lowers is counted, and the rules of the
+other devices are run on the CPU by choosing their branch of `lax.platform_dependent`.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import make_problem
+from jax import export
+
+from jaxgru import BPTT, CHO_2014, PYTORCH, gru, init_gru
+from jaxgru.core import scan
+
+EQUATIONS = pytest.mark.parametrize("spec", [CHO_2014, PYTORCH], ids=["before", "after"])
+
+
+def training_step(params, xs, h0, gradient: str | BPTT = "bptt", **options):
+    def loss(params, xs, h0):
+        h_last, hs = gru(params, xs, h0, gradient=gradient, **options)
+        return jnp.sum(jnp.sin(h_last)) + jnp.mean(jnp.cos(hs))
+
+    return jax.value_and_grad(loss, (0, 1, 2))(params, xs, h0)
+
+
+def shapes(num_steps, batch, size, spec):
+    params = jax.eval_shape(lambda: init_gru(jax.random.key(0), size, size, spec=spec))
+    xs = jax.ShapeDtypeStruct((num_steps, batch, size), jnp.float32)
+    return params, xs, jax.ShapeDtypeStruct((batch, size), jnp.float32)
+
+
+def count_calls(platform, function, arguments):
+    """Products, and calls of steps, in the program that JAX lowers for the platform."""
+    lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,))
+    text = lowered.as_text()
+    return text.count("stablehlo.dot_general") + text.count("call @closed_call")
+
+
+@EQUATIONS
+@pytest.mark.parametrize("size", [128, 512])
+@pytest.mark.parametrize(
+    ("platform", "options"),
+    [
+        ("cuda", {"residuals": "states", "chunk_size": 64, "unroll": 8}),
+        ("rocm", {"residuals": "states", "chunk_size": 64, "unroll": 8}),
+        ("tpu", {"residuals": "states", "unroll": 1}),
+        ("cpu", {"unroll": 1}),
+    ],
+)
+def test_default_is_the_fast_choice_of_the_platform(spec, size, platform, options):
+    """Its program is of the size of that with these options: unrolled steps appear one by one."""
+    arguments = shapes(512, 32, size, spec)
+    explicit = functools.partial(training_step, gradient=BPTT(**options))
+    wanted = count_calls(platform, explicit, arguments)
+    assert count_calls(platform, training_step, arguments) == wanted
+    unlike = {"cuda": 1, "rocm": 1, "tpu": 8, "cpu": 8}[platform]
+    other = functools.partial(training_step, gradient=BPTT(**{**options, "unroll": unlike}))
+    assert count_calls(platform, other, arguments) != wanted
+
+
+def test_large_batches_of_a_gpu_unroll_less():
+    counts = [
+        count_calls("cuda", training_step, shapes(128, batch, 64, PYTORCH)) for batch in (128, 129)
+    ]
+    assert counts[1] < counts[0]
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("case", ["plain", "bfloat16", "layer_norm", "everything"])
+@EQUATIONS
+def test_gradient_of_every_platform_is_that_of_autodiff(spec, case, platform, monkeypatch):
+    """At sizes where the residuals differ: "gates" on a CPU, "states" on the others."""
+    chosen = []
+
+    def choose(*arguments, default, **kinds):
+        chosen.append(platform in kinds)
+        return kinds.get(platform, default)(*arguments)
+
+    monkeypatch.setattr(scan.lax, "platform_dependent", choose)
+    dtype = jnp.bfloat16 if case == "bfloat16" else jnp.float32
+    keys = jax.random.split(jax.random.key(0), 3)
+    steps, batch, size = (150, 28, 130) if platform == "tpu" else (21, 3, 5)
+    params = init_gru(
+        keys[0], size, size, spec=spec, dtype=dtype, scheme="pytorch",
+        layer_norm=case == "layer_norm",
+    )  # fmt: skip
+    xs = jax.random.normal(keys[1], (steps, batch, size), dtype)
+    options = {}
+    if case == "everything":
+        mask = jnp.arange(steps)[:, None] < jnp.arange(batch)[None] + 3
+        resets = jax.random.bernoulli(keys[2], 0.2, mask.shape)
+        options = {"mask": mask, "resets": resets, "reverse": True}
+    got = training_step(params, xs, jnp.ones((batch, size), dtype), **options)
+    assert chosen and all(chosen)
+    wanted = training_step(
+        params, xs, jnp.ones((batch, size), dtype), gradient="autodiff", **options
+    )
+    tolerance = 3e-2 if case == "bfloat16" else 3e-5  # of the largest entry
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted)):
+        a, b = (np.asarray(v, np.float64) for v in (a, b))
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max())
+
+
+def test_one_export_serves_several_platforms():
+    """The program for all three holds the loops of each, and computes the values of this one."""
+    problem = make_problem(0, dtype=jnp.float32)
+    arguments = (problem.params, problem.xs, problem.h0)
+    exported = export.export(jax.jit(training_step), platforms=("cpu", "cuda", "tpu"))(*arguments)
+    got, wanted = exported.call(*arguments), training_step(*arguments, gradient="autodiff")
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted)):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * float(np.abs(b).max()))

@@ -157,6 +157,8 @@ GUARDS = {  # the first part of a path below jaxgru/ -> test files below tests/
     "experimental": "experimental/test_fused_tiling experimental/test_fused_kernels",
     "diagnostics": "diagnostics/test_diagnostics diagnostics/test_agreement "
     "experiments/test_gradient_flow core/test_cost",
+    "checks/mut": "checks/test_checks_command",
+    "checks/__main__": "checks/test_checks_command",
     "checks": "checks/test_check_gradients diagnostics/test_agreement core/test_faults",
     "interop": "interop/test_interop interop/test_onnx_files interop/test_safetensors "
     "experiments/test_convert",

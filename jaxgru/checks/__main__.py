@@ -18,7 +18,6 @@ in which a number that is not finite is null.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import importlib
@@ -79,33 +78,20 @@ def parse_args(argv):
     add("--num-cotangents", type=int, default=3, help="random cotangents (default: 3)")
     add("--num-coordinates", type=int, default=8,
         help="entries per leaf for finite differences (default: 8)")  # fmt: skip
-    add("--tolerance", metavar="NAME=VALUE", action="append", default=[],
+    add("--tolerance", metavar="NAME=VALUE", type=_tolerance, action="append", default=[],
         help="of a dtype or finite-difference, relative to the largest entry")  # fmt: skip
     add("--seed", type=int, default=0, help="of the inputs and the cotangents (default: 0)")
     args = parser.parse_args(argv)
     if args.rule and not args.mutate:
         parser.error("--rule needs --mutate")
-    if args.finite_differences and "float64" not in args.dtypes:
-        parser.error("finite differences need float64 in --dtypes: add it, "
-                     "or pass --no-finite-differences")  # fmt: skip
-    for name, least in (("num_cotangents", 1), ("num_coordinates", 1), ("seed", 0)):
-        if getattr(args, name) < least:
-            option = f"--{name.replace('_', '-')}"
-            parser.error(f"{option} must be at least {least}, got {getattr(args, name)}")
-    if args.seed >= 2**32:
-        parser.error(f"--seed must be below 2**32, got {args.seed}")
-    args.tolerance = dict(_parse_tolerance(parser, text) for text in args.tolerance)
+    if not 0 <= args.seed < 2**32:
+        parser.error(f"--seed must be at least 0 and below 2**32, got {args.seed}")
     return args
 
 
-def _parse_tolerance(parser: argparse.ArgumentParser, text: str) -> tuple[str, float]:
+def _tolerance(text: str) -> tuple[str, float]:
     name, _, value = text.partition("=")
-    names = [*DTYPES[1:], "finite-difference"]
-    with contextlib.suppress(ValueError):
-        if name in names and 0 < float(value) < math.inf:
-            return name, float(value)
-    parser.error(f"--tolerance must be NAME=VALUE with a NAME of {names} and a finite VALUE "
-                 f"above 0, got {text}")  # fmt: skip
+    return name, float(value)
 
 
 def run(args: argparse.Namespace) -> tuple[str, bool, list[dict[str, Any]]]:
@@ -113,7 +99,7 @@ def run(args: argparse.Namespace) -> tuple[str, bool, list[dict[str, Any]]]:
     fn, reference = load("--fn", args.fn), load("--reference", args.reference)
     inputs = load_inputs(args, reference)
     rules = load_rules(args, fn) if args.mutate else {}
-    options = {"key": jax.random.key(args.seed), "tolerances": args.tolerance}
+    options = {"key": jax.random.key(args.seed), "tolerances": dict(args.tolerance)}
     if args.mutate:
         options |= {"dtypes": ("float64",), "finite_differences": False, "num_cotangents": 1}
     else:
@@ -123,9 +109,10 @@ def run(args: argparse.Namespace) -> tuple[str, bool, list[dict[str, Any]]]:
     try:
         report: Any = check_mutants(rules, {args.fn: check}, progress=True) if rules else check()
     except Exception as error:  # the user's function may raise anything
-        if isinstance(error, AssertionError) and str(error).startswith("check_mutants: "):
+        refused = str(error).startswith(("check_gradients: ", "check_mutants: "))
+        if refused and isinstance(error, AssertionError):
             return str(error), False, []
-        if str(error).startswith(("check_gradients: ", "check_mutants: ")):
+        if refused:
             raise InputError(_one_line(error)) from error
         return f"jaxgru.checks: FAILED, {args.fn} raised {_one_line(error)}", False, []
     ok = [{} if args.mutate else {"ok": row.ok} for row in report.rows]

@@ -139,7 +139,8 @@ def check_mutants(
         report = record_sites(parsed, check, sites[name])
         if not report:
             raise AssertionError(
-                f"check_mutants: {name} must agree before the rules are mutated.\n\n{report}"
+                f"check_mutants: FAILED, {name} must agree before the rules are mutated.\n\n"
+                f"{report}"
             )
     rows = []
     mutants = [mutant for rule in parsed for mutant in make_mutants(rule)]

@@ -284,12 +284,10 @@ def test_name_that_cannot_be_loaded(fn, message, tmp_path, capsys):
     [
         (["--fn", "a:b"], "the following arguments are required: --reference, --inputs"),
         (["--rule", "a:b"], "--rule needs --mutate"),
-        (["--dtypes", "float32"], "finite differences need float64"),
         (["--dtypes", "int8"], "invalid choice"),
-        (["--num-cotangents", "0"], "--num-cotangents must be at least 1, got 0"),
-        (["--tolerance", "float64=nan"], "--tolerance must be NAME=VALUE"),
-        (["--tolerance", "tight=1"], "--tolerance must be NAME=VALUE"),
+        (["--tolerance", "float64"], "argument --tolerance: invalid"),
         (["--seed", "-1"], "--seed must be at least 0"),
+        (["--seed", str(2**32)], "--seed must be at least 0 and below 2**32"),
     ],
 )
 def test_options_are_validated(options, message, capsys):
@@ -297,6 +295,22 @@ def test_options_are_validated(options, message, capsys):
     with pytest.raises(SystemExit) as caught:
         main([*names, *options])
     assert caught.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--dtypes", "float32"], "dtypes must hold 'float64' for finite differences"),
+        (["--num-cotangents", "0"], "num_cotangents must be an integer >= 1, got 0"),
+        (["--num-coordinates", "0"], "num_coordinates must be an integer >= 1, got 0"),
+        (["--tolerance", "float64=nan"], "tolerances['float64'] must be positive, got nan"),
+        (["--tolerance", "tight=1"], "tolerances must be named by floating dtypes"),
+    ],
+)
+def test_what_the_check_refuses_is_one_line(options, message, tmp_path, capsys):
+    assert run(tmp_path, "right", *options) == (2, {})
+    error = capsys.readouterr().err
+    assert error.startswith("jaxgru.checks: ") and message in error and error.count("\n") == 1
 
 
 def test_no_file_is_overwritten(tmp_path, capsys):
@@ -363,7 +377,8 @@ def test_rule_that_is_closed_over_values_or_a_tangent_is_mutated(fn, tmp_path):
 def test_wrong_rule_is_reported_and_not_mutated(tmp_path, capsys):
     code, found = run(tmp_path, "wrong", "--mutate")
     assert code == 1 and found["mutants"] == []
-    assert "must agree before the rules are mutated" in capsys.readouterr().out
+    message = f"check_mutants: FAILED, {HERE}:wrong must agree before the rules are mutated"
+    assert capsys.readouterr().out.startswith(message)
 
 
 @pytest.mark.parametrize(

@@ -33,10 +33,12 @@ def options_of_target(model):
     return Options(reset=resets.pop() if len(resets) == 1 else None, activation=specs[0].activation)
 
 
-def compare(args, target, new, model, xs, wanted):
+def compare(args, target, new, model):
     """({name: largest difference of the outputs for a random input}, {name: why it was not run})"""
     found, reasons, own = {}, {}, options_of_target(model)
-    dtype = first_cell(model).w_x.dtype
+    w_x, rng = first_cell(model).w_x, np.random.default_rng(args.seed)
+    xs, dtype = rng.normal(size=(STEPS, BATCH, len(w_x))), w_x.dtype
+    wanted = run_stack(layers_of(model), xs, args.merge)
     if target != "stablehlo":
         again = layers_of(read(target, new, own).params)
         found["read again, float64"] = run_stack(again, xs, args.merge)
@@ -54,7 +56,6 @@ def compare(args, target, new, model, xs, wanted):
             except libraries.NotRunError as error:
                 reasons[name] = str(error)
     errors = {k: largest_difference(v, wanted) for k, v in found.items()}
-    rng = np.random.default_rng(args.seed)
     if target == "onnx" and "in onnxruntime, float32" in errors:
         name = "in onnxruntime, float32, whole and with random lengths"
         errors[name] = difference_of_onnxruntime(args, new, model, rng)
@@ -76,12 +77,6 @@ def run_library(kind, file, options, xs, merge):
         return libraries.run_torch(arrays, xs, merge)
     layers, after = nest(arrays, kind, options.layer, file), options.reset != "before"
     return libraries.run_layers(kind, layers, xs, merge, options.activation or "tanh", after)
-
-
-def draw_float64(model, seed):
-    """A random input sequence in float64."""
-    size = first_cell(model).w_x.shape[0]
-    return np.random.default_rng(seed).normal(size=(STEPS, BATCH, size))
 
 
 def largest_difference(got, wanted):

@@ -157,9 +157,11 @@ GUARDS = {  # the first part of a path below jaxgru/ -> test files below tests/
     "experimental": "experimental/test_fused_tiling experimental/test_fused_kernels",
     "diagnostics": "diagnostics/test_diagnostics diagnostics/test_agreement "
     "experiments/test_gradient_flow core/test_cost",
+    "checks/mut": "checks/test_checks_command",
+    "checks/__main__": "checks/test_checks_command",
     "checks": "checks/test_check_gradients diagnostics/test_agreement core/test_faults",
     "interop": "interop/test_interop interop/test_onnx_files interop/test_safetensors "
-    "experiments/test_convert",
+    "interop/test_interop_command",
     "atomic_files": "training/test_checkpoints interop/test_safetensors",
     "training/layout": "training/test_layout training/test_step training/test_processes",
     "training/step": "training/test_step training/test_optimizers training/test_loop "

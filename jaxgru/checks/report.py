@@ -221,7 +221,7 @@ def _leaf_table(leaves):
         verdict, numbers = "right" if row.ok else "WRONG", (row.error, row.tolerance)
         numbers = [f"{number:.1e}" for number in numbers]
         cells.append([row.leaf, verdict, *numbers, row.dtype, row.reference])
-    return _align(cells)
+    return align(cells)
 
 
 def _failure_table(rows):
@@ -235,7 +235,7 @@ def _failure_table(rows):
         values = [_short(value) for value in (row.actual, row.expected)]
         numbers = [f"{number:.1e}" for number in (row.error, row.tolerance)]
         cells.append([reason, row.dtype, row.reference, index, *values, *numbers, row.cotangent])
-    header, *lines = _align(cells)
+    header, *lines = align(cells)
     table, above = ["  " + header], ""
     for row, line in zip(rows, lines, strict=True):
         name = row.leaf if row.case == "-" else f"{row.leaf} of {row.case}"
@@ -249,6 +249,7 @@ def _short(value):
     return text if len(text) <= 16 else text[:13] + "..."
 
 
-def _align(cells):
+def align(cells: list[list[str]]) -> list[str]:
+    """The rows of a table as lines with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]

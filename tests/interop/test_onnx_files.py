@@ -242,10 +242,12 @@ def test_written_model_of_two_directions_repeats_states_as_ours(tmp_path, output
         assert_close(results[f"h_last_{number}"], np.stack(h), 1e-12)
     found = onnx.load(tmp_path / "m").graph
     assert [v.name for v in found.input] == ["xs", "lengths", "h0_0", "h0_1"]
+    assert [v.name for v in found.output] == ["outputs", "h_last_0", "h_last_1"]
     shapes = [[d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim]
               for v in (*found.input, *found.output)]  # fmt: skip
     every = ["T", "B", 2] if outputs == "every" else ["B", 2]
-    assert shapes == [["T", "B", 2], ["B"], *[[2, "B", 3]] * 4, every]
+    states = [[2, "B", 3]] * 2
+    assert shapes == [["T", "B", 2], ["B"], *states, every, *states]
 
 
 def test_written_stack_gives_its_top_layers_outputs(tmp_path):

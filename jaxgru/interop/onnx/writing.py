@@ -25,9 +25,10 @@ def write_onnx(
 
     The graph computes the values of `token_logits`, `sequence_outputs`, `final_outputs` or
     `gru_stack` without dropout, also at masked steps and for empty sequences. Its input is "tokens"
-    int64 [T, B] for a `TokenParams` and "xs" [T, B, I] otherwise. Its outputs are "outputs"
-    [T, B, K], or [B, K] of the last valid step, and "h_last_0" [D, B, H], ... of every layer. T and
-    B are free. onnxruntime runs files of float32; its GRU has no float64 and no float16.
+    int64 [T, B] for a `TokenParams` and "xs" [T, B, I] otherwise. Its outputs are, in this order,
+    "outputs" [T, B, K], or [B, K] of the last valid step, and "h_last_0" [D, B, H], ... of every
+    layer. T and B are free. onnxruntime runs files of float32; its GRU has no float64 and no
+    float16.
 
     Args:
       path: the path of the file; an existing file is replaced atomically.
@@ -65,9 +66,10 @@ def write_onnx(
     ys = _write_inputs(graph, params, layers)
     if lengths:
         graph.write_lengths(ys)
-    final = None
+    final, states = None, []
     for number, (weights, options) in enumerate(zip(exported.weights, exported.options)):
         hs, h_last = _write_layer(graph, number, ys, weights, options)
+        states.append(h_last)
         both = len(weights["R"]) == 2
         joined, last = graph.join(hs, both, merge, 1), graph.join(h_last, both, merge, 0)
         add = residual and number
@@ -78,6 +80,9 @@ def write_onnx(
         product = graph.node("MatMul", top, graph.constant("w", model.w))
         top, size = graph.node("Add", product, graph.constant("b", model.b)), model.w.shape[1]
     graph.output("outputs", top, ["T", "B", size] if outputs == "every" else ["B", size])
+    for number, (h_last, weights) in enumerate(zip(states, exported.weights)):
+        directions, _, hidden_size = weights["R"].shape
+        graph.output(f"h_last_{number}", h_last, [directions, "B", hidden_size])
     data = graph.finish().SerializeToString()
     write_atomically(path, data)
     return exported.notes
@@ -187,5 +192,4 @@ def _write_layer(graph, number, xs, weights, options):
             backward = graph.node("Expand", backward, graph.node("Shape", forward))
             repeated = graph.node("Concat", forward, backward, axis=0)
         hs = graph.node("Where", graph.valid, hs, graph.node("Unsqueeze", repeated, graph.axes(0)))
-    graph.output(f"h_last_{number}", h_last, [directions, "B", hidden_size])
     return hs, h_last

@@ -1,7 +1,10 @@
-"""The converter as a command: files in, files out, what it prints, what it refuses."""
+"""`python -m jaxgru.interop`: files in, files out, what it prints, what it refuses."""
 
 import json
+import os
+import pathlib
 import pickle
+import subprocess
 import sys
 
 import jax
@@ -11,13 +14,16 @@ import pytest
 from jax import export
 
 import jaxgru
-from experiments.convert import largest_difference, main
+from experiments import char_lm
 from jaxgru import CHUNG_2014, PYTORCH, GRUSpec, init_gru, init_stack, interop
+from jaxgru.interop.__main__ import main
+from jaxgru.interop.convert.comparing import largest_difference
 from jaxgru.models import init_token_model
 
 st = pytest.importorskip("safetensors.numpy", reason="safetensors is an extra")
 onnx = pytest.importorskip("onnx", reason="onnx is an extra")
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 # The command compares values on a random input, and compiling would be nearly all of its time.
 pytestmark = pytest.mark.usefixtures("uncompiled")
 
@@ -53,7 +59,7 @@ def test_weights_that_went_through_every_format_are_the_same(tmp_path, capsys, b
     source = ("torch", tmp_path / "torch.safetensors")
     for kind in formats:
         target = (kind, tmp_path / f"{kind}_2.{ends.get(kind, 'npz')}")
-        code, printed = run(capsys, "--from", *source, "--to", *target)
+        code, printed = run(capsys, *source, *target)
         assert code == 0, printed
         assert "0.0e+00  read again, float64" in printed
         assert printed.count("note  ") == (source[0] == "keras")  # the note that tanh is assumed
@@ -66,7 +72,7 @@ def test_weights_that_went_through_every_format_are_the_same(tmp_path, capsys, b
 def test_merged_biases_are_noted_and_the_function_is_the_same(tmp_path, capsys, kind):
     torch_file(tmp_path / "t.safetensors", num_layers=2)
     target = tmp_path / "m.safetensors"
-    code, printed = run(capsys, "--from", "torch", tmp_path / "t.safetensors", "--to", kind, target)
+    code, printed = run(capsys, "torch", tmp_path / "t.safetensors", kind, target)
     assert code == 0, printed
     assert "note     b_x and b_h are summed: r and z have one bias" in printed
     # Biases that are merged in float32 are rounded.
@@ -76,12 +82,10 @@ def test_merged_biases_are_noted_and_the_function_is_the_same(tmp_path, capsys, 
 def test_negated_update_is_noted(tmp_path, capsys):
     params = init_stack(jax.random.key(0), 2, 3, spec=CHUNG_2014)
     interop.save_weights(tmp_path / "j", params)
-    code, printed = run(capsys, "--from", "jaxgru", tmp_path / "j", "--to", "onnx", tmp_path / "o")
+    code, printed = run(capsys, "jaxgru", tmp_path / "j", "onnx", tmp_path / "o")
     assert code == 0, printed
     assert "note     the update gate's weights and biases are negated" in printed
-    code, printed = run(
-        capsys, "--from", "onnx", tmp_path / "o", "--to", "haiku", tmp_path / "h.npz"
-    )
+    code, printed = run(capsys, "onnx", tmp_path / "o", "haiku", tmp_path / "h.npz")
     assert code == 0, printed
     assert "I=2 H=3 float32; reset before, update keep, tanh\n" in printed
 
@@ -90,14 +94,12 @@ def test_each_layer_keeps_its_own_equation(tmp_path, capsys):
     specs = CHUNG_2014, PYTORCH
     layers = tuple(init_gru(jax.random.key(0), n, 3, spec=v) for n, v in zip((2, 3), specs))
     interop.save_weights(tmp_path / "j", layers)
-    argv = ("--from", "jaxgru", tmp_path / "j", "--to")
+    argv = ("jaxgru", tmp_path / "j")
     for kind, target in (("onnx", tmp_path / "o"), ("keras", tmp_path / "k.npz")):
         code, printed = run(capsys, *argv, kind, target)
         assert code == 0, printed
         assert "reset before, update write, tanh / reset after, update keep, tanh\n" in printed
-    code, printed = run(
-        capsys, "--from", "keras", tmp_path / "k.npz", "--to", "jaxgru", tmp_path / "k"
-    )
+    code, printed = run(capsys, "keras", tmp_path / "k.npz", "jaxgru", tmp_path / "k")
     assert code == 0, printed
     for params in (
         interop.load_weights(tmp_path / "k").params,
@@ -108,7 +110,7 @@ def test_each_layer_keeps_its_own_equation(tmp_path, capsys):
 
 def test_layers_of_a_larger_model_are_chosen(tmp_path, capsys):
     layers = torch_file(tmp_path / "t.safetensors", prefix="rnn.", num_layers=2)
-    argv = ("--from", "torch", tmp_path / "t.safetensors", "--to", "jaxgru", tmp_path / "j")
+    argv = ("torch", tmp_path / "t.safetensors", "jaxgru", tmp_path / "j")
     code, printed = run(capsys, *argv)
     assert (code, "prefix must be one of 'rnn.', where" in printed) == (2, True)
     code, printed = run(capsys, *argv, "--layer", "rnn.")
@@ -119,7 +121,7 @@ def test_layers_of_a_larger_model_are_chosen(tmp_path, capsys):
 def test_model_goes_to_onnx_whole_and_elsewhere_without_its_head(tmp_path, capsys):
     model = init_token_model(jax.random.key(0), 5, 3, embedding_size=2, spec=PYTORCH)
     interop.save_weights(tmp_path / "j", model)
-    argv = ("--from", "jaxgru", tmp_path / "j", "--to")
+    argv = ("jaxgru", tmp_path / "j")
     code, printed = run(capsys, *argv, "onnx", tmp_path / "m.onnx")
     assert code == 0, printed
     assert "not written" not in printed
@@ -139,7 +141,7 @@ def test_weights_file_of_keras_is_read(tmp_path, capsys, bias):
             for number, array in enumerate(own):
                 file[f"layers/{name}/cell/vars/{number}"] = array
         file["layers/dense/vars/0"] = np.ones((3, 2))
-    argv = ("--from", "keras", tmp_path / "k.weights.h5", "--to", "jaxgru", tmp_path / "j")
+    argv = ("keras", tmp_path / "k.weights.h5", "jaxgru", tmp_path / "j")
     code, printed = run(capsys, *argv)
     assert code == 2
     assert "--layer layers/gru/ --layer layers/gru_1/" in printed
@@ -154,9 +156,7 @@ def test_layers_of_numbered_names_come_in_their_order(tmp_path, capsys):
     """With more than ten layers, 10/ comes after 9/."""
     layers = init_stack(jax.random.key(0), 3, [3] * 11, spec=PYTORCH, scheme="pytorch")
     interop.save_weights(tmp_path / "j", layers)
-    code, printed = run(
-        capsys, "--from", "jaxgru", tmp_path / "j", "--to", "keras", tmp_path / "k.npz"
-    )
+    code, printed = run(capsys, "jaxgru", tmp_path / "j", "keras", tmp_path / "k.npz")
     assert code == 0, printed
     assert "0.0e+00  read again" in printed
 
@@ -185,32 +185,30 @@ def write_nodes(path, chained, **inputs_h):
 
 
 def test_nodes_of_onnx_are_a_stack_where_each_reads_the_one_below(tmp_path, capsys):
-    target = ("--to", "jaxgru", tmp_path / "j")
+    target = ("jaxgru", tmp_path / "j")
     chain = write_nodes(tmp_path / "chain.onnx", True)
     assert [node.below for node in interop.read_onnx(chain)] == ["", "lower"]
     beside = write_nodes(tmp_path / "beside.onnx", False)
-    code, printed = run(capsys, "--from", "onnx", beside, *target)
+    code, printed = run(capsys, "onnx", beside, *target)
     message = "choose the nodes of a stack from --layer lower"
     assert (code, message in printed) == (2, True)
-    code, printed = run(capsys, "--from", "onnx", beside, *target, "--layer", "upper")
+    code, printed = run(capsys, "onnx", beside, *target, "--layer", "upper")
     assert code == 0, printed
     same(interop.load_weights(tmp_path / "j").params, (interop.read_onnx(beside)[1].params,))
-    code, printed = run(
-        capsys, "--from", "onnx", beside, "--to", "jaxgru", tmp_path / "k", "--layer", "none"
-    )
+    code, printed = run(capsys, "onnx", beside, "jaxgru", tmp_path / "k", "--layer", "none")
     assert (code, "must hold one GRU node of each of ['none']" in printed) == (2, True)
 
 
 def test_state_that_an_onnx_file_holds_is_not_dropped(tmp_path, capsys):
     path = write_nodes(tmp_path / "m.onnx", True, h0=np.ones((1, 4, 3)))
-    code, printed = run(capsys, "--from", "onnx", path, "--to", "jaxgru", tmp_path / "j")
+    code, printed = run(capsys, "onnx", path, "jaxgru", tmp_path / "j")
     assert (code, "has a constant sequence_lens or initial_h" in printed) == (2, True)
 
 
 def test_rest_of_an_onnx_graph_is_noted(tmp_path, capsys):
     model = init_token_model(jax.random.key(0), 5, 3, embedding_size=2)
     interop.write_onnx(tmp_path / "m.onnx", model, lengths=True, state=True)
-    argv = ("--from", "onnx", tmp_path / "m.onnx", "--to", "jaxgru", tmp_path / "j")
+    argv = ("onnx", tmp_path / "m.onnx", "jaxgru", tmp_path / "j")
     code, printed = run(capsys, *argv)
     assert code == 0, printed
     assert "note     the rest of the ONNX graph is not converted: Add, Gather, MatMul\n" in printed
@@ -222,7 +220,7 @@ def test_names_of_flax_are_found_in_a_larger_model(tmp_path, capsys):
     weights = interop.to_linen(cell).weights
     flat = {f"params/cell/{m}/{k}": v for m, own in weights.items() for k, v in own.items()}
     st.save_file(flat, tmp_path / "f.safetensors")
-    argv = ("--from", "linen", tmp_path / "f.safetensors", "--to", "jaxgru", tmp_path / "j")
+    argv = ("linen", tmp_path / "f.safetensors", "jaxgru", tmp_path / "j")
     code, printed = run(capsys, *argv)
     assert code == 0, printed
     assert "note     linen files do not hold the activation; tanh is assumed" in printed
@@ -233,7 +231,7 @@ def test_layers_that_do_not_fit_leave_no_file(tmp_path, capsys):
     """The model sums its two directions, but --merge is concat by default."""
     layers = init_stack(jax.random.key(0), 2, 3, 2, bidirectional=True, merge="sum", spec=PYTORCH)
     interop.save_weights(tmp_path / "j", layers)
-    argv = ("--from", "jaxgru", tmp_path / "j", "--to", "keras", tmp_path / "new.npz")
+    argv = ("jaxgru", tmp_path / "j", "keras", tmp_path / "new.npz")
     code, printed = run(capsys, *argv)
     assert (code, "params[1].forward.w_x must have 6 rows" in printed) == (2, True)
     assert not (tmp_path / "new.npz").exists()
@@ -243,7 +241,7 @@ def test_layers_that_do_not_fit_leave_no_file(tmp_path, capsys):
 
 def test_bfloat16_is_not_written_where_numpy_could_not_read_it(tmp_path, capsys):
     interop.save_weights(tmp_path / "j", init_stack(jax.random.key(0), 2, 3, dtype=jnp.bfloat16))
-    argv = ("--from", "jaxgru", tmp_path / "j", "--to", "haiku", tmp_path / "new.npz")
+    argv = ("jaxgru", tmp_path / "j", "haiku", tmp_path / "new.npz")
     code, printed = run(capsys, *argv)
     assert (code, "cannot hold bfloat16; write a .safetensors file" in printed) == (2, True)
     assert not (tmp_path / "new.npz").exists()
@@ -256,7 +254,7 @@ def test_arrays_outside_of_a_keras_file_are_not_read(tmp_path, capsys):
         place = [(str(tmp_path / "secret"), 0, 8 * 18)]
         file.create_dataset("layers/gru/cell/vars/0", (2, 9), "f8", external=place)
         file["layers/gru/cell/vars/1"] = np.ones((3, 9))
-    argv = ("--from", "keras", tmp_path / "k.weights.h5", "--to", "jaxgru", tmp_path / "j")
+    argv = ("keras", tmp_path / "k.weights.h5", "jaxgru", tmp_path / "j")
     code, printed = run(capsys, *argv, "--reset", "before")
     assert (code, "must be in the file itself, not in another" in printed) == (2, True)
 
@@ -267,13 +265,13 @@ def test_cells_of_a_keras_rnn_are_not_taken_for_a_gru(tmp_path, capsys):
         for name in ("gru_cell", "gru_cell_1"):
             for number, shape in enumerate(((3, 9), (3, 9), (2, 9))):
                 file[f"layers/rnn/cell/cells/{name}/vars/{number}"] = np.ones(shape)
-    argv = ("--from", "keras", tmp_path / "k.weights.h5", "--to", "jaxgru", tmp_path / "j")
+    argv = ("keras", tmp_path / "k.weights.h5", "jaxgru", tmp_path / "j")
     code, printed = run(capsys, *argv)
     assert (code, "must hold a GRU layer that Keras saved, got none" in printed) == (2, True)
 
 
 def test_options_of_other_formats_are_refused(tmp_path, capsys):
-    argv = ["--from", "torch", "a", "--to", "onnx", "b"]
+    argv = ["torch", "a", "onnx", "b"]
     for option, message in (
         (["--cell"], "--cell is only for the target torch"),
         (["--step"], "--step is only for the target stablehlo"),
@@ -283,7 +281,7 @@ def test_options_of_other_formats_are_refused(tmp_path, capsys):
             main(argv + option)
         assert message in capsys.readouterr().err
     torch_file(tmp_path / "t.safetensors", num_layers=2)
-    argv = ("--from", "torch", tmp_path / "t.safetensors", "--to", "torch", tmp_path / "n.npz")
+    argv = ("torch", tmp_path / "t.safetensors", "torch", tmp_path / "n.npz")
     code, printed = run(capsys, *argv, "--cell")
     assert (code, "--cell is only for a single layer" in printed) == (2, True)
     code, printed = run(capsys, *argv, "--layer", "a", "--layer", "b")
@@ -325,7 +323,7 @@ REFUSED = {
 def test_unusable_file_is_refused_in_one_line(tmp_path, capsys, case):
     make, message = REFUSED[case]
     source = make(tmp_path)
-    code, printed = run(capsys, "--from", *source, "--to", "jaxgru", tmp_path / "new")
+    code, printed = run(capsys, *source, "jaxgru", tmp_path / "new")
     assert code == 2
     assert message in printed
     assert printed.count("\n") == 1
@@ -334,7 +332,7 @@ def test_unusable_file_is_refused_in_one_line(tmp_path, capsys, case):
 
 def test_target_that_cannot_hold_the_cell_says_why_and_writes_nothing(tmp_path, capsys):
     torch_file(tmp_path / "t.safetensors")
-    argv = ("--from", "torch", tmp_path / "t.safetensors", "--to")
+    argv = ("torch", tmp_path / "t.safetensors")
     code, printed = run(capsys, *argv, "haiku", tmp_path / "new.npz")
     assert (code, "which is all that haiku.GRU computes" in printed) == (2, True)
     code, printed = run(capsys, *argv, "nnx", tmp_path / "new.npz")
@@ -347,7 +345,7 @@ def test_target_that_cannot_hold_the_cell_says_why_and_writes_nothing(tmp_path, 
 def test_no_file_is_overwritten(tmp_path, capsys):
     torch_file(tmp_path / "t.safetensors")
     (tmp_path / "old").write_text(json.dumps("mine"))
-    argv = ("--from", "torch", tmp_path / "t.safetensors", "--to", "onnx", tmp_path / "old")
+    argv = ("torch", tmp_path / "t.safetensors", "onnx", tmp_path / "old")
     assert run(capsys, *argv)[0] == 2
     assert json.loads((tmp_path / "old").read_text()) == "mine"
 
@@ -356,7 +354,7 @@ def test_weights_that_are_not_finite_are_noted(tmp_path, capsys):
     weights = {"weight_ih": np.ones((9, 2)), "weight_hh": np.ones((9, 3))}
     weights["weight_hh"][0, 0] = np.nan
     np.savez(tmp_path / "t.npz", **weights)
-    argv = ("--from", "torch", tmp_path / "t.npz", "--to", "jaxgru", tmp_path / "j")
+    argv = ("torch", tmp_path / "t.npz", "jaxgru", tmp_path / "j")
     code, printed = run(capsys, *argv)
     assert "weight_hh'] holds 1 values that are not finite" in printed
     assert code == 0  # the values are the same, with NaN equal to NaN
@@ -371,7 +369,7 @@ def test_difference_beyond_rounding_is_exit_code_1(tmp_path, capsys, monkeypatch
         return loaded._replace(params=jax.tree.map(lambda v: v + np.float32(1e-3), loaded.params))
 
     monkeypatch.setattr(interop, "load_weights", worse)
-    argv = ("--from", "torch", tmp_path / "t.safetensors", "--to", "jaxgru", tmp_path / "j")
+    argv = ("torch", tmp_path / "t.safetensors", "jaxgru", tmp_path / "j")
     code, printed = run(capsys, *argv)
     assert (code, "not written" in printed) == (1, True)
     assert [path.name for path in tmp_path.iterdir()] == ["t.safetensors"]
@@ -398,7 +396,7 @@ def test_program_with_its_weights_runs_without_the_package(tmp_path, capsys, kin
     interop.save_weights(tmp_path / "j", model)
     for options in ((), ("--step",)):
         target = tmp_path / f"m{len(options)}"
-        argv = ("--from", "jaxgru", tmp_path / "j", "--to", "stablehlo", target)
+        argv = ("jaxgru", tmp_path / "j", "stablehlo", target)
         with jax.disable_jit(False):  # the program is what jit makes of the model
             code, printed = run(capsys, *argv, *options)
         assert code == 0, printed
@@ -416,7 +414,7 @@ def test_program_with_its_weights_runs_without_the_package(tmp_path, capsys, kin
 
 def test_program_of_a_step_in_two_directions_is_refused(tmp_path, capsys):
     torch_file(tmp_path / "t.safetensors", bidirectional=True)
-    argv = ("--from", "torch", tmp_path / "t.safetensors", "--to", "stablehlo", tmp_path / "m")
+    argv = ("torch", tmp_path / "t.safetensors", "stablehlo", tmp_path / "m")
     code, printed = run(capsys, *argv, "--step")
     assert (code, "--step is not for two directions" in printed) == (2, True)
     assert not (tmp_path / "m").exists()
@@ -424,7 +422,7 @@ def test_program_of_a_step_in_two_directions_is_refused(tmp_path, capsys):
 
 def test_unknown_format_is_refused(capsys):
     with pytest.raises(SystemExit) as caught:
-        main(["--from", "caffe", "a", "--to", "onnx", "b"])
+        main(["caffe", "a", "onnx", "b"])
     assert caught.value.code == 2
     assert "a format must be one of torch, keras" in capsys.readouterr().err
 
@@ -432,7 +430,7 @@ def test_unknown_format_is_refused(capsys):
 def test_half_types_keep_their_bits(tmp_path, capsys):
     layers = init_stack(jax.random.key(0), 2, 3, spec=PYTORCH, dtype=jnp.bfloat16)
     interop.save_weights(tmp_path / "j", layers)
-    argv = ("--from", "jaxgru", tmp_path / "j", "--to", "torch", tmp_path / "t.safetensors")
+    argv = ("jaxgru", tmp_path / "j", "torch", tmp_path / "t.safetensors")
     code, printed = run(capsys, *argv)
     assert code == 0, printed
     arrays = interop.read_safetensors(tmp_path / "t.safetensors")
@@ -459,7 +457,7 @@ def test_source_is_compared_with_its_own_library(tmp_path, capsys, monkeypatch, 
         weights = dict(zip(("kernel", "recurrent_kernel", "bias"), weights))
     leaves = jax.tree_util.tree_leaves_with_path(weights)
     st.save_file({"/".join(k.key for k in p): v for p, v in leaves}, tmp_path / "m.safetensors")
-    argv = ("--from", kind, tmp_path / "m.safetensors", "--to", "jaxgru")
+    argv = (kind, tmp_path / "m.safetensors", "jaxgru")
     code, printed = run(capsys, *argv, tmp_path / "right")
     assert code == 0, printed
     assert f"the source in {LIBRARIES[kind]}, float64" in printed
@@ -478,13 +476,13 @@ def test_source_is_compared_with_its_own_library(tmp_path, capsys, monkeypatch, 
 
 def test_nodes_that_are_no_stack_in_their_file_are_found_by_onnxruntime(tmp_path, capsys):
     pytest.importorskip("onnxruntime", reason="onnxruntime is in the extra `peers`")
-    argv = ("--to", "jaxgru", tmp_path / "j", "--layer", "lower", "--layer", "upper")
+    argv = ("jaxgru", tmp_path / "j", "--layer", "lower", "--layer", "upper")
     beside = write_nodes(tmp_path / "beside.onnx", False)
-    code, printed = run(capsys, "--from", "onnx", beside, *argv)
+    code, printed = run(capsys, "onnx", beside, *argv)
     assert (code, "0.0e+00  read again, float64" in printed) == (1, True)
     assert not (tmp_path / "j").exists()
     chain = write_nodes(tmp_path / "chain.onnx", True)
-    code, printed = run(capsys, "--from", "onnx", chain, *argv)
+    code, printed = run(capsys, "onnx", chain, *argv)
     assert code == 0, printed
     assert "  the source in onnxruntime, float32" in printed
 
@@ -493,7 +491,7 @@ def test_library_that_is_not_installed_is_named(tmp_path, capsys, monkeypatch):
     torch_file(tmp_path / "t.safetensors")
     for name in ("torch", "onnxruntime"):
         monkeypatch.setitem(sys.modules, name, None)
-    argv = ("--from", "torch", tmp_path / "t.safetensors", "--to", "onnx", tmp_path / "m.onnx")
+    argv = ("torch", tmp_path / "t.safetensors", "onnx", tmp_path / "m.onnx")
     code, printed = run(capsys, *argv)
     assert code == 0, printed
     assert "  not run   the source in torch.nn.GRU, float64: torch is not installed\n" in printed
@@ -503,27 +501,70 @@ def test_library_that_is_not_installed_is_named(tmp_path, capsys, monkeypatch):
 def test_node_that_onnxruntime_cannot_run_is_named(tmp_path, capsys):
     pytest.importorskip("onnxruntime", reason="onnxruntime is in the extra `peers`")
     interop.save_weights(tmp_path / "j", init_stack(jax.random.key(0), 2, 3, dtype=jnp.float16))
-    code, printed = run(capsys, "--from", "jaxgru", tmp_path / "j", "--to", "onnx", tmp_path / "o")
+    code, printed = run(capsys, "jaxgru", tmp_path / "j", "onnx", tmp_path / "o")
     assert code == 0, printed
     assert "  not run   in onnxruntime, float32: its GRU has no float16\n" in printed
 
 
-def test_run_folder_goes_to_several_targets(tmp_path, capsys):
-    model = init_token_model(jax.random.key(0), 5, 3, embedding_size=2)
+def test_run_of_char_lm_goes_to_several_targets_in_one_command(tmp_path):
+    """In a folder with an experiments package of its own, and without the extra `experiments`."""
+    args = char_lm.parse_args(["--smoke"])
     (tmp_path / "run").mkdir()
-    interop.save_weights(tmp_path / "run" / "weights.safetensors", model, metadata={"epoch": 1})
-    argv = ("--from", "jaxgru", tmp_path / "run", "--to", "onnx", tmp_path / "m.onnx", "--to")
-    code, printed = run(capsys, *argv, "jaxgru", tmp_path / "m.safetensors")
-    assert code == 0, printed
-    assert printed.count("wrote") == 2 and printed.count("read    ") == 1
+    params = char_lm.init_params(args, jax.random.key(0), 5)
+    char_lm.save_weights(tmp_path / "run", args, params, "abcde")
+    (tmp_path / "experiments").mkdir()
+    for name in ("experiments/__init__.py", "tqdm.py", "matplotlib.py"):
+        (tmp_path / name).write_text("raise ImportError('not of this folder')")
+    files = ["jaxgru", "run", "onnx", "m.onnx", "jaxgru", "m.safetensors"]
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxgru.interop", *files], cwd=tmp_path, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("wrote") == 2 and done.stdout.count("read    ") == 1
     (node,) = interop.read_onnx(tmp_path / "m.onnx")
-    same(node.params, model.layers[0])
-    same(interop.load_weights(tmp_path / "m.safetensors").params, model)
-    code, printed = run(capsys, *argv, "jaxgru", tmp_path / "m.safetensors")
-    assert (code, "m.onnx exists or is named twice; nothing was overwritten" in printed) == (
-        2,
-        True,
-    )
+    same(node.params, params.layers[0])
+    outputs = onnx.load(tmp_path / "m.onnx").graph.output
+    assert [v.name for v in outputs] == ["outputs", "h_last_0"]
+    saved = interop.load_weights(tmp_path / "m.safetensors")
+    same(saved.params, params)
+    assert saved.metadata == interop.load_weights(tmp_path / "run/weights.safetensors").metadata
+    assert saved.metadata["config"]["hidden_size"] == 16
+
+
+def test_target_that_is_named_twice_is_refused(tmp_path, capsys):
+    torch_file(tmp_path / "t.safetensors")
+    target = ("jaxgru", tmp_path / "j")
+    code, printed = run(capsys, "torch", tmp_path / "t.safetensors", *target, *target)
+    assert (code, "j exists or is named twice; nothing was overwritten" in printed) == (2, True)
+    code, printed = run(capsys, "torch", tmp_path / "t.safetensors", "jaxgru", tmp_path / "no/j")
+    assert (code, "no is not a folder" in printed) == (2, True)
+
+
+def test_extra_is_needed_only_by_its_format_and_named(tmp_path, capsys, monkeypatch):
+    weights = interop.to_torch(init_gru(jax.random.key(0), 2, 3, spec=PYTORCH)).weights
+    np.savez(tmp_path / "t.npz", **weights)
+    for name in ("onnx", "safetensors", "flatbuffers"):
+        monkeypatch.setitem(sys.modules, name, None)
+    source = ("torch", tmp_path / "t.npz")
+    code, printed = run(capsys, *source, "keras", tmp_path / "k.npz")
+    assert code == 0, printed
+    for kind, end, extra in (
+        ("onnx", "onnx", "onnx"),
+        ("keras", "safetensors", "safetensors"),
+        ("stablehlo", "bin", "export"),
+    ):
+        code, printed = run(capsys, *source, kind, tmp_path / f"new.{end}")
+        assert code == 2
+        assert printed.splitlines()[-1].endswith(f"; install jaxgru[{extra}].")
+    assert not list(tmp_path.glob("new*"))
+
+
+@pytest.mark.parametrize("files", [["torch", "a"], ["torch", "a", "onnx"]])
+def test_files_that_are_no_pairs_are_refused(files, capsys):
+    with pytest.raises(SystemExit):
+        main(files)
+    assert "FROM FILE TO FILE must be two or more pairs" in capsys.readouterr().err
 
 
 def test_equal_nan_does_not_hide_a_difference():

@@ -1,17 +1,18 @@
 """Runs files of weights in the libraries that wrote them, with the arrays as the files hold them.
 
-`experiments.convert` compares the results with those of this package. Nothing here uses its reading
-of an array. Everything is float64, but for onnxruntime, whose GRU is float32.
+The results are compared with those of this package, and nothing here uses its reading of an array.
+Everything is float64, but for onnxruntime, whose GRU is float32.
 """
 
 import os
+from importlib import import_module
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgru import Bidirectional
+from jaxgru.stacks.forms import Bidirectional
 
 NAMES = {
     "torch": "torch.nn.GRU", "keras": "keras.layers.GRU", "linen": "flax.linen.GRUCell",
@@ -58,8 +59,7 @@ def run_layers(kind, layers, xs, merge, activation, reset_after):
 
 def _keras(arrays, xs, activation, after):
     os.environ.setdefault("KERAS_BACKEND", "jax")
-    import keras
-
+    keras = import_module("keras")
     if keras.backend.backend() != "jax":
         raise NotRunError(f"Keras has the backend {keras.backend.backend()}, not jax")
     kernel, recurrent, bias = (arrays.get(k) for k in ("kernel", "recurrent_kernel", "bias"))
@@ -73,8 +73,7 @@ def _keras(arrays, xs, activation, after):
 
 
 def _linen(arrays, xs, activation, after):
-    from flax import linen
-
+    linen = import_module("flax.linen")
     size, dtype = arrays["hn/bias"].size, xs.dtype
     cell = linen.GRUCell(size, activation_fn=activation, param_dtype=dtype)
     nested: dict[str, Any] = {}
@@ -85,8 +84,7 @@ def _linen(arrays, xs, activation, after):
 
 
 def _nnx(arrays, xs, activation, after):
-    from flax import nnx
-
+    nnx = import_module("flax.nnx")
     sizes = xs.shape[-1], arrays["dense_h/kernel"].shape[0]
     cell: Any = nnx.GRUCell(
         *sizes, activation_fn=activation, param_dtype=xs.dtype, rngs=nnx.Rngs(0)
@@ -98,8 +96,7 @@ def _nnx(arrays, xs, activation, after):
 
 
 def _equinox(arrays, xs, activation, after):
-    import equinox
-
+    equinox = import_module("equinox")
     sizes, bias = (xs.shape[-1], arrays["weight_hh"].shape[1]), "bias" in arrays
     cell = equinox.nn.GRUCell(*sizes, use_bias=bias, key=jax.random.key(0))
     cell = equinox.tree_at(lambda c: [getattr(c, k) for k in arrays], cell, [*arrays.values()])
@@ -107,7 +104,7 @@ def _equinox(arrays, xs, activation, after):
 
 
 def _haiku(arrays, xs, activation, after):
-    import haiku
+    haiku = import_module("haiku")
 
     def unroll(xs):
         core = haiku.GRU(arrays["w_h"].shape[0])
@@ -127,8 +124,7 @@ def _steps(cell, xs, hidden_size, state_of=lambda found: found):
 
 def run_torch(arrays, xs, merge):
     """The outputs of a torch.nn.GRU or GRUCell with a state dict of arrays."""
-    import torch
-
+    torch = import_module("torch")
     weights = {k: torch.from_numpy(np.asarray(v, np.float64)) for k, v in arrays.items()}
     cell, inputs = "weight_hh" in weights, torch.from_numpy(xs)
     hidden_size = weights["weight_hh" if cell else "weight_hh_l0"].shape[1]
@@ -160,9 +156,8 @@ def run_onnx(file, names, xs, merge):
     All nodes in between run as the file has them, with initial states of zero where those are
     inputs of the graph.
     """
-    import onnx
-    import onnxruntime
-
+    onnx = import_module("onnx")
+    onnxruntime = import_module("onnxruntime")
     model, helper, kinds = onnx.load(file), onnx.helper, onnx.TensorProto
     grus = {v.name or output_of(v): v for v in model.graph.node if v.op_type == "GRU"}
     if not {*names} <= {*grus}:

@@ -4,10 +4,11 @@ import pathlib
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgru import GRUParams, interop
+from jaxgru import GRUParams, gru, gru_cell, gru_stack, init_gru, interop
 
 README = pathlib.Path(interop.__file__).with_name("README.md").read_text("utf-8")
 # Not "python": those blocks run without the other libraries, in test_api.py.
@@ -47,7 +48,32 @@ def test_snippet_lowers_its_loss_and_changes_every_array_of_the_gru(library, sni
     assert all((np.asarray(a) != np.asarray(b)).any() for a, b in zip(before, after))
 
 
-@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("run", [gru, gru_stack, gru_cell])
+def test_parameters_of_nnx_are_refused_until_they_are_unwrapped(run):
+    nnx = pytest.importorskip("flax.nnx", reason="flax is in the extra `peers`")
+    layer, xs = init_gru(jax.random.key(0), 2, 3), jnp.ones((4, 2))
+    params, place = ((layer,), "params[0]") if run is gru_stack else (layer, "params")
+    arguments = (xs, jnp.zeros((4, 3))) if run is gru_cell else (xs,)
+    wrapped = jax.tree.map(nnx.Param, params)
+    with pytest.raises(TypeError) as refused:
+        run(wrapped, *arguments)
+    assert str(refused.value) == (
+        f"{run.__name__}: {place}.w_x must be an array, got nnx.Param; unwrap it, or a whole tree "
+        "of them, with nnx.as_pure."
+    )
+    got = run(nnx.as_pure(wrapped), *arguments)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, got, run(params, *arguments)))
+
+
+def test_state_of_nnx_split_is_refused_with_its_cure():
+    nnx = pytest.importorskip("flax.nnx", reason="flax is in the extra `peers`")
+    model = run_snippet(SNIPPETS[0], 0)["model"]
+    graph, state = nnx.split(model)
+    with pytest.raises(TypeError, match=r"got nnx\.State; merge it with nnx\.merge"):
+        gru_stack(state["rnn"], jnp.ones((4, 3)))
+    gru_stack(nnx.as_pure(nnx.merge(graph, state).rnn), jnp.ones((4, 3)))
+
+
 def test_bare_arrays_in_nnx_data_do_not_train_as_the_readme_says():
     pytest.importorskip("flax.nnx", reason="flax is in the extra `peers`")
     bare = SNIPPETS[0].replace("jax.tree.map(nnx.Param, init_stack(rngs.params(), 3, 16, 2))",

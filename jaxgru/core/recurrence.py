@@ -65,8 +65,8 @@ def gru(
       xs: [T, ..., I]: time, any batch axes or none, input. T may be 0.
       h0: [..., H], the initial state; None for zeros.
       mask: [T, ...] bool, True = valid step. The values of xs at masked steps, NaN included, change
-        no result and no gradient. `length_mask` makes a mask from lengths. Its shape is checked, so
-        a mask with time and batch swapped is refused, but where T = B it has the same shape.
+        no result and no gradient. `length_mask` makes a mask from lengths, with time in front. A
+        mask with time and batch swapped is refused, except where T = B, as only shapes are checked.
       resets: [T, ...] bool. `resets_from_dones` makes them from the ends of episodes.
       reverse: runs from the last step to the first; hs keeps the order of xs.
       axis: the axis of time in xs, mask, resets and hs; 1 for batch-major [B, T, I].

@@ -38,7 +38,6 @@ import optax
 import jaxgru
 from experiments import runs
 from jaxgru import models, training
-from jaxgru.core.cell import project, split_recurrent, step
 
 SMOKE = {"updates": 20, "environments": 32, "steps": 16, "longest_delay": 2, "hidden_size": 16}
 NUM_CUES, MINIBATCHES = 4, 4
@@ -189,8 +188,21 @@ def narrow_cell(params, x, h):
 
 
 def wide_cell(params, x, h):
-    """`gru_cell` with a state that is float32 for half types too, as it is inside of `gru`."""
-    return step(split_recurrent(params), project(params, x), h)[0]
+    """The step of `gru_cell` with a state in float32 for half types too, as it is inside of `gru`.
+
+    Only the operands of products have the dtype of the parameters; sums and gates are float32.
+    """
+
+    def product(v, w):
+        return jnp.dot(v.astype(w.dtype), w, preferred_element_type=jnp.float32)
+
+    a = product(x, params.w_x)
+    for b in (params.b_x, params.b_h):
+        a += jnp.broadcast_to(b.astype(a.dtype), a.shape)
+    a_r, a_z, a_n = jnp.split(a, 3, axis=-1)
+    w_r, w_z, w_n = jnp.split(params.w_h, 3, axis=-1)
+    r, z = jax.nn.sigmoid(a_r + product(h, w_r)), jax.nn.sigmoid(a_z + product(h, w_z))
+    return z * h + (1 - z) * jnp.tanh(a_n + product(r * h, w_n))
 
 
 def advance(cell, dtype, agent, world):
@@ -337,9 +349,10 @@ def plot(path, records, result):
         ratios.plot(errors, style, label=f"{way}: at most {max(errors):.0e}")
     ratios.set(xlabel="step of the rollout", ylabel="largest |ratio - 1|")
     ratios.set(title="Rollout and replay by the trained agent")
+    ratios.set_ylim(top=1.4 * ratios.get_ylim()[1])  # room for the legend
     for axes in (learning, ratios):
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(loc="lower right" if axes is learning else "upper left")
     figure.savefig(path, dpi=150)
 
 

@@ -748,7 +748,7 @@ BAD_CALLS = {
     ),
     "number_for_a_key": (
         lambda p: generate(p, 3, TOKENS, 1),
-        "generate: key must be a jax.random.key, got 3.",
+        "generate: key must be a jax.random.key, got 3; pass jax.random.key(3).",
     ),
     "no_key": (
         lambda p: generate(p, None, TOKENS, 1),

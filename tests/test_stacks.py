@@ -1009,7 +1009,7 @@ STATES_FORM = (
         (
             lambda: call(dropout=0.5, key=3),
             TypeError,
-            "gru_stack: key must be a jax.random.key, got 3.",
+            "gru_stack: key must be a jax.random.key, got 3; pass jax.random.key(3).",
         ),
         (
             lambda: call(deterministic=1),
@@ -1071,6 +1071,20 @@ STATES_FORM = (
             lambda: gru_bidirectional(two_way(), jnp.ones((T, B, INPUTS))),
             TypeError,
             "gru_bidirectional: params must be a Bidirectional, got tuple.",
+        ),
+        (
+            lambda: call(params={0: {}}),
+            TypeError,
+            "gru_stack: params must be a sequence of layers, GRUParams or Bidirectional, got dict; "
+            "make each layer of its arrays by GRUParams(**arrays, spec=...).",
+        ),
+        (
+            lambda: gru_bidirectional(
+                two_way()[0], jnp.ones((T, B, INPUTS)), jnp.ones((T, B), bool)
+            ),
+            ValueError,
+            "gru_bidirectional: h0 must be a pair of states, forward and backward, got an array"
+            f" of shape ({T}, {B}); pass a mask by name, mask=mask.",
         ),
         (
             lambda: gru_bidirectional(two_way()[0], jnp.ones((T, B, INPUTS)), jnp.zeros((B, H))),

@@ -54,22 +54,22 @@ def require_choice(function: str, argument: str, value: Any, choices: tuple[str,
 def require_count(function: str, argument: str, value: Any, least: int = 1) -> None:
     """TypeError unless value is an integer, ValueError unless it is at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{function}: {argument} must be an integer, got {value!r}.")
+        raise TypeError(f"{function}: {argument} must be an integer, got {_static(value)}.")
     if value < least:
         raise ValueError(f"{function}: {argument} must be at least {least}, got {value}.")
 
 
-def require_float(function: str, argument: str, value: Any, dtype: Any = None) -> None:
+def require_float(
+    function: str, argument: str, value: Any, dtype: Any = None, cure: str = "cast it first"
+) -> None:
     """TypeError unless value is a floating array, of the given dtype where one is given."""
     if not isinstance(value, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct):
-        raise TypeError(
-            f"{function}: {argument} must be an array, got {type(value).__name__}; "
-            "convert it with jnp.asarray."
-        )
+        found = found_kind(value, "; convert it with jnp.asarray")
+        raise TypeError(f"{function}: {argument} must be an array, got {found}.")
     found = value.dtype
     if not jnp.issubdtype(found, jnp.floating):
         raise TypeError(
-            f"{function}: {argument} must be a floating array, got dtype {found}; cast it first."
+            f"{function}: {argument} must be a floating array, got dtype {found}; {cure}."
         )
     require_dtype(function, found, argument)
     if dtype is not None and found != dtype:
@@ -96,7 +96,7 @@ def require_dtype(function: str, dtype: Any, argument: str = "") -> Any:
 def require_axis(function: str, axis: Any, shape: tuple[int, ...]) -> int:
     """The axis of time of xs, counted from the front; TypeError or ValueError if it has none."""
     if isinstance(axis, bool) or not isinstance(axis, int | np.integer):
-        raise TypeError(f"{function}: axis must be an integer, got {axis!r}.")
+        raise TypeError(f"{function}: axis must be an integer, got {_static(axis)}.")
     if not -len(shape) <= axis < len(shape) - 1 or axis == -1:
         raise ValueError(
             f"{function}: axis must name an axis of xs other than its last, got {axis} for shape "
@@ -108,7 +108,7 @@ def require_axis(function: str, axis: Any, shape: tuple[int, ...]) -> int:
 def require_bool(function: str, argument: str, value: Any) -> None:
     """TypeError unless value is a bool."""
     if not isinstance(value, bool):
-        raise TypeError(f"{function}: {argument} must be a bool, got {value!r}.")
+        raise TypeError(f"{function}: {argument} must be a bool, got {_static(value)}.")
 
 
 def require_rate(function: str, argument: str, rate: Any) -> Any:
@@ -157,7 +157,8 @@ def require_key(function: str, key: Any) -> None:
     dtype = getattr(key, "dtype", None)
     typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
     if not typed and dtype != jnp.uint32:
-        raise TypeError(f"{function}: key must be a jax.random.key, got {key!r}.")
+        cure = f"; pass jax.random.key({key})" if isinstance(key, int) else ""
+        raise TypeError(f"{function}: key must be a jax.random.key, got {key!r}{cure}.")
     if key.ndim != (0 if typed else 1):
         raise ValueError(f"{function}: key must be one jax.random.key, got shape {key.shape}.")
 
@@ -184,6 +185,23 @@ def require_extra(function: str, package: str, *modules: str, extra: str = "") -
         ) from error
 
 
+def found_kind(value: Any, cure: str = "") -> str:
+    """The kind that came, and its cure: what Flax nnx wraps is known by its name, without Flax."""
+    kind = type(value)
+    wrappers = {base.__name__ for base in kind.__mro__ if base.__module__.startswith("flax.nnx")}
+    if "Variable" in wrappers:
+        cure = "; unwrap it, or a whole tree of them, with nnx.as_pure"
+    elif "State" in wrappers:
+        cure = "; merge it with nnx.merge, and unwrap the parameters of the module with nnx.as_pure"
+    return f"{'nnx.' * kind.__module__.startswith('flax.nnx')}{kind.__name__}{cure}"
+
+
 def is_traced(value: Any) -> bool:
     """True if the value is a tracer, which cannot be read and so not be checked."""
     return isinstance(value, Tracer)
+
+
+def _static(value):
+    """What came for an argument that must be static, and the cure if it is traced."""
+    traced = "a traced value; inside jit, make it a static argument"
+    return traced if is_traced(value) else repr(value)

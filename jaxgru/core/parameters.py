@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import jax
@@ -186,18 +187,24 @@ def require_spec(function: str, spec: Any, argument: str = "spec") -> None:
         )
 
 
-def _is_layer(node):
-    return isinstance(node, GRUParams)
+def _cure(function, params, argument):
+    """What to do with params that hold GRUParams, or the arrays of one; "" where they do not."""
+    if isinstance(params, Mapping) and {"w_x", "w_h"} <= set(params):
+        return f"; GRUParams(**{argument}, spec=...) holds these arrays"
+    leaves = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, GRUParams))
+    if not any(isinstance(leaf, GRUParams) for leaf in leaves):
+        return ""
+    if hasattr(params, "forward"):
+        return "; pass one direction, or run both by gru_bidirectional"
+    stack = "gru_stack_cell" if function == "gru_cell" else "gru_stack"
+    return f"; pass one layer, such as {argument}[0], or run a stack by {stack}"
 
 
 def require_params(function: str, params: Any, argument: str = "params") -> tuple[int, int]:
     """Returns (I, H), or raises a TypeError or ValueError that names the malformed array."""
     if not isinstance(params, GRUParams):
-        holds = [isinstance(leaf, GRUParams) for leaf in jax.tree.leaves(params, is_leaf=_is_layer)]
-        cure = "; pass one layer, or run a stack by gru_stack" if any(holds) else ""
-        raise TypeError(
-            f"{function}: {argument} must be a GRUParams, got {type(params).__name__}{cure}."
-        )
+        found = checks.found_kind(params, _cure(function, params, argument))
+        raise TypeError(f"{function}: {argument} must be a GRUParams, got {found}.")
     require_spec(function, params.spec, f"{argument}.spec")
     for name in ("w_x", "w_h"):
         checks.require_float(function, f"{argument}.{name}", value := getattr(params, name))

@@ -65,7 +65,8 @@ def gru(
       xs: [T, ..., I]: time, any batch axes or none, input. T may be 0.
       h0: [..., H], the initial state; None for zeros.
       mask: [T, ...] bool, True = valid step. The values of xs at masked steps, NaN included, change
-        no result and no gradient. `length_mask` makes a mask from lengths.
+        no result and no gradient. `length_mask` makes a mask from lengths, with time in front. A
+        mask with time and batch swapped is refused, except where T = B, as only shapes are checked.
       resets: [T, ...] bool. `resets_from_dones` makes them from the ends of episodes.
       reverse: runs from the last step to the first; hs keeps the order of xs.
       axis: the axis of time in xs, mask, resets and hs; 1 for batch-major [B, T, I].
@@ -206,6 +207,11 @@ def require_inputs(
     return checks.require_axis(function, axis, xs.shape)
 
 
+_CURE_OF_STATE = (
+    "cast a state; pass a mask by name, mask=mask, and lengths as mask=length_mask(lengths, T)"
+)
+
+
 def require_state(
     function: str, name: str, h: Any, shape: tuple[int, ...], params: Any,
     time_major: Any = None, rows: str = "params.w_h", source: str = "xs",
@@ -213,9 +219,11 @@ def require_state(
     """TypeError or ValueError unless h is None or a state of that shape."""
     if h is None:
         return
-    checks.require_float(function, name, h, params.w_x.dtype)
+    checks.require_float(function, name, h, params.w_x.dtype, _CURE_OF_STATE)
     swapped = time_major is not None and h.shape[:1] == time_major.shape[:1]
     cure = "; for batch-major xs pass axis=1" if swapped else ""
+    if h.shape == (1, *shape):
+        cure = f"; of torch's h_0 [1, B, H] pass {name}[0]"
     meaning = f"the batch axes of {source}, then H={shape[-1]} rows of {rows}"
     checks.require_shape(function, name, h, shape, meaning, cure)
 

@@ -40,6 +40,11 @@ def from_torch(state_dict: Mapping[str, Any], *, prefix: str = "") -> Imported:
     (2, 9)
     """
     function = "from_torch"
+    if hasattr(state_dict, "state_dict"):
+        raise TypeError(
+            "from_torch: state_dict must be a mapping of names to arrays, got "
+            f"{type(state_dict).__name__}; pass its state_dict()."
+        )
     if isinstance(state_dict, Mapping) and {"state", "param_groups"} <= set(state_dict):
         raise ValueError(
             "from_torch: state_dict must be of a module, got that of an optimizer, which is not "

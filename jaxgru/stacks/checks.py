@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxgru.core.checks import (
+    found_kind,
     require_bool,
     require_choice,
     require_first_step,
@@ -91,17 +92,19 @@ def require_grus(function, params, stack=False, root="params"):
     single = isinstance(params, GRUParams | Bidirectional)
     if not isinstance(params, GRUParams | list | tuple) or not params or (stack and single):
         empty = isinstance(params, list | tuple) and not params
-        found = "an empty one" if empty else type(params).__name__
         cure = "; put it into a tuple" if single else ""
+        if isinstance(params, dict):
+            cure = "; make each layer of its arrays by GRUParams(**arrays, spec=...)"
+        found = "an empty one" if empty else found_kind(params, cure)
         raise TypeError(
             f"{function}: {root} must be a sequence of layers, GRUParams or Bidirectional, "
-            f"got {found}{cure}."
+            f"got {found}."
         )
     for place, layer, directions in _layers(params, root):
         if not isinstance(layer, GRUParams | Bidirectional):
             raise TypeError(
                 f"{function}: {place} must be a GRUParams or a Bidirectional, "
-                f"got {type(layer).__name__}."
+                f"got {found_kind(layer)}."
             )
         for name, direction in directions:
             require_params(function, direction, name)
@@ -226,6 +229,8 @@ def _entries(function, argument, params, tree, root, place="") -> Any:
         else:
             wanted = f"a sequence of {len(params)} {noun}s, one for each layer"
             cure += torch
+        if getattr(tree, "dtype", None) == jnp.bool_:
+            cure = "pass a mask by name, mask=mask"
         raise ValueError(
             f"{function}: {argument}{place} must be {wanted}, got {describe(tree)}; {cure}."
         )

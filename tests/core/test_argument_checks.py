@@ -27,6 +27,11 @@ def traced(check):
     return lambda function, value: jax.jit(lambda x: check(function, x))(value)
 
 
+def of_nnx(name, *bases):
+    """A class that looks like one of Flax nnx, which need not be installed."""
+    return type(name, bases, {"__module__": "flax.nnx.somewhere"})
+
+
 F32, KEY = np.zeros(3, np.float32), jax.random.key(0)
 CHECKS = [
     (ValueError, require_choice, ("x", "c", ("a", "b")), "x must be one of 'a', 'b', got 'c'."),
@@ -34,10 +39,21 @@ CHECKS = [
     (ValueError, require_count, ("x", -1, 0), "x must be at least 0, got -1."),
     (TypeError, require_count, ("x", 1.0), "x must be an integer, got 1.0."),
     (TypeError, require_count, ("x", True), "x must be an integer, got True."),
+    (TypeError, traced(lambda function, x: require_count(function, "x", x)), (1,),
+     "x must be an integer, got a traced value; inside jit, make it a static argument."),
     (TypeError, require_float, ("x", [1.0]),
      "x must be an array, got list; convert it with jnp.asarray."),
     (TypeError, require_float, ("x", np.dtype("float32")),
      "x must be an array, got Float32DType; convert it with jnp.asarray."),
+    (TypeError, require_float, ("x", of_nnx("Param", of_nnx("Variable"))()),
+     "x must be an array, got nnx.Param; unwrap it, or a whole tree of them, with nnx.as_pure."),
+    (TypeError, require_float, ("x", type("Mine", (of_nnx("Variable"),), {})()),
+     "x must be an array, got Mine; unwrap it, or a whole tree of them, with nnx.as_pure."),
+    (TypeError, require_float, ("x", of_nnx("State")()),
+     "x must be an array, got nnx.State; merge it with nnx.merge, and unwrap the parameters of the "
+     "module with nnx.as_pure."),
+    (TypeError, require_float, ("x", np.arange(3), None, "round it"),
+     "x must be a floating array, got dtype int64; round it."),
     (TypeError, require_float, ("x", np.arange(3)),
      "x must be a floating array, got dtype int64; cast it first."),
     (TypeError, require_float, ("x", F32.astype(np.float64)),
@@ -51,6 +67,8 @@ CHECKS = [
      "dtype must be one of float64, float32, bfloat16, float16, got int32."),
     (TypeError, require_axis, (1.0, (2, 3)), "axis must be an integer, got 1.0."),
     (TypeError, require_axis, (True, (2, 3)), "axis must be an integer, got True."),
+    (TypeError, traced(lambda function, x: require_axis(function, x, (2, 3))), (1,),
+     "axis must be an integer, got a traced value; inside jit, make it a static argument."),
     (ValueError, require_axis, (1, (2, 3)),
      "axis must name an axis of xs other than its last, got 1 for shape (2, 3)."),
     (ValueError, require_axis, (-1, (2, 3)),
@@ -70,6 +88,8 @@ CHECKS = [
     (ValueError, require_rate, ("r", 1.0), "r must be in [0, 1), got 1.0."),
     (ValueError, require_rate, ("r", -0.1), "r must be in [0, 1), got -0.1."),
     (TypeError, require_bool, ("x", 0), "x must be a bool, got 0."),
+    (TypeError, traced(lambda function, x: require_bool(function, "x", x)), (True,),
+     "x must be a bool, got a traced value; inside jit, make it a static argument."),
     (TypeError, require_key_for, ({"r": 0.1}, KEY, 1), "deterministic must be a bool, got 1."),
     (ValueError, require_key_for, ({"r": 0.1, "s": 0, "t": 0.5}, None, False),
      "key must be a jax.random.key for r=0.1, t=0.5, got None; pass deterministic=True for "
@@ -78,7 +98,8 @@ CHECKS = [
      (0.5,),
      "key must be a jax.random.key for r (traced), got None; pass deterministic=True for "
      "evaluation."),
-    (TypeError, require_key, (3,), "key must be a jax.random.key, got 3."),
+    (TypeError, require_key, (3,), "key must be a jax.random.key, got 3; pass jax.random.key(3)."),
+    (TypeError, require_key, ("3",), "key must be a jax.random.key, got '3'."),
     (ValueError, require_key, (jax.random.split(KEY),),
      "key must be one jax.random.key, got shape (2,)."),
     (ValueError, require_key_for, ({}, np.zeros((2, 2), np.uint32), False),

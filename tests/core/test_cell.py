@@ -483,6 +483,12 @@ BAD_CALLS = {
         TypeError,
         "gru_cell: params must be a GRUParams, got tuple.",
     ),
+    "params_stack": (
+        lambda: call_cell(params=[bad_params()]),
+        TypeError,
+        "gru_cell: params must be a GRUParams, got list; pass one layer, such as params[0], or run "
+        "a stack by gru_stack_cell.",
+    ),
     "w_x_kind": (
         lambda: call_cell(params=bad_params(w_x=[[0.0] * 9] * 2)),
         TypeError,

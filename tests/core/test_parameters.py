@@ -226,7 +226,7 @@ def test_modules_of_other_libraries_hold_parameters(library):
 @pytest.mark.parametrize(
     ("options", "kind", "message"),
     [
-        ({"key": 0}, TypeError, "key must be a jax.random.key, got 0."),
+        ({"key": 0}, TypeError, "key must be a jax.random.key, got 0; pass jax.random.key(0)."),
         ({"bias": "no"}, TypeError, "bias must be a bool, got 'no'."),
         ({"layer_norm": 1}, TypeError, "layer_norm must be a bool, got 1."),
         ({"spec": "pytorch"}, TypeError,

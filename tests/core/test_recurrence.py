@@ -608,6 +608,18 @@ GRU_ERRORS = {
         "gru: key must be a jax.random.key for recurrent_dropout=0.1, got None; pass "
         "deterministic=True for evaluation.",
     ),
+    "deterministic_traced": (
+        lambda: jax.jit(lambda value: call_gru(deterministic=value))(True),
+        TypeError,
+        "gru: deterministic must be a bool, got a traced value; inside jit, make it a static "
+        "argument.",
+    ),
+    "truncate_traced": (
+        lambda: jax.jit(lambda value: call_gru(gradient=jaxgru.BPTT(truncate=value)))(2),
+        TypeError,
+        "BPTT: truncate must be an integer, got a traced value; inside jit, make it a static "
+        "argument.",
+    ),
     "reverse": (
         lambda: call_gru(reverse=1),
         TypeError,
@@ -621,7 +633,20 @@ GRU_ERRORS = {
     "params_stack": (
         lambda: call_gru(params=(jaxgru.init_gru(jax.random.key(0), 2, 3),)),
         TypeError,
-        "gru: params must be a GRUParams, got tuple; pass one layer, or run a stack by gru_stack.",
+        "gru: params must be a GRUParams, got tuple; pass one layer, such as params[0], or run a "
+        "stack by gru_stack.",
+    ),
+    "params_bidirectional": (
+        lambda: call_gru(params=jaxgru.init_stack(jax.random.key(0), 2, 3, bidirectional=True)[0]),
+        TypeError,
+        "gru: params must be a GRUParams, got Bidirectional; pass one direction, or run both by "
+        "gru_bidirectional.",
+    ),
+    "params_arrays": (
+        lambda: call_gru(params=jaxgru.init_gru(jax.random.key(0), 2, 3).arrays()),
+        TypeError,
+        "gru: params must be a GRUParams, got dict; GRUParams(**params, spec=...) holds these "
+        "arrays.",
     ),
     "xs_of_another_library": (
         lambda: call_gru(xs=types.SimpleNamespace(dtype="torch.float32", shape=(5, 2))),
@@ -729,6 +754,18 @@ GRU_ERRORS = {
         lambda: call_gru(h0=0.0),
         TypeError,
         "gru: h0 must be an array, got float; convert it with jnp.asarray.",
+    ),
+    "h0_mask": (
+        lambda: call_gru(h0=jnp.ones((5, 4), bool)),
+        TypeError,
+        "gru: h0 must be a floating array, got dtype bool; cast a state; pass a mask by name, "
+        "mask=mask, and lengths as mask=length_mask(lengths, T).",
+    ),
+    "h0_of_torch": (
+        lambda: call_gru(h0=(1, 4, 3)),
+        ValueError,
+        "gru: h0 must have shape (4, 3) (the batch axes of xs, then H=3 rows of params.w_h), got "
+        "(1, 4, 3); of torch's h_0 [1, B, H] pass h0[0].",
     ),
     "h0_dtype": (
         lambda: call_gru(h0=jnp.zeros((4, 3), jnp.float16)),

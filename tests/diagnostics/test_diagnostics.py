@@ -735,8 +735,8 @@ def state_of():
         (TypeError, "step_jacobian_bound: h must be an array, got NoneType; convert it with "
                     "jnp.asarray.",
          lambda: diagnostics.step_jacobian_bound(PARAMS, XS[0], None)),
-        (TypeError, "step_jacobian: params must be a GRUParams, got tuple; pass one layer, or "
-                    "run a stack by gru_stack.",
+        (TypeError, "step_jacobian: params must be a GRUParams, got tuple; pass one layer, such "
+                    "as params[0], or run a stack by gru_stack.",
          lambda: diagnostics.step_jacobian(LAYERS, XS[0], XS[0])),
         (TypeError, "rtrl: state must be the RTRLState of an earlier call, got ArrayImpl.",
          lambda: diagnostics.rtrl(squares, PARAMS, XS, XS, state=jnp.ones((4, 3)))),

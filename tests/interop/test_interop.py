@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -305,6 +306,12 @@ BAD_CALLS = {
         ValueError,
         "from_torch: state_dict must be of a module, got that of an optimizer, which is not "
         "converted; initialize an optax optimizer.",
+    ),
+    "module_for_a_state_dict": (
+        lambda: interop.from_torch(types.SimpleNamespace(state_dict=dict)),
+        TypeError,
+        "from_torch: state_dict must be a mapping of names to arrays, got SimpleNamespace; pass "
+        "its state_dict().",
     ),
     "integers": (
         lambda: interop.from_torch(torch_cell(weight_hh=np.ones((9, 3), int))),

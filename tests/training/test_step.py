@@ -134,7 +134,7 @@ def test_arguments_of_another_kind_are_refused_at_once():
         (lambda: init_train_state({}, optax.adam, key=jax.random.key(0)),
          f"init_train_state: {optimizer}"),
         (lambda: init_train_state({}, HALF, key=0),
-         "init_train_state: key must be a jax.random.key, got 0."),
+         "init_train_state: key must be a jax.random.key, got 0; pass jax.random.key(0)."),
         (lambda: init_train_state({}, HALF, key=None),
          "init_train_state: key must be a jax.random.key, got None."),
     ):  # fmt: skip

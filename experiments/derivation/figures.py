@@ -1,6 +1,7 @@
 """Plots the graph of the sixteen steps, and the errors of all documents."""
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -95,12 +96,12 @@ def norm(value):
 def plot_errata(path, groups):
     """Plots the printed and the corrected error of every row, with a panel for each document."""
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
 
     columns = in_columns(groups)
     height = max(map(count_rows, columns))
     figure = Figure(figsize=(16, 2 + 0.165 * height), layout="constrained")
-    for part, documents in zip(figure.subfigures(1, len(columns)), columns):
+    parts: Any = figure.subfigures(1, len(columns), squeeze=False)
+    for part, documents in zip(parts[0], columns):
         ratios = [len(rows) for rows in documents.values()]
         ratios += [height - sum(ratios)] * (sum(ratios) < height)  # rows are equally high
         panels = part.subplots(len(ratios), 1, height_ratios=ratios, squeeze=False)[:, 0]
@@ -108,14 +109,13 @@ def plot_errata(path, groups):
             axes.set_axis_off()
         for axes, (label, rows) in zip(panels, documents.items()):
             draw_document(axes, label, rows)
-    kinds = (("o", "", "tab:red", "as printed"), ("o", "", "tab:blue", "corrected or right"))
-    kinds += (("", ":", "tab:blue", f"exact: at most {EXACT:g}"),)
-    kinds += (("", ":", "tab:red", f"wrong: at least {WRONG:g}"),)
-    handles = [
-        Line2D([], [], marker=marker, linestyle=style, color=color, label=label)
-        for marker, style, color, label in kinds
-    ]
-    figure.legend(handles=handles, loc="outside upper center", ncols=4, fontsize=12)
+    axes = figure.axes[0]
+    axes.plot([], [], "o", color="tab:red", label="as printed")
+    axes.plot([], [], "o", color="tab:blue", label="corrected, or right as printed")
+    axes.plot([], [], ":", color="tab:blue", label=f"exact: at most {EXACT:g}")
+    axes.plot([], [], ":", color="tab:red", label=f"wrong: at least {WRONG:g}")
+    lines = axes.get_legend_handles_labels()
+    figure.legend(*lines, loc="outside upper center", ncols=4, fontsize=12)
     figure.supxlabel(
         "largest relative error against autodiff, in float64 or as said\n"
         "left edge: 0; right edge: not a number, or not computable",

@@ -1,14 +1,14 @@
 """Plots how the gradient flows through a tanh RNN and a GRU, before and after training.
 
-    python -m experiments.gradient_flow                        # the default: about three minutes
+    python -m experiments.gradient_flow                        # the default: one to three minutes
     python -m experiments.gradient_flow --run runs/char_lm-DATE   # a saved character model
     python -m experiments.gradient_flow --text FILE
 
 Both networks are trained on the adding problem and on predicting the next character of a text,
 given one-hot. The adding problem is that of `experiments.memory_tasks`, but the gate biases of the
 GRU start at zero. The loss that is differentiated is that of the last step. So |dL/dh_t| is the
-gradient that is left after T - t steps; it is called the credit of step t. The figure has a row of
-panels for each task:
+gradient that is left after T - t steps; it is called the credit of step t. The figure has panels
+for each task:
 
 * the credit against the distance from the last step, for the GRU also divided among the four paths
   by which dL/dh_t reaches h_{t-1};
@@ -16,10 +16,10 @@ panels for each task:
 * the gates, and the memory of every unit: the steps in which the part of the state that is kept
   falls to 1/e.
 
-The last row is about the Jacobian that the article "Gated Recurrent Unit Networks" prints without
-the paths through the gates. It shows that this is right only for saturated gates, in the article's
-three cases, and how large its error is in the trained networks. A run folder holds config.json,
-metrics.jsonl, checkpoints, gradient_flow.json and gradient_flow.png.
+The last panels are about the Jacobian that the article "Gated Recurrent Unit Networks" prints
+without the paths through the gates. They show that this is right only for saturated gates, in the
+article's three cases, and how large its error is in the trained networks. A run folder holds
+config.json, metrics.jsonl, checkpoints, gradient_flow.json and gradient_flow.png.
 """
 
 import math

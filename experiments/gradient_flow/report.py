@@ -128,7 +128,7 @@ def _plot_gates(axes, record, title):
         title=f"{title}: gates of the GRU",
     )  # fmt: skip
     axes.set_ylim(0, 1.9 * axes.get_ylim()[1])  # room for the legend and the inset
-    inset = axes.inset_axes((0.55, 0.6, 0.42, 0.34))
+    inset = axes.inset_axes((0.55, 0.58, 0.42, 0.3))
     axes.legend(fontsize=9, loc="upper left")
     for when, style in (("before", "--"), ("after", "-")):
         memory = record[when]["memory"]

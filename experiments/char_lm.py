@@ -25,6 +25,7 @@ import pathlib
 import re
 import sys
 import warnings
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +33,9 @@ import numpy as np
 import optax
 
 import jaxgru
+from experiments import char_lm_report as report
 from experiments import data, distributed, runs
-from jaxgru import checks, interop, models, training
+from jaxgru import interop, models, training
 
 HEADING = "--- update"  # the line above each sample in samples.txt begins with this
 WEIGHTS = "weights.safetensors"
@@ -57,39 +59,41 @@ PRESETS = {
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(
-        "python -m experiments.char_lm", description="Trains a character language model."
-    )
+    parser = runs.make_parser("char_lm", "Trains a character language model.")
     add = parser.add_argument
-    add("--text", metavar="FILE", help="train on this UTF-8 file")
-    add("--corpus", choices=data.CORPORA, default="pydoc")
-    add("--preset", choices=("default", "classic"), default="default")
+    add("--text", type=runs.absolute_path, metavar="FILE", help="train on this UTF-8 file")
+    add("--corpus", choices=data.CORPORA, default="pydoc", help="without --text: the text to read")
+    add("--preset", choices=("default", "classic"), default="default",
+        help="classic: the setting of the article with NumPy code")  # fmt: skip
     add("--smoke", action="store_true", help="a tiny run of seconds that tests the script")
+    add("--skip-check", action="store_true", help="do not check the gradient before training")
     add("--sample", metavar="RUN", help="continue --prompt with the weights of this run folder")
     add("--out", metavar="FOLDER", help="new or empty run folder (default: runs/char_lm-DATE)")
     add("--prompt", help="what samples begin with (default: 'The ', classic: 'T')")
-    add("--temperature", type=float, default=0.8)
+    add("--temperature", type=float, default=0.8, help="of samples; 0 for the likeliest character")
     add("--sample-size", type=int, default=200, help="characters per sample")
     add("--passage", type=int, default=0, help="use only the first N characters; 0 for all")
     add("--spec", choices=SPECS, default="cho", help="equation of the GRU")
-    add("--init", choices=("orthogonal", "pytorch", "keras", "small"), default="orthogonal")
+    add("--init", choices=("orthogonal", "pytorch", "keras", "small"), default="orthogonal",
+        help="distribution of the initial weights")  # fmt: skip
     add("--embedding-size", type=int, default=64, help="0 for one-hot inputs")
-    add("--hidden-size", type=int, default=256)
-    add("--batch-size", type=int, default=32)
+    add("--hidden-size", type=int, default=256, help="units of the GRU")
+    add("--batch-size", type=int, default=32, help="sequences per update")
     add("--num-steps", type=int, default=128, help="time steps per batch (truncated BPTT)")
-    add("--epochs", type=int, default=10)
-    add("--optimizer", choices=("adamw", "sgd"), default="adamw")
-    add("--learning-rate", type=float, default=3e-3)
+    add("--epochs", type=int, default=10, help="passes over the training text")
+    add("--optimizer", choices=("adamw", "sgd"), default="adamw",
+        help="adamw with a cosine to 0, or sgd with a constant learning rate")  # fmt: skip
+    add("--learning-rate", type=float, default=3e-3, help="of adamw at its peak, or of sgd")
     add("--warm-up", type=int, default=100, help="updates of warm-up before the cosine (adamw)")
-    add("--weight-decay", type=float, default=1e-4)
+    add("--weight-decay", type=float, default=1e-4, help="of adamw")
     add("--clip-norm", type=float, default=1.0, help="largest global norm; 0 for no clipping")
     add("--clip-value", type=float, default=0.0, help="largest entry; 0 for no clipping")
-    add("--reduction", choices=("mean", "sum"), default="mean")
+    add("--reduction", choices=("mean", "sum"), default="mean", help="of the loss over time")
     add("--evaluate-every", type=int, default=0, help="in updates; 0 for once per epoch")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of the random numbers")
     runs.add_run_options(parser)
     distributed.add_options(add)
-    preset = parser.parse_known_args(argv)[0]
+    preset = runs.parse_first(parser, argv)
     parser.set_defaults(**PRESETS[preset.preset], **(PRESETS["smoke"] if preset.smoke else {}))
     args = runs.parse_options(parser, argv)
     counts = ("hidden_size", "batch_size", "num_steps", "epochs", "sample_size")
@@ -110,18 +114,37 @@ def parse_args(argv):
 def main(argv=None):
     args = parse_args(argv)
     return runs.run_script(
-        "char_lm", lambda: sample(args) if args.sample else train(args), ("safetensors",)
+        "char_lm",
+        lambda: sample(args) if args.sample else train(args),
+        ("safetensors",),
+        smoke=args.smoke,
     )
 
 
-def train(args):
-    distributed.start(args)
+class Problem(NamedTuple):
+    """The text as streams for this process, and how they are divided over the devices."""
+
+    text: str
+    vocabulary: str
+    inputs: np.ndarray  # [number of batches, T, B of this process]
+    targets: np.ndarray
+    validation: Any  # such inputs and targets on the devices, or None
+    layout: training.Layout
+    rows: slice  # of the batch, in this process
+
+    @property
+    def digests(self):
+        """Checksums that a checkpoint must have to belong to this text."""
+        return {"vocabulary_sha256": digest(self.vocabulary), "text_sha256": digest(self.text)}
+
+
+def make_problem(args):
+    """Reads the text and cuts it; the classic preset sets the sizes of the batch."""
     text = distributed.process_zero_first(lambda: load_text(args))
     distributed.require_same("the text", text)
     distributed.require_same("the set of options", json.dumps(runs.config_of(args)))
     vocabulary = "".join(sorted(set(text)))
     tokens = data.encode(text, vocabulary)
-    prompt = choose_prompt(args, text, vocabulary)
     classic = args.preset == "classic"
     cut = len(tokens) if classic else int(0.9 * len(tokens))
     if classic:  # the whole passage is one training sequence
@@ -134,67 +157,62 @@ def train(args):
         validation = data.streams(tokens[cut:], *size, subject, rows=rows)
         validation = dataclasses.replace(layout, batch_axes=2).place_batch(validation)
     inputs, targets = data.streams(tokens[:cut], *size, rows=rows)
-    num_updates = args.epochs * len(inputs)
-    main, metadata = distributed.is_main(), {"vocabulary": vocabulary, "num_updates": num_updates}
-    run = distributed.share_path(lambda: runs.open_run("char_lm", args, **metadata))
-    if main:
-        print(
-            f"{len(text):,} characters, {len(vocabulary)} of them different; "
-            f"{runs.describe_device()}{distributed.describe(layout)}"
-        )
+    return Problem(text, vocabulary, inputs, targets, validation, layout, rows)
 
+
+def train(args):
+    distributed.start(args)
+    problem = make_problem(args)
+    vocabulary, inputs, targets = problem.vocabulary, problem.inputs, problem.targets
+    prompt = choose_prompt(args, problem.text, vocabulary)
+    num_updates, main = args.epochs * len(inputs), distributed.is_main()
+    metadata = {"vocabulary": vocabulary, "num_updates": num_updates}
+    run = distributed.share_path(lambda: runs.open_run("char_lm", args, **metadata))
     key_params, key_state = jax.random.split(jax.random.key(args.seed))
     params = init_params(args, key_params, len(vocabulary))
+    if main:
+        report.print_begin(args, problem, params, run)
     h0 = jaxgru.init_state(params.layers, (args.batch_size,))
-    checked = (run / runs.CHECKPOINTS).exists()  # a resumed run passed the check when it began
-    local_h0 = jax.tree.map(lambda h: h[rows], h0)
+    # A resumed run passed the check when it began.
+    checked = args.skip_check or (run / runs.CHECKPOINTS).exists()
+    local_h0 = jax.tree.map(lambda h: h[problem.rows], h0)
     passed = training.on_process_zero(
-        lambda: checked or cross_check(args, run, params, local_h0, inputs[0], targets[0])
+        lambda: checked or report.cross_check(args, run, params, local_h0, inputs[0], targets[0])
     )
     if not training.broadcast_from_process_zero(passed):
         return 1
     optimizer = make_optimizer(args, num_updates)
     state = training.init_train_state(params, optimizer, key=key_state, carry=h0)
-    state = layout.place_state(state)
-    evaluate = functools.partial(evaluate_streams, args, streams=validation)
-    train_step = training.make_train_step(make_loss(args), optimizer, layout=layout)
-    every = args.evaluate_every or len(inputs)
+    evaluate = functools.partial(evaluate_streams, args, streams=problem.validation)
+    every, layout = args.evaluate_every or len(inputs), problem.layout
 
     def draw_batches(start):
-        restart = not classic
+        restart = args.preset != "classic"
         batches = data.epochs(inputs, targets, args.epochs, start, restart=restart)
         return map(layout.place_batch, batches)
 
     try:
         state, *_ = training.fit(
-            train_step,
-            state,
+            training.make_train_step(make_loss(args), optimizer, layout=layout),
+            layout.place_state(state),
             draw_batches,
             num_updates=num_updates,
-            evaluate=evaluate if validation else lambda state: {},  # `Samples` are drawn then
+            evaluate=evaluate if problem.validation else lambda state: {},  # for `Samples`
             evaluate_every=every,
-            checkpoints=runs.checkpoints_of(
-                run, args, every, vocabulary_sha256=digest(vocabulary), text_sha256=digest(text)
-            ),
+            checkpoints=runs.checkpoints_of(run, args, every, **problem.digests),
             callbacks=[*runs.loggers(run, args), Samples(args, run, vocabulary, prompt)],
             items_per_update=args.batch_size * args.num_steps,
             items_name="characters",
         )
     except training.NonFiniteError as error:
-        if not main:
-            return 1
-        save_weights(run, args, error.state.params, vocabulary)
-        print(f"char_lm: {error} The weights are in {run}.", file=sys.stderr)
+        if main:
+            save_weights(run, args, error.state.params, vocabulary)
+            print(f"char_lm: {error} The weights are in {run}.", file=sys.stderr)
         return 1
-    if not main:
-        return 0
-    save_weights(run, args, state.params, vocabulary)
-    records = runs.read_records(run)
-    plot(run / "loss.png", records)
-    last = {k: v for k, v in records[-1].items() if "bits" in k or k in ("seconds",)}
-    print("\n" + draw(args, state.params, vocabulary, prompt, args.sample_size, args.seed))
-    print("\n" + ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in last.items()))
-    print(f"run folder: {run}")
+    if main:
+        save_weights(run, args, state.params, vocabulary)
+        print("\n" + draw(args, state.params, vocabulary, prompt, args.sample_size, args.seed))
+        report.print_end(args, run, prompt)
     return 0
 
 
@@ -291,52 +309,11 @@ def make_optimizer(args, num_updates):
     return optax.chain(*clips, optax.adamw(schedule, weight_decay=args.weight_decay))
 
 
-def cross_check(args, run, params, h0, tokens, targets):
-    """Compares the handwritten gradient with jax.grad and finite differences; True if they agree.
-
-    A table with every leaf is written to RUN/cross_check.txt.
-    """
-
-    def loss(gradient):
-        def loss_fn(params, h0):
-            return models.token_loss(
-                params, tokens, targets, h0, reduction=args.reduction,
-                gradient=gradient,
-            )  # fmt: skip
-
-        return loss_fn
-
-    print("Cross-check of the handwritten gradient, on this model and its first batch:")
-    report = checks.check_gradients(
-        loss("bptt"), loss("autodiff"), params, h0,
-        num_cotangents=1, num_coordinates=3, tolerances={"float64": 1e-12},
-    )  # fmt: skip
-    (run / "cross_check.txt").write_text(str(report) + "\n", encoding="utf-8")
-    for dtype, reference, name, limit in (
-        ("float32", "autodiff", "jax.grad", 2e-5),
-        ("float64", "autodiff", "jax.grad", 1e-12),
-        ("float64", "finite-difference", "finite differences", 1e-6),
-    ):
-        # Finite differences cannot resolve a gradient that has vanished. `check_gradients` gives
-        # such rows a wider tolerance, and they are counted apart here.
-        rows = [row for row in report.rows if (row.dtype, row.reference) == (dtype, reference)]
-        resolved = [row.error for row in rows if row.tolerance < 2 * limit]
-        line = f"  {dtype} against {name:<18}  largest relative error {max(resolved):.1e}"
-        line += f"  (limit {limit}"
-        vanished = len(rows) - len(resolved)
-        print(line + (f"; {vanished} gradients too small to compare)" if vanished else ")"))
-    verdict = str(report).partition("\n")[0]
-    print(f"  {verdict}  Every leaf: {run / 'cross_check.txt'}\n", flush=True)
-    if not report.passed:
-        print(report, file=sys.stderr)
-    return report.passed
-
-
 def evaluate_streams(args, state, *, streams):
     """Mean cross-entropy over the validation streams; the state is carried between batches."""
     inputs, targets = streams
     loss = _mean_loss(state.params, inputs, targets)
-    return {"validation_bits_per_character": float(loss) / math.log(2)}
+    return {report.VALIDATION: float(loss) / math.log(2)}
 
 
 @jax.jit
@@ -384,7 +361,7 @@ class Samples:
 
         args, update = self.args, record["update"]
         due = args.evaluate_every and update % args.evaluate_every == 0
-        if not (due or "validation_bits_per_character" in record):
+        if not (due or report.VALIDATION in record):
             return
         seed = args.seed + update
         text = draw(args, state.params, self.vocabulary, self.prompt, args.sample_size, seed)
@@ -407,25 +384,6 @@ class Samples:
             if int(start[1]) > update:
                 runs.replace_text(self.path, text[: start.start()])
                 return
-
-
-def plot(path, records):
-    """Bits per character against updates, training and validation."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
-    for name, label, style in (
-        ("bits_per_character", "training", "-"),
-        ("validation_bits_per_character", "validation", "o-"),
-    ):
-        points = [(r["update"], r[name]) for r in records if name in r]
-        if points:
-            axes.plot(*zip(*points), style, label=label, markersize=4)
-    axes.set(xlabel="update", ylabel="bits per character", title="Character language model")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)
 
 
 def digest(text):

@@ -7,9 +7,10 @@ of the accelerator come from its data sheet, the latencies are assumptions; the 
 all of them.
 """
 
-import argparse
 import math
 import sys
+
+from experiments import runs
 
 HIDDEN_SIZE, NUM_STEPS = 1024, 256
 PEAK = 989e12  # bfloat16 floating-point operations per second, dense (H100 SXM)
@@ -115,11 +116,8 @@ def limits():
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        "python -m experiments.communication",
-        description="Estimates bytes sent and seconds of an update on many accelerators.",
-    )
-    parser.parse_args(argv)
+    description = "Estimates bytes sent and seconds of an update on many accelerators."
+    runs.make_parser("communication", description).parse_args(argv)
     print(f"H = I = {HIDDEN_SIZE}, T = {NUM_STEPS}, gradient {parameter_bytes() / 1e6:.1f} MB\n")
     print("Data parallel, with 512 rows per accelerator, then with 4,096 rows in total:\n")
     print("\n".join(data_parallel_table()) + "\n")

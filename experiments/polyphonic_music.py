@@ -16,7 +16,6 @@ loss.png and pianoroll.png. The latter shows a test piece, its prediction one st
 continuation of its beginning that is sampled from the model.
 """
 
-import argparse
 import functools
 import hashlib
 import itertools
@@ -43,26 +42,25 @@ MIDI_OF_FIRST_KEY = 21  # A0
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(
-        "python -m experiments.polyphonic_music", description="Predicts the next chord."
-    )
+    parser = runs.make_parser("polyphonic_music", "Predicts the next chord.")
     add = parser.add_argument
-    add("--data", metavar="FILE", help=".mat file of the data (default: download JSB Chorales)")
+    add("--data", type=runs.absolute_path, metavar="FILE",
+        help=".mat file of the data (default: download JSB Chorales)")  # fmt: skip
     add("--smoke", action="store_true", help="a tiny run of seconds; synthetic data by default")
     add("--out", metavar="FOLDER", help="new or empty folder (default: runs/polyphonic_music-DATE)")
-    add("--hidden-size", type=int, default=200)
+    add("--hidden-size", type=int, default=200, help="units of the GRU")
     add("--batch-size", type=int, default=16, help="pieces per update")
-    add("--epochs", type=int, default=120)
+    add("--epochs", type=int, default=120, help="passes over the training pieces")
     add("--learning-rate", type=float, default=6e-3, help="at the start of a cosine to 0")
-    add("--clip-norm", type=float, default=1.0)
-    add("--recurrent-dropout", type=float, default=0.6)
-    add("--output-dropout", type=float, default=0.5)
+    add("--clip-norm", type=float, default=1.0, help="largest global norm of the gradient")
+    add("--recurrent-dropout", type=float, default=0.6, help="rate in [0, 1)")
+    add("--output-dropout", type=float, default=0.5, help="rate in [0, 1)")
     add("--piece", type=int, default=0, help="number of the test piece in pianoroll.png")
     add("--prompt-steps", type=int, default=16, help="first steps of the piece before the sample")
     add("--roll-steps", type=int, default=96, help="largest number of steps in pianoroll.png")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of the random numbers")
     runs.add_run_options(parser)
-    parser.set_defaults(**(SMOKE if parser.parse_known_args(argv)[0].smoke else {}))
+    parser.set_defaults(**(SMOKE if runs.parse_first(parser, argv).smoke else {}))
     args = runs.parse_options(parser, argv)
     least = dict.fromkeys(("hidden_size", "batch_size", "epochs", "prompt_steps"), 1)
     least |= {"piece": 0, "roll_steps": 2, "seed": 0}
@@ -81,7 +79,7 @@ def parse_args(argv):
 def main(argv=None):
     args = parse_args(argv)
     extras = ("scipy.io", "safetensors")
-    return runs.run_script("polyphonic_music", lambda: train(args), extras)
+    return runs.run_script("polyphonic_music", lambda: train(args), extras, smoke=args.smoke)
 
 
 def train(args):

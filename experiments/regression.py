@@ -18,7 +18,6 @@ folder holds config.json, metrics.jsonl, checkpoints, result.json (the test scor
 forecast.png and weights.safetensors.
 """
 
-import argparse
 import csv
 import functools
 import hashlib
@@ -70,26 +69,26 @@ class Series(NamedTuple):
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(
-        "python -m experiments.regression", description="Trains a GRU to forecast a series."
-    )
+    parser = runs.make_parser("regression", "Trains a GRU to forecast a series.")
     add, group = parser.add_argument, parser.add_mutually_exclusive_group()
-    group.add_argument("--series", choices=("sine", "sunspots"), default="sine")
-    group.add_argument("--csv", metavar="FILE", help="a UTF-8 file with a header line")
+    group.add_argument("--series", choices=("sine", "sunspots"), default="sine",
+        help="a noisy sine, or the yearly sunspots 1700 to 2008")  # fmt: skip
+    group.add_argument("--csv", type=runs.absolute_path, metavar="FILE",
+        help="a UTF-8 file with a header line")  # fmt: skip
     add("--column", metavar="NAME", help="column of the CSV file (default: its only numeric one)")
     add("--smoke", action="store_true", help="a tiny run of seconds that tests the script")
     add("--out", metavar="FOLDER", help="new or empty run folder (default: runs/regression-DATE)")
     add("--window", type=int, default=25, help="time steps of a training sequence")
-    add("--hidden-size", type=int, default=32)
+    add("--hidden-size", type=int, default=32, help="units of the GRU")
     add("--batch-size", type=int, default=1, help="windows per update")
-    add("--num-updates", type=int, default=12000)
+    add("--num-updates", type=int, default=12000, help="updates of training")
     add("--learning-rate", type=float, default=1e-3, help="learning rate of AdamW")
-    add("--weight-decay", type=float, default=0.0)
+    add("--weight-decay", type=float, default=0.0, help="weight decay of AdamW")
     add("--recurrent-dropout", type=float, default=0.0, help="rate in [0, 1)")
     add("--evaluate-every", type=int, default=250, help="in updates")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of the random numbers")
     runs.add_run_options(parser)
-    known = parser.parse_known_args(argv)[0]
+    known = runs.parse_first(parser, argv)
     parser.set_defaults(**PRESETS["real" if known.csv or known.series == "sunspots" else "sine"])
     parser.set_defaults(**(PRESETS["smoke"] if known.smoke else {}))
     args = runs.parse_options(parser, argv)
@@ -108,7 +107,9 @@ def parse_args(argv):
 def main(argv=None):
     args = parse_args(argv)
     extras = () if args.csv or args.series == "sine" else ("statsmodels.datasets",)
-    return runs.run_script("regression", lambda: train(args), ("safetensors", *extras))
+    return runs.run_script(
+        "regression", lambda: train(args), ("safetensors", *extras), smoke=args.smoke
+    )
 
 
 def train(args):

@@ -4,8 +4,8 @@ A run folder holds config.json, metrics.jsonl (a line of JSON for each record of
 of checkpoints, and the experiment's own results. A script exits with 0 on success, with 1 if
 training or a check failed, and with 2 and one line of explanation if its input cannot be used. On
 SIGTERM or SIGINT (Ctrl-C) it finishes the current update, saves a checkpoint and exits with 143 or
-130. `--resume RUN` continues after that or after a crash, and gives the same bytes as a run that
-was never stopped.
+130. Ctrl-C outside training ends it at once, also with 130. `--resume RUN` continues after that or
+after a crash, in any folder, and gives the same bytes as a run that was never stopped.
 """
 
 import argparse
@@ -24,14 +24,27 @@ from experiments.data import DataError
 from jaxgru import training
 
 
-def run_script(name: str, run: Callable[[], int], extras: tuple[str, ...] = ()) -> int:
+def run_script(
+    name: str, run: Callable[[], int], extras: tuple[str, ...] = (), *, smoke: bool = False
+) -> int:
     """Runs a script and returns its exit code; prints one line for an error or a signal.
 
     Args:
       name: of the experiment, for the messages.
       run: the script; returns an exit code.
       extras: modules that the script needs besides tqdm and matplotlib.
+      smoke: XLA optimizes little, for compiling takes most of the time of a tiny run.
     """
+    optimizing = "jax_disable_most_optimizations"
+    before = jax.config.read(optimizing)
+    jax.config.update(optimizing, before or smoke)
+    try:
+        return _run(name, run, extras)
+    finally:
+        jax.config.update(optimizing, before)
+
+
+def _run(name, run, extras):
     try:
         for module in ("tqdm", "matplotlib.figure", *extras):
             importlib.import_module(module)
@@ -48,9 +61,12 @@ def run_script(name: str, run: Callable[[], int], extras: tuple[str, ...] = ()) 
             return 1
         except training.Interrupted as error:
             folder = next(p for p in (error.folder, *error.folder.parents) if p.name == CHECKPOINTS)
-            command = f"python -m experiments.{name} --resume {folder.parent}"
-            fail(name, f"{error}; continue with: {command}")
+            # `fit` has said which signal stopped it, and where the checkpoint is.
+            fail(name, f"continue with: python -m experiments.{name} --resume {folder.parent}")
             return int(str(error.code))
+        except KeyboardInterrupt:
+            fail(name, "stopped by Ctrl-C")
+            return 130
 
 
 def fail(name: str, message: Any) -> int:
@@ -59,11 +75,41 @@ def fail(name: str, message: Any) -> int:
     return 2
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to the help of every option that has one and does not describe it itself."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        default = action.default
+        if default is None or default is False or default == [] or "(default" in str(action.help):
+            return action.help
+        if isinstance(default, list | tuple):  # as it is written in a command
+            return f"{action.help} (default: {' '.join(map(str, default))})".replace("%", "%%")
+        return super()._get_help_string(action)
+
+
+def make_parser(name: str, description: str | None) -> argparse.ArgumentParser:
+    """The parser of `python -m experiments.NAME`, whose --help shows every default."""
+    prog = f"python -m experiments.{name}"
+    return argparse.ArgumentParser(prog, description=description, formatter_class=HelpFormatter)
+
+
+def parse_first(parser: argparse.ArgumentParser, argv: Any) -> argparse.Namespace:
+    """The options before presets replace their defaults; --help is left to the last parse."""
+    argv = sys.argv[1:] if argv is None else argv
+    return parser.parse_known_args([text for text in argv if text not in ("-h", "--help")])[0]
+
+
+def absolute_path(text: str) -> str:
+    """The type of an option that names a file: config.json must hold for --resume in any folder."""
+    return str(pathlib.Path(text).absolute())
+
+
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of every script that trains; `parse_options` reads them."""
     add = parser.add_argument
     add("--resume", metavar="RUN", help="continue the run in this folder, with its options")
-    add("--checkpoint-every", type=int, default=0, help="in updates; 0 to save at each evaluation")
+    add("--checkpoint-every", type=int, default=0, metavar="N",
+        help="save after every N updates; 0 to save at each evaluation")  # fmt: skip
     add("--tensorboard", action="store_true", help="also write RUN/tensorboard (tensorboardX)")
 
 
@@ -83,7 +129,7 @@ def parse_options(parser: argparse.ArgumentParser, argv: Any) -> argparse.Namesp
         parser.error(f"--resume uses the options of the run; leave out {named}")
     try:
         config = json.loads((pathlib.Path(args.resume) / "config.json").read_text("utf-8"))
-        missing = sorted(set(vars(args)) - set(config))
+        missing = sorted(vars(args).keys() - CHANGEABLE_OPTIONS - set(config))
         if missing:
             raise ValueError(
                 f"its config.json belongs to another experiment, missing keys {missing}"
@@ -102,7 +148,7 @@ def open_run(name: str, args: argparse.Namespace, **metadata: Any) -> pathlib.Pa
     if args.tensorboard:
         training.TensorBoard("")  # raises an ImportError here if tensorboardX is missing
     if args.resume is not None:
-        return pathlib.Path(args.resume)
+        return pathlib.Path(args.resume).absolute()
     return make_run_folder(name, args.out, {**vars(args), **metadata})
 
 
@@ -118,7 +164,7 @@ def make_run_folder(name: str, out: str | None, config: dict[str, Any]) -> pathl
         raise DataError(f"{run} exists and is not an empty folder; nothing was overwritten")
     run.mkdir(parents=True, exist_ok=True)
     write_json(run / "config.json", config)
-    return run
+    return run.absolute()
 
 
 def checkpoints_of(
@@ -179,7 +225,7 @@ def describe_device() -> str:
 # Options that do not change the results: folders, logging, and the processes that run the script.
 LOGGING_OPTIONS = ("checkpoint_every", "tensorboard")
 CHANGEABLE_OPTIONS = {
-    *("out", "resume", *LOGGING_OPTIONS),
+    *("out", "resume", "skip_check", *LOGGING_OPTIONS),
     *("coordinator", "num_processes", "process_id", "distributed"),
 }
 UNSET = object()

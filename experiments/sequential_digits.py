@@ -17,7 +17,6 @@ the last epoch. A run folder holds config.json, metrics.jsonl, checkpoints, resu
 accuracy.png and digits.png.
 """
 
-import argparse
 import functools
 import itertools
 import math
@@ -38,26 +37,25 @@ IMAGE_SHAPE, NUM_CLASSES = (8, 8), 10
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(
-        "python -m experiments.sequential_digits",
-        description="Trains an ensemble of GRUs to classify digits pixel by pixel.",
-    )
+    description = "Trains an ensemble of GRUs to classify digits pixel by pixel."
+    parser = runs.make_parser("sequential_digits", description)
     add = parser.add_argument
     add("--smoke", action="store_true", help="a tiny run of seconds, row by row")
     add(
         "--out", metavar="FOLDER", help="new or empty folder (default: runs/sequential_digits-DATE)"
     )
-    add("--members", type=int, default=5)
+    add("--members", type=int, default=5, help="GRUs in the ensemble")
     add("--permute", action="store_true", help="read the pixels in a fixed random order")
-    add("--pixels-per-step", type=int, choices=(1, 2, 4, 8, 16, 32, 64), default=1)
-    add("--hidden-size", type=int, default=64)
+    add("--pixels-per-step", type=int, choices=(1, 2, 4, 8, 16, 32, 64), default=1,
+        help="pixels that the GRU reads in one step")  # fmt: skip
+    add("--hidden-size", type=int, default=64, help="units of each GRU")
     add("--batch-size", type=int, default=48, help="images per member and update")
-    add("--epochs", type=int, default=60)
+    add("--epochs", type=int, default=60, help="passes over the training images")
     add("--learning-rate", type=float, default=0.01, help="at the start of a cosine to 0")
     add("--shift", type=int, default=1, help="largest shift of a training image, in pixels")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of the random numbers")
     runs.add_run_options(parser)
-    parser.set_defaults(**(SMOKE if parser.parse_known_args(argv)[0].smoke else {}))
+    parser.set_defaults(**(SMOKE if runs.parse_first(parser, argv).smoke else {}))
     args = runs.parse_options(parser, argv)
     limits = {"members": (1, 1000), "hidden_size": (1, math.inf), "epochs": (1, math.inf)}
     limits |= {"batch_size": (1, SIZES["train"]), "shift": (0, 3), "seed": (0, 2**32 - 1)}
@@ -73,7 +71,9 @@ def parse_args(argv):
 
 def main(argv=None):
     args = parse_args(argv)
-    return runs.run_script("sequential_digits", lambda: train(args), ("sklearn.datasets",))
+    return runs.run_script(
+        "sequential_digits", lambda: train(args), ("sklearn.datasets",), smoke=args.smoke
+    )
 
 
 def train(args):

@@ -273,22 +273,26 @@ def main(argv: list[str] | None = None) -> int:
     if not args.smoke and jax.default_backend() != "gpu":
         kind = jax.devices()[0].device_kind
         return runs.fail("fused", f"JAX's first device must be a GPU, got {kind}; use --smoke.")
-    return runs.run_script("fused", lambda: run(args, argv))
+    return runs.run_script("fused", lambda: run(args, argv), smoke=args.smoke)
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """The options."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.benchmarks.fused",
-        description=(__doc__ or "").partition("\n")[0],
-    )
+    parser = runs.make_parser("benchmarks.fused", (__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("--out", type=Path, default=Path("runs/benchmark_fused"), metavar="FOLDER",
         help="new or empty folder (default: runs/benchmark_fused)")  # fmt: skip
-    add("--sizes", type=parse_size, nargs="+", metavar="T,B,D,H", help="(default: 12 with T=512)")
-    add("--resets", nargs="+", choices=RESETS, default=("after", "before"))
-    add("--tasks", nargs="+", choices=SEQUENCES, default=SEQUENCES)
-    add("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
+    add(
+        "--sizes",
+        type=parse_size,
+        nargs="+",
+        metavar="T,B,D,H",
+        help="sizes to measure (default: 12 with T=512)",
+    )
+    add("--resets", nargs="+", choices=RESETS, default=("after", "before"),
+        help="equations: the reset gate after or before the product")  # fmt: skip
+    add("--tasks", nargs="+", choices=SEQUENCES, default=SEQUENCES, help="what to measure")
+    add("--dtypes", nargs="+", choices=DTYPES, default=DTYPES, help="of parameters and inputs")
     add("--seconds", type=positive_number, metavar="N", help="of timing per point (default: 2)")
     add("--minutes", type=positive_number, default=1440.0, metavar="M",
         help="do not begin a point after M minutes")  # fmt: skip

@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 from experiments import runs
 from experiments.benchmarks import libraries, report, targets
-from experiments.benchmarks.libraries import LIBRARIES, OURS, Library, can_run
+from experiments.benchmarks.libraries import LIBRARIES, OURS, TORCH, Library, can_run
 from experiments.benchmarks.problems import (
     GENERATION_SIZE,
     RESETS,
@@ -72,6 +72,7 @@ from experiments.benchmarks.timing import describe_machine, interleave, summariz
 PACKAGES = ("jax", "jaxlib", "numpy")
 PRECISIONS = {"highest": "highest", "tf32": "tensorfloat32"}  # JAX's names
 SMOKE: dict[str, Any] = {"min_rounds": 1, "burst_seconds": 0.001, "pause_seconds": 0.0}
+SMOKE_CONTENDERS = [OURS, "plain scan", TORCH]
 Rows = list[dict[str, Any]]
 Group = tuple[Task, Reset, Size]
 
@@ -248,13 +249,15 @@ def groups_of(args: argparse.Namespace) -> list[Group]:
 
 
 def run(args: argparse.Namespace, argv: list[str]) -> int:
-    """Measures, prints and writes."""
+    """Measures, prints and writes; with --draw it only draws."""
+    if args.draw is not None:
+        found = json.loads(args.draw.read_text("utf-8"))
+        report.plot(found["rows"], title_of(found), args.draw.with_suffix(".png"))
+        return 0
     chosen = libraries.choose(args.contenders, args.chunks)
     about = describe(args, argv, chosen)
     out = runs.make_run_folder("benchmark_peers", str(args.out), about)
-    title = f"{about['device']} device; {about['cpu']}, {about['cores']} cores; "
-    title += f"jax {about['versions']['jax']}; {args.dtype}; {about['date']}"
-    print(title)
+    print(title_of(about))
     groups, rows = groups_of(args), []
     layout = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
     with tqdm(total=len(groups), bar_format=layout, disable=None) as bar:
@@ -264,12 +267,18 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
             tqdm.write(report.group_table(found))
             sys.stdout.flush()
             write(out, about, rows)
-    report.plot(rows, f"GRU, {title}", out / "peers.png")
+    report.plot(rows, title_of(about), out / "peers.png")
     print(f"\nWrote {out / 'peers.json'}, peers.md and peers.png. Targets:")
     for target in targets.judge(rows):
         print(target)
     sys.stdout.flush()
     return 0
+
+
+def title_of(about: dict[str, Any]) -> str:
+    """The machine, version, dtype and date."""
+    machine = f"{about['device']} device; {about['cpu']}, {about['cores']} cores"
+    return f"{machine}; jax {about['versions']['jax']}; {about['dtype']}; {about['date'][:10]}"
 
 
 def write(out: Path, about: dict[str, Any], rows: Rows) -> None:
@@ -284,33 +293,38 @@ def main(argv: list[str] | None = None) -> int:
     """Returns 0, or 2 if the folder cannot be used; raises SystemExit if contenders disagree."""
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
-    return runs.run_script("peers", lambda: run(args, argv))
+    return runs.run_script("peers", lambda: run(args, argv), smoke=args.smoke)
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """Parses the options; with --smoke the defaults are smaller."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.benchmarks.peers",
-        description=(__doc__ or "").partition("\n")[0],
-    )
+    parser = runs.make_parser("benchmarks.peers", (__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("--out", type=Path, default=Path("runs/benchmark_peers"), metavar="FOLDER",
         help="new or empty folder (default: runs/benchmark_peers)")  # fmt: skip
-    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    add("--reset", nargs="+", choices=RESETS, default=list(RESETS))
-    add("--sizes", type=parse_size, nargs="+", metavar="T,B,D,H", help="for training and forward")
-    add("--contenders", type=parse_contender, nargs="+", metavar="NAME", default=list(LIBRARIES))
+    add("--draw", type=Path, metavar="FILE",
+        help="draw the figures of this peers.json beside it, and measure nothing")  # fmt: skip
+    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="what to measure")
+    add("--reset", nargs="+", choices=RESETS,
+        help="equations: the reset gate before or after the product (default: both)")  # fmt: skip
+    add("--sizes", type=parse_size, nargs="+", metavar="T,B,D,H", 
+        help="for training and forward (default: seven sizes)")  # fmt: skip
+    add("--contenders", type=parse_contender, nargs="+", metavar="NAME", 
+        help="libraries and variants to measure (default: all)")  # fmt: skip
     add("--chunks", type=parse_chunk, nargs="+", default=[], metavar="N",
         help="chunk sizes of jaxgru, or 'whole' for the whole sequence")  # fmt: skip
-    add("--dtype", choices=("float32", "bfloat16"), default="float32")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32",
+        help="of parameters and inputs")  # fmt: skip
     add("--precision", choices=("highest", "tf32"), default="highest", help="of float32 products")
     add("--seconds", type=positive_number, metavar="N", help="of timing per size (default: 20)")
     add("--compiles", type=parse_count, metavar="N",
         help="compilations of each training step (default: 3)")  # fmt: skip
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of the random numbers")
     add("--smoke", action="store_true", help="a tiny run of seconds that tests the script")
     args = parser.parse_args(argv)
     args.sizes = args.sizes or (SMOKE_SIZES if args.smoke else SIZES)
+    args.reset = args.reset or (["after"] if args.smoke else list(RESETS))
+    args.contenders = args.contenders or (SMOKE_CONTENDERS if args.smoke else list(LIBRARIES))
     args.seconds = args.seconds or (0.05 if args.smoke else 20.0)
     args.compiles = args.compiles or (1 if args.smoke else 3)
     return args

@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from experiments.benchmarks.libraries import JAX_PEERS, OURS, STATES, TORCH
 from experiments.benchmarks.problems import Size
 from experiments.benchmarks.targets import LIMIT, Rows, size_of
 
-LOG_ABOVE = 4.0  # a plot with a ratio above this has a logarithmic axis
 TITLES = {
     "training": "training step: value and all gradients",
     "forward": "forward pass",
@@ -122,8 +122,7 @@ def plot(rows: Rows, title: str, path: Path) -> None:
     panels = [(task, "ratio") for task in dict.fromkeys(row["task"] for row in rows)]
     if ("training", "ratio") in panels:
         panels.insert(1, ("training", "temporaries_ratio"))
-    widest = max(len({size_of(r) for r in rows if r["task"] == task}) for task, _ in panels)
-    figure = Figure(figsize=(len(resets) * (3 + 1.9 * widest), 1.4 + 3.3 * len(panels)))
+    figure = Figure(figsize=(8 * len(resets), 1.6 + 2.9 * len(panels)))
     figure.set_layout_engine("constrained")
     axes = figure.subplots(len(panels), len(resets), squeeze=False)
     handles: dict[str, Any] = {}
@@ -132,10 +131,12 @@ def plot(rows: Rows, title: str, path: Path) -> None:
             found = [row for row in rows if (row["task"], row["reset"]) == (task, reset)]
             handles |= _panel(panel, found, field)
             what = TITLES[task] if field == "ratio" else "temporaries of a training step"
-            panel.set_title(f"{what}, reset {reset}: above 1 jaxgru is better", fontsize=10)
-    figure.suptitle(title, fontsize=10)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=7)
-    figure.savefig(path, dpi=120)
+            panel.set_title(f"{what}, reset {reset}", fontsize=12)
+    figure.suptitle(f"Above 1, jaxgru is better. {title}", fontsize=12)
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=7, fontsize=11
+    )
+    figure.savefig(path, dpi=100)
 
 
 def _panel(panel: Any, rows: Rows, field: str) -> dict[str, Any]:
@@ -149,19 +150,24 @@ def _panel(panel: Any, rows: Rows, field: str) -> dict[str, Any]:
         places = [sizes.index(size_of(r)) + (k - (len(names) - 1) / 2) * width for r in mine]
         heights = [row[field] for row in mine]
         colour = COLOURS.get(name, ("tab:brown", "tab:pink", "gold", "plum")[k % 4])
-        bars = panel.bar(places, heights, width, color=colour, label=name)
-        panel.bar_label(bars, fmt="%.2f", fontsize=6, rotation=90, padding=2)
+        bars = panel.bar(places, [h - 1 for h in heights], width, bottom=1, color=colour)
+        if len(sizes) == 1:
+            panel.bar_label(bars, [f"{height:.2f}" for height in heights], fontsize=11, padding=2)
         handles[name] = bars
     panel.axhline(1, color=COLOURS[OURS], linewidth=1, zorder=3)
-    panel.set_xticks(range(len(sizes)), [_label(size) for size in sizes], fontsize=8)
-    panel.set_ylabel("time / jaxgru's" if field == "ratio" else "temporaries / jaxgru's")
-    if max((row[field] for row in rows), default=1) > LOG_ABOVE:
-        panel.set_yscale("log")
+    panel.set_xticks(range(len(sizes)), [_label(size) for size in sizes], fontsize=10)
+    what = "time" if field == "ratio" else "temporaries"
+    panel.set_xlabel("T, B, D, H", fontsize=10)
+    panel.set_ylabel(f"{what} / jaxgru's", fontsize=11)
+    panel.set_yscale("log")
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.yaxis.set_major_formatter("{x:g}")
+    panel.yaxis.set_minor_formatter(NullFormatter())
     panel.margins(y=0.18)
     panel.spines[["top", "right"]].set_visible(False)
     return handles
 
 
 def _label(size: Size) -> str:
-    """A size in two lines."""
-    return f"T={size.num_steps} B={size.batch_size}\nD={size.input_size} H={size.hidden_size}"
+    """T, B, D and H, in two lines."""
+    return f"{size.num_steps}, {size.batch_size},\n{size.input_size}, {size.hidden_size}"

@@ -341,20 +341,18 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Returns 0, or 2 if the folder cannot be used; raises SystemExit if contenders disagree."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.benchmarks.scaling",
-        description=(__doc__ or "").partition("\n")[0],
-    )
+    parser = runs.make_parser("benchmarks.scaling", (__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("--out", type=Path, default=Path("runs/benchmark_scaling"), metavar="FOLDER",
         help="new or empty folder (default: runs/benchmark_scaling)")  # fmt: skip
-    add("--reset", choices=RESETS, default="after")
+    add("--reset", choices=RESETS, default="after",
+        help="equation: the reset gate before or after the product")  # fmt: skip
     add("--seconds", type=positive_number, metavar="N", help="of timing per size (default: 5)")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of the random numbers")
     add("--smoke", action="store_true", help="a tiny run of seconds that tests the script")
     args = parser.parse_args(argv)
     args.seconds = args.seconds or (0.01 if args.smoke else 5.0)
-    return runs.run_script("scaling", lambda: run(args, argv))
+    return runs.run_script("scaling", lambda: run(args, argv), smoke=args.smoke)
 
 
 if __name__ == "__main__":

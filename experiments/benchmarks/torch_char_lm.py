@@ -32,11 +32,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch  # pyright: ignore[reportMissingImports]  (extra `peers`)
-from torch import nn  # pyright: ignore[reportMissingImports]
 from tqdm import tqdm
 
+from experiments import runs
 from experiments.benchmarks.timing import describe_machine
+
+try:
+    import torch  # pyright: ignore[reportMissingImports]
+    from torch import nn  # pyright: ignore[reportMissingImports]
+except ImportError as missing:
+    cure = "install the extra: pip install -e '.[peers]'"
+    raise SystemExit(runs.fail("torch_char_lm", f"{missing}; {cure}")) from None
 
 TRAIN_FRACTION = 0.9
 Batch = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, [T, B] each
@@ -259,24 +265,22 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     """Parses the options."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.benchmarks.torch_char_lm",
-        description=(__doc__ or "").partition("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="UTF-8 text")
-    parser.add_argument("--embedding-size", type=_count, default=64, help=" ")
-    parser.add_argument("--hidden-size", type=_count, default=256, help=" ")
-    parser.add_argument("--batch-size", type=_count, default=32, help="number of streams")
-    parser.add_argument("--num-steps", type=_count, default=128, help="time steps per batch")
-    parser.add_argument("--epochs", type=_count, default=10, help=" ")
-    parser.add_argument("--learning-rate", type=positive_number, default=3e-3, help="peak value")
-    parser.add_argument("--warm-up", type=_count, default=100, help="in updates")
-    parser.add_argument("--weight-decay", type=non_negative_number, default=1e-4, help=" ")
-    parser.add_argument("--clip", type=positive_number, default=1.0, help="largest global norm")
-    parser.add_argument("--seed", type=int, default=0, help=" ")
-    parser.add_argument("--threads", type=_count, default=os.cpu_count() or 1, help=" ")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmark_torch_char_lm"), help=" ")
+    parser = runs.make_parser("benchmarks.torch_char_lm", (__doc__ or "").partition("\n")[0])
+    add = parser.add_argument
+    add("--text", type=Path, required=True, metavar="FILE", help="UTF-8 text")
+    add("--embedding-size", type=_count, default=64, help="size of a character's vector")
+    add("--hidden-size", type=_count, default=256, help="units of the GRU")
+    add("--batch-size", type=_count, default=32, help="number of streams")
+    add("--num-steps", type=_count, default=128, help="time steps per batch")
+    add("--epochs", type=_count, default=10, help="passes over the training text")
+    add("--learning-rate", type=positive_number, default=3e-3, help="peak value")
+    add("--warm-up", type=_count, default=100, help="in updates")
+    add("--weight-decay", type=non_negative_number, default=1e-4, help="of every parameter")
+    add("--clip", type=positive_number, default=1.0, help="largest global norm of the gradient")
+    add("--seed", type=int, default=0, help="of the random numbers")
+    add("--threads", type=_count, default=os.cpu_count() or 1, help="threads of torch")
+    add("--out", type=Path, default=Path("runs/benchmark_torch_char_lm"), metavar="FOLDER",
+        help="folder of torch_char_lm.json")  # fmt: skip
     return parser.parse_args(argv)
 
 

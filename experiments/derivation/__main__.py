@@ -18,7 +18,6 @@ not have the errors of its verdict. A run folder holds config.json, derivation.j
 derivation.txt (the printed tables), graph.png and errata.png.
 """
 
-import argparse
 import collections
 import math
 import sys
@@ -41,10 +40,8 @@ DOCUMENTS = (sixteen_steps, tian, many_to_many, gru_networks, numpy_article)
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(
-        "python -m experiments.derivation",
-        description="Compares the equations of five documents on the GRU with autodiff.",
-    )
+    description = "Compares the equations of five documents on the GRU with autodiff."
+    parser = runs.make_parser("derivation", description)
     add = parser.add_argument
     choices = tuple(sixteen_steps.ACTIVATIONS)
     add("--activation", choices=choices, default="tanh", help="f in the sixteen steps")

@@ -1,14 +1,14 @@
 """Plots how the gradient flows through a tanh RNN and a GRU, before and after training.
 
-    python -m experiments.gradient_flow                        # the default: about three minutes
+    python -m experiments.gradient_flow                        # the default: one to three minutes
     python -m experiments.gradient_flow --run runs/char_lm-DATE   # a saved character model
     python -m experiments.gradient_flow --text FILE
 
 Both networks are trained on the adding problem and on predicting the next character of a text,
 given one-hot. The adding problem is that of `experiments.memory_tasks`, but the gate biases of the
 GRU start at zero. The loss that is differentiated is that of the last step. So |dL/dh_t| is the
-gradient that is left after T - t steps; it is called the credit of step t. The figure has a row of
-panels for each task:
+gradient that is left after T - t steps; it is called the credit of step t. The figure has panels
+for each task:
 
 * the credit against the distance from the last step, for the GRU also divided among the four paths
   by which dL/dh_t reaches h_{t-1};
@@ -16,13 +16,12 @@ panels for each task:
 * the gates, and the memory of every unit: the steps in which the part of the state that is kept
   falls to 1/e.
 
-The last row is about the Jacobian that the article "Gated Recurrent Unit Networks" prints without
-the paths through the gates. It shows that this is right only for saturated gates, in the article's
-three cases, and how large its error is in the trained networks. A run folder holds config.json,
-metrics.jsonl, checkpoints, gradient_flow.json and gradient_flow.png.
+The last panels are about the Jacobian that the article "Gated Recurrent Unit Networks" prints
+without the paths through the gates. They show that this is right only for saturated gates, in the
+article's three cases, and how large its error is in the trained networks. A run folder holds
+config.json, metrics.jsonl, checkpoints, gradient_flow.json and gradient_flow.png.
 """
 
-import argparse
 import math
 import pathlib
 import sys
@@ -38,7 +37,7 @@ from jaxgru import models
 SMOKE = {
     "num_steps": 12,
     "adding_updates": 20,
-    "text_updates": 20,
+    "text_updates": 0,
     "hidden_size": 8,
     "batch_size": 8,
 }
@@ -47,27 +46,27 @@ MAX_JACOBIAN_ENTRIES = 1 << 28  # of all Jacobians together: 1 GB in float32
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(
-        "python -m experiments.gradient_flow", description="Plots how the gradient flows."
-    )
+    parser = runs.make_parser("gradient_flow", "Plots how the gradient flows.")
     add = parser.add_argument
     add("--smoke", action="store_true", help="a tiny run of seconds that tests the script")
-    add("--run", metavar="FOLDER", help="use the trained model of this char_lm run instead")
-    add("--text", metavar="FILE", help="UTF-8 text to train on, or the input of --run's model")
+    add("--run", type=runs.absolute_path, metavar="FOLDER",
+        help="use the trained model of this char_lm run instead")  # fmt: skip
+    add("--text", type=runs.absolute_path, metavar="FILE",
+        help="UTF-8 text to train on, or the input of --run's model")  # fmt: skip
     add("--out", metavar="FOLDER", help="new or empty folder (default: runs/gradient_flow-DATE)")
     add("--num-steps", type=int, default=100, help="time steps T of every sequence")
-    add("--adding-updates", type=int, default=1500)
-    add("--text-updates", type=int, default=1000)
-    add("--hidden-size", type=int, default=64)
-    add("--batch-size", type=int, default=32)
+    add("--adding-updates", type=int, default=1500, help="on the adding problem; 0 to leave it out")
+    add("--text-updates", type=int, default=1000, help="on text; 0 to leave it out")
+    add("--hidden-size", type=int, default=64, help="units of each network")
+    add("--batch-size", type=int, default=32, help="sequences per update")
     add("--gru-learning-rate", type=float, default=0.01, help="at the start of a cosine to 0")
     add("--rnn-learning-rate", type=float, default=0.003, help="at the start of a cosine to 0")
-    add("--clip-norm", type=float, default=1.0)
-    add("--seed", type=int, default=0)
+    add("--clip-norm", type=float, default=1.0, help="largest global norm of the gradient")
+    add("--seed", type=int, default=0, help="of the random numbers")
     runs.add_run_options(parser)
-    parser.set_defaults(**(SMOKE if parser.parse_known_args(argv)[0].smoke else {}))
+    parser.set_defaults(**(SMOKE if runs.parse_first(parser, argv).smoke else {}))
     args = runs.parse_options(parser, argv)
-    least = dict.fromkeys(("adding_updates", "text_updates", "hidden_size", "batch_size"), 1)
+    least = {"adding_updates": 0, "text_updates": 0, "hidden_size": 1, "batch_size": 1}
     least |= {"num_steps": 2, "seed": 0}
     for name, value in vars(args).items():
         option = f"--{name.replace('_', '-')}"
@@ -77,13 +76,15 @@ def parse_args(argv):
             parser.error(f"{option} must be finite and above 0, got {value}")
     if args.seed >= 2**32:
         parser.error(f"--seed must be below 2**32, got {args.seed}")
+    if not args.adding_updates and not args.text_updates:
+        parser.error("--adding-updates and --text-updates must not both be 0")
     args.chrono = False  # zero gate biases, so that the gates show what training alone does
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
-    return runs.run_script("gradient_flow", lambda: run_all(args))
+    return runs.run_script("gradient_flow", lambda: run_all(args), smoke=args.smoke)
 
 
 def run_all(args):
@@ -119,6 +120,8 @@ def train_tasks(args, run, text):
     }
     found = {}
     for number, (name, (task, num_updates)) in enumerate(tasks.items()):
+        if not num_updates:
+            continue
         found[name] = {"title": TITLES[name], "models": {}}
         for model in memory_tasks.MODELS:
             print(f"{name}, T={args.num_steps}, {model}", flush=True)

@@ -163,6 +163,7 @@ def saturation_cases(seed: int, hidden_size: int = 32) -> dict[str, Any]:
     }
 
 
+@functools.partial(jax.jit, static_argnames="signs")
 def _case(params, x, h, signs, shift):
     """The three numbers of `saturation_cases` for one case at one shift."""
     size = h.shape[-1]

@@ -36,20 +36,20 @@ def print_table(tasks):
 
 
 def plot(path, found):
-    """Plots a row of panels for each task, and a row for the three cases."""
+    """Plots four panels for each task, and four for the three cases."""
     from matplotlib.figure import Figure
 
     tasks = found["tasks"]
-    figure = Figure(figsize=(21, 4.6 * (len(tasks) + 1)), layout="constrained")
-    rows = figure.subplots(len(tasks) + 1, 4, squeeze=False)
+    figure = Figure(figsize=(13, 7.4 * (len(tasks) + 1)), layout="constrained")
+    rows = figure.subplots(2 * (len(tasks) + 1), 2).reshape(-1, 4)
     for panels, task in zip(rows, tasks.values()):
         _plot_task(panels, task)
     _plot_cases(rows[-1], found["cases"], tasks)
     figure.suptitle(
         "Gradient flow before training (dashed) and after it (solid); bands: 80 % of the sequences",
-        fontsize=15,
+        fontsize=13,
     )
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=100)
 
 
 def _plot_task(panels, task):
@@ -128,7 +128,7 @@ def _plot_gates(axes, record, title):
         title=f"{title}: gates of the GRU",
     )  # fmt: skip
     axes.set_ylim(0, 1.9 * axes.get_ylim()[1])  # room for the legend and the inset
-    inset = axes.inset_axes((0.55, 0.6, 0.42, 0.34))
+    inset = axes.inset_axes((0.55, 0.58, 0.42, 0.3))
     axes.legend(fontsize=9, loc="upper left")
     for when, style in (("before", "--"), ("after", "-")):
         memory = record[when]["memory"]
@@ -137,7 +137,7 @@ def _plot_gates(axes, record, title):
     inset.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     inset.yaxis.set_major_formatter("{x:g}")
     inset.yaxis.set_minor_formatter("")
-    inset.tick_params(labelsize=8)
+    inset.tick_params(labelsize=9)
     inset.set_title("memory in steps (units sorted)", fontsize=9)
     inset.grid(alpha=0.3)
 

@@ -121,7 +121,7 @@ def test_command_fails_where_one_entry_is_wrong(tmp_path, monkeypatch, capsys):
     wrong = np.array([[1, 1, 1], [1, 1 + 1e-9, 1]])
     objects = {"right": lambda case: (right, right), "wrong": lambda case: (wrong, right)}
     monkeypatch.setattr(agreement, "OBJECTS", objects)
-    monkeypatch.setattr(agreement, "make_case", lambda seed, spec, gains: None)
+    monkeypatch.setattr(agreement, "make_case", lambda seed, spec, gains, **sizes: None)
     monkeypatch.setattr(agreement, "measure_memory", lambda steps: {"RTRL": [1], "SnAp-1": [1]})
     monkeypatch.setattr(agreement, "format_memory", lambda memory: "")
     monkeypatch.setattr(agreement, "plot", lambda *args: None)

@@ -45,6 +45,13 @@ def read_rows(out):
     return json.loads((out / "peers.json").read_text())["rows"]
 
 
+def test_saved_figures_are_drawn_again_without_a_measurement(run, tmp_path, monkeypatch):
+    (tmp_path / "peers.json").write_text((run / "peers.json").read_text())
+    monkeypatch.setattr(peers, "measure", lambda *args: pytest.fail("measured"))
+    assert peers.main(["--draw", str(tmp_path / "peers.json")]) == 0
+    assert (tmp_path / "peers.png").read_bytes() == (run / "peers.png").read_bytes()
+
+
 @pytest.mark.slow
 def test_peers_measures_every_task_and_leaves_all_its_files(run):
     names = {path.name for path in run.iterdir()}
@@ -174,7 +181,7 @@ def test_contender_with_a_wrong_gradient_is_refused_before_anything_is_timed(mon
         run_peers(tmp_path / "run", "--tasks", "training", contenders=["plain scan"])
     message = str(stopped.value.code)
     assert message.startswith(
-        "peers: nothing is timed at training, reset before, T=12 B=3 D=4 H=5: "
+        "peers: nothing is timed at training, reset after, T=12 B=3 D=4 H=5: "
     )
     assert "w_h of 'plain scan' differs from that of 'jaxgru' by 1.0e-03" in message
 

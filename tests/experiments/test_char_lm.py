@@ -3,6 +3,8 @@
 import hashlib
 import json
 import pathlib
+import re
+import shlex
 import shutil
 
 import jax
@@ -23,10 +25,11 @@ TEXT = "the quick brown fox jumps over the lazy dog. " * 60
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     (folder / "text.txt").write_text(TEXT)
-    out = folder / "run"
-    arguments = ["--smoke", "--text", str(folder / "text.txt"), "--out", str(out)]
-    assert char_lm.main([*arguments, "--epochs", "10", "--prompt", "the "]) == 0
-    return out
+    arguments = ["--smoke", "--text", "text.txt", "--out", "run", "--epochs", "10"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert char_lm.main([*arguments, "--prompt", "the "]) == 0
+    return folder / "run"
 
 
 def test_run_learns_and_leaves_all_its_files(run):
@@ -53,7 +56,7 @@ def test_run_that_was_stopped_goes_on_to_the_same_bytes(tmp_path, run, capsys):
     assert (out / "checkpoints" / "step-00000175").exists()  # 7 times 25: after the stop, too
     shown = capsys.readouterr().err
     assert f"continue with: python -m experiments.char_lm --resume {out}" in shown
-    assert "char_lm: stopped by SIGTERM after update 37, saved in" in shown
+    assert shown.count("stopped by SIGTERM after update 37, saved in") == 1
     for name in ("samples.txt", "cross_check.txt"):
         assert (out / name).read_bytes() == (run / name).read_bytes(), name
     saved = [interop.load_weights(folder / "weights.safetensors") for folder in (out, run)]
@@ -67,6 +70,42 @@ def test_run_that_was_stopped_goes_on_to_the_same_bytes(tmp_path, run, capsys):
     assert logs[0] == logs[1]
     last = max((run / "checkpoints").glob("step-*"))
     assert saved_bits(out / "checkpoints" / last.name) == saved_bits(last)
+
+
+def test_run_of_a_relative_path_goes_on_in_any_folder_and_says_what_it_is(
+    tmp_path, run, monkeypatch, capsys
+):
+    shutil.copytree(run, tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(char_lm.report, "cross_check", lambda *args: pytest.fail("checked again"))
+    assert char_lm.main(["--resume", "run"]) == 0
+    shown = capsys.readouterr().out
+    text = str(run.parent / "text.txt")
+    assert f"text:     {text}: 2,700 characters, 28 of them different; a tenth for valid" in shown
+    sizes = [v.size for v in jax.tree.leaves(char_lm.load_run(run)[2])]
+    assert f"GRU of 16 units, reset before the product; {sum(sizes):,} parameters" in shown
+    assert f"results:  {tmp_path / 'run'}\n" in shown
+    records = training.read_json_lines(run / "metrics.jsonl")
+    name = "validation_bits_per_character"
+    best = min((record for record in records if name in record), key=lambda record: record[name])
+    wanted = f"{best[name]:.4f} at best (perplexity {2 ** best[name]:.3f}), after update "
+    assert wanted + f"{best['update']}; {records[-1][name]:.4f} at the end" in shown
+    assert "train with --spec pytorch" in " ".join(shown.split())
+    (command,) = re.findall(r"sample: +python -m experiments.char_lm (.*)", shown)
+    assert char_lm.main(shlex.split(command)) == 0
+    assert capsys.readouterr().out.startswith("the ")
+
+
+def test_check_before_training_can_be_skipped(tmp_path, run, monkeypatch, capsys):
+    def stop(*args, **options):
+        raise data.DataError("at the training")
+
+    monkeypatch.setattr(char_lm.report, "cross_check", lambda *args: pytest.fail("checked"))
+    monkeypatch.setattr(training, "fit", stop)
+    text = str(run.parent / "text.txt")
+    arguments = ["--smoke", "--text", text, "--skip-check", "--out", str(tmp_path / "run")]
+    assert char_lm.main(arguments) == 2
+    assert capsys.readouterr().err == "char_lm: at the training\n"
 
 
 def test_run_is_resumed_only_as_what_it_is(tmp_path, run, capsys):

@@ -6,9 +6,13 @@ import math
 import jax
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.text import Annotation
 
 from experiments.derivation import __main__ as derivation
-from experiments.derivation import sixteen_steps, verdicts
+from experiments.derivation import figures, sixteen_steps, verdicts
+from experiments.derivation.sixteen_steps import TAPE
 from experiments.derivation.verdicts import Row
 
 LABELS = ("sixteen steps", "Tian 2016", "many-to-many 9.5", "GRU networks", "NumPy article")
@@ -106,6 +110,49 @@ def test_tape_is_autodiff_for_any_activation(activation, x64):
 )
 def test_verdict_requires_its_errors(verdict, printed, corrected, holds):
     assert Row("(1)", "", verdict, printed, "", corrected).holds is holds
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are saved, in a list; nothing is written."""
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, dpi: figures.append(figure))
+    return figures
+
+
+def require_inside(figure):
+    """Nothing is cut off at the edges."""
+    figure.draw_without_rendering()
+    box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+    assert min(box.x0, box.y0) >= 0 and box.x1 <= width and box.y1 <= height, box
+
+
+def test_errata_fit_the_page_and_show_every_row(drawn):
+    sizes = {"a": 60, "b": 83, "c": 44, "d": 26, "e": 22}
+    row = Row("(9.8)-(9.16) dWz, g = identity", "", "WRONG", 0.5, "", 1e-16)
+    figures.plot_errata("errata.png", {name: [row] * size for name, size in sizes.items()})
+    (figure,) = drawn
+    require_inside(figure)
+    width, height = 100 * figure.get_size_inches()
+    assert width <= 1600 and height < 1.5 * width
+    axes = [part for part in figure.findobj(Axes) if part.get_title()]
+    assert {part.get_title(): len(part.get_yticks()) for part in axes} == sizes
+
+
+def test_no_arrow_of_the_graph_crosses_that_from_g6_to_r(drawn):
+    norms = dict.fromkeys((*sixteen_steps.VALUES, *sixteen_steps.WEIGHTS), 0.00483)
+    figures.plot_graph("graph.png", sixteen_steps.operations_of("tanh"), norms, norms)
+    (figure,) = drawn
+    require_inside(figure)
+    (axes,) = figure.axes
+    arrows = [(np.array(a.xyann), np.array(a.xy)) for a in axes.findobj(Annotation)]
+    assert len(arrows) == sum(not name.startswith("W") for s in TAPE for name in s.inputs)
+    (row,) = {figures.PLACES[name][1] for name in ("g6", "r")}
+    left, right = figures.PITCH + figures.WIDTH / 2, 2 * figures.PITCH - figures.WIDTH / 2
+    for start, end in arrows:
+        if (start[1] - row) * (end[1] - row) < 0:
+            x = start[0] + (row - start[1]) / (end[1] - start[1]) * (end[0] - start[0])
+            assert not left <= x <= right
 
 
 def test_broken_backward_rule_is_noticed(monkeypatch, tmp_path, capsys):

@@ -28,7 +28,8 @@ def text_file(tmp_path_factory):
 @pytest.fixture(scope="module")
 def smoke_run(tmp_path_factory, text_file):
     run = tmp_path_factory.mktemp("flow") / "run"
-    assert gradient_flow.main(["--smoke", "--text", str(text_file), "--out", str(run)]) == 0
+    options = ["--smoke", "--text", str(text_file), "--text-updates", "20"]
+    assert gradient_flow.main([*options, "--out", str(run)]) == 0
     return run
 
 
@@ -104,11 +105,8 @@ def test_vanilla_network_is_seen_as_autodiff_sees_it():
 def model_run(tmp_path_factory, text_file):
     run = tmp_path_factory.mktemp("model") / "run"
     options = ["--smoke", "--text", str(text_file), "--spec", "pytorch", "--batch-size", "2"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            char_lm, "cross_check", lambda *args: True
-        )  # tests/experiments/test_char_lm.py has it
-        assert char_lm.main([*options, "--num-steps", "16", "--out", str(run)]) == 0
+    options += ["--skip-check", "--num-steps", "16"]
+    assert char_lm.main([*options, "--out", str(run)]) == 0
     return run
 
 
@@ -135,6 +133,7 @@ def test_saved_character_model_is_observed_before_and_after_training(tmp_path, m
     ("options", "message"),
     [
         (["--num-steps", "1"], "--num-steps must be at least 2, got 1"),
+        (["--smoke", "--adding-updates", "0"], "--text-updates must not both be 0"),
         (["--gru-learning-rate", "nan"], "--gru-learning-rate must be finite and above 0"),
         (["--seed", str(2**32)], r"--seed must be below 2**32"),
     ],

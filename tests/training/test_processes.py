@@ -420,7 +420,7 @@ def test_half_an_address_is_refused(tmp_path, capsys):
 
 
 def test_tables_of_the_readme_are_those_of_the_script():
-    readme = (ROOT / "experiments" / "README.md").read_text()
+    readme = (ROOT / "experiments" / "training.md").read_text()
     for line in (*communication.data_parallel_table(), *communication.hidden_table()):
         assert line in readme, line
 

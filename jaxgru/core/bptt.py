@@ -28,13 +28,13 @@ from jaxgru.core.scan import Inputs, forward, plain_scan, run_chunk
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def bptt(configs, params, inputs, h0, dropout, key):
-    """The plain recurrence. It saves nothing where no gradient is taken."""
+    """(h_last, hs). Without a gradient nothing is saved."""
     return configs.run(plain_scan, params, inputs, h0, dropout, key)
 
 
 def _forward(configs, params, inputs, h0, dropout, key):
     """The results, and the residuals."""
-    primals = (params, inputs, h0, dropout, key)  # symbolic_zeros gives pairs (value, perturbed)
+    primals = (params, inputs, h0, dropout, key)  # each leaf has .value and .perturbed
     primals = jax.tree.map(lambda p: p.value, primals, is_leaf=lambda p: hasattr(p, "perturbed"))
     results, residuals = configs.run(forward_and_residuals, *primals, save_gates=configs.save_gates)
     return results, (primals, residuals)
@@ -65,7 +65,7 @@ def _backward(configs, residuals, cotangents):
 
 
 def backward(config, primals, residuals, cotangents):
-    """The cotangents of params, inputs and h0, chunk by chunk, against the forward direction."""
+    """The cotangents of params, inputs and h0, in chunks, in reverse order."""
     (params, inputs, h0, dropout, key), (hs, gates, h_starts) = primals, residuals
     dh_last, dhs = cotangents
     if h_starts is None:
@@ -75,7 +75,7 @@ def backward(config, primals, residuals, cotangents):
 
     def chunk(carry, per_step, h_start):
         (g, dparams), (inputs, hs, gates, dhs) = carry, per_step
-        h_tm1, gates = recall(inputs, hs, gates, h_start)
+        h_tm1, gates = recompute(inputs, hs, gates, h_start)
         flags = inputs.flags.with_zoneout(key, inputs.numbers, g)
         c = coefficients(recurrent, gates, h_tm1)
         run = reverse_scan if config.kernel is None else config.kernel.backward
@@ -87,8 +87,8 @@ def backward(config, primals, residuals, cotangents):
         dtap = None if dtap is None else dtap.astype(inputs.xs.dtype)
         return (g, dparams), (dxs, dtap), None
 
-    def recall(inputs, hs, gates, h_start):
-        """The state that each step read, and its gates: saved, or recomputed."""
+    def recompute(inputs, hs, gates, h_start):
+        """The state that each step read, and its gates, of which some are saved."""
         if config.residuals == "boundaries":
             _, (hs, gates) = run_chunk(config, params, recurrent, h_start, inputs, key, True)
         h_tm1 = inputs.flags.states_before(h_start, hs, config.reverse)
@@ -114,8 +114,8 @@ bptt.defvjp(_forward, _backward, symbolic_zeros=True)
 def reverse_scan(config, transposed, g, c, dhs, inputs):
     """(g before the chunk, (dh, dp, dtap) of each step).
 
-    dtap is dL/dh_t. dh is the part of it that goes through the step, 0 where the step is masked. dp
-    is the cotangent of what w_hn multiplies, None for reset="after".
+    dtap = dL/dh_t, None without a tap. dh is its part that goes through the step, 0 where the step
+    is masked. dp = dL/d(r * d * h), None for reset="after".
     """
 
     def body(g, per_step):

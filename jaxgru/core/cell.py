@@ -1,26 +1,26 @@
-"""One GRU step, from the projected input a = N(x w_x) + b_x and the state h.
+"""One GRU step, from the projected input a = N(x w_x) + b_x + b_h and the state h.
 
-Everything here is a pure function of arrays with any leading axes: a scan runs `step` on [B, H],
-and the backward pass recomputes a whole sequence of gates with it on [T, B, H].
+Everything here is a pure function of arrays with any leading axes: `lax.scan` runs `step` on
+[B, H], and the backward pass runs it on [T, B, H] to recompute the gates of all steps.
 
-Blocks of `3H` are reset | update | candidate (r | z | n), PyTorch's order::
+Blocks of `3H` are reset | update | candidate (r | z | n), PyTorch's order; a_n leaves out b_hn for
+reset="after"::
 
-    r = sigmoid(a_r + N(h w_hr) + b_hr)       z = sigmoid(a_z + N(h w_hz) + b_hz)
-    reset="before":  n = f(a_n + N((r * h) w_hn) + b_hn)
+    r = sigmoid(a_r + N(h w_hr))       z = sigmoid(a_z + N(h w_hz))
+    reset="before":  n = f(a_n + N((r * h) w_hn))
     reset="after":   n = f(a_n + r * q),   q = N(h w_hn) + b_hn
     update="keep":   h' = z * h + (1 - z) * n
     update="write":  h' = (1 - z) * h + z * n
 
-N normalizes each gate's product by itself where params have layer-norm scales g_x and g_h, and is
-the identity elsewhere; see `layer_norm.py`. With recurrent dropout d, the products with w_h read
-d * h in place of h, and the state itself does not change; see `Noise`.
+N is layer normalization of each gate's H columns, with the scales g_x and g_h, and the identity
+where these are None; see `layer_norm.py`. With recurrent dropout d, the products with w_h read
+d * h in place of h, while z * h still uses h itself; see `Noise`.
 
-With bfloat16 or float16 parameters the operands of every product have that dtype, but for those of
-the weight gradients; sums, gates, the state and cotangents between products are float32.
+With bfloat16 or float16 parameters products take operands of that dtype, except the products of
+weight gradients, which take float32. Everything else is float32.
 """
 
 import dataclasses
-import functools
 import math
 from typing import NamedTuple
 
@@ -45,7 +45,7 @@ ACTIVATIONS = {
 class Gates(NamedTuple):
     """r, z, the candidate n, and q = N(h w_hn) + b_hn of a step; q is None for reset="before".
 
-    norms are those of the three products with w_h, each None where params.g_h is.
+    norms: the `Norm` of each product with w_h; None without g_h.
     """
 
     r: jax.Array
@@ -55,20 +55,16 @@ class Gates(NamedTuple):
     norms: Norms = (None, None, None)
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("w", "b_q", "scales", "dropout"),
-    meta_fields=("spec",),
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Recurrent:
-    """What a step reads besides a and h, split once: XLA would copy a slice at every step."""
+    """What `step` reads besides a and h; split outside the loop, where XLA would copy slices."""
 
     w: tuple[jax.Array, ...]  # ([w_hr | w_hz], w_hn) for reset="before", (w_h,) for reset="after"
-    b_q: jax.Array | None  # [H], b_hn where it acts inside the reset gate
+    b_q: jax.Array | None  # [H], b_hn for "after", where r multiplies it
     scales: tuple[jax.Array | None, ...]  # the blocks of g_h
     dropout: jax.Array | None  # d [..., H]
-    spec: GRUSpec
+    spec: GRUSpec = dataclasses.field(metadata={"static": True})
 
 
 def gru_cell(params: GRUParams, x: jax.Array, h: jax.Array) -> jax.Array:
@@ -116,12 +112,12 @@ def gru_cell(params: GRUParams, x: jax.Array, h: jax.Array) -> jax.Array:
 
 
 def project(params, xs):
-    """a_r, a_z, a_n = N(x w_x) + every bias that acts outside the reset gate, in the state dtype.
+    """a_r, a_z, a_n = N(x w_x) + the biases that r does not multiply, in the state dtype.
 
     Three arrays rather than one of width 3H: a scan over them needs no slicing inside its loop.
     """
     a = [v for v, _ in input_products(params, xs)]
-    outside = 3 if params.spec.reset == "before" else 2  # blocks of b_h outside the reset gate
+    outside = 3 if params.spec.reset == "before" else 2  # blocks of b_h that r does not multiply
     for b, count in ((params.b_x, 3), (params.b_h, outside)):
         if b is not None:
             a[:count] = [v + like_row(part, v) for v, part in zip(a, blocks(b)[:count])]
@@ -129,7 +125,7 @@ def project(params, xs):
 
 
 def split_recurrent(params, dropout=None):
-    """The `Recurrent` of the parameters, and of the mask of recurrent dropout if there is one."""
+    """The `Recurrent` of the parameters and of d, the mask of recurrent dropout, or None."""
     before = params.spec.reset == "before"
     w = tuple(gates_and_candidate(params.w_h)) if before else (params.w_h,)
     b_q = None if before or params.b_h is None else blocks(params.b_h)[2]
@@ -141,25 +137,20 @@ def step(recurrent, a, h):
     spec, (g_r, g_z, g_n) = recurrent.spec, recurrent.scales
     f, before = ACTIVATIONS[spec.activation], spec.reset == "before"
     read = drop_state(h, recurrent.dropout)
-    # "after" takes one product of width 3H, since nothing in it waits for r.
+    # "after" needs no r before its products, so one product of width 3H gives all three.
     v_r, v_z, *v_n = jnp.split(matmul(read, recurrent.w[0]), 2 if before else 3, axis=-1)
     (u_r, norm_r), (u_z, norm_z) = normalize(v_r, g_r), normalize(v_z, g_z)
     r, z = jax.nn.sigmoid(a[0] + u_r), jax.nn.sigmoid(a[1] + u_z)
     u_n, norm_n = normalize(matmul(r * read, recurrent.w[1]) if before else v_n[0], g_n)
-    if before:
-        q, n = None, f(a[2] + u_n)
-    else:
-        q = u_n if recurrent.b_q is None else u_n + like_row(recurrent.b_q, u_n)
-        n = f(a[2] + r * q)
+    q = u_n if recurrent.b_q is None else u_n + like_row(recurrent.b_q, u_n)
+    n = f(a[2] + (q if before else r * q))
     h = z * h + (1 - z) * n if spec.update == "keep" else (1 - z) * h + z * n
-    return h, Gates(r, z, n, q, (norm_r, norm_z, norm_n))
+    return h, Gates(r, z, n, None if before else q, (norm_r, norm_z, norm_n))
 
 
 def drop_state(h, dropout):
-    """d * h, what the products read of a state. The map is its own transpose."""
-    if dropout is None:
-        return h
-    return h * dropout.reshape((1,) * (h.ndim - dropout.ndim) + dropout.shape)
+    """d * h. This map is its own transpose, so it serves forward and backward."""
+    return h if dropout is None else h * like_row(dropout, h)
 
 
 def scale_blocks(g):
@@ -173,8 +164,8 @@ _FEW_ROWS = 64
 def input_products(params, xs):
     """N(x w_x) and its norm, for each of the three blocks.
 
-    With few rows, one product is split in three; with many, w_x is, since a slice of the product
-    would be a copy. In a loop of single steps (H=256) one product was 1.5 times as fast as three.
+    Below _FEW_ROWS rows one product is split, which is 1.5 times as fast in a loop of single steps
+    (H=256). Above it w_x is split, which is cheaper than copying slices of a large product.
     """
     if all(isinstance(n, int) for n in xs.shape) and math.prod(xs.shape[:-1]) < _FEW_ROWS:
         products = blocks(matmul(xs, params.w_x))

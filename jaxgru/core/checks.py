@@ -1,6 +1,6 @@
-"""Checks of arguments, in one form: function, argument, what it must be, what came, the cure.
+"""Checks of arguments, whose messages read "function: argument must be X, got Y; the cure".
 
-They run when a function is traced, on kinds, shapes and dtypes, and on values that are not traced.
+They run at trace time, on types, shapes and dtypes, and on values that are not traced.
 """
 
 import importlib
@@ -37,7 +37,7 @@ def require_flags(
 def require_shape(
     function: str, argument: str, value: Any, shape: tuple[int, ...], meaning: str, cure: str = ""
 ) -> None:
-    """ValueError unless the array has that shape; the message says what it means, and the cure."""
+    """ValueError unless the array has that shape; meaning and cure go into the message."""
     if value.shape != shape:
         raise ValueError(
             f"{function}: {argument} must have shape {shape} ({meaning}), got {value.shape}{cure}."
@@ -94,7 +94,7 @@ def require_dtype(function: str, dtype: Any, argument: str = "") -> Any:
 
 
 def require_axis(function: str, axis: Any, shape: tuple[int, ...]) -> int:
-    """The axis of time of xs, counted from the front; TypeError or ValueError if it has none."""
+    """The axis of time of xs, counted from the front; ValueError unless xs has it."""
     if isinstance(axis, bool) or not isinstance(axis, int | np.integer):
         raise TypeError(f"{function}: axis must be an integer, got {_static(axis)}.")
     if not -len(shape) <= axis < len(shape) - 1 or axis == -1:

@@ -9,12 +9,12 @@ from jax import lax
 
 from jaxgru.core.sharding import on_auto_mesh
 
-# Measured on two cores at the sizes of `python -m experiments.benchmarks.peers`, the first two with
-# its --chunks, the others by "jaxgru gates" and "jaxgru states" there.
+# Measured on two CPU cores by `python -m experiments.benchmarks.peers`: the first two with
+# --chunks, the last two by its contenders "jaxgru gates" and "jaxgru states".
 _WHOLE_SEQUENCE = 1 << 18  # T * B * H up to which all of time is one chunk
 _CHUNK = 1 << 17  # chunk_size * B * H, with a chunk_size of at least 8
 _MANY_GATES = 1 << 19  # T * B * H above which saved gates no longer stay in the caches
-_CHEAP_PRODUCT = 256  # the largest I + H for which recomputing them is then faster than saving
+_CHEAP_PRODUCT = 256  # the largest I + H for which recomputing gates is then faster than saving
 # On a GPU each launch of a kernel costs microseconds: `python -m experiments.benchmarks.compiled`
 # counts them.
 _GPU_CHUNK = 64
@@ -67,11 +67,11 @@ def chunk_starts(h0, hs, config):
 
 
 def default_chunk_size(platform, num_steps, h0, residuals):
-    """The chunk size whose temporaries stay in the caches, or sqrt(T) for "boundaries".
+    """The chunk size whose temporaries stay in a CPU's caches, or sqrt(T) for "boundaries".
 
-    None, the whole sequence: where it is short or a size is symbolic, and on a mesh with Auto axes,
-    whose devices would sum their weight gradients once for each chunk. The size is a divisor of T
-    where one is near, so that no shorter last chunk is compiled.
+    None (one chunk) for short sequences, symbolic sizes, and meshes with Auto axes, where every
+    chunk would add an all-reduce of the weight gradients. A divisor of T is preferred, so that no
+    shorter last chunk is compiled.
     """
     if not all(isinstance(size, int) for size in (num_steps, *h0.shape)):
         return None

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxgru.core.cell import Norms, drop_state, input_products, scale_blocks, split_recurrent
 from jaxgru.core.layer_norm import normalize_jvp, normalize_vjp
-from jaxgru.core.matmul import blocks, gates_and_candidate, matmul, sum_rows, weight_vjp
+from jaxgru.core.matmul import blocks, gates_and_candidate, matmul, weight_vjp
 from jaxgru.core.parameters import GRUParams
 
 # f' as a function of n = f(a). relu takes 0 at its kink, as jax.nn.relu does.
@@ -25,9 +25,9 @@ _DERIVATIVES = {
 
 
 class Coefficients(NamedTuple):
-    """The local derivatives of a step; they are computed for all steps at once.
+    """The local derivatives of a step, computed for all steps of a chunk at once.
 
-    K = dh'/dh directly, A = dh'/da_n, Z = dh'/da_z, and
+    K = dh'/dh with r, z and n fixed, A = dh'/da_n, Z = dh'/da_z, and
     before:  R = d(r * h)/da_r, and the gate r         after:  R = dh'/da_r,  Q = dh'/dq
     """
 
@@ -41,7 +41,7 @@ class Coefficients(NamedTuple):
 
 
 def transpose_recurrent(recurrent):
-    """The weights that `step_vjp` reads: w^T in place of w, transposed once, not at every step."""
+    """The `Recurrent` for `step_vjp`: w^T in place of w, transposed once, outside the loop."""
     return dataclasses.replace(recurrent, w=tuple(w.T for w in recurrent.w))
 
 
@@ -79,7 +79,7 @@ def step_vjp(transposed, c, dh):
 def gates_vjp(c, dh, dp):
     """da and du [..., 3H], the cotangents of N(x w_x) + b_x and of N(read w_h) + b_h.
 
-    read is d * h, or r * d * h for w_hn of "before".
+    read is d * h, but r * d * h in the product with w_hn of "before".
 
     before:  da = du = [dp R | dh Z | dh A]
     after:   da = [dh R | dh Z | dh A],  du = [dh R | dh Z | dh Q]
@@ -93,9 +93,9 @@ def gates_vjp(c, dh, dp):
 def params_vjp(params, xs, gates, h_tm1, da, du, dropout=None):
     """The cotangents of all parameters, in the state dtype: products over all leading axes.
 
-    dw_x = x^T N^T da,  [dw_hr | dw_hz] = read^T N^T du_rz,  read = d * h,
-    dw_hn = (r read)^T N^T du_n (before) or read^T N^T du_n (after). A bias gets the sum of da or
-    du, a layer-norm scale the sum of da or du times the normalized product y.
+    dw_x = x^T N^T(da),  dw_h = read^T N^T(du) with read = d * h, but (r * read)^T N^T(du) in the
+    block n of "before". A bias gets the sum of da or du, and a layer-norm scale the sum of da or du
+    times y, the normalized product.
     """
     (x, dv_x), of_w_h, rows = params_vjp_factors(params, xs, gates, h_tm1, da, du, dropout)
     w_h = split_recurrent(params).w
@@ -103,16 +103,16 @@ def params_vjp(params, xs, gates, h_tm1, da, du, dropout=None):
     return GRUParams(
         weight_vjp(x, dv_x, params.w_x),
         jnp.concatenate(dw_h, axis=-1),
-        *(None if d is None else sum_rows(d) for d in rows),
+        *(None if d is None else d.sum(axis=tuple(range(d.ndim - 1))) for d in rows),
         spec=params.spec,
     )
 
 
 def params_vjp_factors(params, xs, gates, h_tm1, da, du, dropout=None):
-    """What `params_vjp` multiplies and sums over the leading axes.
+    """The factors of `params_vjp`.
 
-    The pair (x, dv) whose x^T dv is dw_x; the pairs (read, dv) whose read^T dv are side by side in
-    dw_h; and for b_x, b_h, g_x, g_h the rows [..., 3H] whose sum is the cotangent, or None.
+    They are (x, dv) with dw_x = x^T dv; pairs (read, dv) whose products read^T dv are side by side
+    in dw_h; and for b_x, b_h, g_x, g_h the rows [..., 3H] whose sum is the cotangent, or None.
     """
     read, input_norms = drop_state(h_tm1, dropout), _input_norms(params, xs)
     dv_x = _norms_vjp(scale_blocks(params.g_x), input_norms, blocks(da))
@@ -138,9 +138,10 @@ def inputs_vjp(params, w_x_transposed, xs, da):
 def step_jvp(recurrent, c, th, e):
     """The tangent of `step`: th_t = th_tm1 M + e, linear in th and e.
 
-    before:  th M = th K + N'(t w_hz) Z + N'((t r + N'(t w_hr) R) w_hn) A,  t = d * th
-    after:   th M = th K + N'(t w_hr) R + N'(t w_hz) Z + N'(t w_hn) Q
-    d is recurrent dropout, and N' the derivative of the normalization.
+    With s = d * th, where d is recurrent dropout, and N' the derivative of the normalization:
+
+    before:  th M = th K + N'(s w_hz) Z + N'((s r + N'(s w_hr) R) w_hn) A
+    after:   th M = th K + N'(s w_hr) R + N'(s w_hz) Z + N'(s w_hn) Q
     """
     tread, scales = drop_state(th, recurrent.dropout), recurrent.scales
     tv = jnp.split(matmul(tread, recurrent.w[0]), 2 if c.Q is None else 3, axis=-1)
@@ -154,8 +155,8 @@ def step_jvp(recurrent, c, th, e):
 def step_jvp_inputs(params, tparams, xs, txs, gates, h_tm1, dropout=None):
     """e of `step_jvp`: what the tangents of parameters and inputs add to th_t, for a fixed state.
 
-    This map is the transpose of the one from dh to the cotangents of parameters and inputs, so JAX
-    makes it from the functions above. A tangent of None is zero and costs nothing.
+    It is linear in the tangents: JAX derives it by transposing `cotangents`, the map from dh to the
+    cotangents of parameters and inputs. A tangent of None is zero and costs nothing.
     """
     recurrent = split_recurrent(params, dropout)
     c, transposed = coefficients(recurrent, gates, h_tm1), transpose_recurrent(recurrent)
@@ -169,7 +170,7 @@ def step_jvp_inputs(params, tparams, xs, txs, gates, h_tm1, dropout=None):
         found = {**dparams.arrays(), "xs": inputs_vjp(params, params.w_x.T, xs, da)}
         return {name: found[name] for name in tangents}
 
-    return jax.linear_transpose(cotangents, h_tm1)(tangents)[0]  # of h_tm1 only its shape counts
+    return jax.linear_transpose(cotangents, h_tm1)(tangents)[0]  # h_tm1 gives shape and dtype
 
 
 def _input_norms(params, xs):
@@ -180,7 +181,7 @@ def _input_norms(params, xs):
 
 
 def _norms_vjp(scales, norms, du):
-    """dv [..., 2H or 3H], the cotangent of the products, from du, that of each after its norm."""
+    """dv [..., 2H or 3H], the cotangents of the products, from du, those of the normalized ones."""
     return jnp.concatenate(list(map(normalize_vjp, du, scales, norms)), axis=-1)
 
 

@@ -1,10 +1,11 @@
 """Masks, resets, truncation and zoneout: what they do to the state around each step.
 
-    h_tm1 = enter(h)                         0 where the step is reset; no gradient where it is cut
+    h_tm1 = enter(h)                         h, but 0 at a reset; its gradient stops at a cut
     h_t = leave(step(x_t, h_tm1), h_tm1)     h_tm1 where the step is masked or the unit zoned out
 
-Both are linear in the state. `enter_linear` is the derivative of `enter` and its own transpose;
-`leave` is its own derivative, and `leave_vjp` its transpose.
+A cut is a window edge of `BPTT.truncate`. Both maps are linear in the state: `enter_linear` is the
+derivative of `enter` and also its transpose; `leave` is its own derivative, `leave_vjp` its
+transpose.
 """
 
 import dataclasses
@@ -20,11 +21,11 @@ from jaxgru.core.noise import draw_masks, is_zero, with_static_numbers
 @with_static_numbers
 @dataclasses.dataclass(frozen=True, eq=False)
 class Flags:
-    """The flags of all steps [T, ..., 1], or of one [..., 1] inside the loop; None without."""
+    """The flags of all steps [T, ..., 1], or of one [..., 1] inside the loop; None if not given."""
 
-    mask: jax.Array | None = None  # False keeps h_tm1; [T, ..., H] where zoneout is drawn
+    mask: jax.Array | None = None  # False: h_t = h_tm1; [T, ..., H] after with_zoneout
     resets: jax.Array | None = None
-    cuts: jax.Array | None = None  # the gradient of the state ends before the step
+    cuts: jax.Array | None = None  # no gradient flows to the state before the step
     # The share of h_tm1 in h_t of a valid step; `with_zoneout` draws 0s and 1s of that mean.
     zoneout_mean: Any = 0.0  # a number, or an array with one for each step
 
@@ -66,7 +67,7 @@ class Flags:
         pair = [h_start[None], hs.astype(h_start.dtype)]
         if reverse:
             return self.enter(jnp.concatenate(pair[::-1])[1:])
-        return self.enter(jnp.concatenate(pair)[:-1])  # sliced after, so that T may be 0
+        return self.enter(jnp.concatenate(pair)[:-1])  # slices last, so that T may be 0
 
     def with_zoneout(self, key: jax.Array | None, numbers: Any, h: jax.Array) -> "Flags":
         """Flags whose mask is also False at the units that zoneout holds at h_{t-1}."""
@@ -83,7 +84,7 @@ def zero_where(flags: jax.Array | None, h: jax.Array) -> jax.Array:
 
 
 def choose(flags: jax.Array | None, where: jax.Array, elsewhere: jax.Array) -> jax.Array:
-    """jnp.where(flags, where, elsewhere), flags broadcast over the last axes; `where` for None."""
+    """jnp.where(flags, where, elsewhere), flags broadcast over the last axes; `where` if None."""
     if flags is None:
         return where
     flags = flags.reshape(flags.shape + (1,) * (where.ndim - flags.ndim))
@@ -93,13 +94,13 @@ def choose(flags: jax.Array | None, where: jax.Array, elsewhere: jax.Array) -> j
 def find_cuts(
     windows: jax.Array, mask: jax.Array | None, h0: jax.Array, reverse: bool
 ) -> jax.Array:
-    """[T, ..., 1], True at a valid step whose window differs from that of the valid step before it.
+    """[T, ..., 1], True at a valid step whose window differs from that of the previous valid step.
 
-    windows [T] is the number of each step's window; "before" is in the order of the run. The first
-    valid step has none before it, so padding does not cut a sequence from its h0.
+    "Previous" is in the order of the run, and windows [T] are the numbers of the steps' windows.
+    The first valid step is never cut, so padding does not separate a sequence from its h0.
     """
     shape = (windows.shape[0],) + (1,) * h0.ndim
-    windows = (-windows if reverse else windows).reshape(shape)  # they grow in the order of the run
+    windows = (-windows if reverse else windows).reshape(shape)  # increasing in its order
     mask, none = jnp.ones(shape, bool) if mask is None else mask, jnp.iinfo(windows.dtype).min
     passed = jnp.where(mask, windows, jnp.full_like(windows, none))
     shift = (-1, 1, 0) if reverse else (1, -1, 0)  # by one step; `none` before the first

@@ -1,4 +1,4 @@
-"""How a GRU is differentiated: the derivative rule and its options, as one static value."""
+"""The derivative rules of `gru` and their options."""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,13 +10,12 @@ Residuals = Literal["gates", "states", "boundaries"]
 
 
 class Kernel:
-    """Runs the recurrence in place of `lax.scan`: the base class of those in `jaxgru.experimental`.
+    """Runs the recurrence in place of `lax.scan`: the base class of experimental kernels.
 
-    A kernel is static: hashable, and equal to another one that does the same. Its methods:
+    A kernel is static: hashable, and equal kernels compute the same. Its methods:
 
-    prepare(params, xs): the kernel for one call of `gru`, with what the backward pass must know of
-      JAX's settings, which may have changed when that is traced; ValueError where it cannot compute
-      what is asked.
+    prepare(params, xs): returns the kernel for one call of `gru`. It records JAX's settings, since
+      they may differ when the backward pass is traced. ValueError for an unsupported call.
     forward: computes what `jaxgru.core.scan.scan_steps` does, from the same arguments.
     backward: computes what `jaxgru.core.bptt.reverse_scan` does, from the same arguments.
     """
@@ -47,11 +46,11 @@ class BPTT:
       residuals: what the forward pass saves for the backward pass. "gates": hs and r, z, n (and q,
         for reset="after"). "states": hs; the gates are recomputed in bulk products. "boundaries":
         one state per chunk; the chunk is recomputed.
-      chunk_size: steps that are differentiated at once; T need not be a multiple of it. Where a
-        size is symbolic None takes the whole sequence, and "boundaries" then saves no memory.
+      chunk_size: steps per chunk; T need not be a multiple of it. With symbolic sizes None means
+        the whole sequence, and "boundaries" then saves no memory.
       unroll: steps of the loop that one iteration runs, as in `lax.scan`.
-      truncate: truncated backpropagation: steps are divided into windows [0, truncate), ... and the
-        gradient of the state is cut between them. Values do not change. None cuts nothing.
+      truncate: truncated backpropagation: the gradient of the state stops at every multiple of
+        `truncate` steps. Values do not change. None: no truncation.
       kernel: runs the sequence in place of `lax.scan`: see `jaxgru.experimental.fused`.
 
     Raises:

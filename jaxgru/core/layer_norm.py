@@ -21,7 +21,7 @@ class Norm(NamedTuple):
 
 
 def normalize(v: jax.Array, scale: jax.Array | None) -> tuple[jax.Array, Norm | None]:
-    """N(v) and what its derivatives need; v itself for scale None."""
+    """(N(v), its `Norm`), or (v, None) without a scale."""
     if scale is None:
         return v, None
     centered = v - v.mean(axis=-1, keepdims=True)

@@ -16,20 +16,18 @@ def length_mask(lengths: Any, num_steps: int, *, axis: int = 0) -> jax.Array:
 
     Args:
       lengths: [...] integers from 0 to num_steps.
-      num_steps: T; a symbolic dimension of `jax.export` too.
-
-      axis: where the mask has its time; 1 for [B, T].
+      num_steps: T; it may be a symbolic dimension of `jax.export`.
+      axis: the axis of time of the mask; 1 for [B, T].
 
     Returns:
       [T, ...] bool, for `gru(..., mask=...)`.
 
     Raises:
       TypeError: lengths, num_steps or axis are not integers.
-      ValueError: a length is negative or above num_steps. Lengths that are traced cannot be read;
-        for them a negative length acts as 0 and one above num_steps as num_steps.
-        Also if the mask has no such axis.
+      ValueError: a length is outside [0, num_steps], or the mask has no such axis. Traced lengths
+        cannot be checked; they are clipped to that range.
 
-    Cost: one comparison an entry.
+    Cost: one comparison per entry.
 
     >>> length_mask([2, 0], 3).astype(int).tolist()
     [[1, 0], [1, 0], [0, 0]]
@@ -60,9 +58,8 @@ def resets_from_dones(
 
     Args:
       dones: [T, ...] bool: True where step t is the last of its episode.
-      done_before: [...] bool, the dones of the step before the first, which is the last of the
-        previous rollout; None for none, so that the state that is carried in is used.
-      axis: where dones has its time; 1 for [B, T].
+      done_before: [...] bool, dones[-1] of the previous rollout; None: step 0 uses the given h0.
+      axis: the axis of time of dones; 1 for [B, T].
 
     Returns:
       The shape of dones, bool, for `gru(..., resets=...)`.

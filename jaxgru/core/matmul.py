@@ -1,7 +1,7 @@
 """Matrix products of a layer in mixed precision, and their transposes.
 
-Operands have the dtype of the weights, but those of weight gradients have the state dtype, as all
-sums have: float32 for half types, else the dtype of the weights.
+Operands have the dtype of the weights. Sums, and operands of weight gradients, have the state
+dtype: float32 for half types, else the dtype of the weights.
 """
 
 from typing import Any
@@ -29,17 +29,12 @@ def gates_and_candidate(w: jax.Array) -> list[jax.Array]:
 
 
 def like_row(b: jax.Array, v: jax.Array) -> jax.Array:
-    """[H] in v's dtype with as many unit axes in front as v has, to broadcast explicitly."""
-    return b.astype(v.dtype).reshape((1,) * (v.ndim - 1) + b.shape)
-
-
-def sum_rows(d: jax.Array) -> jax.Array:
-    """[..., H] summed over all leading axes."""
-    return d.sum(axis=tuple(range(d.ndim - 1)))
+    """b in the dtype and with the rank of v, so that it broadcasts over the leading axes of v."""
+    return b.astype(v.dtype).reshape((1,) * (v.ndim - b.ndim) + b.shape)
 
 
 def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x w."""
+    """x @ w, summed in the state dtype."""
     contract = (((x.ndim - 1,), (0,)), ((), ()))
     return lax.dot_general(
         x.astype(w.dtype), w, contract, preferred_element_type=state_dtype(w.dtype)
@@ -49,18 +44,18 @@ def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
 def weight_vjp(x: jax.Array, d: jax.Array, w: jax.Array) -> jax.Array:
     """x^T d: the cotangent of w in y = x w, summed over the leading axes, in the dtype of d.
 
-    Formed as JAX's own transpose of the product, which knows how to reduce over an axis that an
-    explicit mesh shards; a product written out by hand is refused there.
+    This is JAX's transpose of `matmul`, which can sum over an axis that an explicit mesh shards;
+    x^T d written out raises an error there.
     """
     x, d = _flatten(x), _flatten(d)
     return jax.vjp(lambda w: matmul(x, w), w.astype(d.dtype))[1](d)[0]
 
 
 def _flatten(x):
-    """[..., F] as one matrix, the fastest form on a CPU, where no leading axis can be sharded.
+    """x as one matrix, which is fastest on a CPU, unless a leading axis is or may be sharded.
 
-    Rows that lie on several devices would first be sent to all of them. Explicit axes of a mesh are
-    visible in the type of x; Auto axes are not, so any mesh with Auto axes counts.
+    Flattening would then gather its rows on every device. The type of x shows the explicit axes of
+    a mesh but not the Auto axes, so with any Auto axis x is left as it is.
     """
     sharding = getattr(jax.typeof(x), "sharding", None)
     if sharding is not None and any(axis is not None for axis in sharding.spec[:-1]):

@@ -1,4 +1,4 @@
-"""The arrays of one GRU layer, and the static choice of its equation."""
+"""The arrays of one GRU layer, and `GRUSpec`, the choice of its equation."""
 
 import dataclasses
 import functools
@@ -19,17 +19,17 @@ Scheme = Literal["orthogonal", "pytorch", "keras"]
 
 @dataclasses.dataclass(frozen=True)
 class GRUSpec:
-    """Which GRU equation: static and hashable, so it may be a static argument of `jax.jit`.
+    """The choice of GRU equation; hashable, so it may be a static argument of `jax.jit`.
 
     Attributes:
       reset: the reset gate acts on the state "before" the recurrent product of the candidate
         (Cho et al. 2014, eq. 8) or "after" it (PyTorch, cuDNN, Keras's default).
-      update: the update gate z says how much of the old state to "keep" (Cho et al. 2014, eq. 7)
-        or how much of the candidate to "write" (Chung et al. 2014, section 3.2).
+      update: the update gate z multiplies the old state ("keep", Cho et al. 2014, eq. 7) or the
+        candidate ("write", Chung et al. 2014, section 3.2).
       activation: the candidate's f.
 
     Raises:
-      ValueError: a field is none of its choices.
+      ValueError: a field has an unknown value.
 
     >>> GRUSpec(reset="after")
     GRUSpec(reset='after', update='keep', activation='tanh')
@@ -50,17 +50,13 @@ CHUNG_2014 = GRUSpec(reset="before", update="write")
 PYTORCH = GRUSpec(reset="after", update="keep")
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("w_x", "w_h", "b_x", "b_h", "g_x", "g_h"),
-    meta_fields=("spec",),
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class GRUParams:
     """The arrays of one GRU layer, and the equation they belong to.
 
     A pytree: its leaves are the arrays, blocks r | z | n (reset, update, candidate) on the last
-    axis. An array that is None has no leaf. `spec` is static: `jax.jit` compiles once for each, and
+    axis. An array that is None is no leaf. `spec` is static: `jax.jit` compiles once for each, and
     `jax.tree.map` over two GRUParams raises a ValueError unless their specs are equal. To change a
     field, use `dataclasses.replace(params, spec=PYTORCH)`.
 
@@ -69,10 +65,9 @@ class GRUParams:
       w_h: [H, 3H], the weights of the state.
       b_x: [3H] or None, the bias added to x w_x.
       b_h: [3H] or None, the bias added to h w_h.
-      g_x: [3H] or None, the layer-norm scale of x w_x: with it, each gate's product is normalized.
-      g_h: [3H] or None, the layer-norm scale of h w_h.
-      spec: a `GRUSpec`. It has no default, so that weights of another library are never run with an
-        equation that nobody chose.
+      g_x: [3H] or None, the layer-norm scale of x w_x; None for no normalization.
+      g_h: [3H] or None, the layer-norm scale of h w_h; likewise.
+      spec: a `GRUSpec`. It has no default: weights of another library need that library's equation.
 
     >>> params = init_gru(jax.random.key(0), 2, 3, spec=PYTORCH)
     >>> params.spec.reset, len(jax.tree.leaves(params))
@@ -85,17 +80,17 @@ class GRUParams:
     b_h: jax.Array | None = None
     g_x: jax.Array | None = None
     g_h: jax.Array | None = None
-    spec: GRUSpec = dataclasses.field(kw_only=True)
+    spec: GRUSpec = dataclasses.field(kw_only=True, metadata={"static": True})
 
     __hash__ = None  # type: ignore  # arrays have no hash, so params cannot be a static argument
 
     def arrays(self) -> dict[str, jax.Array | None]:
-        """The arrays by name; None for what the layer does not have."""
+        """The arrays by name; None where absent."""
         names = [field.name for field in dataclasses.fields(self) if field.name != "spec"]
         return {name: getattr(self, name) for name in names}
 
 
-# `jax.export` writes functions of parameters to files; the spec is part of what it writes.
+# `jax.export` writes functions of parameters to files; this tells it how to write the spec.
 jax.export.register_pytree_node_serialization(
     GRUParams,
     serialized_name="jaxgru.GRUParams",
@@ -123,15 +118,12 @@ def init_gru(
       key: a `jax.random.key`.
       input_size: I, at least 1.
       hidden_size: H, at least 1.
-      spec: the equation, which the parameters keep: Cho et al. 2014 by default. Pass `PYTORCH` for
+      spec: the equation, stored in the parameters: Cho et al. 2014 by default. Pass `PYTORCH` for
         the GRU of PyTorch, cuDNN, Flax, Equinox and Keras.
       bias: False leaves both biases out (None).
-      layer_norm: True adds layer-norm scales of one, so that every gate's products are normalized.
+      layer_norm: True adds layer-norm scales, all ones.
       scheme: "orthogonal" (default; Saxe et al. 2014, arXiv:1312.6120), "pytorch" or "keras".
-      dtype: of every array; half types are drawn in float32 and rounded.
-
-    Returns:
-      The GRUParams; b_x and b_h are None without bias, g_x and g_h without layer_norm.
+      dtype: the dtype of every array; half types are drawn in float32 and rounded.
 
     Raises:
       ValueError: a size is not positive, or the scheme is unknown.

@@ -21,11 +21,10 @@ from jaxgru.core.tangent import tangent
 
 
 class Tap(NamedTuple):
-    """Zeros that `gru` adds to xs and to every h_t, so that `jax.grad` gives their gradients.
+    """Zeros that `gru` adds to xs and to every h_t; their gradients are dL/dx_t and dL/dh_t.
 
-    The gradient of a loss with respect to a tap is a Tap of dL/dx_t and dL/dh_t for every step
-    (`retain_grad` in PyTorch), where h_t is what step t passes on to its output and to step t + 1.
-    None stands for an array that is not wanted.
+    h_t is what step t passes to its output and to step t + 1 (`retain_grad` in PyTorch). None
+    stands for an array that is not wanted.
     """
 
     xs: jax.Array | None  # [T, ..., I]
@@ -67,7 +66,7 @@ def gru(
       mask: [T, ...] bool, True = valid step. The values of xs at masked steps, NaN included, change
         no result and no gradient. `length_mask` makes a mask from lengths, with time in front. A
         mask with time and batch swapped is refused, except where T = B, as only shapes are checked.
-      resets: [T, ...] bool. `resets_from_dones` makes them from the ends of episodes.
+      resets: [T, ...] bool. `resets_from_dones` computes them from the ends of episodes.
       reverse: runs from the last step to the first; hs keeps the order of xs.
       axis: the axis of time in xs, mask, resets and hs; 1 for batch-major [B, T, I].
       gradient: "bptt" (handwritten, reverse mode, the fastest), "tangent" (handwritten, forward and
@@ -132,14 +131,14 @@ def run_gru(
     params: GRUParams, xs: Any, h0: Any, mask: Any, resets: Any, key: Any, first_step: Any,
     tap: Tap | None, *, reverse: bool, rule: Rule, noise: Noise, deterministic: bool,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """`gru` of checked arguments, with time in front."""
+    """`gru` without its checks, with time as the first axis."""
     kernel = rule.kernel.prepare(params, xs) if isinstance(rule, BPTT) and rule.kernel else None
     params = jax.tree.map(jnp.asarray, params)  # NumPy arrays become JAX's
     mask, resets = (None if v is None else jnp.asarray(v)[..., None] for v in (mask, resets))
     tap_xs, tap_hs = (None, None) if tap is None else tap
     xs = xs if tap_xs is None else xs + tap_xs
     if mask is not None:
-        xs = jnp.where(mask, xs, jnp.zeros_like(xs))  # before the cell: 0 * NaN is NaN
+        xs = jnp.where(mask, xs, jnp.zeros_like(xs))  # 0 * NaN is NaN in gradients
     h0 = _zero_state(params, xs) if h0 is None else jnp.asarray(h0)
     numbers = first_step + lax.broadcasted_iota(jnp.int32, (xs.shape[0],), 0)
     cuts = None
@@ -184,10 +183,9 @@ def _resolve(rule, platform, xs, h0):
 
 
 def _zero_state(params, xs):
-    """Zeros [..., H], made from the data so that they are sharded as the state will be.
+    """Zeros [..., H] with the sharding of the projected input, of which only the type is used.
 
-    Only their type comes from the product; no value of it is used, and jit leaves it out. The sum
-    over time is one step even where T is 0.
+    jit leaves the product out. xs.sum(axis=0) stands for one step, also where T is 0.
     """
     return jnp.zeros_like(project(params, xs.sum(axis=0))[0], dtype=xs.dtype)
 
@@ -196,7 +194,7 @@ def require_inputs(
     function: str, params: Any, xs: Any, input_size: int, mask: Any, resets: Any, axis: Any,
     rows: str = "params.w_x",
 ) -> int:  # fmt: skip
-    """The axis of time, counted from the front; TypeError or ValueError naming the argument."""
+    """Checks xs, mask and resets; returns the axis of time as a non-negative integer."""
     checks.require_float(function, "xs", xs, params.w_x.dtype)
     if xs.ndim < 2 or xs.shape[-1] != input_size:
         raise ValueError(

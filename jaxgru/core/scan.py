@@ -1,4 +1,4 @@
-"""The plain recurrence: `lax.scan` over the steps, chunk by chunk.
+"""The recurrence by `lax.scan`, without a derivative rule, in chunks of steps.
 
 One product projects all inputs of a chunk; then the loop runs its steps.
 """
@@ -19,7 +19,7 @@ from jaxgru.core.matmul import state_dtype
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The static choices of a call, resolved."""
+    """The static options of a call, defaults filled in."""
 
     reverse: bool
     kernel: Kernel | None
@@ -58,16 +58,16 @@ class Configs:
 
 
 class Inputs(NamedTuple):
-    """What each step is given, [T, ...]; None where there is nothing."""
+    """The inputs of all steps, [T, ...]; None where absent."""
 
     xs: jax.Array
     flags: Flags
-    numbers: jax.Array | None  # [T], the numbers of the steps, which seed the masks of zoneout
+    numbers: jax.Array | None  # [T], the numbers of the steps, folded into the key of zoneout
     tap: jax.Array | None  # [T, ..., H], added to h_t
 
 
 def plain_scan(config, params, inputs, h0, dropout, key):
-    """(h_last, hs); dropout is the mask of recurrent dropout and key that of zoneout, or None."""
+    """(h_last, hs). dropout: the mask of recurrent dropout; key: zoneout's; each may be None."""
     h_last, (hs, _), _ = forward(config, params, inputs, h0, dropout, key, save_gates=False)
     return h_last, hs
 
@@ -107,5 +107,5 @@ def scan_steps(config, recurrent, h, a, inputs, save_gates) -> Any:
 
 
 def add_tap(h_t: jax.Array, tap: jax.Array | None) -> jax.Array:
-    """h_t, with what a tap adds to it."""
+    """h_t + tap."""
     return h_t if tap is None else h_t + tap.astype(h_t.dtype)

@@ -7,16 +7,16 @@ from jax import lax
 
 
 def on_auto_mesh() -> bool:
-    """True where JAX divides arrays over devices itself: inside a mesh with Auto axes."""
+    """True inside a mesh with an Auto axis, over which the compiler shards arrays itself."""
     mesh = jax.sharding.get_abstract_mesh()
     return any(mesh.shape[name] > 1 for name in mesh.auto_axes)
 
 
 def cast_to_common_varying_axes(tree: Any, others: Any = None) -> Any:
-    """The tree, each leaf cast to vary over the union of the mesh axes of all leaves of both.
+    """The tree, each leaf cast to vary over every mesh axis over which a leaf of both varies.
 
-    Inside `jax.shard_map` the scan's carry and the cotangents then have one type, and JAX's own
-    transpose of this cast sums the parameters' gradient over the mesh, once.
+    Scan carries and cotangents then have equal types inside `jax.shard_map`, and the transpose of
+    the cast sums the gradient of the parameters over the mesh once.
     """
     axes = frozenset().union(*(varying_axes(v) for v in jax.tree.leaves((tree, others))))
 
@@ -44,7 +44,7 @@ def place_like(v, like):
 
 
 def replicate(v: jax.Array) -> jax.Array:
-    """v, whole on every device of an explicit mesh: for a loop over an axis that is sharded."""
+    """v replicated over an explicit mesh, for a loop over an axis that is sharded."""
     sharding = getattr(jax.typeof(v), "sharding", None)
     if sharding is None or all(axis is None for axis in sharding.spec):
         return v

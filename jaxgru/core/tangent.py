@@ -1,12 +1,10 @@
 """The tangent of the recurrence, derived by hand, as a `custom_jvp`.
 
-    th_t = step_jvp(c_t, th_{t-1}, e_t) = th_{t-1} M_t + e_t
+    th_t = step_jvp(recurrent, c_t, th_{t-1}, e_t) = th_{t-1} M_t + e_t
 
-M_t[i, j] = dh_t[j] / dh_{t-1}[i] is the transpose of the Jacobian, since states are rows.
-
-e_t is what the tangents of the parameters and inputs add at step t; it is computed for all steps in
-bulk. The loop is linear in th, so JAX can transpose it, which is backpropagation through time, and
-differentiate it again.
+at a step without a mask, a reset or a tap; README.md defines M. e_t is what the tangents of the
+parameters and inputs add at step t; it is computed for all steps at once. The loop is linear in th,
+so JAX can transpose it, which is backpropagation through time, and differentiate it again.
 """
 
 import functools
@@ -35,7 +33,7 @@ def _tangent_jvp(config, primals, tangents):
         (tangents[0], tangents[1].xs, tangents[1].tap, tangents[2]),
         is_leaf=lambda t: isinstance(t, SymbolicZero),
     )
-    h_last, hs = tangent(config, *primals)  # not plain_scan, so that JAX can differentiate it again
+    h_last, hs = tangent(config, *primals)  # the custom_jvp, so that JAX can differentiate it again
     dtype, flags = state_dtype(h0.dtype), inputs.flags
     h_tm1 = flags.states_before(h0.astype(dtype), hs, config.reverse)
     recurrent = split_recurrent(params, dropout)

@@ -125,6 +125,9 @@ def init_gru(
       scheme: "orthogonal" (default; Saxe et al. 2014, arXiv:1312.6120), "pytorch" or "keras".
       dtype: the dtype of every array; half types are drawn in float32 and rounded.
 
+    Returns:
+      The GRUParams; b_x and b_h are None without bias, g_x and g_h without layer_norm.
+
     Raises:
       ValueError: a size is not positive, or the scheme is unknown.
       TypeError: another argument has the wrong kind, or dtype is not one of float64 (which needs

@@ -91,9 +91,7 @@ def describe(device: str, dump: str) -> SingleDeviceSharding:
     if device == "h100":
         return SingleDeviceSharding(hopper.describe_device())
     if importlib.util.find_spec("libtpu") is None:
-        raise ImportError(
-            "libtpu must be installed to compile for a TPU, got none; pip install 'jax[tpu]'."
-        )
+        raise ImportError("libtpu must be installed, got none; pip install 'jax[tpu]'.")
     jax.config.update("jax_platforms", "cpu")  # of the weights; a TPU would be looked for otherwise
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
     os.environ["TPU_ACCELERATOR_TYPE"] = "v5litepod-4"
@@ -170,10 +168,10 @@ def option_cases(dtype: Any, reset: Any) -> list[tuple[jaxgru.GRUParams, dict[st
     return [*((init(), options) for options in plain), *changed]
 
 
-def compile_options(device: str, place: SingleDeviceSharding) -> list[str]:
+def compile_options(device: str, place: SingleDeviceSharding, args: Any) -> list[str]:
     """Compiles a training step with every option; returns a line for each failure."""
     failures = []
-    for dtype, reset in itertools.product((*DTYPES, "float16"), RESETS):
+    for dtype, reset in itertools.product(args.dtypes, args.resets):
         cases = option_cases(jnp.dtype(dtype), reset)
         for params, options in tqdm(cases, f"{device} {dtype} {reset}", disable=None):
             lead = TINY[1::-1] if options.get("axis") == 1 else TINY[:2]
@@ -298,13 +296,12 @@ def run(args: argparse.Namespace, dump: str) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     for device in args.devices:
         if args.options:
-            lines += compile_options(device, describe(device, dump))
+            lines += compile_options(device, describe(device, dump), args)
             continue
         measure_device(device, cells, dump, args)
         results = read(args.out)
-        if args.check:
-            found = judge(results.get(device, {}).get("rows", {}), cells)
-            lines += [f"{device} {line}" for line in found]
+        rows = results.get(device, {}).get("rows", {})
+        lines += [f"{device} {line}" for line in judge(rows, cells) if args.check]
         runs.replace_text(args.out / "compiled.md", markdown(results))
         plot(results, args.out / "compiled.png")
     print("\n".join(lines or ["compiled: nothing failed"]))
@@ -316,7 +313,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("--devices", nargs="+", choices=COLUMNS, default=list(COLUMNS))
-    add("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
+    add("--dtypes", nargs="+", choices=(*DTYPES, "float16"), default=DTYPES)
     add("--hidden", nargs="+", type=int, default=[128, 512])
     add("--tasks", nargs="+", choices=("training", "forward"), default=["training", "forward"])
     add("--resets", nargs="+", choices=RESETS, default=RESETS)

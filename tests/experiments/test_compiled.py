@@ -4,7 +4,9 @@ import dataclasses
 import inspect
 import json
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from experiments.benchmarks import compiled, compiled_text
@@ -170,15 +172,13 @@ def test_check_fails_where_a_peer_costs_less_or_something_is_missing(
     results, line, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(compiled, "measure_device", lambda *args: None)
+    monkeypatch.setattr(compiled, "plot", lambda results, path: None)
     (tmp_path / "compiled.json").write_text(json.dumps(results or results_of()))
     grid = ["--devices", "h100", "--dtypes", "float32", "--hidden", "128", "--tasks", "training"]
-    code = compiled.main(
-        [*grid, "--resets", "after", "--out", str(tmp_path), "--check"],
-    )
+    code = compiled.main([*grid, "--resets", "after", "--out", str(tmp_path), "--check"])
     printed = capsys.readouterr().out
     assert code == (0 if line is None else 1)
     assert printed.startswith(f"h100 {CELL}: {line}" if line else "compiled: nothing failed")
-    assert (tmp_path / "compiled.png").stat().st_size > 1000
 
 
 def test_table_has_a_line_for_each_contender():
@@ -189,6 +189,41 @@ def test_table_has_a_line_for_each_contender():
         "| 1,234.50 | 2.00 | 8.00 |  |" in table
     )
     assert sum("refused" in line for line in table) == 1
+
+
+def test_plot_shows_contenders_with_results_and_survives_none(tmp_path, monkeypatch):
+    shown = {}
+
+    def savefig(figure, path, **options):
+        for panel in figure.axes:
+            lines = {line.get_label(): line.get_ydata() for line in panel.get_lines()}
+            shown[panel.get_title()] = {name: list(y) for name, y in lines.items() if len(y)}
+
+    monkeypatch.setattr(compiled.Figure, "savefig", savefig)
+    compiled.plot({**results_of(jaxgru=3.0, plain_scan=9.0), "v5e": {"rows": {CELL: {}}}}, tmp_path)
+    training = "training step: value and all gradients"
+    found = {name: y for name, y in shown.pop(f"h100: {training}").items() if y[0] == y[0]}
+    assert found == {"jaxgru": [8.0], "plain scan": [8.0]}  # the last panel: temporaries
+    assert not any(shown.values())
+    monkeypatch.undo()
+    compiled.plot({"h100": {"rows": {}}}, tmp_path / "compiled.png")
+    assert (tmp_path / "compiled.png").stat().st_size > 1000
+
+
+def test_programs_of_contenders_are_of_the_same_problem(monkeypatch):
+    monkeypatch.setattr(compiled, "NUM_STEPS", 16)
+    monkeypatch.setattr(compiled, "BATCH_SIZE", 2)
+    found = {}
+    for name in ("jaxgru", "plain scan, hoisted, unroll 8"):
+        function, arguments = compiled.make_program(
+            compiled.CONTENDERS[name], "float32 4 training before"
+        )
+        found[name] = jax.tree.leaves(jax.jit(function)(*arguments))
+        assert ("unroll=8" in str(jax.make_jaxpr(function)(*arguments))) == (name != "jaxgru")
+    for ours, theirs in zip(*found.values(), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+    scanned = jax.make_jaxpr(lambda xs: jax.lax.scan(lambda c, x: (c, x), 0.0, xs))(jnp.ones(9))
+    assert "unroll=8" not in str(scanned)  # lax.scan itself is as before
 
 
 def test_rows_that_are_there_are_measured_again_only_on_request(tmp_path, monkeypatch):
@@ -237,11 +272,8 @@ def test_every_option_of_gru_is_compiled():
     fields = {field.name for field in dataclasses.fields(BPTT)} - {"kernel"}  # `hopper` compiles it
     changed = {f for f in fields for rule in rules if getattr(rule, f, None) not in (None, 1)}
     assert changed == fields
-    assert {rule.residuals for rule in rules if isinstance(rule, BPTT)} >= {
-        "gates",
-        "states",
-        "boundaries",
-    }
+    residuals = {rule.residuals for rule in rules if isinstance(rule, BPTT)}
+    assert residuals >= {"gates", "states", "boundaries"}
     noises = [case["noise"] for _, case in cases if "noise" in case]
     assert all(all(dataclasses.astuple(noise)) for noise in noises) and Noise() not in noises
     assert {params.g_h is None for params, _ in cases} == {True, False}
@@ -258,6 +290,6 @@ def test_an_option_that_does_not_compile_fails_the_command(tmp_path, monkeypatch
     argv = ["--options", "--devices", "v5e", "--out", str(tmp_path)]
     assert compiled.main(argv) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 6 and lines[0] == "v5e float32 before {'axis': 1}: RuntimeError: refused"
+    assert len(lines) == 4 and lines[0] == "v5e float32 before {'axis': 1}: RuntimeError: refused"
     monkeypatch.setattr(compiled, "compile_for", lambda place, function, arguments: None)
     assert compiled.main(argv) == 0

@@ -51,7 +51,7 @@ from experiments.benchmarks.compiled_text import PLACES
 from experiments.benchmarks.layers import build, plain_layer
 from experiments.benchmarks.libraries import GATES, JAX_PEERS, OURS, TASKS, Library, ours
 from experiments.benchmarks.problems import RESETS, Size, cast, draw_problem, training_step
-from experiments.benchmarks.report import COLOURS, TITLES
+from experiments.benchmarks.report import COLOURS
 from experiments.data import DataError
 from jaxgru import BPTT, Autodiff, Noise, Tangent
 
@@ -276,13 +276,13 @@ def plot(results: dict[str, Any], path: Path) -> None:
         rows = {c: row for c, row in sorted(results[device]["rows"].items())
                 if task in c and any("costs" in figures for figures in row.values())}  # fmt: skip
         for k, name in enumerate(CONTENDERS):
-            found = [row.get(name, {}).get("costs", {}) for row in rows.values()]
-            costs = [cost.get(column, np.nan) for cost in found]
-            at, colour = np.arange(len(rows)) + 0.06 * (k - 5), COLOURS.get(name, f"C{k}")
+            costs = [r.get(name, {}).get("costs", {column: np.nan})[column] for r in rows.values()]
+            colour = COLOURS.get(name, "0.6" if name in PEERS else "lightcoral")
+            at = np.arange(len(rows)) + 0.06 * (k - 5)
             panel.plot(at, costs, "os^Dv<>P"[k % 8], color=colour, label=name)
         panel.set_xticks(range(len(rows)), [c.replace(f" {task} ", "\n") for c in rows], fontsize=7)
-        panel.set(title=f"{device}: {TITLES[task]}", ylabel=column)
-        panel.set_yscale("log" if rows else "linear")
+        panel.set(title=f"{device}, {task}: {column}", yscale="log" if rows else "linear")
+        panel.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
         panel.grid(axis="y", which="both", alpha=0.3)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.suptitle(f"{TITLE}; temporaries in MB")

@@ -32,6 +32,7 @@ import jaxgru
 from jaxgru.experimental.fused import HopperKernel
 
 # An H100 SXM, from NVIDIA's data sheet and the CUDA programming guide; XLA needs every field.
+# Without versions it assumes a driver that cannot put loops and copies into CUDA graphs.
 H100 = """
 gpu_device_info {
   cuda_compute_capability { major: 9 minor: 0 }
@@ -42,6 +43,7 @@ gpu_device_info {
   shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
   shared_memory_per_core: 233472 l2_cache_size: 52428800
   memory_bandwidth: 3352320000000 device_memory_size: 84978434048
+  driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0"
 }
 platform_name: "CUDA"
 dnn_version_info { major: 9 }

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from jaxgru.core.cell import project, split_recurrent, step
+from jaxgru.core.cell import empty_gates, project, split_recurrent, step
 from jaxgru.core.chunks import chunk_starts, scan_chunks
 from jaxgru.core.derivatives import (
     coefficients,
@@ -23,7 +23,7 @@ from jaxgru.core.derivatives import (
     transpose_recurrent,
 )
 from jaxgru.core.matmul import state_dtype
-from jaxgru.core.scan import Inputs, forward, plain_scan, run_chunk
+from jaxgru.core.scan import Inputs, forward, plain_scan, run_chunk, run_unless_masked
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -52,8 +52,7 @@ def forward_and_residuals(config, params, inputs, h0, dropout, key, save_gates):
     if config.residuals == "boundaries":
         return (h_last, hs), (None, None, h_starts)
     if save_gates and gates is None:
-        a, h = project(params, inputs.xs), hs.astype(h_starts.dtype)
-        gates = jax.tree.map(jnp.zeros_like, step(split_recurrent(params, dropout), a, h)[1])
+        gates = empty_gates(params, hs.astype(h_starts.dtype))
     return (h_last, hs), (hs, gates, None)
 
 
@@ -74,6 +73,16 @@ def backward(config, primals, residuals, cotangents):
     transposed = transpose_recurrent(recurrent)
 
     def chunk(carry, per_step, h_start):
+        (g, dparams), (inputs, _, _, dhs) = carry, per_step
+
+        def skip():
+            passed = g if dhs is None else g + dhs.astype(g.dtype).sum(axis=0)
+            return (passed, dparams), (jnp.zeros_like(inputs.xs), None), None
+
+        run = functools.partial(run_chunk_backward, carry, per_step, h_start)
+        return run_unless_masked(config, inputs, run, skip)
+
+    def run_chunk_backward(carry, per_step, h_start):
         (g, dparams), (inputs, hs, gates, dhs) = carry, per_step
         h_tm1, gates = recompute(inputs, hs, gates, h_start)
         flags = inputs.flags.with_zoneout(key, inputs.numbers, g)

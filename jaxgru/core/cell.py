@@ -148,6 +148,13 @@ def step(recurrent, a, h):
     return h, Gates(r, z, n, None if before else q, (norm_r, norm_z, norm_n))
 
 
+def empty_gates(params, hs):
+    """Zeros in the form of the `Gates` of all steps, from states [T, ..., H] of the state dtype."""
+    zeros = jnp.zeros_like(hs)
+    norm = None if params.g_h is None else Norm(zeros, zeros[..., :1])
+    return Gates(zeros, zeros, zeros, None if params.spec.reset == "before" else zeros, (norm,) * 3)
+
+
 def drop_state(h, dropout):
     """d * h. This map is its own transpose, so it serves forward and backward."""
     return h if dropout is None else h * like_row(dropout, h)

@@ -8,9 +8,10 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
-from jaxgru.core.cell import project, split_recurrent, step
+from jaxgru.core.cell import empty_gates, project, split_recurrent, step
 from jaxgru.core.chunks import scan_chunks
 from jaxgru.core.flags import Flags
 from jaxgru.core.gradient import Kernel, Residuals
@@ -77,10 +78,29 @@ def forward(config, params, inputs, h0, dropout, key, *, save_gates):
     h0_wide, recurrent = h0.astype(state_dtype(h0.dtype)), split_recurrent(params, dropout)
 
     def chunk(h, inputs, _):
-        return *run_chunk(config, params, recurrent, h, inputs, key, save_gates), h
+        def run():
+            return run_chunk(config, params, recurrent, h, inputs, key, save_gates)
+
+        def skip():
+            hs = jnp.broadcast_to(h[None], inputs.xs.shape[:1] + h.shape)
+            gates = empty_gates(params, hs) if save_gates else None
+            return h, (hs.astype(inputs.xs.dtype), gates)
+
+        return *run_unless_masked(config, inputs, run, skip), h
 
     h, *found = scan_chunks(config.chunk_size, chunk, h0_wide, inputs, None, reverse=config.reverse)
     return h.astype(h0.dtype), *found
+
+
+def run_unless_masked(config, inputs, run, skip):
+    """run(), or skip() where every step of the chunk is masked: padding then costs no step.
+
+    A reset or a tap changes the state on masked steps too, so such a chunk runs.
+    """
+    mask, resets = inputs.flags.mask, inputs.flags.resets
+    if mask is None or config.chunk_size is None or config.kernel or inputs.tap is not None:
+        return run()
+    return lax.cond(mask.any() if resets is None else mask.any() | resets.any(), run, skip)
 
 
 def run_chunk(config, params, recurrent, h, inputs, key, save_gates):

@@ -214,3 +214,15 @@ def test_default_residuals_follow_the_sizes():
     assert saved(1025, 8, 192, 64) == 1
     assert saved(1024, 8, 192, 64) == 4
     assert saved(1025, 8, 193, 64) == 4
+
+
+def test_chunks_of_padding_are_skipped_and_nothing_else_is_conditional():
+    """One branch forward and one backward where there is a mask and more than one chunk."""
+    mask = jnp.arange(T)[:, None] < jnp.array([[3, 0, 9, 1]])
+
+    def conditionals(**options):
+        return count(compile_for(training(**options)).as_text().splitlines(), "conditional")
+
+    assert conditionals(mask=mask, chunk_size=8) == 2
+    assert conditionals(mask=mask) == 0
+    assert conditionals(chunk_size=8) == 0

@@ -14,6 +14,7 @@ from jax.extend import core as jex
 from jax.flatten_util import ravel_pytree
 
 import jaxgru
+from jaxgru import Noise, init_gru
 from jaxgru.core.parameters import CHO_2014, PYTORCH, GRUSpec
 
 # float64, relative to the largest entry of a leaf. Rounding reaches about 1e-14 here.
@@ -645,3 +646,50 @@ def test_backward_sweep_carries_the_cotangent_of_the_state_alone(spec, residuals
     assert carries == [[BH], [BH]]  # the loops for a CPU and for a GPU, of which one is compiled
     autodiff = backward_carries(problem, spec=spec, gradient="autodiff")
     assert max(len(carry) for carry in autodiff) > 1  # JAX's own sums weight gradients in there
+
+
+PADDED = {
+    "plain": {},
+    "reverse": {"reverse": True},
+    "resets_in_the_padding": {"resets": True},
+    "tap": {"tap": True},
+    "layer_norm": {},
+    "zoneout": {"noise": Noise(zoneout=0.3), "deterministic": True},
+    "truncate": {"truncate": 5},
+}
+
+
+@in_float64
+@pytest.mark.parametrize("residuals", ["gates", "states", "boundaries"])
+@pytest.mark.parametrize("case", PADDED)
+@mostly_before
+def test_chunks_without_a_valid_step_pass_state_and_gradient_on(spec, case, residuals):
+    """Steps 8 to 15 are masked in every row, and so are the last ones: chunks of 4 are skipped."""
+    steps, batch, size = 26, 3, 4
+    keys = jax.random.split(jax.random.key(3), 4)
+    params = init_gru(
+        keys[0], size, size, spec=spec, scheme="pytorch", dtype=jnp.float64,
+        layer_norm=case == "layer_norm",
+    )  # fmt: skip
+    xs = jax.random.normal(keys[1], (steps, batch, size), jnp.float64)
+    dhs = jax.random.normal(keys[2], (steps, batch, size), jnp.float64)
+    t = jnp.arange(steps)[:, None]
+    mask = (t < jnp.array([[8, 3, 20]])) & ((t < 8) | (t > 15))
+    options = dict(PADDED[case])
+    if "resets" in options:
+        options["resets"] = jnp.zeros((steps, batch), bool).at[10, 0].set(True).at[24, 2].set(True)
+    tapped = options.pop("tap", False)
+
+    def gradients(**rule):
+        def loss(params, xs, h0, tap):
+            h_last, hs = gru(params, xs, h0, mask=mask, tap=tap, **options, **rule)
+            return jnp.vdot(dhs, hs) + jnp.vdot(h_last, h_last)
+
+        h0 = jnp.full((batch, size), 0.5, jnp.float64)
+        tap = jaxgru.init_taps(params, xs.shape[:-1]) if tapped else None
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3)))(params, xs, h0, tap)
+
+    got = gradients(residuals=residuals, chunk_size=4)
+    wanted = gradients(gradient="autodiff")
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted)):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-10 * float(jnp.abs(b).max()))

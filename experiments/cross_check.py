@@ -20,7 +20,6 @@ A run folder holds config.json, cross_check.json (all rows; a number that is not
 cross_check.txt. The exit code is 0 if everything agrees and no mutant survives, and 1 if not.
 """
 
-import argparse
 import dataclasses
 import functools
 import itertools
@@ -61,15 +60,13 @@ Point = tuple[str, Callable[[], checks.GradientReport]]  # the name of a check, 
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(
-        "python -m experiments.cross_check", description="Cross-checks handwritten derivatives."
-    )
+    parser = runs.make_parser("cross_check", "Cross-checks handwritten derivatives.")
     add = parser.add_argument
     add("--mutate", action="store_true", help="seed faults into the rules: are they caught?")
     add("--full", action="store_true", help="check every point of the grid, in two dtypes")
     add("--smoke", action="store_true", help="seconds: two points of the grid, or one rule")
     add("--out", metavar="FOLDER", help="new or empty run folder (default: runs/cross_check-DATE)")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of the random numbers")
     args = parser.parse_args(argv)
     if args.full and (args.smoke or args.mutate):
         parser.error("--full is for the whole grid, without --smoke and --mutate")

@@ -12,7 +12,6 @@ gives the reason. Compilation does not prove that the results are right; the tes
 JAX's interpreter or on a GPU.
 """
 
-import argparse
 import contextlib
 import itertools
 import os
@@ -26,9 +25,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
-from tqdm import tqdm
 
 import jaxgru
+from experiments import runs
 from jaxgru.experimental.fused import HopperKernel
 
 # An H100 SXM, from NVIDIA's data sheet and the CUDA programming guide; XLA needs every field.
@@ -70,7 +69,7 @@ def describe_device() -> Any:
         import jax_cuda13_plugin  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError(
-            "hopper: JAX's CUDA plugin must be installed to compile for a GPU, got none; "
+            "JAX's CUDA plugin must be installed to compile for a GPU, got none; "
             "pip install 'jax[cuda13]' (no GPU is needed)."
         ) from error
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # that check needs a driver
@@ -140,18 +139,22 @@ def read_kernels(messages: str) -> list[dict[str, Any]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table; returns 0, 1 if a step did not give two kernels, 2 without the compiler."""
-    parser = argparse.ArgumentParser(description="Compiles the fused kernels for an H100.")
-    parser.add_argument("--hidden", type=int, nargs="+", default=[64, 128, 192, 256, 512])
-    parser.add_argument("--batch", type=int, nargs="+", default=[16, 128])
-    parser.add_argument("--steps", type=int, default=512)
-    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
-    parser.add_argument("--resets", nargs="+", choices=list(SPECS), default=list(SPECS))
+    parser = runs.make_parser("hopper", "Compiles the fused kernels for an H100, without a GPU.")
+    add = parser.add_argument
+    add("--hidden", type=int, nargs="+", default=[64, 128, 192, 256, 512], help="sizes H")
+    add("--batch", type=int, nargs="+", default=[16, 128], help="numbers B of sequences")
+    add("--steps", type=int, default=512, help="T of every sequence")
+    add("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES), help="of the arrays")
+    add("--resets", nargs="+", choices=list(SPECS), default=list(SPECS), help="equations")
     args = parser.parse_args(argv)
-    try:
-        device = describe_device()
-    except ImportError as error:
-        print(error, file=sys.stderr)
-        return 2
+    return runs.run_script("hopper", lambda: compile_all(args))
+
+
+def compile_all(args: Any) -> int:
+    """Compiles each case and prints the table."""
+    from tqdm import tqdm
+
+    device = describe_device()
     cases = list(itertools.product(args.resets, args.dtypes, args.hidden, args.batch))
     lines, complete = [], True
     for reset, dtype, hidden_size, batch_size in tqdm(cases, desc="compile", disable=None):

@@ -15,18 +15,15 @@ rollout began with and with resets after the ends of episodes. The loss is made 
 probabilities, new / old. Before the first update after a rollout the parameters are still those
 that acted, so every ratio must be 1. The run stops if it is not.
 
-In bfloat16 the ratios are not 1 if `gru_cell` acts: it rounds the state that it returns at every
-step, while `gru` keeps its state in float32 from the first step to the last. So with `--dtype
-bfloat16` the rollout runs `wide_cell`, whose state is float32, and the state is rounded once
-between rollouts, as `gru` takes it. The parameters that are trained are float32 in either case. At
-the end the errors of the ratios are measured for all three ways. A run folder holds config.json,
-metrics.jsonl, checkpoints, result.json and recurrent_ppo.png.
+In bfloat16 that takes a float32 state in the rollout, since `gru` keeps its state in float32 from
+the first step to the last; `gru_cell` would round a bfloat16 state at every step. Between rollouts
+the state is rounded once, as `gru` takes it. The trained parameters are float32 in either case. At
+the end the errors of the ratios are measured for all three ways to act. A run folder holds
+config.json, metrics.jsonl, checkpoints, result.json and recurrent_ppo.png.
 """
 
-import argparse
 import functools
 import itertools
-import math
 import sys
 from typing import NamedTuple
 
@@ -40,27 +37,21 @@ from experiments import runs
 from jaxgru import models, training
 
 SMOKE = {"updates": 20, "environments": 32, "steps": 16, "longest_delay": 2, "hidden_size": 16}
-NUM_CUES, MINIBATCHES = 4, 4
+NUM_CUES, EPOCHS, MINIBATCHES, LEARNING_RATE = 4, 4, 4, 3e-3  # the rate falls to 0 on a line
 DISCOUNT, LAMBDA, CLIP, VALUE_WEIGHT, ENTROPY_WEIGHT = 0.99, 0.95, 0.2, 0.5, 0.01
 # The largest |ratio - 1| that is taken for rounding. In bfloat16 a sum in another order can round
 # the operand of a product to its neighbour.
 ROUNDING = {"float32": 1e-5, "bfloat16": 1e-2}
 
 
-class Episodes(NamedTuple):
-    """Where each of B parallel environments is."""
-
-    cue: jax.Array  # [B] int32
-    delay: jax.Array  # [B] int32, the number of blank observations
-    time: jax.Array  # [B] int32, steps since the episode began
-
-
 class World(NamedTuple):
-    """What one rollout hands to the next."""
+    """B parallel environments, and the agent in them, between two steps."""
 
-    episodes: Episodes
-    h: jax.Array  # [B, H] float32, the state of the agent
+    cue: jax.Array  # [B]
+    delay: jax.Array  # [B], the number of blank observations
+    time: jax.Array  # [B], steps since the episode began
     done: jax.Array  # [B] bool, whether the step before was the last of its episode
+    h: jax.Array  # [B, H], the state of the agent
 
 
 class Steps(NamedTuple):
@@ -75,52 +66,42 @@ class Steps(NamedTuple):
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(
-        "python -m experiments.recurrent_ppo",
-        description="Trains a recurrent agent by PPO on a memory task.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = runs.make_parser("recurrent_ppo", "Trains a recurrent agent by PPO on a memory task.")
     add = parser.add_argument
     add("--smoke", action="store_true", help="a tiny run of seconds that tests the script")
-    add("--out", metavar="FOLDER", help="new or empty folder; None is runs/recurrent_ppo-DATE")
-    add("--updates", type=int, default=100, help="rollouts, each followed by the epochs")
+    add("--out", metavar="FOLDER", help="new or empty folder (default: runs/recurrent_ppo-DATE)")
+    add("--updates", type=int, default=100, help="rollouts, each read in 4 epochs of 4 minibatches")
     add("--environments", type=int, default=64, help="parallel environments, a multiple of 4")
     add("--steps", type=int, default=64, help="steps of each environment in a rollout")
     add("--longest-delay", type=int, default=40, help="most blank observations of an episode")
     add("--hidden-size", type=int, default=64, help="size of the GRU's state")
-    add("--epochs", type=int, default=4, help="passes over a rollout, in four minibatches each")
-    add("--learning-rate", type=float, default=3e-3, help="at the start of a line to 0")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the GRU's products")
     add("--seed", type=int, default=0, help="of weights, episodes and actions")
     runs.add_run_options(parser)
-    parser.set_defaults(**(SMOKE if parser.parse_known_args(argv)[0].smoke else {}))
+    parser.set_defaults(**(SMOKE if runs.parse_first(parser, argv).smoke else {}))
     args = runs.parse_options(parser, argv)
-    limits = dict.fromkeys(("updates", "steps", "longest_delay", "hidden_size", "epochs"), 1)
-    for name, least in (limits | {"environments": MINIBATCHES, "seed": 0}).items():
-        if not least <= getattr(args, name) < 2**32:
-            option = f"--{name.replace('_', '-')}"
-            parser.error(f"{option} must be from {least} to 2**32 - 1, got {getattr(args, name)}")
+    for name in ("updates", "environments", "steps", "longest_delay", "hidden_size", "seed"):
+        least, found, option = int(name != "seed"), getattr(args, name), name.replace("_", "-")
+        if not least <= found < 2**32:
+            parser.error(f"--{option} must be from {least} to 2**32 - 1, got {found}")
     if args.environments % MINIBATCHES:
         parser.error(f"--environments must be a multiple of {MINIBATCHES}, got {args.environments}")
-    if not 0 < args.learning_rate < math.inf:
-        parser.error(f"--learning-rate must be finite and above 0, got {args.learning_rate}")
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
-    with jax.default_matmul_precision("highest"):  # a GPU's TF32 would round operands, too
-        return runs.run_script("recurrent_ppo", lambda: train(args))
+    return runs.run_script("recurrent_ppo", lambda: train(args))
 
 
+@jax.default_matmul_precision("highest")  # a GPU's TF32 would round operands, too
 def train(args):
     run = runs.open_run("recurrent_ppo", args)
     print(runs.describe_device(), flush=True)
     keys = jax.random.split(jax.random.key(args.seed), 3)
     # From the observation to the logits of the actions and the value.
     agent = models.init_sequence_model(keys[0], NUM_CUES + 1, args.hidden_size, NUM_CUES + 1)
-    num_minibatches = args.updates * args.epochs * MINIBATCHES
-    schedule = optax.linear_schedule(args.learning_rate, 0.0, num_minibatches)
+    schedule = optax.linear_schedule(LEARNING_RATE, 0.0, args.updates * EPOCHS * MINIBATCHES)
     optimizer = optax.chain(training.clip_by_global_norm(0.5), optax.adam(schedule))
     world, every = init_world(keys[1], args), max(1, args.updates // 10)
     state, *_ = training.fit(
@@ -131,108 +112,84 @@ def train(args):
         checkpoints=runs.checkpoints_of(run, args, every),
         callbacks=[*runs.loggers(run, args), functools.partial(require_equal_policies, args)],
         log_every=1,
-        items_per_update=args.steps * args.environments,
-        items_name="steps",
     )
     records = runs.read_records(run)
+    correct, errors = ([record[name] for record in records] for name in ("correct", "ratio_error"))
     result = {
-        "correct_in_the_last_tenth": float(np.mean([r["correct"] for r in records[-every:]])),
-        "chance": 1 / NUM_CUES,
-        "largest_ratio_error": max(r["ratio_error"] for r in records),
-        "ratio_errors": compare_cells(args, state.params),
-        "device": runs.describe_device(),
+        "correct_in_the_last_tenth": float(np.mean(correct[-every:])),
+        "largest_ratio_error": max(errors),
+        "ratio_errors": compare_states(args, state.params),
     }
     runs.write_json(run / "result.json", result)
-    plot(run / "recurrent_ppo.png", records, result)
-    for way, errors in result["ratio_errors"].items():
-        print(f"largest |ratio - 1| of the trained agent, {way:<24}{max(errors):.0e}")
-    print(f"before each update at most {result['largest_ratio_error']:.0e}")
-    correct, chance = result["correct_in_the_last_tenth"], result["chance"]
-    print(f"correct in the last tenth of the updates: {correct:.1%}, without memory {chance:.0%}")
-    print(f"run folder: {run}")
+    plot(run / "recurrent_ppo.png", correct, result["ratio_errors"])
+    for way, found in result["ratio_errors"].items():
+        print(f"largest |ratio - 1| of the trained agent, {way:<26}{max(found):.0e}")
+    print(
+        f"before each update at most {max(errors):.0e}\n"
+        f"correct in the last tenth of the updates: {result['correct_in_the_last_tenth']:.1%}, "
+        f"without memory {1 / NUM_CUES:.0%}\nrun folder: {run}"
+    )
     return 0
 
 
-def init_world(key, args):
-    h = jnp.zeros((args.environments, args.hidden_size))
-    return World(new_episodes(key, args), h, jnp.zeros(args.environments, bool))
+def init_world(key, args, state_dtype=jnp.float32):
+    h = jnp.zeros((args.environments, args.hidden_size), state_dtype)
+    return World(*new_episodes(key, args), jnp.zeros(args.environments, bool), h)
 
 
 def new_episodes(key, args):
-    key_cue, key_delay = jax.random.split(key)
-    shape = (args.environments,)
+    """(cue, delay, time) of the environments, each at the beginning of an episode."""
+    (key_cue, key_delay), shape = jax.random.split(key), (args.environments,)
     cue = jax.random.randint(key_cue, shape, 0, NUM_CUES)
     delay = jax.random.randint(key_delay, shape, 1, args.longest_delay + 1)
-    return Episodes(cue, delay, jnp.zeros(shape, jnp.int32))
+    return cue, delay, jnp.zeros(shape, jnp.int32)
 
 
-def observe(episodes):
+def observe(world):
     """x [B, NUM_CUES + 1]: the cue, one-hot, at the first step, and the signal at the last."""
-    shown = jnp.where(episodes.time == 0, episodes.cue, -1)  # one_hot of -1 is zeros
-    signal = (episodes.time > episodes.delay).astype(jnp.float32)
+    shown = jnp.where(world.time == 0, world.cue, -1)  # one_hot of -1 is zeros
+    signal = (world.time > world.delay).astype(jnp.float32)
     return jnp.concatenate([jax.nn.one_hot(shown, NUM_CUES), signal[:, None]], axis=-1)
 
 
-def act(key, args, episodes, action):
-    """(episodes, reward [B], done [B]) after an action; where one is done, a new one begins."""
-    done = episodes.time > episodes.delay
-    reward = (done & (action == episodes.cue)).astype(jnp.float32)
-    later = episodes._replace(time=episodes.time + 1)
-    new = new_episodes(key, args)
-    return jax.tree.map(lambda a, b: jnp.where(done, a, b), new, later), reward, done
+def act(key, args, world, action):
+    """(world, reward [B]) after an action; where an episode is done, a new one begins."""
+    done = world.time > world.delay
+    reward = (done & (action == world.cue)).astype(jnp.float32)
+    new, going_on = new_episodes(key, args), (world.cue, world.delay, world.time + 1)
+    cue, delay, time = (jnp.where(done, *pair) for pair in zip(new, going_on))
+    return World(cue, delay, time, done, world.h), reward
 
 
-def narrow_cell(params, x, h):
-    """`gru_cell`, whose state has the dtype of the parameters; h comes and goes as float32."""
-    return jaxgru.gru_cell(params, x, h.astype(x.dtype)).astype(jnp.float32)
-
-
-def wide_cell(params, x, h):
-    """The step of `gru_cell` with a state in float32 for half types too, as it is inside of `gru`.
-
-    Only the operands of products have the dtype of the parameters; sums and gates are float32.
-    """
-
-    def product(v, w):
-        return jnp.dot(v.astype(w.dtype), w, preferred_element_type=jnp.float32)
-
-    a = product(x, params.w_x)
-    for b in (params.b_x, params.b_h):
-        a += jnp.broadcast_to(b.astype(a.dtype), a.shape)
-    a_r, a_z, a_n = jnp.split(a, 3, axis=-1)
-    w_r, w_z, w_n = jnp.split(params.w_h, 3, axis=-1)
-    r, z = jax.nn.sigmoid(a_r + product(h, w_r)), jax.nn.sigmoid(a_z + product(h, w_z))
-    return z * h + (1 - z) * jnp.tanh(a_n + product(r * h, w_n))
-
-
-def advance(cell, dtype, agent, world):
+def advance(dtype, agent, world):
     """(x, h, log-probabilities, value) at the present observation."""
-    x, h = observe(world.episodes), jnp.where(world.done[:, None], 0.0, world.h)
-    h = cell(cast(agent.layers[0], dtype), x.astype(dtype), h)
+    x, h = observe(world), jnp.where(world.done[:, None], 0.0, world.h)
+    h = jaxgru.gru_cell(cast(agent.layers[0], dtype), x.astype(dtype), h)
     return x, h, *read_head(agent, h.astype(dtype))
 
 
-def rollout(args, cell, dtype, agent, world, key):
+def rollout(args, dtype, agent, world, key):
     """(h0, world, steps): T steps of the agent, whose actions are drawn from its policy."""
 
     def body(world, key):
         key_action, key_episodes = jax.random.split(key)
-        x, h, log_probs, value = advance(cell, dtype, agent, world)
+        x, h, log_probs, value = advance(dtype, agent, world)
         action = jax.random.categorical(key_action, log_probs)
-        episodes, reward, done = act(key_episodes, args, world.episodes, action)
-        log_prob = log_prob_of(action, log_probs)
-        return World(episodes, h, done), Steps(x, action, log_prob, value, reward, done)
+        after, reward = act(key_episodes, args, world, action)
+        steps = Steps(x, action, log_prob_of(action, log_probs), value, reward, after.done)
+        return after._replace(h=h), steps
 
     h0 = world.h.astype(dtype)  # `replay` begins with the same
-    world = world._replace(h=h0.astype(jnp.float32))
+    world = world._replace(h=h0.astype(world.h.dtype))
     return h0, *jax.lax.scan(body, world, jax.random.split(key, args.steps))
 
 
 def replay(dtype, agent, steps, h0, done_before):
-    """(log-probabilities, values) of all steps, from `gru` over the whole sequence."""
+    """(log-probabilities, values, ratios) of all steps, from `gru` over the whole sequence."""
     resets = jaxgru.resets_from_dones(steps.done, done_before)
-    xs = steps.x.astype(dtype)
-    return read_head(agent, jaxgru.gru(cast(agent.layers[0], dtype), xs, h0, resets=resets)[1])
+    layer, xs = cast(agent.layers[0], dtype), steps.x.astype(dtype)
+    log_probs, values = read_head(agent, jaxgru.gru(layer, xs, h0, resets=resets)[1])
+    return log_probs, values, jnp.exp(log_prob_of(steps.action, log_probs) - steps.log_prob)
 
 
 def cast(params, dtype):
@@ -250,12 +207,6 @@ def log_prob_of(action, log_probs):
     return jnp.take_along_axis(log_probs, action[..., None], axis=-1)[..., 0]
 
 
-def ratio_errors(dtype, agent, steps, h0, done_before):
-    """|ratio - 1| [T, B] of a rollout and its replay by the same agent."""
-    log_probs, _ = replay(dtype, agent, steps, h0, done_before)
-    return jnp.abs(jnp.exp(log_prob_of(steps.action, log_probs) - steps.log_prob) - 1)
-
-
 def estimate_advantages(steps, value_after):
     """The generalized advantages [T, B] (Schulman et al. 2016, arXiv:1506.02438)."""
 
@@ -270,8 +221,7 @@ def estimate_advantages(steps, value_after):
 
 def ppo_loss(agent, dtype, steps, advantages, h0, done_before):
     """The clipped loss of the policy, with those of value and entropy; and metrics."""
-    log_probs, values = replay(dtype, agent, steps, h0, done_before)
-    ratio = jnp.exp(log_prob_of(steps.action, log_probs) - steps.log_prob)
+    log_probs, values, ratio = replay(dtype, agent, steps, h0, done_before)
     scaled = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     clipped = jnp.clip(ratio, 1 - CLIP, 1 + CLIP)
     policy_loss = -jnp.minimum(ratio * scaled, clipped * scaled).mean()
@@ -284,13 +234,12 @@ def ppo_loss(agent, dtype, steps, advantages, h0, done_before):
 def make_train_step(args, optimizer):
     """A step for `fit`: a rollout, and the epochs over its minibatches of environments."""
     dtype = jnp.dtype(args.dtype)
-    cell = narrow_cell if dtype == jnp.float32 else wide_cell
 
     def train_step(state, _):
         key, key_rollout, key_order = jax.random.split(state.key, 3)
         agent, done_before = state.params, state.carry.done
-        h0, world, steps = rollout(args, cell, dtype, agent, state.carry, key_rollout)
-        advantages = estimate_advantages(steps, advance(cell, dtype, agent, world)[-1])
+        h0, world, steps = rollout(args, dtype, agent, state.carry, key_rollout)
+        advantages = estimate_advantages(steps, advance(dtype, agent, world)[-1])
 
         def learn(learner, chosen):
             agent, opt_state = learner
@@ -300,13 +249,14 @@ def make_train_step(args, optimizer):
             updates, opt_state = optimizer.update(grads, opt_state, agent)
             return (optax.apply_updates(agent, updates), opt_state), metrics
 
-        keys = jax.random.split(key_order, args.epochs)
+        keys = jax.random.split(key_order, EPOCHS)
         orders = jax.vmap(lambda key: jax.random.permutation(key, args.environments))(keys)
-        orders = orders.reshape(args.epochs * MINIBATCHES, -1)
+        orders = orders.reshape(EPOCHS * MINIBATCHES, -1)
         learner, metrics = jax.lax.scan(learn, (agent, state.opt_state), orders)
         metrics = jax.tree.map(jnp.mean, metrics) | {"skipped": state.skipped}
         metrics["correct"] = steps.reward.sum() / jnp.maximum(steps.done.sum(), 1)
-        metrics["ratio_error"] = ratio_errors(dtype, agent, steps, h0, done_before).max()
+        ratios = replay(dtype, agent, steps, h0, done_before)[2]
+        metrics["ratio_error"] = jnp.abs(ratios - 1).max()
         return training.TrainState(*learner, world, key, state.step + 1, state.skipped), metrics
 
     return jax.jit(train_step, donate_argnums=0)
@@ -318,41 +268,39 @@ def require_equal_policies(args, state, record):
     assert error <= ROUNDING[args.dtype], f"update {update}: |ratio - 1| = {error} before it learns"
 
 
-def compare_cells(args, agent):
+def compare_states(args, agent):
     """The largest |ratio - 1| at each step of a rollout, for three ways to act."""
 
-    def measure(cell, dtype):
+    def measure(dtype, state_dtype):
         keys = jax.random.split(jax.random.key(args.seed), 3)
-        _, world, _ = rollout(args, cell, dtype, agent, init_world(keys[0], args), keys[1])
-        h0, _, steps = rollout(args, cell, dtype, agent, world, keys[2])
-        return ratio_errors(dtype, agent, steps, h0, world.done).max(axis=1).tolist()
+        world = rollout(args, dtype, agent, init_world(keys[0], args, state_dtype), keys[1])[1]
+        h0, _, steps = rollout(args, dtype, agent, world, keys[2])
+        ratios = replay(dtype, agent, steps, h0, world.done)[2]
+        return jnp.abs(ratios - 1).max(axis=1).tolist()
 
     return {
-        "float32, gru_cell": measure(narrow_cell, jnp.float32),
-        "bfloat16, gru_cell": measure(narrow_cell, jnp.bfloat16),
-        "bfloat16, float32 state": measure(wide_cell, jnp.bfloat16),
+        "float32": measure(jnp.float32, jnp.float32),
+        "bfloat16, bfloat16 state": measure(jnp.bfloat16, jnp.bfloat16),
+        "bfloat16, float32 state": measure(jnp.bfloat16, jnp.float32),
     }
 
 
-def plot(path, records, result):
+def plot(path, correct, ratio_errors):
     """Plots the correct answers by update, and the errors of the ratios by step."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     learning, ratios = figure.subplots(1, 2)
-    updates = [record["update"] for record in records]
-    learning.plot(updates, [100 * record["correct"] for record in records], label="agent")
-    chance = 100 * result["chance"]
-    learning.axhline(chance, color="black", linestyle="--", label=f"without memory: {chance:.0f} %")
+    learning.plot(range(1, len(correct) + 1), 100 * np.array(correct), label="agent")
+    learning.axhline(100 / NUM_CUES, color="black", linestyle="--", label="without memory")
     learning.set(xlabel="update", ylabel="correct answers, %", title="Learning", ylim=(0, 103))
-    for (way, errors), style in zip(result["ratio_errors"].items(), ("-", "-", "--")):
+    learning.legend()
+    for (way, errors), style in zip(ratio_errors.items(), ("-", "-", "--")):
         ratios.plot(errors, style, label=f"{way}: at most {max(errors):.0e}")
-    ratios.set(xlabel="step of the rollout", ylabel="largest |ratio - 1|")
-    ratios.set(title="Rollout and replay by the trained agent")
-    ratios.set_ylim(top=1.4 * ratios.get_ylim()[1])  # room for the legend
-    for axes in (learning, ratios):
-        axes.grid(alpha=0.3)
-        axes.legend(loc="lower right" if axes is learning else "upper left")
+    title = "Rollout and replay by the trained agent"
+    ratios.set(xlabel="step of the rollout", ylabel="largest |ratio - 1|", title=title)
+    ratios.set_yscale("log")
+    ratios.legend()
     figure.savefig(path, dpi=150)
 
 

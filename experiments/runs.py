@@ -49,7 +49,8 @@ def _run(name, run, extras):
         for module in ("tqdm", "matplotlib.figure", *extras):
             importlib.import_module(module)
     except ImportError as error:
-        return fail(name, f"{error}; install the extra: pip install -e '.[experiments]'")
+        return fail_without(name, error)
+    _folders.clear()
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *place: fail(name, message)
         try:
@@ -65,7 +66,7 @@ def _run(name, run, extras):
             fail(name, f"continue with: python -m experiments.{name} --resume {folder.parent}")
             return int(str(error.code))
         except KeyboardInterrupt:
-            fail(name, "stopped by Ctrl-C")
+            fail(name, "; the run folder is ".join(["stopped by Ctrl-C", *map(str, _folders[-1:])]))
             return 130
 
 
@@ -73,6 +74,11 @@ def fail(name: str, message: Any) -> int:
     """Prints one line to standard error; returns 2, the exit code for unusable input."""
     print(f"{name}: {message}", file=sys.stderr)
     return 2
+
+
+def fail_without(name: str, error: ImportError, extra: str = "experiments") -> int:
+    """As `fail`, for a module of an extra that is not installed."""
+    return fail(name, f"{error}; install the extra: pip install -e '.[{extra}]'")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -163,6 +169,7 @@ def make_run_folder(name: str, out: str | None, config: dict[str, Any]) -> pathl
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise DataError(f"{run} exists and is not an empty folder; nothing was overwritten")
     run.mkdir(parents=True, exist_ok=True)
+    _folders.append(run.absolute())
     write_json(run / "config.json", config)
     return run.absolute()
 
@@ -229,4 +236,5 @@ CHANGEABLE_OPTIONS = {
     *("coordinator", "num_processes", "process_id", "distributed"),
 }
 UNSET = object()
+_folders: list[pathlib.Path] = []  # those that the present script has made
 CHECKPOINTS, METRICS = "checkpoints", "metrics.jsonl"

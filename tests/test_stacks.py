@@ -461,6 +461,51 @@ def test_full_run_is_the_steps_is_the_chunks(dtype, layer_norm):
         assert_close((h, jnp.stack(outputs)), whole, tolerance, "steps")
 
 
+@pytest.mark.parametrize(("dtype", "spec", "rates"), [
+    (jnp.bfloat16, CHO_2014, {}),
+    (jnp.float16, PYTORCH, {"dropout": 0.2, "noise": Noise(0.2, 0.2), "key": jax.random.key(1)}),
+])  # fmt: skip
+def test_steps_of_half_types_from_float32_states_are_the_whole_run(dtype, spec, rates):
+    layers, steps = make_stack(2, dtype=dtype, spec=spec), 60
+    xs, h0, mask, resets = make_data(layers, steps=steps, dtype=dtype)
+    resets = resets.at[4:].set(False)
+    options = {"residual": True, **rates}
+    whole = jaxgru.gru_stack(layers, xs, h0, mask=mask, resets=resets, **options)[1]
+
+    def share_that_differs(h):
+        def body(h, per_step):
+            t, x, *flags = per_step
+            flags = dict(zip(("mask", "resets"), flags))
+            return jaxgru.gru_stack_cell(layers, x, h, first_step=t, **flags, **options)
+
+        h_last, ys = jax.lax.scan(body, h, (jnp.arange(steps), xs, mask, resets))
+        assert [v.dtype for v in h_last] == [v.dtype for v in h] and ys.dtype == dtype
+        return float((ys != whole).mean())
+
+    # Sums in another order may round an entry to its neighbour.
+    assert share_that_differs(tuple(h.astype(jnp.float32) for h in h0)) < 0.01
+    assert share_that_differs(h0) > 0.1
+
+
+def test_gradient_of_steps_of_half_types_from_float32_states():
+    """The handwritten rule against JAX's own, within the rounding of bfloat16."""
+    layers = make_stack(2, dtype=jnp.bfloat16)
+    xs, h0, _, _ = make_data(layers, dtype=jnp.bfloat16)
+    h0 = tuple(h.astype(jnp.float32) for h in h0)
+
+    def run(gradient):
+        def loss(layers, xs, h):
+            for x in xs:
+                h, y = jaxgru.gru_stack_cell(layers, x, h, gradient=gradient)
+            return sum((h_l**2).sum() for h_l in h) + (y.astype(jnp.float32) ** 3).sum()
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(layers, xs, h0)
+
+    got, wanted = run("bptt"), run("autodiff")
+    assert [v.dtype for v in got[2]] == [jnp.float32] * 2
+    assert_close(got, wanted, 2e-2)
+
+
 @in_float64
 def test_noise_of_chunks_and_steps_is_that_of_the_whole_run():
     """One key and the number of the first step: every kind of mask, and truncation."""
@@ -1070,7 +1115,31 @@ STATES_FORM = (
         (
             lambda: gru_bidirectional(two_way(), jnp.ones((T, B, INPUTS))),
             TypeError,
-            "gru_bidirectional: params must be a Bidirectional, got tuple.",
+            "gru_bidirectional: params must be a Bidirectional, got tuple; pass one layer, such as "
+            "params[0], or run a stack by gru_stack.",
+        ),
+        (
+            lambda: gru_bidirectional(two_way()[0].forward, jnp.ones((T, B, INPUTS))),
+            TypeError,
+            "gru_bidirectional: params must be a Bidirectional, got GRUParams; run one direction "
+            "by gru.",
+        ),
+        (
+            lambda: gru_bidirectional({}, jnp.ones((T, B, INPUTS))),
+            TypeError,
+            "gru_bidirectional: params must be a Bidirectional, got dict.",
+        ),
+        *(
+            (
+                functools.partial(init, 0, *sizes),
+                TypeError,
+                f"{init.__name__}: key must be a jax.random.key, got 0; pass jax.random.key(0).",
+            )
+            for init, sizes in (
+                (init_stack, (2, 3)),
+                (models.init_sequence_model, (2, 3, 1)),
+                (models.init_token_model, (2, 3)),
+            )
         ),
         (
             lambda: call(params={0: {}}),

@@ -38,7 +38,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from tqdm import tqdm
 
 from experiments import runs
 from experiments.benchmarks import problems
@@ -246,6 +245,8 @@ def describe(args: argparse.Namespace, argv: Sequence[str], chosen: dict[str, Li
 
 def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     """Measures, prints and writes; returns 1 if a contender failed."""
+    from tqdm import tqdm
+
     begin, rows, chosen = time.monotonic(), [], contenders(args.smoke)
     choices = itertools.product(args.resets, args.tasks, args.dtypes, args.sizes)
     points = [Point(*choice) for choice in choices]

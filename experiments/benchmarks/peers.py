@@ -40,7 +40,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from tqdm import tqdm
 
 from experiments import runs
 from experiments.benchmarks import libraries, report, targets
@@ -77,7 +76,7 @@ Rows = list[dict[str, Any]]
 Group = tuple[Task, Reset, Size]
 
 
-def measure(group: Group, chosen: dict[str, Library], args: argparse.Namespace, bar: tqdm) -> Rows:
+def measure(group: Group, chosen: dict[str, Library], args: argparse.Namespace, bar: Any) -> Rows:
     """Compares all contenders that support the task, then times them and the limit; a row each."""
     task, reset, size = group
     chosen = {name: lib for name, lib in chosen.items() if can_run(lib, task, reset)}
@@ -97,7 +96,7 @@ def measure(group: Group, chosen: dict[str, Library], args: argparse.Namespace, 
 
 
 def compare(
-    group: Group, chosen: dict[str, Library], args: argparse.Namespace, bar: tqdm
+    group: Group, chosen: dict[str, Library], args: argparse.Namespace, bar: Any
 ) -> tuple[dict[str, Program], dict[str, float], dict[str, float]]:
     """(programs to time, their differences in float32, the errors of the programs to time)."""
     plain = (args.dtype, args.precision) == ("float32", "highest")
@@ -137,7 +136,7 @@ def make_problem(group: Group, args: argparse.Namespace) -> Any:
 
 
 def make_programs(
-    group: Group, chosen: dict[str, Library], problem: Any, dtype: Any, compiles: int, bar: tqdm
+    group: Group, chosen: dict[str, Library], problem: Any, dtype: Any, compiles: int, bar: Any
 ) -> dict[str, Program]:
     """{name: program}; only the compilation of training steps is repeated."""
     task, reset, size = group
@@ -250,6 +249,8 @@ def groups_of(args: argparse.Namespace) -> list[Group]:
 
 def run(args: argparse.Namespace, argv: list[str]) -> int:
     """Measures, prints and writes; with --draw it only draws."""
+    from tqdm import tqdm
+
     if args.draw is not None:
         found = json.loads(args.draw.read_text("utf-8"))
         report.plot(found["rows"], title_of(found), args.draw.with_suffix(".png"))

@@ -3,9 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
-
 from experiments.benchmarks.libraries import JAX_PEERS, OURS, STATES, TORCH
 from experiments.benchmarks.problems import Size
 from experiments.benchmarks.targets import LIMIT, Rows, size_of
@@ -118,6 +115,8 @@ def _markdown_line(group: Rows) -> str:
 
 def plot(rows: Rows, title: str, path: Path) -> None:
     """Plots rows of panels for the tasks and the temporaries, with a column per equation."""
+    from matplotlib.figure import Figure
+
     resets = list(dict.fromkeys(row["reset"] for row in rows))
     panels = [(task, "ratio") for task in dict.fromkeys(row["task"] for row in rows)]
     if ("training", "ratio") in panels:
@@ -141,6 +140,8 @@ def plot(rows: Rows, title: str, path: Path) -> None:
 
 def _panel(panel: Any, rows: Rows, field: str) -> dict[str, Any]:
     """Draws time or temporaries relative to jaxgru's, grouped by size; returns {name: bars}."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     sizes = list(dict.fromkeys(size_of(row) for row in rows))
     rows = [row for row in rows if row[field] is not None and row["contender"] != OURS]
     names = list(dict.fromkeys(row["contender"] for row in rows))

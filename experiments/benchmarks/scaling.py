@@ -31,8 +31,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.figure import Figure
-from tqdm import tqdm
 
 from experiments import runs
 from experiments.benchmarks.layers import Layer, build, our_layer, plain_layer
@@ -104,7 +102,7 @@ def points_of(plan: Plan) -> dict[tuple[str, int], Size]:
     }
 
 
-def measure(size: Size, args: argparse.Namespace, plan: Plan, bar: tqdm) -> Rows:
+def measure(size: Size, args: argparse.Namespace, plan: Plan, bar: Any) -> Rows:
     """Compares the contenders at one size, then times them; a row for each."""
     problem = draw_problem(size, args.reset, args.seed)
     bar.set_description(f"{size}: compile")
@@ -137,7 +135,7 @@ def last_state_gradients(layer: Layer):
     return jax.grad(value, argnums=(0, 1, 2))
 
 
-def memory_curve(args: argparse.Namespace, plan: Plan, bar: tqdm) -> Rows:
+def memory_curve(args: argparse.Namespace, plan: Plan, bar: Any) -> Rows:
     """The temporaries of many-to-one training for every T; no arrays are allocated."""
     rows = []
     for num_steps in plan.curve:
@@ -154,7 +152,7 @@ def memory_curve(args: argparse.Namespace, plan: Plan, bar: tqdm) -> Rows:
     return rows
 
 
-def long_run(args: argparse.Namespace, plan: Plan, bar: tqdm) -> dict[str, Any]:
+def long_run(args: argparse.Namespace, plan: Plan, bar: Any) -> dict[str, Any]:
     """Runs one compiled training step with "boundaries" at the largest T."""
     problem = draw_problem(plan.long, args.reset, args.seed)
     arguments = (problem.params, problem.xs, problem.h0, problem.dh_last)
@@ -267,6 +265,8 @@ def _megabytes(row: dict[str, Any]) -> float:
 
 def plot(rows: Rows, curve: Rows, title: str, path: Path) -> None:
     """Plots time and temporaries against T, B and H, and the memory curve."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(12, 9))
     figure.set_layout_engine("constrained")
     panels = figure.subplots(2, 2).ravel()
@@ -302,6 +302,8 @@ def _lines(panel: Any, rows: Rows, field: str, value: Any, style: str, what: str
 
 def run(args: argparse.Namespace, argv: list[str]) -> int:
     """Measures, prints and writes."""
+    from tqdm import tqdm
+
     plan, device = SMOKE if args.smoke else FULL, jax.devices()[0]
     about = {
         "command": shlex.join(["python", "-m", "experiments.benchmarks.scaling", *argv]),

@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from experiments import runs
 from experiments.benchmarks.timing import describe_machine
@@ -40,9 +39,9 @@ from experiments.benchmarks.timing import describe_machine
 try:
     import torch  # pyright: ignore[reportMissingImports]
     from torch import nn  # pyright: ignore[reportMissingImports]
+    from tqdm import tqdm
 except ImportError as missing:
-    cure = "install the extra: pip install -e '.[peers]'"
-    raise SystemExit(runs.fail("torch_char_lm", f"{missing}; {cure}")) from None
+    raise SystemExit(runs.fail_without("torch_char_lm", missing, "peers")) from None
 
 TRAIN_FRACTION = 0.9
 Batch = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, [T, B] each

@@ -79,11 +79,11 @@ def gru_cell(params: GRUParams, x: jax.Array, h: jax.Array) -> jax.Array:
     Args:
       params: one layer's; its spec says which equation.
       x: [..., I], any leading axes, none included.
-      h: [..., H], the same leading axes.
+      h: [..., H], the same leading axes; with half-precision parameters, their dtype or float32.
 
     Returns:
-      h' [..., H] in the dtype of the arguments. With half types the step computes in float32 and
-      rounds its result: `gru` over a sequence rounds only what it returns, not its state.
+      h' [..., H] in the dtype of h. With half-precision parameters a float32 h gives h' unrounded,
+      so that single steps have the state that `gru` keeps over a sequence.
 
     Raises:
       ValueError: shapes do not fit.
@@ -98,7 +98,7 @@ def gru_cell(params: GRUParams, x: jax.Array, h: jax.Array) -> jax.Array:
     """
     input_size, hidden_size = require_params("gru_cell", params)
     require_float("gru_cell", "x", x, params.w_x.dtype)
-    require_float("gru_cell", "h", h, params.w_x.dtype)
+    require_float("gru_cell", "h", h, params.w_x.dtype, wide=True)
     if x.ndim < 1 or x.shape[-1] != input_size:
         raise ValueError(
             f"gru_cell: x must have shape [..., I] with I={input_size} (rows of params.w_x), "

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from jaxgru.core.matmul import state_dtype
+
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
@@ -60,9 +62,13 @@ def require_count(function: str, argument: str, value: Any, least: int = 1) -> N
 
 
 def require_float(
-    function: str, argument: str, value: Any, dtype: Any = None, cure: str = "cast it first"
-) -> None:
-    """TypeError unless value is a floating array, of the given dtype where one is given."""
+    function: str, argument: str, value: Any, dtype: Any = None, cure: str = "cast it first", *,
+    wide: bool = False,
+) -> None:  # fmt: skip
+    """TypeError unless value is a floating array, of the given dtype where one is given.
+
+    wide: the dtype may also be the state dtype, which is float32 for half types.
+    """
     if not isinstance(value, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct):
         found = found_kind(value, "; convert it with jnp.asarray")
         raise TypeError(f"{function}: {argument} must be an array, got {found}.")
@@ -72,11 +78,13 @@ def require_float(
             f"{function}: {argument} must be a floating array, got dtype {found}; {cure}."
         )
     require_dtype(function, found, argument)
-    if dtype is not None and found != dtype:
-        raise TypeError(
-            f"{function}: {argument} must have the dtype of the parameters, {jnp.dtype(dtype)}, "
-            f"got {found}; cast one of them."
-        )
+    if dtype is None or found == dtype or (wide and found == state_dtype(dtype)):
+        return
+    other = " or float32," if wide and state_dtype(dtype) != dtype else ""
+    raise TypeError(
+        f"{function}: {argument} must have the dtype of the parameters, {jnp.dtype(dtype)},{other} "
+        f"got {found}; cast one of them."
+    )
 
 
 def require_dtype(function: str, dtype: Any, argument: str = "") -> Any:

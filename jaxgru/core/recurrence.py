@@ -212,12 +212,15 @@ _CURE_OF_STATE = (
 
 def require_state(
     function: str, name: str, h: Any, shape: tuple[int, ...], params: Any,
-    time_major: Any = None, rows: str = "params.w_h", source: str = "xs",
+    time_major: Any = None, rows: str = "params.w_h", source: str = "xs", wide: bool = False,
 ) -> None:  # fmt: skip
-    """TypeError or ValueError unless h is None or a state of that shape."""
+    """TypeError or ValueError unless h is None or a state of that shape.
+
+    wide: its dtype may also be float32 with half-precision parameters.
+    """
     if h is None:
         return
-    checks.require_float(function, name, h, params.w_x.dtype, _CURE_OF_STATE)
+    checks.require_float(function, name, h, params.w_x.dtype, _CURE_OF_STATE, wide=wide)
     swapped = time_major is not None and h.shape[:1] == time_major.shape[:1]
     cure = "; for batch-major xs pass axis=1" if swapped else ""
     if h.shape == (1, *shape):

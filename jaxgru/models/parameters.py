@@ -14,6 +14,7 @@ from jaxgru.core.checks import (
     require_count,
     require_dtype,
     require_float,
+    require_key,
 )
 from jaxgru.core.matmul import like_row, state_dtype
 from jaxgru.core.parameters import CHO_2014, GRUSpec, Scheme
@@ -67,6 +68,7 @@ def init_sequence_model(
     >>> params.w.shape
     (6, 1)
     """
+    require_key("init_sequence_model", key)
     require_count("init_sequence_model", "output_size", output_size)
     key_layers, key_head = jax.random.split(key)
     layers = init_stack(
@@ -101,6 +103,7 @@ def init_token_model(
     >>> params.embedding.shape, params.layers[0].w_x.shape, params.w.shape
     ((5, 2), (2, 9), (3, 5))
     """
+    require_key("init_token_model", key)
     require_count("init_token_model", "vocab_size", vocab_size)
     dtype = require_dtype("init_token_model", dtype)
     key_embedding, key_layers, key_head = jax.random.split(key, 3)

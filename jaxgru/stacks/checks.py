@@ -164,7 +164,7 @@ def require_step(function, params, x, h, mask, resets, config, key, first_step):
     lead = x.shape[:-1]
     require_flags(function, {"mask": mask, "resets": resets}, lead, "x without its last axis")
     require_sizes(function, params, "concat", config.residual)
-    _require_states(function, "h", params, h, lead, source="x")
+    _require_states(function, "h", params, h, lead, source="x", wide=True)
     return config
 
 
@@ -196,12 +196,12 @@ def require_sizes(function, params, merge, residual, root="params"):
 
 
 def _require_states(
-    function, argument, params, h, batch, time_major=None, source="xs", root="params"
+    function, argument, params, h, batch, time_major=None, source="xs", root="params", wide=False
 ):
     """TypeError or ValueError unless h is None or has the form of params."""
     for place, p, entry in _entries(function, argument, params, h, root):
         name, shape, rows = argument + place, (*batch, p.w_h.shape[0]), f"{root}{place}.w_h"
-        require_state(function, name, entry, shape, p, time_major, rows, source)
+        require_state(function, name, entry, shape, p, time_major, rows, source, wide)
 
 
 def _entries(function, argument, params, tree, root, place="") -> Any:

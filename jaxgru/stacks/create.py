@@ -7,7 +7,7 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 
-from jaxgru.core.checks import require_bool, require_choice, require_count
+from jaxgru.core.checks import require_bool, require_choice, require_count, require_key
 from jaxgru.core.parameters import CHO_2014, GRUSpec, Scheme, init_gru
 from jaxgru.core.recurrence import Tap
 from jaxgru.stacks.checks import require_grus
@@ -44,6 +44,7 @@ def init_stack(
     >>> layers[1].backward.w_x.shape
     (6, 9)
     """
+    require_key("init_stack", key)
     require_count("init_stack", "input_size", input_size)
     several = isinstance(hidden_size, Sequence)
     if several and not hidden_size:

@@ -60,7 +60,12 @@ def gru_bidirectional(
     function = "gru_bidirectional"
     if not isinstance(params, Bidirectional):
         found = type(params).__name__
-        raise TypeError(f"{function}: params must be a Bidirectional, got {found}.")
+        cure = ""
+        if isinstance(params, GRUParams):
+            cure = "; run one direction by gru"
+        elif isinstance(params, list | tuple):
+            cure = "; pass one layer, such as params[0], or run a stack by gru_stack"
+        raise TypeError(f"{function}: params must be a Bidirectional, got {found}{cure}.")
     require_grus(function, params)
     config = StackConfig(merge, False, 0.0, False, gradient, noise, deterministic)
     return check_and_run(function, params, xs, h0, mask, resets, config, key, axis, first_step, tap)
@@ -133,7 +138,9 @@ def gru_stack_cell(
     Args:
       params: a sequence of `GRUParams`.
       x: [..., I].
-      h: a sequence with the state [..., H] of each layer; the first from `init_state`.
+      h: a sequence with the state [..., H] of each layer; the first from `init_state`. With
+        half-precision parameters it may be float32, and then stays so, unrounded, as the state is
+        inside `gru_stack`.
       mask, resets: [...] bool.
       residual, dropout, noise, deterministic: as in `gru_stack`.
       gradient: as in `gru_stack`, without truncate: `jax.lax.stop_gradient(h)` cuts the gradient.

@@ -595,6 +595,24 @@ BAD_CALLS = {
         "gru_cell: h must have the dtype of the parameters, float32, got float16; "
         "cast one of them.",
     ),
+    "h_dtype_of_half_parameters": (
+        lambda: cell.gru_cell(
+            init_gru(jax.random.key(0), 2, 3, dtype=jnp.bfloat16),
+            jnp.zeros((4, 2), jnp.bfloat16),
+            jnp.zeros((4, 3), jnp.float16),
+        ),
+        TypeError,
+        "gru_cell: h must have the dtype of the parameters, bfloat16, or float32, got float16; "
+        "cast one of them.",
+    ),
+    "x_wider_than_half_parameters": (
+        lambda: cell.gru_cell(
+            init_gru(jax.random.key(0), 2, 3, dtype=jnp.bfloat16), jnp.zeros((4, 2)), None
+        ),
+        TypeError,
+        "gru_cell: x must have the dtype of the parameters, bfloat16, got float32; "
+        "cast one of them.",
+    ),
     "h_never_broadcast": (
         lambda: call_cell(h=(3,)),
         ValueError,

@@ -355,6 +355,28 @@ def test_state_of_half_types_is_carried_in_float32(dtype):
     assert np.abs(drifted - want).max() > 5 * np.abs(hs - want).max()
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("spec", [CHO_2014, PYTORCH])
+def test_steps_of_half_types_from_a_float32_state_are_the_whole_run(dtype, spec):
+    """100 steps from one state; beside them the steps whose state has the half type."""
+    problem = make_problem(24, steps=100, hidden=8, dtype=dtype)
+    params = dataclasses.replace(problem.params, spec=spec)
+    _, whole = jax.jit(jaxgru.gru)(params, problem.xs, problem.h0)
+
+    def share_that_differs(h):
+        def body(h, x):
+            h_t = jaxgru.gru_cell(params, x, h)
+            return h_t, h_t
+
+        hs = jax.jit(lambda h: jax.lax.scan(body, h, problem.xs))(h)[1]
+        assert hs.dtype == h.dtype
+        return float((hs.astype(dtype) != whole).mean())
+
+    # Sums in another order may round an entry to its neighbour.
+    assert share_that_differs(problem.h0.astype(jnp.float32)) < 0.01
+    assert share_that_differs(problem.h0) > 0.1
+
+
 @pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("dtype", [pytest.param(jnp.float16, marks=pytest.mark.slow), jnp.bfloat16])
 @each_gradient

@@ -16,9 +16,9 @@ from jaxgru import models
 pytestmark = pytest.mark.usefixtures("saved_programs")
 ARGS = ppo.parse_args(["--smoke", "--environments", "12", "--longest-delay", "5"])
 WAYS = {
-    "float32": (ppo.narrow_cell, jnp.float32),
-    "bfloat16": (ppo.narrow_cell, jnp.bfloat16),
-    "wide": (ppo.wide_cell, jnp.bfloat16),
+    "float32": (jnp.float32, jnp.float32),
+    "bfloat16": (jnp.bfloat16, jnp.bfloat16),
+    "wide": (jnp.bfloat16, jnp.float32),
 }
 
 
@@ -33,12 +33,12 @@ def smoke_run(tmp_path_factory):
 def play(policy, steps):
     """Acts in the environments; the observations, actions, rewards and ends of every step."""
     observe, act = jax.jit(ppo.observe), jax.jit(functools.partial(ppo.act, args=ARGS))
-    episodes, seen = ppo.new_episodes(jax.random.key(0), ARGS), []
+    world, seen = ppo.init_world(jax.random.key(0), ARGS), []
     for key in jax.random.split(jax.random.key(1), steps):
-        x = np.asarray(observe(episodes))
+        x = np.asarray(observe(world))
         action = policy(x)
-        episodes, reward, done = act(key, episodes=episodes, action=jnp.asarray(action, jnp.int32))
-        seen.append((x, action, np.asarray(reward), np.asarray(done)))
+        world, reward = act(key, world=world, action=jnp.asarray(action, jnp.int32))
+        seen.append((x, action, np.asarray(reward), np.asarray(world.done)))
     return [np.stack(values) for values in zip(*seen)]
 
 
@@ -88,13 +88,13 @@ def rollouts():
     agent = models.init_sequence_model(keys[0], ppo.NUM_CUES + 1, 16, ppo.NUM_CUES + 1)
     agent = jax.tree.map(lambda v: 2 * v, agent)  # as decided as a trained one
 
-    def twice(cell, dtype):
-        run = jax.jit(functools.partial(ppo.rollout, ARGS, cell, dtype, agent))
-        _, world, _ = run(ppo.init_world(keys[1], ARGS), keys[2])
+    def twice(dtype, state_dtype):
+        run = jax.jit(functools.partial(ppo.rollout, ARGS, dtype, agent))
+        _, world, _ = run(ppo.init_world(keys[1], ARGS, state_dtype), keys[2])
         h0, _, steps = run(world, keys[3])
         return steps, h0, world.done
 
-    return {way: (agent, chosen[1], twice(*chosen)) for way, chosen in WAYS.items()}
+    return {way: (agent, chosen[0], twice(*chosen)) for way, chosen in WAYS.items()}
 
 
 @pytest.mark.parametrize(("way", "least", "most"), [
@@ -105,8 +105,8 @@ def test_ratio_before_the_first_update_is_1_but_for_a_state_rounded_at_every_ste
 ):
     agent, dtype, (steps, h0, done_before) = rollouts[way]
     assert done_before.any() and not done_before.all() and np.abs(h0.astype(jnp.float32)).max() > 0
-    errors = ppo.ratio_errors(dtype, agent, steps, h0, done_before)
-    assert least <= float(errors.max()) <= most
+    ratios = ppo.replay(dtype, agent, steps, h0, done_before)[2]
+    assert least <= float(jnp.abs(ratios - 1).max()) <= most
 
 
 @pytest.mark.parametrize("wrong", ["done_before", "h0", "done"])
@@ -117,7 +117,8 @@ def test_ratio_shows_a_replay_with_wrong_resets_or_state(rollouts, wrong):
         changed["steps"] = steps._replace(done=jnp.zeros_like(steps.done))
     else:
         changed[wrong] = jnp.zeros_like(changed[wrong])
-    assert float(ppo.ratio_errors(dtype, agent, **changed).max()) > 0.01
+    ratios = ppo.replay(dtype, agent, **changed)[2]
+    assert float(jnp.abs(ratios - 1).max()) > 0.01
 
 
 def test_run_stops_where_rollout_and_replay_differ():
@@ -131,7 +132,7 @@ def test_loss_is_the_clipped_one_of_the_paper(rollouts):
     draw = np.random.default_rng(0)
     advantages = draw.normal(size=steps.reward.shape).astype(np.float32)
     old = np.asarray(steps.log_prob) + draw.normal(size=advantages.shape).astype(np.float32) / 3
-    log_probs, values = map(np.asarray, ppo.replay(dtype, agent, steps, h0, done_before))
+    log_probs, values, _ = map(np.asarray, ppo.replay(dtype, agent, steps, h0, done_before))
     loss, metrics = ppo.ppo_loss(
         agent, dtype, steps._replace(log_prob=jnp.asarray(old)), jnp.asarray(advantages), h0,
         done_before,
@@ -152,9 +153,9 @@ def test_agent_of_the_smoke_run_learns_to_remember(smoke_run):
     records = [json.loads(line) for line in (smoke_run / "metrics.jsonl").read_text().splitlines()]
     result = json.loads((smoke_run / "result.json").read_text())
     assert records[0]["correct"] < 0.5 and result["correct_in_the_last_tenth"] > 0.85
-    assert result["chance"] == 0.25 and result["largest_ratio_error"] < 1e-5
+    assert result["largest_ratio_error"] < 1e-5
     errors = {way: max(found) for way, found in result["ratio_errors"].items()}
-    assert errors["bfloat16, gru_cell"] > 100 * errors["bfloat16, float32 state"]
+    assert errors["bfloat16, bfloat16 state"] > 100 * errors["bfloat16, float32 state"]
     files = {"checkpoints", "config.json", "metrics.jsonl", "result.json", "recurrent_ppo.png"}
     assert {path.name for path in smoke_run.iterdir()} == files
     assert (smoke_run / "recurrent_ppo.png").stat().st_size > 20_000
@@ -179,7 +180,6 @@ def test_stopped_and_resumed_run_is_the_uninterrupted_one(smoke_run, tmp_path, m
     (["--updates", "0"], "--updates must be from 1 to 2**32 - 1, got 0"),
     (["--seed", "-1"], "--seed must be from 0 to 2**32 - 1, got -1"),
     (["--environments", "6"], "--environments must be a multiple of 4, got 6"),
-    (["--learning-rate", "nan"], "--learning-rate must be finite and above 0, got nan"),
     (["--dtype", "float16"], "invalid choice: 'float16'"),
 ])  # fmt: skip
 def test_bad_option_exits_with_code_2(arguments, message, capsys):

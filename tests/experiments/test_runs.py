@@ -4,6 +4,7 @@ import argparse
 import functools
 import importlib
 import re
+import sys
 
 import jax
 import pytest
@@ -11,9 +12,10 @@ import pytest
 from experiments import char_lm, data, runs
 
 SCRIPTS = (
-    "agreement", "char_lm", "communication", "derivation.__main__", "gradient_flow.__main__",
-    "memory_tasks", "polyphonic_music", "regression", "sequential_digits", "benchmarks.fused",
-    "benchmarks.peers", "benchmarks.scaling", "benchmarks.torch_char_lm",
+    "agreement", "char_lm", "communication", "cross_check", "derivation.__main__",
+    "gradient_flow.__main__", "hopper", "memory_tasks", "polyphonic_music", "recurrent_ppo",
+    "regression", "sequential_digits", "benchmarks.fused", "benchmarks.peers",
+    "benchmarks.scaling", "benchmarks.torch_char_lm",
 )  # fmt: skip
 
 
@@ -63,8 +65,59 @@ def test_ctrl_c_before_training_is_one_line_and_code_130(stage, tmp_path, monkey
     if stage == "data":
         monkeypatch.setattr(data, "load_corpus", interrupt)
     monkeypatch.setattr(char_lm.report, "cross_check", interrupt)
-    assert char_lm.main(["--smoke", "--out", str(tmp_path / "run")]) == 130
-    assert capsys.readouterr().err == "char_lm: stopped by Ctrl-C\n"
+    run = tmp_path / "run"
+    assert char_lm.main(["--smoke", "--out", str(run)]) == 130
+    made = "" if stage == "data" else f"; the run folder is {run}"
+    assert run.exists() == (stage == "check")
+    assert capsys.readouterr().err == f"char_lm: stopped by Ctrl-C{made}\n"
+
+
+EXTRAS = (  # every module of an extra that a script imports
+    "tqdm", "matplotlib", "matplotlib.figure", "matplotlib.ticker", "torch", "sklearn.datasets",
+    "scipy.io", "statsmodels.datasets", "safetensors", "orbax", "jax_cuda13_plugin",
+)  # fmt: skip
+CURE = r"; install the extra: pip install -e '\.\[(experiments|peers)\]'$"
+
+
+@pytest.fixture
+def reimported():
+    """A test imports the experiments anew; after it their modules are those of before."""
+
+    def forget():
+        names = [name for name in sys.modules if name.partition(".")[0] == "experiments"]
+        return {name: sys.modules.pop(name) for name in names}
+
+    before = forget()
+    yield
+    forget()
+    sys.modules.update(before)
+
+
+@pytest.mark.usefixtures("reimported")
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_missing_extra_is_one_line_with_the_cure_and_code_2(name, tmp_path, monkeypatch, capsys):
+    """--help needs no extra, but in the script that trains torch's layer."""
+    for module in EXTRAS:
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        try:
+            code = importlib.import_module(f"experiments.{name}").main(list(arguments))
+        except SystemExit as stopped:
+            code = stopped.code
+        return code, *capsys.readouterr()
+
+    needs_torch = name == "benchmarks.torch_char_lm"
+    code, shown, errors = run("--help")
+    assert needs_torch or (code == 0 and shown.startswith("usage: ") and not errors)
+    if name != "communication":  # it needs nothing
+        if not needs_torch:
+            code, _, errors = run(*["--smoke"] * (name == "benchmarks.fused"))  # else a GPU
+        assert code == 2 and errors.count("\n") == 1
+        assert re.search(CURE, errors.strip()), errors
+        assert errors.startswith(f"{name.partition('.__')[0].removeprefix('benchmarks.')}: ")
+    assert not list(tmp_path.iterdir())
 
 
 def test_option_of_a_file_is_stored_as_an_absolute_path(tmp_path, monkeypatch):

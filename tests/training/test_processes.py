@@ -364,7 +364,7 @@ def test_char_lm_is_the_same_in_two_processes_on_four_devices_and_on_one(
     assert [code for code, *_ in two] == [0, 0], two
     assert "2 devices, 2 processes" in two[0][1]
     assert "run folder" not in two[1][1]  # process 0 alone speaks
-    monkeypatch.setattr(char_lm, "cross_check", lambda *arguments: True)  # seconds, and done above
+    monkeypatch.setattr(char_lm.report, "cross_check", lambda *arguments: True)  # done above
     devices, make, shards = jax.devices(), training.make_train_step, []
 
     def make_and_tell(*arguments, layout):

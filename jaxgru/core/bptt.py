@@ -36,24 +36,25 @@ def _forward(configs, params, inputs, h0, dropout, key):
     """The results, and the residuals."""
     primals = (params, inputs, h0, dropout, key)  # each leaf has .value and .perturbed
     primals = jax.tree.map(lambda p: p.value, primals, is_leaf=lambda p: hasattr(p, "perturbed"))
-    results, residuals = configs.run(forward_and_residuals, *primals, save_gates=configs.save_gates)
-    return results, (primals, residuals)
+    results, saved = configs.run(forward_and_residuals, *primals, save_gates=configs.save_gates)
+    hs = None if configs.default.residuals == "boundaries" else results[1]
+    return results, (primals, hs, *saved)
 
 
 def forward_and_residuals(config, params, inputs, h0, dropout, key, save_gates):
-    """(h_last, hs), and the residuals that config chooses.
+    """(h_last, hs), and the gates and starts of chunks that config saves beside hs, or None.
 
-    Where another platform saves its gates, the residuals of this one have zeros in their place:
+    Where another platform saves its gates, this one saves zeros in their place:
     the programs of all platforms return the same arrays. XLA leaves out what nothing reads.
     """
     arguments = (params, inputs, h0, dropout, key)
     of_config = config.residuals == "gates"
     h_last, (hs, gates), h_starts = forward(config, *arguments, save_gates=of_config)
     if config.residuals == "boundaries":
-        return (h_last, hs), (None, None, h_starts)
+        return (h_last, hs), (None, h_starts)
     if save_gates and gates is None:
         gates = empty_gates(params, hs.astype(h_starts.dtype))
-    return (h_last, hs), (hs, gates, None)
+    return (h_last, hs), (gates, None)
 
 
 def _backward(configs, residuals, cotangents):
@@ -63,9 +64,9 @@ def _backward(configs, residuals, cotangents):
     return dparams, dinputs, dh0, None, None
 
 
-def backward(config, primals, residuals, cotangents):
+def backward(config, primals, hs, gates, h_starts, cotangents):
     """The cotangents of params, inputs and h0, in chunks, in reverse order."""
-    (params, inputs, h0, dropout, key), (hs, gates, h_starts) = primals, residuals
+    params, inputs, h0, dropout, key = primals
     dh_last, dhs = cotangents
     if h_starts is None:
         h_starts = chunk_starts(h0.astype(state_dtype(h0.dtype)), hs, config)

@@ -44,8 +44,8 @@ def _forward(configs, params, inputs, h0, dropout, key):
 def forward_and_residuals(config, params, inputs, h0, dropout, key, save_gates):
     """(h_last, hs), and the gates and starts of chunks that config saves beside hs, or None.
 
-    Where another platform saves its gates, this one saves zeros in their place:
-    the programs of all platforms return the same arrays. XLA leaves out what nothing reads.
+    Where another platform saves its gates, this one saves zeros in their place: the programs of all
+    platforms return the same arrays. Nothing reads them, so one `jit` of both passes has none.
     """
     arguments = (params, inputs, h0, dropout, key)
     of_config = config.residuals == "gates"

@@ -150,7 +150,7 @@ def show_rate(argument: str, rate: Any) -> str:
 def require_key_for(function: str, rates: dict[str, Any], key: Any, deterministic: Any) -> None:
     """As `require_key`, but key may be None in evaluation, or where every rate is known to be 0."""
     require_bool(function, "deterministic", deterministic)
-    acting = [show_rate(*item) for item in rates.items() if is_traced(item[1]) or item[1] != 0]
+    acting = [show_rate(*item) for item in rates.items() if is_traced(item[1]) or float(item[1])]
     if acting and key is None and not deterministic:
         raise ValueError(
             f"{function}: key must be a jax.random.key for {', '.join(acting)}, got None; pass "
@@ -177,7 +177,7 @@ def require_first_step(function: str, value: Any) -> None:
     whole = isinstance(value, int) if dtype is None else jnp.issubdtype(dtype, jnp.integer)
     if isinstance(value, bool) or not whole or shape != ():
         raise TypeError(f"{function}: first_step must be an integer, got {value!r}.")
-    if not is_traced(value) and value < 0:
+    if not is_traced(value) and int(value) < 0:
         raise ValueError(f"{function}: first_step must be at least 0, got {value}.")
 
 

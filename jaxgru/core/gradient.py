@@ -95,14 +95,14 @@ class _ScanOptions:
 class Tangent(_ScanOptions):
     """The handwritten `custom_jvp`: forward mode, and reverse mode, for which JAX transposes it.
 
-    Its fields `unroll` and `truncate` are those of `BPTT`.
+    Its fields are `unroll`, which is 1 by default on every device, and `truncate`, as in `BPTT`.
     """
 
 
 class Autodiff(_ScanOptions):
     """JAX's own derivative of the scan: the reference for the other two.
 
-    Its fields `unroll` and `truncate` are those of `BPTT`.
+    Its fields are `unroll`, which is 1 by default on every device, and `truncate`, as in `BPTT`.
     """
 
 

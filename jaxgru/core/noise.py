@@ -82,6 +82,7 @@ def require_noise(
             f"{function}: noise must be a Noise or None, got {noise!r}; pass its rates by name, "
             "Noise(recurrent_dropout=...)."
         )
+    noise = Noise(**vars(noise))  # checked again: JAX fills a pytree with anything
     require_key_for(function, {**(more or {}), **vars(noise)}, key, deterministic)
     return noise
 

@@ -95,7 +95,8 @@ def forward(config, params, inputs, h0, dropout, key, *, save_gates):
 def run_unless_masked(config, inputs, run, skip):
     """run(), or skip() where every step of the chunk is masked: padding then costs no step.
 
-    A reset or a tap changes the state on masked steps too, so such a chunk runs.
+    A reset or a tap changes the state on masked steps too, so such a chunk runs. Under `jax.vmap`
+    over masks both are computed, and padding costs what it does without this.
     """
     mask, resets = inputs.flags.mask, inputs.flags.resets
     if mask is None or config.chunk_size is None or config.kernel or inputs.tap is not None:

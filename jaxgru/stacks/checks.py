@@ -74,6 +74,7 @@ def _require_options(function, params, config, key, first_step):
                 "nothing; pass Dropout(input=...) or Dropout(output=...).",
                 stacklevel=5,
             )
+    dropout = Dropout(**vars(dropout))  # checked again: JAX fills a pytree with anything
     rule = as_rule(function, config.rule)
     rates = {f"dropout.{name}": getattr(dropout, name) for name in ("input", "between", "output")}
     noise = require_noise(function, config.noise, key, config.deterministic, rates)

@@ -10,7 +10,17 @@ import pytest
 from conftest import assert_close, make_problem
 
 import jaxgru
-from jaxgru import BPTT, Dropout, Noise, gru, gru_stack, gru_stack_cell, init_stack, models
+from jaxgru import (
+    BPTT,
+    Dropout,
+    Noise,
+    gru,
+    gru_stack,
+    gru_stack_cell,
+    init_gru,
+    init_stack,
+    models,
+)
 from jaxgru.core.noise import draw_mask, draw_masks, draw_state_dropout
 from jaxgru.experimental.fused import HopperKernel
 from jaxgru.stacks.dropout import drop
@@ -202,3 +212,37 @@ def test_kernel_refuses_an_array_whose_mean_it_would_take():
         "gru: noise.zoneout must be a Python float where a kernel takes its mean, got an array; "
         "leave BPTT's kernel out."
     )
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [jax.jit, lambda f: lambda p: jax.lax.scan(lambda c, _: (c, f(p)), 0, None, length=1)[1]],
+    ids=["jit", "scan"],
+)
+def test_concrete_arrays_of_rates_and_steps_are_closed_over(transform):
+    """As constants of the program: their values are read, not traced."""
+    rate, first = jnp.float32(0.3), jnp.int32(2)
+    layers = init_stack(jax.random.key(0), 2, 4, 2)
+    xs = jax.random.normal(jax.random.key(1), (6, 3, 2))
+
+    def run(noise, dropout, first_step, layers):
+        options = {"noise": noise, "dropout": dropout, "first_step": first_step}
+        return gru_stack(layers, xs, key=jax.random.key(2), **options)[1]
+
+    given = (Noise(zoneout=rate), Dropout(input=rate), first)
+    static = (Noise(zoneout=float(rate)), Dropout(input=float(rate)), 2)
+    got = transform(functools.partial(run, *given))(layers)
+    np.testing.assert_allclose(jnp.squeeze(got), run(*static, layers), rtol=1e-6)
+
+
+def test_rates_are_checked_after_a_tree_operation():
+    layer, xs = init_gru(jax.random.key(0), 2, 4), jnp.ones((6, 3, 2))
+    noise = Noise(zoneout=jnp.float32(0.25))
+    on_host = gru(layer, xs, noise=jax.device_get(noise), deterministic=True)[1]
+    np.testing.assert_allclose(
+        on_host, gru(layer, xs, noise=noise, deterministic=True)[1], rtol=1e-6
+    )
+    with pytest.raises(ValueError, match=r"zoneout must be in \[0, 1\), got 5.25"):
+        gru(layer, xs, noise=jax.tree.map(lambda v: v + 5, noise), deterministic=True)
+    with pytest.raises(TypeError, match="zoneout must be a Python float or a floating scalar"):
+        gru(layer, xs, noise=jax.tree.map(lambda v: v[None], noise), deterministic=True)

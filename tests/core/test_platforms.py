@@ -14,8 +14,9 @@ from conftest import make_problem
 from jax import export
 
 from jaxgru import BPTT, CHO_2014, PYTORCH, gru, init_gru
-from jaxgru.core import scan
+from jaxgru.core import recurrence, scan
 
+TPU = 64  # steps of a chunk there
 EQUATIONS = pytest.mark.parametrize("spec", [CHO_2014, PYTORCH], ids=["before", "after"])
 
 
@@ -40,33 +41,32 @@ def count_calls(platform, function, arguments):
     return text.count("stablehlo.dot_general") + text.count("call @closed_call")
 
 
+CHOICES = {  # (T, B, I and H): residuals, chunk_size and unroll on a CPU, a GPU and a TPU
+    (64, 32, 64): [("gates", None, 1), ("states", None, 8), ("gates", None, 1)],
+    (512, 32, 128): [("states", 32, 1), ("states", 64, 8), ("states", TPU, 1)],
+    (512, 32, 512): [("gates", 8, 1), ("states", 64, 8), ("states", TPU, 1)],
+    (512, 129, 128): [("states", 8, 1), ("states", 64, 4), ("states", TPU, 1)],
+}
+
+
+@pytest.mark.parametrize("sizes", CHOICES)
+def test_defaults_of_each_device(sizes):
+    _, xs, h0 = shapes(*sizes, PYTORCH)
+    found = [recurrence._resolve(BPTT(), kind, xs, h0) for kind in ("cpu", "gpu", "tpu")]
+    assert found == CHOICES[sizes]
+
+
 @EQUATIONS
-@pytest.mark.parametrize("size", [128, 512])
-@pytest.mark.parametrize(
-    ("platform", "options"),
-    [
-        ("cuda", {"residuals": "states", "chunk_size": 64, "unroll": 8}),
-        ("rocm", {"residuals": "states", "chunk_size": 64, "unroll": 8}),
-        ("tpu", {"residuals": "states", "unroll": 1}),
-        ("cpu", {"unroll": 1}),
-    ],
-)
-def test_default_is_the_fast_choice_of_the_platform(spec, size, platform, options):
-    """Its program is of the size of that with these options: unrolled steps appear one by one."""
-    arguments = shapes(512, 32, size, spec)
-    explicit = functools.partial(training_step, gradient=BPTT(**options))
-    wanted = count_calls(platform, explicit, arguments)
-    assert count_calls(platform, training_step, arguments) == wanted
-    unlike = {"cuda": 1, "rocm": 1, "tpu": 8, "cpu": 8}[platform]
-    other = functools.partial(training_step, gradient=BPTT(**{**options, "unroll": unlike}))
-    assert count_calls(platform, other, arguments) != wanted
-
-
-def test_large_batches_of_a_gpu_unroll_less():
-    counts = [
-        count_calls("cuda", training_step, shapes(128, batch, 64, PYTORCH)) for batch in (128, 129)
-    ]
-    assert counts[1] < counts[0]
+@pytest.mark.parametrize(("platform", "unroll"), [("cuda", 8), ("rocm", 8), ("tpu", 1), ("cpu", 1)])
+def test_program_of_a_platform_is_its_own_choice(spec, platform, unroll):
+    """As large as with these options; an unrolled loop has its steps one by one."""
+    arguments = shapes(512, 32, 128, spec)
+    count = functools.partial(count_calls, platform, arguments=arguments)
+    default = count(training_step)
+    for other in (1, 8):
+        rule = BPTT("states", unroll=other)
+        explicit = count(functools.partial(training_step, gradient=rule))
+        assert (explicit == default) == (other == unroll)
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])

@@ -15,9 +15,9 @@ _WHOLE_SEQUENCE = 1 << 18  # T * B * H up to which all of time is one chunk
 _CHUNK = 1 << 17  # chunk_size * B * H, with a chunk_size of at least 8
 _MANY_GATES = 1 << 19  # T * B * H above which saved gates no longer stay in the caches
 _CHEAP_PRODUCT = 256  # the largest I + H for which recomputing gates is then faster than saving
-# On a GPU each launch of a kernel costs microseconds: `python -m experiments.benchmarks.compiled`
-# counts them.
-_GPU_CHUNK = 64
+# On a GPU each launch of a kernel costs microseconds, and on a TPU each operation has an overhead:
+# `python -m experiments.benchmarks.compiled` counts them.
+_ACCELERATOR_CHUNK = 64
 _GPU_UNROLL = 8  # 4 at batches of more than 128, where an unrolled backward loop reads more memory
 
 
@@ -67,7 +67,9 @@ def chunk_starts(h0, hs, config):
 
 
 def default_chunk_size(platform, num_steps, h0, residuals):
-    """The chunk size whose temporaries stay in a CPU's caches, or sqrt(T) for "boundaries".
+    """The chunk size: sqrt(T) for "boundaries", and else what keeps temporaries in a CPU's caches.
+
+    A GPU and a TPU take more steps at once, since they pay for every operation of a chunk.
 
     None (one chunk) for short sequences, symbolic sizes, and meshes with Auto axes, where every
     chunk would add an all-reduce of the weight gradients. A divisor of T is preferred, so that no
@@ -79,8 +81,8 @@ def default_chunk_size(platform, num_steps, h0, residuals):
         target = max(1, math.isqrt(num_steps))
     elif on_auto_mesh() or num_steps * h0.size <= _WHOLE_SEQUENCE:
         return None
-    elif platform == "gpu":
-        target = _GPU_CHUNK
+    elif platform in ("gpu", "tpu"):
+        target = _ACCELERATOR_CHUNK
     else:
         target = max(_CHUNK // max(1, h0.size), 8)
     return next((size for size in range(target, 2 * target) if num_steps % size == 0), target)

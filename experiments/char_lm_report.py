@@ -61,7 +61,9 @@ def cross_check(args, run, params, h0, tokens, targets):
         # such rows a wider tolerance, and they are counted apart here.
         rows = [row for row in report.rows if (row.dtype, row.reference) == (dtype, reference)]
         resolved = [row.error for row in rows if row.tolerance < 2 * limit]
-        line = f"  {dtype} against {name:<18}  largest relative error {max(resolved):.1e}"
+        line = (
+            f"  {dtype} against {name:<18}  largest relative error {max(resolved, default=0.0):.1e}"
+        )
         line += f"  (limit {limit}"
         vanished = len(rows) - len(resolved)
         print(line + (f"; {vanished} gradients too small to compare)" if vanished else ")"))

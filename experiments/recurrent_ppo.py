@@ -91,7 +91,7 @@ def parse_args(argv):
 
 def main(argv=None):
     args = parse_args(argv)
-    return runs.run_script("recurrent_ppo", lambda: train(args))
+    return runs.run_script("recurrent_ppo", lambda: train(args), smoke=args.smoke)
 
 
 @jax.default_matmul_precision("highest")  # a GPU's TF32 would round operands, too
@@ -265,7 +265,8 @@ def make_train_step(args, optimizer):
 def require_equal_policies(args, state, record):
     """A callback of `fit`: the policy that acted is that which the first update starts from."""
     update, error = record["update"], record["ratio_error"]
-    assert error <= ROUNDING[args.dtype], f"update {update}: |ratio - 1| = {error} before it learns"
+    if not error <= ROUNDING[args.dtype]:
+        raise runs.CheckError(f"update {update}: |ratio - 1| = {error} before it learns")
 
 
 def compare_states(args, agent):

@@ -24,6 +24,10 @@ from experiments.data import DataError
 from jaxgru import training
 
 
+class CheckError(Exception):
+    """A check of the script failed. It ends with the message on one line and code 1."""
+
+
 def run_script(
     name: str, run: Callable[[], int], extras: tuple[str, ...] = (), *, smoke: bool = False
 ) -> int:
@@ -57,7 +61,7 @@ def _run(name, run, extras):
             return run()
         except (DataError, OSError, ImportError, training.CheckpointError) as error:
             return fail(name, error)
-        except training.NonFiniteError as error:
+        except (training.NonFiniteError, CheckError) as error:
             fail(name, error)
             return 1
         except training.Interrupted as error:

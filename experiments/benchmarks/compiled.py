@@ -10,7 +10,7 @@ device, which is not possible here. `peers` measures times; the programs are tho
 "training" and "forward". Figures are of the whole program, divided by T, but temporaries are in MB.
 
 * GPU: launches (products, elementwise kernels, kernels that only add 1 to the counter of a loop,
-  copies), and host issues: what the host starts, where a CUDA graph is one, whatever it contains.
+  copies), and host launches: what the host starts, where a CUDA graph is one, whatever it contains.
 * TPU: operations except those on scalars, libtpu's estimate of their cycles, and their VLIW
   bundles (instructions of the schedule; a loop inside of an operation counts once).
 
@@ -41,8 +41,6 @@ import numpy as np
 from jax import lax
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
-from matplotlib.figure import Figure
-from tqdm import tqdm
 
 import jaxgru
 from experiments import hopper, runs
@@ -60,7 +58,7 @@ PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cuda-nvcc", "libtpu", 
 NUM_STEPS, BATCH_SIZE, TINY = 512, 32, Size(48, 16, 24, 64)
 DTYPES = ("float32", "bfloat16")
 TITLE = f"T = {NUM_STEPS}, B = {BATCH_SIZE}, I = H; counts a step of compiled programs, not times"
-GPU, TPU = ("launches", "host issues"), ("bundles", "cycles", "operations")
+GPU, TPU = ("launches", "host launches"), ("bundles", "cycles", "operations")
 COLUMNS = {"h100": GPU, "v5e": TPU, "v6e": TPU}
 
 
@@ -132,8 +130,8 @@ def measure(device: str, place: SingleDeviceSharding, dump: str, function, argum
         compiled = compile_for(place, function, arguments, options)
         patterns = ("*.thunk_sequence*.txt", "*.thunk_metadata.txt")  # the last is after all passes
         texts = [max(folder.glob(pattern)).read_text() for pattern in patterns]
-        total, issues = compiled_text.count_launches(texts[0], texts[1], compiled.as_text())
-        costs = {"launches": sum(total.values()), "host issues": issues}
+        total, by_host = compiled_text.count_launches(texts[0], texts[1], compiled.as_text())
+        costs = {"launches": sum(total.values()), "host launches": by_host}
     else:
         compiled = compile_for(place, function, arguments)
         schedules = folder.glob(f"*{compiled_text.SCHEDULE}")
@@ -170,6 +168,8 @@ def option_cases(dtype: Any, reset: Any) -> list[tuple[jaxgru.GRUParams, dict[st
 
 def compile_options(device: str, place: SingleDeviceSharding, args: Any) -> list[str]:
     """Compiles a training step with every option; returns a line for each failure."""
+    from tqdm import tqdm
+
     failures = []
     for dtype, reset in itertools.product(args.dtypes, args.resets):
         cases = option_cases(jnp.dtype(dtype), reset)
@@ -195,11 +195,13 @@ def first_line(error: Exception) -> str:
 
 def measure_device(device: str, cells: list[str], dump: str, args: argparse.Namespace) -> None:
     """Measures what is chosen and, without --again, missing; writes after each contender."""
+    from tqdm import tqdm
+
     about: dict[str, Any] = read(args.out).get(device, {})
     cases = [
         (cell, name)
         for cell, (name, library) in itertools.product(cells, CONTENDERS.items())
-        if cell.split()[-1] in library.resets and name.startswith(tuple(args.contenders))
+        if cell.split()[-1] in library.resets and name.startswith(tuple(args.contenders or [""]))
         if args.again or "costs" not in about.get("rows", {}).get(cell, {}).get(name, {})
     ]
     if not cases:
@@ -268,11 +270,13 @@ def markdown(results: dict[str, Any]) -> str:
 
 def plot(results: dict[str, Any], path: Path) -> None:
     """A line of panels for each device: a cost of each task, and temporaries of a training step."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(19, 1.5 + 4 * len(results)), layout="constrained")
     panels = figure.subplots(len(results), 3, squeeze=False).ravel()
     views = [("training", 0), ("forward", 0), ("training", -1)]
-    for panel, (device, (task, k)) in zip(panels, itertools.product(results, views)):
-        column = (*COLUMNS[device], "temporaries")[k]
+    for panel, (device, (task, place)) in zip(panels, itertools.product(results, views)):
+        column = (*COLUMNS[device], "temporaries")[place]
         rows = {c: row for c, row in sorted(results[device]["rows"].items())
                 if task in c and any("costs" in figures for figures in row.values())}  # fmt: skip
         for k, name in enumerate(CONTENDERS):
@@ -310,21 +314,27 @@ def run(args: argparse.Namespace, dump: str) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns 0, 1 if a check or an option failed, 2 if a compiler is missing."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = runs.make_parser("benchmarks.compiled", (__doc__ or "").partition("\n")[0])
     add = parser.add_argument
-    add("--devices", nargs="+", choices=COLUMNS, default=list(COLUMNS))
-    add("--dtypes", nargs="+", choices=(*DTYPES, "float16"), default=DTYPES)
-    add("--hidden", nargs="+", type=int, default=[128, 512])
-    add("--tasks", nargs="+", choices=("training", "forward"), default=["training", "forward"])
-    add("--resets", nargs="+", choices=RESETS, default=RESETS)
-    add("--contenders", nargs="+", default=[""], help="how their names start")
+    add("--devices", nargs="+", choices=COLUMNS, default=list(COLUMNS),
+        help="to compile for")  # fmt: skip
+    add("--dtypes", nargs="+", choices=(*DTYPES, "float16"), default=DTYPES,
+        help="of parameters and inputs")  # fmt: skip
+    add("--hidden", nargs="+", type=int, default=[128, 512], metavar="H", help="units of the GRU")
+    add("--tasks", nargs="+", choices=("training", "forward"), default=["training", "forward"],
+        help="what to compile")  # fmt: skip
+    add("--resets", nargs="+", choices=RESETS, default=RESETS,
+        help="equations: the reset gate before or after the product")  # fmt: skip
+    add("--contenders", nargs="+", metavar="NAME", help="how their names start (default: all)")
     add("--again", action="store_true", help="measure rows that are there, too")
     add("--check", action="store_true", help="exit 1 where a peer costs less than jaxgru")
     add("--options", action="store_true", help="compile every option of gru instead")
-    add("--out", type=Path, default=Path(__file__).parent / "results" / "compiled")
+    add("--out", type=Path, metavar="FOLDER",
+        help="of the results (default: results/compiled beside this script)")  # fmt: skip
     args = parser.parse_args(argv)
+    args.out = args.out or Path(__file__).parent / "results" / "compiled"
     with tempfile.TemporaryDirectory() as dump:  # libtpu keeps the first folder that it is given
-        return runs.run_script("benchmarks.compiled", lambda: run(args, dump))
+        return runs.run_script("compiled", lambda: run(args, dump))
 
 
 if __name__ == "__main__":

@@ -71,26 +71,26 @@ def kind_of(thunk: Thunk) -> str:
 
 
 def count_launches(thunks: str, metadata: str, hlo: str) -> tuple[Counter, int]:
-    """(launches by place and kind, issues of the host, where a CUDA graph is one)."""
+    """(launches by place and kind, launches by the host, where a CUDA graph is one)."""
     names, loops = read_thunk_names(metadata), read_loops(read_computations(hlo)[0])
-    total, issues = Counter(), 0
+    total, by_host = Counter(), 0
 
     def walk(thunks, runs, place, in_graph):
-        nonlocal issues
+        nonlocal by_host
         for thunk in thunks:
             if thunk.kind == "kWhile":
                 trips, place_of_body = loops[names[thunk.number]]
                 walk(thunk.children, runs * trips, place_of_body, in_graph)
             elif thunk.children:
                 is_graph = thunk.kind == "kCommandBuffer"
-                issues += runs * (is_graph and not in_graph)
+                by_host += runs * (is_graph and not in_graph)
                 walk(thunk.children, runs, place, in_graph or is_graph)
             elif thunk.kind not in SILENT:
                 total[place, kind_of(thunk)] += runs
-                issues += runs * (not in_graph)
+                by_host += runs * (not in_graph)
 
     walk(read_thunks(thunks), 1, "outside", False)
-    return total, issues
+    return total, by_host
 
 
 def read_computations(hlo: str) -> tuple[Computations, str]:

@@ -8,7 +8,6 @@ A training step is the value and all gradients (params, xs, h0) of <h_last, dh_l
 forward pass gives h_last and hs. The contenders hold the same weights in the same dtype:
 
 * scan: `gru` with its defaults;
-* scan, unroll=8;
 * torch.nn.GRU if torch is installed, which runs cuDNN on a GPU; only with reset "after";
 * fused: `gru` with the fused kernel.
 
@@ -50,7 +49,7 @@ from jaxgru import BPTT
 from jaxgru.experimental.fused import HopperKernel
 
 Rows = list[dict[str, Any]]
-SCAN, UNROLLED, FUSED = "scan", "scan, unroll=8", "fused"
+SCAN, FUSED = "scan", "fused"
 DTYPES = ("bfloat16", "float32")
 SIZES = [Size(512, b, h, h) for b, h in itertools.product((16, 128, 1), (256, 64, 512, 128))]
 SMOKE_SIZES = [Size(3, 2, 4, 4)]
@@ -83,7 +82,7 @@ class Point(NamedTuple):
 
 def contenders(interpreted: bool) -> dict[str, Library]:
     """{name: contender}; on a CPU the kernel runs in JAX's interpreter."""
-    found = {SCAN: ours(SEQUENCES), UNROLLED: ours(SEQUENCES, BPTT(unroll=8))}
+    found = {SCAN: ours(SEQUENCES)}
     if importlib.util.find_spec("torch") is not None:
         found[TORCH] = PEERS[TORCH]
     return {**found, FUSED: ours(SEQUENCES, BPTT(kernel=HopperKernel(interpreted)))}

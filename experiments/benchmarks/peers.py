@@ -308,9 +308,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="what to measure")
     add("--reset", nargs="+", choices=RESETS,
         help="equations: the reset gate before or after the product (default: both)")  # fmt: skip
-    add("--sizes", type=parse_size, nargs="+", metavar="T,B,D,H", 
+    add("--sizes", type=parse_size, nargs="+", metavar="T,B,D,H",
         help="for training and forward (default: seven sizes)")  # fmt: skip
-    add("--contenders", type=parse_contender, nargs="+", metavar="NAME", 
+    add("--contenders", type=parse_contender, nargs="+", metavar="NAME",
         help="libraries and variants to measure (default: all)")  # fmt: skip
     add("--chunks", type=parse_chunk, nargs="+", default=[], metavar="N",
         help="chunk sizes of jaxgru, or 'whole' for the whole sequence")  # fmt: skip

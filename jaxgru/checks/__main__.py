@@ -10,11 +10,11 @@ that returns the tuple of positional arguments of both functions. The check is
 
 --mutate changes one operation at a time in the rule, and tells whether the check with these inputs
 notices it. The rules are those of --rule, or the one of --fn's `custom_vjp` or `custom_jvp`. This
-is `jaxgru.checks.check_mutants`, for float64 without finite differences.
+is `jaxgru.checks.check_mutants`, for float64 with one random cotangent, without finite differences.
 
 The report is printed, and begins with its verdict. The exit code is 0 if everything agrees and no
-mutant survives, 1 if not, and 2 if the input cannot be used. --json also writes all rows to a file,
-in which a number that is not finite is null.
+mutant survives, 1 if not, and 2 if the input cannot be used, such as a rule that the check does not
+call. --json also writes all rows to a file, in which a number that is not finite is null.
 """
 
 import argparse
@@ -35,6 +35,14 @@ from jaxgru.checks.gradients import check_gradients
 from jaxgru.checks.mutation import check_mutants
 
 DTYPES = ("caller", "float64", "float32", "bfloat16", "float16")
+# What is compared by default, and always with --mutate.
+COMPARED = {
+    "dtypes": ("caller", "float64"),
+    "finite_differences": True,
+    "num_cotangents": 3,
+    "num_coordinates": 8,
+}
+MUTATING = {"dtypes": ("float64",), "finite_differences": False, "num_cotangents": 1}
 
 
 class InputError(Exception):
@@ -73,10 +81,11 @@ def parse_args(argv):
     add = parser.add_argument
     add("--mutate", action="store_true", help="is a wrong operation in the rule noticed?")
     add("--json", metavar="FILE", type=pathlib.Path, help="new file for all rows")
-    add("--dtypes", nargs="+", choices=DTYPES, default=["caller", "float64"])
-    add("--finite-differences", action=argparse.BooleanOptionalAction, default=True)
-    add("--num-cotangents", type=int, default=3, help="random cotangents (default: 3)")
-    add("--num-coordinates", type=int, default=8,
+    add("--dtypes", nargs="+", choices=DTYPES, help="(default: caller float64)")
+    add("--finite-differences", action=argparse.BooleanOptionalAction,
+        help="compare with finite differences, too (default: yes)")  # fmt: skip
+    add("--num-cotangents", type=int, help="random cotangents (default: 3)")
+    add("--num-coordinates", type=int,
         help="entries per leaf for finite differences (default: 8)")  # fmt: skip
     add("--tolerance", metavar="NAME=VALUE", type=_tolerance, action="append", default=[],
         help="of a dtype or finite-difference, relative to the largest entry")  # fmt: skip
@@ -84,6 +93,11 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     if args.rule and not args.mutate:
         parser.error("--rule needs --mutate")
+    for name, default in COMPARED.items():
+        if getattr(args, name) is None:
+            setattr(args, name, MUTATING.get(name) if args.mutate else default)
+        elif args.mutate:
+            parser.error(f"--{name.replace('_', '-')} is not for --mutate, which fixes it")
     if not 0 <= args.seed < 2**32:
         parser.error(f"--seed must be at least 0 and below 2**32, got {args.seed}")
     return args
@@ -91,7 +105,10 @@ def parse_args(argv):
 
 def _tolerance(text: str) -> tuple[str, float]:
     name, _, value = text.partition("=")
-    return name, float(value)
+    try:
+        return name, float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text}") from None
 
 
 def run(args: argparse.Namespace) -> tuple[str, bool, list[dict[str, Any]]]:
@@ -100,11 +117,7 @@ def run(args: argparse.Namespace) -> tuple[str, bool, list[dict[str, Any]]]:
     inputs = load_inputs(args, reference)
     rules = load_rules(args, fn) if args.mutate else {}
     options = {"key": jax.random.key(args.seed), "tolerances": dict(args.tolerance)}
-    if args.mutate:
-        options |= {"dtypes": ("float64",), "finite_differences": False, "num_cotangents": 1}
-    else:
-        names = ("dtypes", "finite_differences", "num_cotangents", "num_coordinates")
-        options |= {name: getattr(args, name) for name in names}
+    options |= {name: getattr(args, name) for name in (MUTATING if args.mutate else COMPARED)}
     check = functools.partial(check_gradients, fn, reference, *inputs, **options)
     try:
         report: Any = check_mutants(rules, {args.fn: check}, progress=True) if rules else check()

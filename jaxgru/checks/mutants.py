@@ -4,7 +4,7 @@
     a * b  ->  a,  b                a / b  ->  a * b        a ** b ->  a
     -a     ->  a                    c      ->  c + 1        return a, b  ->  return b, a
 
-where c is a number.
+where c is a number. Comparisons and the conditions of `if` and `while` are not changed.
 """
 
 import __future__
@@ -108,12 +108,15 @@ def make_mutants(rule: Rule) -> list[Mutant]:
 
 def _sites(tree: ast.AST) -> list[ast.expr]:
     """The nodes that may be changed, in a fixed order."""
-    excluded: set[ast.AST] = set()  # patterns, where Python allows no call, and f-strings
+    # Not changed: patterns, where Python allows no call, f-strings, comparisons and conditions.
+    excluded: set[ast.AST] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.match_case):
             excluded.update(ast.walk(node.pattern))
-        elif isinstance(node, ast.JoinedStr):
+        elif isinstance(node, ast.JoinedStr | ast.Compare):
             excluded.update(ast.walk(node))
+        elif isinstance(node, ast.If | ast.IfExp | ast.While):
+            excluded.update(ast.walk(node.test))
     returned = [node.value for node in ast.walk(tree) if isinstance(node, ast.Return)]
     nodes = [node for node in ast.walk(tree) if isinstance(node, ast.expr)]
     return [node for node in nodes if node not in excluded and _is_site(node, returned)]

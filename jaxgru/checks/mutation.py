@@ -70,7 +70,7 @@ class MutantReport:
 
     @property
     def passed(self) -> bool:
-        """True if there is a mutant and none survives."""
+        """True if there is a mutant and each is caught, indistinct or not reached."""
         return bool(self.rows) and all(row.verdict != "survived" for row in self.rows)
 
     def __bool__(self) -> bool:
@@ -103,7 +103,8 @@ def check_mutants(
     """Changes one operation at a time in derivative rules, and tries whether a check notices it.
 
     For a rule g and each mutant g' of its source: `check()` must be false, or raise, with g' in the
-    place of g. Comparisons, conditions and forward functions are not changed.
+    place of g. Comparisons, conditions and forward functions are not changed. The checks together
+    must reach a mutant of every rule.
 
     Args:
       rules: names to plain functions, such as those given to `defvjp`, and functions they call.
@@ -116,7 +117,8 @@ def check_mutants(
 
     Raises:
       AssertionError: a check disagrees for the rules as they are.
-      ValueError: a rule is not a plain function of yours, or its source is not available.
+      ValueError: a rule is not a plain function of yours, its source is not available, or the
+        checks reach none of its mutants.
       Exception: what a check raises for the rules as they are.
 
     Cost: each check runs once, then every mutant runs the checks that evaluate its node. JAX's
@@ -142,13 +144,25 @@ def check_mutants(
                 f"check_mutants: FAILED, {name} must agree before the rules are mutated.\n\n"
                 f"{report}"
             )
-    rows = []
     mutants = [mutant for rule in parsed for mutant in make_mutants(rule)]
+    _require_reached(parsed, mutants, set().union(*sites.values()))
+    rows = []
     for mutant in _show(mutants, "mutant", progress):
         site = (mutant.rule.name, mutant.site)
         reaching = {name: check for name, check in checks.items() if site in sites[name]}
         rows.append(try_mutant(mutant, reaching))
     return MutantReport(tuple(rows), len(checks))
+
+
+def _require_reached(rules: Sequence[Rule], mutants: Sequence[Mutant], reached: set[Any]) -> None:
+    for rule in rules:
+        # Of a rule without mutants, the site None says that it was called.
+        changed = {mutant.site for mutant in mutants if mutant.rule is rule} or {None}
+        if not any((rule.name, site) in reached for site in changed):
+            raise ValueError(
+                f"check_mutants: rules must be called by a check, got {rule.name}; "
+                "add a check of a function that calls it, or leave it out."
+            )
 
 
 def _show(values: Iterable[Any], unit: str, progress: bool) -> Iterable[Any]:

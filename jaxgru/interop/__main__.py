@@ -112,6 +112,10 @@ def parse_args(argv):
     for option, kind in (("cell", "torch"), ("step", "stablehlo")):
         if getattr(args, option) and {name for name, _ in args.targets} != {kind}:
             parser.error(f"--{option} is only for the target {kind}")
+    for option, kinds in (("reset", ("keras",)), ("activation", ("keras", "linen", "nnx"))):
+        if getattr(args, option) and args.source[0] not in kinds:
+            named = ", ".join(kinds)
+            parser.error(f"--{option} is only for a source of {named}, got {args.source[0]}")
     return args
 
 

@@ -285,7 +285,12 @@ def test_name_that_cannot_be_loaded(fn, message, tmp_path, capsys):
         (["--fn", "a:b"], "the following arguments are required: --reference, --inputs"),
         (["--rule", "a:b"], "--rule needs --mutate"),
         (["--dtypes", "int8"], "invalid choice"),
-        (["--tolerance", "float64"], "argument --tolerance: invalid"),
+        (["--tolerance", "float64"], "argument --tolerance: must be NAME=VALUE, got float64\n"),
+        (["--tolerance", "float64=a"], "argument --tolerance: must be NAME=VALUE, got float64=a\n"),
+        (["--mutate", "--dtypes", "float64"], "--dtypes is not for --mutate, which fixes it"),
+        (["--mutate", "--no-finite-differences"], "--finite-differences is not for --mutate"),
+        (["--mutate", "--num-cotangents", "1"], "--num-cotangents is not for --mutate"),
+        (["--mutate", "--num-coordinates", "8"], "--num-coordinates is not for --mutate"),
         (["--seed", "-1"], "--seed must be at least 0"),
         (["--seed", str(2**32)], "--seed must be at least 0 and below 2**32"),
     ],
@@ -345,6 +350,8 @@ def test_mutants_of_a_right_rule_are_caught_and_its_dead_branch_is_not_reached(t
             ("slope + 7", "slope - 7"), ("slope + 7", "slope"), ("slope + 7", "7"), ("7", "8"),
         },
     }  # fmt: skip
+    used = {"dtypes": ["float64"], "num_cotangents": 1, "finite_differences": False}
+    assert found["options"].items() >= {**used, "num_coordinates": None}.items()
     line = right_bwd.__code__.co_firstlineno + 1
     assert found["mutants"][0]["line"] == line
     assert right_bwd.__code__ is original and mutants.PROBE not in globals()
@@ -388,11 +395,29 @@ def test_wrong_rule_is_reported_and_not_mutated(tmp_path, capsys):
         ("of_lambda", (), "rules must each be written as a def"),
         ("without_rule", (), "call its defvjp first"),
         ("right", ("--rule", f"{HERE}:right"), "rules must be plain functions, got"),
+        (
+            "right",
+            ("--rule", f"{HERE}:right_bwd", "--rule", f"{HERE}:long_bwd"),
+            f"check_mutants: rules must be called by a check, got {HERE}:long_bwd; add a check",
+        ),
     ],
 )
 def test_rule_that_cannot_be_mutated(fn, options, message, tmp_path, capsys):
     assert run(tmp_path, fn, "--mutate", *options)[0] == 2
     assert message in capsys.readouterr().err
+
+
+def conditional(x, n):
+    while n > 2:
+        n = n - 3
+    if n + 4:
+        x = -x if x.ndim - 5 else x
+    return x * (x > 6)
+
+
+def test_comparisons_and_conditions_are_not_changed():
+    made = mutants.make_mutants(mutants.read_rule("conditional", conditional))
+    assert {mutant.original for mutant in made} == {"n - 3", "3", "-x", "x * (x > 6)"}
 
 
 def test_rule_gets_its_own_code_back_after_an_exception():

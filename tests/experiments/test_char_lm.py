@@ -6,6 +6,7 @@ import pathlib
 import re
 import shlex
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -46,6 +47,15 @@ def test_run_learns_and_leaves_all_its_files(run):
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert "passed, all" in (run / "cross_check.txt").read_text()
     assert (run / "samples.txt").read_text().count("--- update") == len(scores)
+
+
+def test_check_without_a_gradient_that_could_be_compared_is_reported(tmp_path, monkeypatch, capsys):
+    rows = [types.SimpleNamespace(dtype="float64", reference="finite-difference", tolerance=1.0)]
+    report = types.SimpleNamespace(rows=rows, passed=True)
+    monkeypatch.setattr(char_lm.report.checks, "check_gradients", lambda *args, **options: report)
+    assert char_lm.report.cross_check(None, tmp_path, None, None, None, None)
+    shown = capsys.readouterr().out
+    assert "finite differences  largest relative error 0.0e+00  (limit 1e-06; 1 gradients" in shown
 
 
 def test_run_that_was_stopped_goes_on_to_the_same_bytes(tmp_path, run, capsys):

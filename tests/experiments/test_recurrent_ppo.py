@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import signal
 
 import jax
@@ -121,10 +122,33 @@ def test_ratio_shows_a_replay_with_wrong_resets_or_state(rollouts, wrong):
     assert float(jnp.abs(ratios - 1).max()) > 0.01
 
 
-def test_run_stops_where_rollout_and_replay_differ():
+def test_run_stops_where_rollout_and_replay_differ(tmp_path, monkeypatch, capsys):
     ppo.require_equal_policies(ARGS, None, {"update": 1, "ratio_error": 3e-6})
-    with pytest.raises(AssertionError, match=r"update 2: \|ratio - 1\| = 0\.001 before it learns"):
-        ppo.require_equal_policies(ARGS, None, {"update": 2, "ratio_error": 1e-3})
+    with pytest.raises(
+        ppo.runs.CheckError, match=r"update 2: \|ratio - 1\| = nan before it learns"
+    ):
+        ppo.require_equal_policies(ARGS, None, {"update": 2, "ratio_error": np.nan})
+
+    def forgetful(dtype, agent, steps, h0, done_before):
+        return replay(
+            dtype, agent, steps._replace(done=jnp.zeros_like(steps.done)), h0, done_before
+        )
+
+    replay = ppo.replay
+    monkeypatch.setattr(ppo, "replay", forgetful)
+    with jax.numpy_dtype_promotion("standard"):  # for optax.adam
+        assert ppo.main(["--smoke", "--out", str(tmp_path / "run")]) == 1
+    message = r"^recurrent_ppo: update 1: \|ratio - 1\| = [0-9.]+ before it learns$"
+    shown = capsys.readouterr().err
+    assert re.search(message, shown, flags=re.M) and "Traceback" not in shown
+
+
+def test_smoke_run_is_compiled_with_little_optimization(monkeypatch):
+    found = []
+    monkeypatch.setattr(ppo.runs, "run_script", lambda *args, smoke: found.append(smoke))
+    ppo.main(["--smoke"])
+    ppo.main([])
+    assert found == [True, False]
 
 
 def test_loss_is_the_clipped_one_of_the_paper(rollouts):

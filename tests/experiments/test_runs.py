@@ -14,8 +14,8 @@ from experiments import char_lm, data, runs
 SCRIPTS = (
     "agreement", "char_lm", "communication", "cross_check", "derivation.__main__",
     "gradient_flow.__main__", "hopper", "memory_tasks", "polyphonic_music", "recurrent_ppo",
-    "regression", "sequential_digits", "benchmarks.fused", "benchmarks.peers",
-    "benchmarks.scaling", "benchmarks.torch_char_lm",
+    "regression", "sequential_digits", "benchmarks.compiled", "benchmarks.fused",
+    "benchmarks.peers", "benchmarks.scaling", "benchmarks.torch_char_lm",
 )  # fmt: skip
 
 

@@ -276,6 +276,8 @@ def test_options_of_other_formats_are_refused(tmp_path, capsys):
         (["--cell"], "--cell is only for the target torch"),
         (["--step"], "--step is only for the target stablehlo"),
         (["--seed", "-1"], "--seed must be at least 0, got -1"),
+        (["--reset", "after"], "--reset is only for a source of keras, got torch"),
+        (["--activation", "tanh"], "--activation is only for a source of keras, linen, nnx, got"),
     ):
         with pytest.raises(SystemExit):
             main(argv + option)

@@ -152,7 +152,9 @@ def empty_gates(params, hs):
     """Zeros in the form of the `Gates` of all steps, from states [T, ..., H] of the state dtype."""
     zeros = jnp.zeros_like(hs)
     norm = None if params.g_h is None else Norm(zeros, zeros[..., :1])
-    return Gates(zeros, zeros, zeros, None if params.spec.reset == "before" else zeros, (norm,) * 3)
+    return Gates(
+        zeros, zeros, zeros, None if params.spec.reset == "before" else zeros, (norm, norm, norm)
+    )
 
 
 def drop_state(h, dropout):

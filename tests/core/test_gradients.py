@@ -660,8 +660,14 @@ PADDED = {
 
 
 @in_float64
-@pytest.mark.parametrize("residuals", ["gates", "states", "boundaries"])
-@pytest.mark.parametrize("case", PADDED)
+@pytest.mark.parametrize(
+    ("case", "residuals"),
+    [
+        pytest.param(case, residuals, marks=[] if number % 3 == place else slow)
+        for number, case in enumerate(PADDED)
+        for place, residuals in enumerate(("gates", "states", "boundaries"))
+    ],
+)
 @mostly_before
 def test_chunks_without_a_valid_step_pass_state_and_gradient_on(spec, case, residuals):
     """Steps 8 to 15 are masked in every row, and so are the last ones: chunks of 4 are skipped."""

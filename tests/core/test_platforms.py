@@ -69,7 +69,7 @@ def test_program_of_a_platform_is_its_own_choice(spec, platform, unroll):
         assert (explicit == default) == (other == unroll)
 
 
-@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("platform", ["cuda", pytest.param("tpu", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", ["plain", "bfloat16", "layer_norm", "everything"])
 @EQUATIONS
 def test_gradient_of_every_platform_is_that_of_autodiff(spec, case, platform, monkeypatch):

@@ -68,6 +68,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse_args(argv):
+    """The options of the command; exits with code 2 where they are wrong."""
     parser = argparse.ArgumentParser(
         prog="python -m jaxgru.checks",
         description=__doc__,

@@ -108,23 +108,7 @@ def rtrl(
     >>> bool(jnp.allclose(dparams.w_h, bptt.w_h, atol=1e-5))
     True
     """
-    cure = ", whose outputs depend on later inputs; use jax.grad of gru_stack"
-    require_one_way("rtrl", params, cure)
-    require_sequence("rtrl", params, xs, h0, mask, resets, residual=residual)
-    require_choice("rtrl", "influence", influence, get_args(Influence))
-    layers = jax.tree.map(jnp.asarray, tuple(as_stack(params)))
-    if influence == "snap-1" and (len(layers) > 1 or layers[0].g_x is not None):
-        found = f"{len(layers)} layers" if len(layers) > 1 else "a layer with layer norm"
-        raise ValueError(
-            "rtrl: params must be one layer without layer norm for influence='snap-1', got "
-            f"{found}, where every parameter moves many units at once; use influence='exact'."
-        )
-    for leaf in jax.tree.leaves(targets):
-        shape = jnp.shape(leaf)
-        if shape[:1] != xs.shape[:1]:
-            raise ValueError(
-                f"rtrl: targets must be arrays of {xs.shape[0]} steps, as xs, got {shape}."
-            )
+    layers = _require_rtrl(params, xs, targets, h0, mask, resets, residual, influence)
     lead, dtype = xs.shape[1:-1], state_dtype(xs.dtype)
     start = _start if influence == "exact" else _start_snap
     states = zip(layers, per_layer(params, h0))
@@ -165,6 +149,28 @@ def rtrl(
     grads = jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(grads))
     h = states if as_stack(params) is params else states[0]
     return RTRLResult(loss, grads, RTRLState(h, influences))
+
+
+def _require_rtrl(params, xs, targets, h0, mask, resets, residual, influence):
+    """The layers of checked arguments; raises as `rtrl` says."""
+    cure = ", whose outputs depend on later inputs; use jax.grad of gru_stack"
+    require_one_way("rtrl", params, cure)
+    require_sequence("rtrl", params, xs, h0, mask, resets, residual=residual)
+    require_choice("rtrl", "influence", influence, get_args(Influence))
+    layers = jax.tree.map(jnp.asarray, tuple(as_stack(params)))
+    if influence == "snap-1" and (len(layers) > 1 or layers[0].g_x is not None):
+        found = f"{len(layers)} layers" if len(layers) > 1 else "a layer with layer norm"
+        raise ValueError(
+            "rtrl: params must be one layer without layer norm for influence='snap-1', got "
+            f"{found}, where every parameter moves many units at once; use influence='exact'."
+        )
+    for leaf in jax.tree.leaves(targets):
+        shape = jnp.shape(leaf)
+        if shape[:1] != xs.shape[:1]:
+            raise ValueError(
+                f"rtrl: targets must be arrays of {xs.shape[0]} steps, as xs, got {shape}."
+            )
+    return layers
 
 
 def _require_state(params, h0, state, begin):

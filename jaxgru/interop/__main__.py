@@ -78,6 +78,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse_args(argv):
+    """The options of the command; exits with code 2 where they are wrong."""
     parser = argparse.ArgumentParser(
         prog="python -m jaxgru.interop",
         usage="%(prog)s FROM FILE TO FILE [TO FILE ...] [options]",

@@ -143,3 +143,17 @@ def test_smoke_run_compiles_fast_and_leaves_the_option_as_it_was():
         assert runs.run_script("script", functools.partial(read, seen, name), smoke=smoke) == 0
     assert seen == [before, True]
     assert jax.config.read(name) is before
+
+
+def test_no_program_is_used_that_was_compiled_with_the_other_option(optimized):
+    double, seen = jax.jit(lambda x: 2 * x), []
+
+    def run():
+        seen.append(double._cache_size())
+        double(1.0)
+        seen.append(double._cache_size())
+        return 0
+
+    double(1.0)
+    assert runs.run_script("script", run, smoke=True) == 0
+    assert [*seen, double._cache_size()] == [0, 1, 0]

@@ -2,8 +2,8 @@
 
 For a GPU that is the list of thunks: launches of kernels and copies, and the CUDA graphs and loops
 that contain them. For a TPU it is the program itself (HLO) and the schedule of each operation.
-Counts are by (place, kind), every trip of a loop counted; the places are "forward" and "backward"
-for the loops over time, and "outside" of loops.
+Counts are by (place, kind) and contain every trip of a loop; a place is "forward", "backward"
+(loops over time) or "outside".
 """
 
 import itertools
@@ -60,8 +60,8 @@ def read_thunks(text: str) -> list[Thunk]:
 
 def read_thunk_names(metadata: str) -> dict[int, str]:
     """{number of a thunk: name of its instruction in HLO}; the number 0 is not written."""
-    pattern = re.compile(r'profile_annotation: "([^"]*)"(?:\s+thunk_id: (\d+))?')
-    return {int(number or 0): name for name, number in pattern.findall(metadata)}
+    found = re.findall(r'profile_annotation: "([^"]*)"(?:\s+thunk_id: (\d+))?', metadata)
+    return {int(number or 0): name for name, number in found}
 
 
 def kind_of(thunk: Thunk) -> str:

@@ -145,16 +145,16 @@ def test_a_loop_without_a_known_number_of_trips_is_refused():
 CELL = "float32 128 training after"
 
 
-def results_of(**launches: float | str) -> dict:
-    """Results of an H100 with these launches by contender; a text is an error."""
+def results_of(**costs: tuple[float, float] | str) -> dict:
+    """Results of an H100: launches and temporaries by contender; a text is an error."""
     rows = {
         name.replace("_", " "): {"error": value}
         if isinstance(value, str)
         else {
-            "costs": {"launches": value, "host launches": 2.0, "temporaries": 8.0},
+            "costs": {"launches": value[0], "host launches": 2.0, "temporaries": value[1]},
             "counts": {"forward": {"product": 1.0, "copy": 0.25}, "backward": {"product": 2.0}},
         }
-        for name, value in launches.items()
+        for name, value in costs.items()
     }
     return {"h100": {"date": "2026-01-01", "versions": {"jax": "1.2"}, "rows": {CELL: rows}}}
 
@@ -162,12 +162,17 @@ def results_of(**launches: float | str) -> dict:
 @pytest.mark.parametrize(
     ("results", "line"),
     [
-        (results_of(jaxgru=9.0, plain_scan=9.5, Keras=9.0), None),
-        (results_of(jaxgru=9.0, plain_scan=9.5, Keras=8.0), "launches: jaxgru 9.00, Keras 8.00"),
-        (results_of(jaxgru=9.0, jaxgru_gates=1.0), "every peer is missing"),
-        (results_of(plain_scan=9.5), "jaxgru is missing"),
-        (results_of(jaxgru=9.0, plain_scan=9.5, Keras="refused"), "Keras: refused"),
-        (results_of(jaxgru="refused", plain_scan=9.5), "jaxgru: refused"),
+        (results_of(jaxgru=(9, 8), plain_scan=(9.5, 8), Keras=(9, 8)), None),
+        (results_of(jaxgru=(9, 8), plain_scan=(9.5, 2)), None),  # less memory for more launches
+        (
+            results_of(jaxgru=(9, 8), plain_scan=(9.5, 2), Keras=(9, 7)),
+            "Keras costs less than jaxgru: launches: 9.00, 9.00; host launches: 2.00, 2.00; "
+            "temporaries: 8.00, 7.00",
+        ),
+        (results_of(jaxgru=(9, 8), jaxgru_gates=(1, 1)), "every peer is missing"),
+        (results_of(plain_scan=(9, 8)), "jaxgru is missing"),
+        (results_of(jaxgru=(9, 8), plain_scan=(9.5, 8), Keras="refused"), "Keras: refused"),
+        (results_of(jaxgru="refused", plain_scan=(9.5, 8)), "jaxgru: refused"),
         ({}, "every peer is missing"),
     ],
 )
@@ -185,7 +190,7 @@ def test_check_fails_where_a_peer_costs_less_or_something_is_missing(
 
 
 def test_table_has_a_line_for_each_contender():
-    table = compiled.markdown(results_of(jaxgru=1234.5, Keras="refused")).splitlines()
+    table = compiled.markdown(results_of(jaxgru=(1234.5, 8), Keras="refused")).splitlines()
     assert "2026-01-01; jax 1.2" in table
     assert (
         f"| {CELL} | jaxgru | 1.00 + 0.00 + 0.00 + 0.25 + 0.00 | 2.00 + 0.00 + 0.00 + 0.00 + 0.00 "
@@ -203,7 +208,9 @@ def test_plot_shows_contenders_with_results_and_survives_none(tmp_path, monkeypa
             shown[panel.get_title()] = {name: list(y) for name, y in lines.items() if len(y)}
 
     monkeypatch.setattr(Figure, "savefig", savefig)
-    compiled.plot({**results_of(jaxgru=3.0, plain_scan=9.0), "v5e": {"rows": {CELL: {}}}}, tmp_path)
+    compiled.plot(
+        {**results_of(jaxgru=(3, 8), plain_scan=(9, 8)), "v5e": {"rows": {CELL: {}}}}, tmp_path
+    )
     for column, values in (("launches", [3.0, 9.0]), ("temporaries", [8.0, 8.0])):
         lines = shown.pop(f"h100, training: {column}")
         found = {name: y[0] for name, y in lines.items() if not np.isnan(y[0])}
@@ -237,7 +244,7 @@ def test_rows_that_are_there_are_measured_again_only_on_request(tmp_path, monkey
         measured.append(name)
         return {"costs": {"launches": 7.0, "host launches": 1.0, "temporaries": 1.0}}
 
-    results = results_of(jaxgru=9.0, plain_scan="refused")
+    results = results_of(jaxgru=(9, 8), plain_scan="refused")
     monkeypatch.setattr(compiled, "describe", lambda device, dump: None)
     monkeypatch.setattr(compiled, "measure", measure)
     monkeypatch.setattr(compiled, "make_program", lambda library, cell: (cell.split()[1],))

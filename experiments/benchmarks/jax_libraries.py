@@ -61,13 +61,13 @@ def flax_linen(reset: Reset, size: Size, dtype: Any) -> Layer:
         parts = (join("i", "kernel"), join("h", "kernel"), join("i", "bias"))
         return {**dict(zip(OUR_KEYS, parts)), "b_hn": arrays["hn"]["bias"]}
 
-    def run(weights, xs, h0):
-        return rnn.apply({"params": weights}, xs, initial_carry=h0)
+    def run(weights, xs, h0, lengths=None):
+        return rnn.apply({"params": weights}, xs, initial_carry=h0, seq_lengths=lengths)
 
     def step(weights, x, h):
         return cell.apply({"params": weights["cell"]}, h, x)[0]
 
-    return Layer(pack, unpack, run, step)
+    return Layer(pack, unpack, run, step, padded=run)
 
 
 def flax_nnx(reset: Reset, size: Size, dtype: Any) -> Layer:
@@ -93,13 +93,13 @@ def flax_nnx(reset: Reset, size: Size, dtype: Any) -> Layer:
     def unpack(weights):
         return {ours: weights[key] for ours, key in zip(OUR_KEYS, NNX_KEYS)}
 
-    def run(weights, xs, h0):
-        return merge(rnn_parts, weights)(xs, initial_carry=h0)
+    def run(weights, xs, h0, lengths=None):
+        return merge(rnn_parts, weights)(xs, initial_carry=h0, seq_lengths=lengths)
 
     def step(weights, x, h):
         return merge(cell_parts, weights)(h, x)[0]
 
-    return Layer(pack, unpack, run, step)
+    return Layer(pack, unpack, run, step, padded=run)
 
 
 def equinox(reset: Reset, size: Size, dtype: Any) -> Layer:
@@ -189,12 +189,13 @@ def keras_gru(reset: Reset, size: Size, dtype: Any) -> Layer:
             return {"w_x": w_x, "w_h": w_h, "b_x": bias}
         return {"w_x": w_x, "w_h": w_h, "b_x": bias[0], "b_hn": bias[1, 2 * size.hidden_size :]}
 
-    def run(weights, xs, h0):
-        (hs, h_last), _ = layer.stateless_call(weights, fixed, xs, initial_state=[h0])
+    def run(weights, xs, h0, lengths=None):
+        mask = None if lengths is None else jnp.arange(xs.shape[1])[None] < lengths[:, None]
+        (hs, h_last), _ = layer.stateless_call(weights, fixed, xs, initial_state=[h0], mask=mask)
         return h_last, hs
 
     def step(weights, x, h):
         (h, _), _ = cell.stateless_call(weights, cell_fixed, x, [h])
         return h
 
-    return Layer(pack, unpack, run, step, batch_major=True)
+    return Layer(pack, unpack, run, step, batch_major=True, padded=run)

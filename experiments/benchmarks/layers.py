@@ -1,7 +1,8 @@
 """The layers of jaxgru and of the plain scans, and the programs that are made from a layer.
 
 A `Layer` holds what the benchmarks need of a JAX library: the conversion of weights from jaxgru's
-layout and back, a function for a sequence, and a function for one step.
+layout and back, functions for a sequence and for sequences of different lengths, and a function for
+one step.
 """
 
 import functools
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from experiments.benchmarks.problems import (
@@ -23,7 +25,7 @@ from experiments.benchmarks.problems import (
     compile_program,
     training_step,
 )
-from jaxgru import GRUParams, gru, gru_cell
+from jaxgru import GRUParams, gru, gru_cell, length_mask
 from jaxgru.models import generate
 
 Array = jax.Array
@@ -44,6 +46,7 @@ class Layer(NamedTuple):
     cell: Callable[[Any, Array, Array], Array] | None  # weights, x [B, D], h [B, H] -> h
     batch_major: bool = False  # xs [B, T, D] and hs [B, T, H]
     generate: Generate | None = None  # the library's own loop; if None, a scan over the cell
+    padded: Callable[..., tuple[Array, Array]] | None = None  # as run, and lengths [B]
 
 
 def build(layer: Layer, task: Task, problem: Problem | CharModel, compiles: int = 1) -> Program:
@@ -65,8 +68,29 @@ def build(layer: Layer, task: Task, problem: Problem | CharModel, compiles: int 
         value, (dweights, dxs, dh0) = result
         return as_result(value=value, **layer.unpack(dweights), xs=_swap(layer, dxs), h0=dh0)
 
+    def padded_step(weights, xs, h0, dh_last, dhs, lengths):
+        assert layer.padded is not None
+        run = functools.partial(layer.padded, lengths=lengths)
+        return training_step(run)(weights, xs, h0, dh_last, dhs)
+
     arguments = (weights, xs, problem.h0, problem.dh_last, dhs)
-    return compile_program(training_step(layer.run), arguments, read_training, compiles)
+    if problem.lengths is None:
+        return compile_program(training_step(layer.run), arguments, read_training, compiles)
+    return compile_program(padded_step, (*arguments, problem.lengths), read_training, compiles)
+
+
+def build_cut(layer: Layer, task: Task, problem: Problem, compiles: int = 1) -> Program:
+    """The training step without the steps that are padding in every sequence."""
+    assert problem.lengths is not None
+    longest, num_steps = int(problem.lengths.max()), len(problem.xs)
+    cut = problem._replace(xs=problem.xs[:longest], dhs=problem.dhs[:longest])
+    program = build(layer, task, cut, compiles)
+
+    def read(result) -> Result:
+        found = program.read(result)
+        return {**found, "xs": np.pad(found["xs"], ((0, num_steps - longest), (0, 0), (0, 0)))}
+
+    return program._replace(read=read)
 
 
 def _swap(layer: Layer, v: Array) -> Array:
@@ -137,6 +161,9 @@ def our_layer(reset: Reset, gradient: Any = "bptt") -> Layer:
         pack=lambda params: params,
         unpack=unpack_ours,
         run=functools.partial(gru, gradient=gradient),
+        padded=lambda params, xs, h0, lengths: gru(
+            params, xs, h0, mask=length_mask(lengths, len(xs)), gradient=gradient
+        ),
         cell=gru_cell if gradient == "bptt" else None,
         generate=write if gradient == "bptt" else None,
     )
@@ -156,17 +183,29 @@ def plain_layer(reset: Reset, *, hoist: bool) -> Layer:
     Equinox and Haiku. With `hoist` both are done before the loop.
     """
 
+    def step(params, blocks, x, h):
+        if hoist:
+            return _textbook_step(blocks, x, h, reset)
+        return _textbook_step(_split(params, reset), project(params, x), h, reset)
+
     def run(params, xs, h0):
         blocks = _split(params, reset)
 
         def body(h, x):
-            if hoist:
-                h = _textbook_step(blocks, x, h, reset)
-            else:
-                h = _textbook_step(_split(params, reset), project(params, x), h, reset)
+            h = step(params, blocks, x, h)
             return h, h
 
         return lax.scan(body, h0, project(params, xs) if hoist else xs)
+
+    def padded(params, xs, h0, lengths):
+        blocks = _split(params, reset)
+
+        def body(h, inputs):
+            x, t = inputs
+            h = jnp.where((t < lengths)[:, None], step(params, blocks, x, h), h)
+            return h, h
+
+        return lax.scan(body, h0, (project(params, xs) if hoist else xs, jnp.arange(len(xs))))
 
     def project(params, xs):
         return xs @ params.w_x + params.b_x.reshape((1,) * (xs.ndim - 1) + (-1,))
@@ -174,7 +213,8 @@ def plain_layer(reset: Reset, *, hoist: bool) -> Layer:
     def cell(params, x, h):
         return _textbook_step(_split(params, reset), project(params, x), h, reset)
 
-    return Layer(lambda params: params, unpack_ours, run, None if hoist else cell)
+    cell = None if hoist else cell
+    return Layer(lambda params: params, unpack_ours, run, cell, padded=padded)
 
 
 def _split(params, reset):

@@ -11,15 +11,18 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from experiments.benchmarks.jax_libraries import equinox, flax_linen, flax_nnx, haiku, keras_gru
-from experiments.benchmarks.layers import Layer, build, our_layer, plain_layer
-from experiments.benchmarks.problems import RESETS, TASKS, Program, Reset, Size, Task
+from experiments.benchmarks.layers import Layer, build, build_cut, our_layer, plain_layer
+from experiments.benchmarks.problems import DIVISORS, RESETS, TASKS, Program, Reset, Size, Task
 from experiments.benchmarks.torch_library import allow_tf32, torch_gru
 from jaxgru import BPTT
 
 OURS, GATES, STATES = "jaxgru", "jaxgru gates", "jaxgru states"
+CUT = "jaxgru, cut to the longest"
 LINEN, TORCH = "Flax linen", "torch.nn.GRU"
 TRAINING: tuple[Task, ...] = ("training",)
 SEQUENCES: tuple[Task, ...] = ("training", "forward")
+PADDED: tuple[Task, ...] = tuple(DIVISORS)
+UNPADDED: tuple[Task, ...] = tuple(task for task in TASKS if task not in DIVISORS)
 AFTER: tuple[Reset, ...] = ("after",)
 BEFORE: tuple[Reset, ...] = ("before",)
 
@@ -46,24 +49,33 @@ def ours(tasks: tuple[Task, ...], gradient: Any = "bptt", one_chunk: bool = Fals
     return Library(make, tasks=tasks)
 
 
+def _ours_cut() -> Library:
+    """jaxgru without the steps that are padding in every sequence of the batch."""
+    return Library(lambda reset, *_: functools.partial(build_cut, our_layer(reset)), tasks=PADDED)
+
+
 def _plain(hoist: bool) -> Library:
     """A plain scan; the hoisted one has no single step."""
 
     def make(reset, size, dtype):
         return functools.partial(build, plain_layer(reset, hoist=hoist))
 
-    return Library(make, tasks=SEQUENCES if hoist else TASKS)
+    return Library(make, tasks=(*SEQUENCES, *PADDED) if hoist else TASKS)
 
 
 def _jax_peer(
-    make_layer: Callable[..., Layer], resets: tuple[Reset, ...], module: str, *packages: str
+    make_layer: Callable[..., Layer],
+    resets: tuple[Reset, ...],
+    module: str,
+    package: str,
+    tasks: tuple[Task, ...] = TASKS,
 ) -> Library:
     """A library whose layer runs under JAX."""
 
     def make(reset, size, dtype):
         return functools.partial(build, make_layer(reset, size, dtype))
 
-    return Library(make, resets, TASKS, module, packages)
+    return Library(make, resets, tasks, module, (package,))
 
 
 PLAIN: dict[str, Library] = {
@@ -74,8 +86,8 @@ JAX_PEERS: dict[str, Library] = {
     **PLAIN,
     LINEN: _jax_peer(flax_linen, AFTER, "flax.linen", "flax"),
     "Flax nnx": _jax_peer(flax_nnx, AFTER, "flax.nnx", "flax"),
-    "Equinox": _jax_peer(equinox, AFTER, "equinox", "equinox"),
-    "Haiku": _jax_peer(haiku, BEFORE, "haiku", "dm-haiku"),
+    "Equinox": _jax_peer(equinox, AFTER, "equinox", "equinox", UNPADDED),
+    "Haiku": _jax_peer(haiku, BEFORE, "haiku", "dm-haiku", UNPADDED),
     "Keras": _jax_peer(keras_gru, RESETS, "keras", "keras"),
 }
 PEERS: dict[str, Library] = {
@@ -89,6 +101,7 @@ LIBRARIES: dict[str, Library] = {
     "jaxgru boundaries": ours(TRAINING, BPTT("boundaries")),
     "jaxgru tangent": ours(SEQUENCES, "tangent"),  # its forward pass has no chunks
     "jaxgru autodiff": ours(TRAINING, "autodiff"),
+    CUT: _ours_cut(),
     **PEERS,
 }
 

@@ -8,6 +8,9 @@
 Tasks:
 
 * training: the value and all gradients (weights, xs, h0) of <h_last, dh_last> + <hs, dhs>.
+* padded, padded-short: training on sequences of 1 to T and 1 to T // 5 steps in a batch of T steps,
+  by each library's own masks or lengths. "jaxgru, cut to the longest" gets the same batch without
+  the steps that are padding in every sequence; it compiles again for each length.
 * forward: h_last and hs.
 * step: single steps at batch 1, called from Python; each gets the state of the step before. The
   time is that of one step.
@@ -35,6 +38,7 @@ import json
 import os
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +49,9 @@ from experiments import runs
 from experiments.benchmarks import libraries, report, targets
 from experiments.benchmarks.libraries import LIBRARIES, OURS, TORCH, Library, can_run
 from experiments.benchmarks.problems import (
+    DIVISORS,
     GENERATION_SIZE,
+    PADDED_SIZE,
     RESETS,
     SIZES,
     SMOKE_SIZES,
@@ -61,6 +67,7 @@ from experiments.benchmarks.problems import (
     cast,
     differences,
     draw_model,
+    draw_padded,
     draw_problem,
     limit_program,
     relative_error,
@@ -131,8 +138,9 @@ def where(group: Group) -> str:
 def make_problem(group: Group, args: argparse.Namespace) -> Any:
     """The arrays of a task in float32, rounded to the dtype in which it is timed."""
     task, reset, size = group
-    draw = draw_model if task == "generation" else draw_problem
-    return cast(cast(draw(size, reset, args.seed), jnp.dtype(args.dtype)), jnp.float32)
+    draws = {"generation": draw_model, **{of: partial(draw_padded, of) for of in DIVISORS}}
+    problem = draws.get(task, draw_problem)(size, reset, args.seed)
+    return cast(cast(problem, jnp.dtype(args.dtype)), jnp.float32)
 
 
 def make_programs(
@@ -239,6 +247,7 @@ def groups_of(args: argparse.Namespace) -> list[Group]:
     single = {"step": STEP_SIZE, "generation": GENERATION_SIZE}
     if args.smoke:
         single = {"step": Size(1, 1, 3, 4), "generation": Size(9, 1, 3, 4)}
+    single |= dict.fromkeys(DIVISORS, SMOKE_SIZES[0] if args.smoke else PADDED_SIZE)
     return [
         (task, reset, size)
         for task in args.tasks

@@ -1,7 +1,8 @@
 """What the benchmarks compute: sizes, weights, data, the training step and compiled programs.
 
 A training step computes <h_last, dh_last> + <hs, dhs> for fixed random dh_last and dhs, and its
-gradients with respect to weights, xs and h0. All arrays are drawn in float32.
+gradients with respect to weights, xs and h0. All arrays are drawn in float32. Where sequences have
+different lengths, dhs is zero after the end of each, so that outputs on padding do not matter.
 """
 
 import dataclasses
@@ -18,9 +19,13 @@ from jaxgru.models import TokenParams, init_token_model
 
 Array = jax.Array
 Reset = Literal["before", "after"]
-Task = Literal["training", "forward", "step", "generation"]
+Task = Literal["training", "padded", "padded-short", "forward", "step", "generation"]
 RESETS: tuple[Reset, ...] = ("before", "after")
-TASKS: tuple[Task, ...] = ("training", "forward", "step", "generation")
+DIVISORS: dict[Task, int] = {
+    "padded": 1,
+    "padded-short": 5,
+}  # no sequence is longer than T // divisor
+TASKS: tuple[Task, ...] = ("training", *DIVISORS, "forward", "step", "generation")
 
 # Relative to the largest entry of each leaf. float32 rounds at 6e-8, but the contenders sum the
 # T * B rows of a weight gradient in different orders, and the recurrence propagates every rounding
@@ -54,6 +59,7 @@ SIZES = (
     Size(784, 128, 1, 128),
 )
 SMOKE_SIZES = (Size(12, 3, 4, 5),)
+PADDED_SIZE = Size(512, 32, 128, 128)
 STEP_SIZE = Size(1, 1, 64, 128)
 GENERATION_SIZE = Size(1000, 1, 64, 256)  # characters, batch, embedding, hidden
 VOCABULARY = 65
@@ -67,6 +73,7 @@ class Problem(NamedTuple):
     h0: Array  # [B, H]
     dh_last: Array  # [B, H]
     dhs: Array  # [T, B, H]
+    lengths: np.ndarray | None = None  # [B], if sequences have different lengths
 
 
 class CharModel(NamedTuple):
@@ -111,6 +118,16 @@ def draw_problem(size: Size, reset: Reset, seed: int) -> Problem:
         jax.random.normal(keys[3], h0.shape),
         jax.random.normal(keys[4], (num_steps, *h0.shape)),
     )
+
+
+def draw_padded(task: Task, size: Size, reset: Reset, seed: int) -> Problem:
+    """A problem of sequences whose lengths are drawn uniformly from 1 to T // divisor."""
+    problem = draw_problem(size, reset, seed)
+    longest = max(size.num_steps // DIVISORS[task], 1)
+    lengths = np.random.default_rng(seed).integers(1, longest, size.batch_size, endpoint=True)
+    ended = np.arange(size.num_steps)[:, None] >= lengths[None]
+    dhs = jnp.where(ended[:, :, None], 0, problem.dhs)
+    return problem._replace(dhs=dhs, lengths=lengths.astype(np.int32))
 
 
 def draw_model(size: Size, reset: Reset, seed: int) -> CharModel:

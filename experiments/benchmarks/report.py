@@ -3,12 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-from experiments.benchmarks.libraries import JAX_PEERS, OURS, STATES, TORCH
+from experiments.benchmarks.libraries import CUT, JAX_PEERS, OURS, STATES, TORCH
 from experiments.benchmarks.problems import Size
 from experiments.benchmarks.targets import LIMIT, Rows, size_of
 
 TITLES = {
     "training": "training step: value and all gradients",
+    "padded": "training step, sequences of 1 to T steps",
+    "padded-short": "training step, sequences of 1 to T/5 steps",
     "forward": "forward pass",
     "step": "one step from Python, batch 1",
     "generation": "greedy character generation, batch 1",
@@ -19,6 +21,7 @@ COLOURS = {
     "jaxgru boundaries": "lightsalmon",
     "jaxgru tangent": "rosybrown",
     "jaxgru autodiff": "mistyrose",
+    CUT: "peachpuff",
     "plain scan": "0.35",
     "plain scan, hoisted": "0.6",
     "Flax linen": "tab:blue",

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.benchmarks.libraries import (
+    CUT,
     GATES,
     JAX_PEERS,
     LINEN,
@@ -22,7 +23,9 @@ from experiments.benchmarks.libraries import (
     can_run,
 )
 from experiments.benchmarks.problems import (
+    DIVISORS,
     GENERATION_SIZE,
+    PADDED_SIZE,
     RESETS,
     SIZES,
     STEP_SIZE,
@@ -137,6 +140,15 @@ def _compilation(rows: Rows) -> float:
     return geometric_mean(seconds(size, LINEN) / seconds(size, OURS) for size in SIZES)
 
 
+def _cost_of_padding(rows: Rows) -> float:
+    """jaxgru's time over that of the batch cut to its longest sequence, for the worse equation."""
+
+    def time(reset, name):
+        return find(rows, "padded-short", reset, PADDED_SIZE, name, "median_ms")
+
+    return max(time(reset, OURS) / time(reset, CUT) for reset in RESETS)
+
+
 class Goal(NamedTuple):
     """A claim, how to measure it from rows, and its bound."""
 
@@ -208,6 +220,21 @@ GOALS = (
         functools.partial(_mean, task="forward"),
         "at least",
         1.3,
+    ),
+    *(
+        Goal(
+            f"{task}: best peer / jaxgru, worse equation",
+            functools.partial(_worst, task=task, sizes=(PADDED_SIZE,)),
+            "above",
+            1.0,
+        )
+        for task in DIVISORS
+    ),
+    Goal(
+        "padded-short: jaxgru / jaxgru on the batch cut to its longest sequence, worse equation",
+        _cost_of_padding,
+        "at most",
+        1.2,
     ),
     Goal(
         "generation: best loop of any peer / jaxgru, worse equation",

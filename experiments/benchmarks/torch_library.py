@@ -45,7 +45,7 @@ def torch_gru(reset: Reset, size: Size, dtype: Any) -> Callable[..., Program]:
         if isinstance(problem, CharModel):
             calls, read = _generation(torch, array, problem)
         else:
-            make = {"training": _training, "forward": _forward, "step": _steps}[task]
+            make = {"forward": _forward, "step": _steps}.get(task, _training)
             calls, read = make(torch, array, problem)
         name, call = _fastest(_finish(torch, device, calls))
         return Program(call, read, repeats=STEPS_PER_CALL if task == "step" else 1, note=name)
@@ -118,6 +118,7 @@ def _sequence(torch, array, problem: Problem):
 def _training(torch, array, problem: Problem) -> tuple[Calls, Callable[[Any], Result]]:
     """Two variants of a training step: autograd from the value, and from given cotangents.
 
+    Sequences of different lengths are packed in every call, as the loader of the data does not.
     With given cotangents autograd starts at the GRU's outputs. That saves the backward pass of the
     value, a few small kernels that a compiler would have fused.
     """
@@ -126,13 +127,22 @@ def _training(torch, array, problem: Problem) -> tuple[Calls, Callable[[Any], Re
     names = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
     wanted = [*(getattr(module, name) for name in names), xs, h0]
 
+    def run():
+        if problem.lengths is None:
+            return module(xs, h0)
+        lengths = torch.tensor(problem.lengths, dtype=torch.int64)
+        packed = torch.nn.utils.rnn.pack_padded_sequence(xs, lengths, enforce_sorted=False)
+        packed_hs, h_last = module(packed, h0)
+        total = {"total_length": len(xs)}
+        return torch.nn.utils.rnn.pad_packed_sequence(packed_hs, **total)[0], h_last
+
     def from_value():
-        hs, h_last = module(xs, h0)
+        hs, h_last = run()
         value = (h_last * dh_last).sum() + (hs * dhs).sum()
         return value.detach(), torch.autograd.grad(value, wanted)
 
     def from_cotangents():
-        hs, h_last = module(xs, h0)
+        hs, h_last = run()
         value = (h_last.detach() * dh_last).sum() + (hs.detach() * dhs).sum()
         return value, torch.autograd.grad((hs, h_last), wanted, (dhs, dh_last))
 

@@ -27,6 +27,7 @@ class HopperOps:
         self.tiles, self.interpreted, self.gpu = tiles, interpreted, _mosaic()
         self._jax_0_10 = not hasattr(self.gpu, "InterpretGPUParams")
         self._untransposed = interpreted and self._jax_0_10
+        self._stores_remotely = tiles.cluster > 1 and not interpreted
         if tiles.cluster > 1 and self._untransposed:
             raise NotImplementedError(
                 f"HopperKernel: interpret=True must find all of w_h in one block with JAX "
@@ -64,10 +65,30 @@ class HopperOps:
         return self._shared_memory(tiles.splits, groups, tiles.slices, *block)
 
     def barrier(self) -> Any:
-        """An mbarrier at which every slice of the layer arrives once."""
+        """The barrier of all slices of the layer; a cluster has one in hardware, so None."""
+        if self._stores_remotely:
+            return None
         if self.tiles.cluster > 1:
             return self.gpu.ClusterBarrier(collective_axes=(_BLOCKS,))
         return self.gpu.Barrier(num_arrivals=self.tiles.warpgroups)
+
+    def arrive(self, barrier: Any) -> None:
+        """Arrives at the barrier of all slices, after this thread's stores to other blocks.
+
+        PTX orders nothing between blocks by an instruction whose scope is one block, as is that of
+        the arrivals and waits of `ClusterBarrier`. The scope of these is the cluster.
+        """
+        if self._stores_remotely:
+            self._instruct("barrier.cluster.arrive.release.aligned;")
+        else:
+            self.gpu.barrier_arrive(barrier)
+
+    def wait(self, barrier: Any) -> None:
+        """Waits until every slice has arrived at the barrier, and sees what each stored before."""
+        if self._stores_remotely:
+            self._instruct("barrier.cluster.wait.acquire.aligned;")
+        else:
+            self.gpu.barrier_wait(barrier)
 
     def indices(self) -> tuple[Any, Any, Any]:
         """The tile and slice that this warpgroup computes, and the slice's index in its block."""
@@ -113,23 +134,12 @@ class HopperOps:
             return
         layout = self.gpu.Layout.WGMMA_TRANSPOSED
         split = self.gpu.layout_cast(split, layout)
-        if self.tiles.cluster == 1 or self.interpreted:
-            self._columns(slot)[...] = split
-        else:
+        if self._stores_remotely:
             types = (layout, self.gpu.RefType(self._transforms()))
             store = functools.partial(_store_in_cluster, self.tiles.cluster)
             self.gpu.inline_mgpu(arg_types=types)(store)(split, slot)
-
-    def fence_cluster(self) -> None:
-        """Orders this thread's stores before its next operations, for the whole cluster."""
-        from jaxlib.mlir import ir
-        from jaxlib.mlir.dialects import llvm
-
-        def fence(_):  # an instruction for which Pallas has no function
-            nothing = ir.Type.parse("!llvm.void")
-            llvm.inline_asm(nothing, [], "fence.acq_rel.cluster;", "", has_side_effects=True)
-
-        self.gpu.inline_mgpu()(fence)()
+        else:
+            self._columns(slot)[...] = split
 
     def report_reads(self, operands: Any) -> None:
         """In the interpreter, reads the operands: its race detection ignores tensor core reads."""
@@ -151,6 +161,17 @@ class HopperOps:
     def _columns(self, ref):
         """The operand as [64, N]: shared memory holds it as [N, 64]."""
         return ref if self._untransposed else ref.transpose((1, 0))
+
+    def _instruct(self, ptx):
+        """Emits an instruction that Pallas lacks; no access to memory moves past it."""
+        from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import llvm
+
+        def emit(_):
+            nothing = ir.Type.parse("!llvm.void")
+            llvm.inline_asm(nothing, [], ptx, "~{memory}", has_side_effects=True)
+
+        self.gpu.inline_mgpu()(emit)()
 
     def _shared_memory(self, *shape):
         return self.gpu.SMEM(shape, self.tiles.dtype, transforms=self._transforms())

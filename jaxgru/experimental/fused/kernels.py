@@ -239,10 +239,10 @@ def _call_kernel(ops, name, body, groups, inputs, results, reverse):
     results = results | {name: copy for name, copy in copies.items() if copy is not None}
     names = [*inputs, *results]
 
-    def kernel(*refs, weights, loaded, buffers):
-        refs = dict(zip(names, refs))
+    def kernel(*refs, weights, loaded, barrier, buffers):
+        refs, only = dict(zip(names, refs)), len(buffers) == 1
         buffers = [
-            kind(ops, weights, device_copy=refs.get(f"copy{i}"), **buffer)
+            kind(ops, weights, barrier, only, device_copy=refs.get(f"copy{i}"), **buffer)
             for i, buffer in enumerate(buffers)
         ]
         _run(ops, body, refs, weights, loaded, buffers, reverse)
@@ -252,6 +252,7 @@ def _call_kernel(ops, name, body, groups, inputs, results, reverse):
         "loaded": ops.gpu.Barrier(
             num_arrivals=math.prod(inputs["w"].shape[1:4]), num_barriers=ops.tiles.warpgroups
         ),
+        "barrier": ops.barrier(),
         "buffers": [kind.scratch(ops, count) for count in groups],
     }
     kernel.__name__ = name  # in profiles

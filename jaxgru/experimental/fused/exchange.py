@@ -14,33 +14,22 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxgru.experimental.fused.hopper import HopperOps
-from jaxgru.experimental.fused.tiling import UNITS, split_operand
+from jaxgru.experimental.fused.tiling import split_operand
 
 
 @dataclasses.dataclass
 class OperandBuffer:
-    """A buffer with so many operands a slice as its groups."""
+    """A buffer, seen from one slice."""
 
     ops: HopperOps
     weights: Any
     barrier: Any  # of `HopperOps.barrier`
     only: bool  # whether the kernel has no other buffer
-    operands: Any
-    device_copy: Any = None
-    copied: Any = None  # the mbarrier of copies from it
-
-    @classmethod
-    def scratch(cls, ops: HopperOps, groups: int) -> dict[str, Any]:
-        """The shared memory of a buffer with that many operands a slice."""
-        return {"operands": ops.operand_buffer(groups)}
-
-    @classmethod
-    def device_memory(cls, ops: HopperOps, groups: int) -> jax.ShapeDtypeStruct | None:
-        """The array in device memory through which operands pass, if any."""
+    operands: Any  # in shared memory
+    device_copy: Any  # through which they pass, or None
 
     def open(self) -> None:
         """Tells that this slice has nothing left to read."""
@@ -54,13 +43,13 @@ class OperandBuffer:
 
     def write(self, values: Sequence[Any]) -> None:
         """Writes this slice's operands [64, N], one for each group."""
-        _, s, _ = self.ops.indices()
+        tile, *_ = self.ops.indices()
+        shared = self.operands if self.device_copy is None else self.device_copy.at[tile]
         self.close()
         for g, v in enumerate(values):
             for p, split in enumerate(split_operand(v, self.ops.tiles, self.ops.round_to_split)):
-                self.ops.store(split, self.operands.at[p, g, s])
-        self.ops.gpu.commit_smem()  # makes the operands visible to tensor cores and copies
-        self._publish()
+                self.ops.store(split, shared, p, g)
+        self.ops.gpu.commit_smem()  # makes the operands visible to the tensor cores
         self.ops.arrive(self.barrier)
 
     def multiply(
@@ -91,45 +80,11 @@ class OperandBuffer:
         self.open()
         return results
 
-    def _publish(self):
-        """Passes on what this slice wrote, beyond its shared memory."""
-
     def _receive(self):
-        """Makes what other blocks stored here visible to the tensor cores."""
+        """Makes what other blocks stored visible to the tensor cores."""
+        if self.device_copy is not None:
+            tile, *_ = self.ops.indices()
+            for at in np.ndindex(self.operands.shape[:3]):
+                self.operands.at[at][...] = self.device_copy.at[(tile, *at)][...]
         if self.ops.tiles.cluster > 1:
             self.ops.gpu.commit_smem()
-
-
-class InterpretedClusterBuffer(OperandBuffer):
-    """The buffer of a cluster in JAX's interpreter: operands pass through device memory."""
-
-    @classmethod
-    def scratch(cls, ops: HopperOps, groups: int) -> dict[str, Any]:
-        copies = ops.tiles.splits * groups * ops.tiles.slices
-        return {**super().scratch(ops, groups), "copied": ops.gpu.Barrier(num_arrivals=copies)}
-
-    @classmethod
-    def device_memory(cls, ops: HopperOps, groups: int) -> jax.ShapeDtypeStruct:
-        tiles = ops.tiles
-        shape = (tiles.count, tiles.splits, groups, tiles.slices, tiles.rows, UNITS)
-        return jax.ShapeDtypeStruct(shape, tiles.dtype)
-
-    def _publish(self):
-        (tile, s, _), gpu = self.ops.indices(), self.ops.gpu
-        for at in np.ndindex(self.operands.shape[:2]):
-            gpu.copy_smem_to_gmem(self.operands.at[(*at, s)], self.device_copy.at[(tile, *at, s)])
-        gpu.wait_smem_to_gmem(0)
-
-    def _receive(self):
-        (tile, *_), gpu = self.ops.indices(), self.ops.gpu
-        for at in np.ndindex(self.operands.shape[:3]):
-            gpu.copy_gmem_to_smem(
-                self.device_copy.at[(tile, *at)], self.operands.at[at], self.copied
-            )
-        gpu.barrier_wait(self.copied)
-
-
-def buffer_class(ops: HopperOps) -> type[OperandBuffer]:
-    """The buffer that kernels with these operations need."""
-    in_cluster = ops.tiles.cluster > 1
-    return InterpretedClusterBuffer if ops.interpreted and in_cluster else OperandBuffer

@@ -53,16 +53,23 @@ class HopperOps:
             **cluster,
         )
 
-    def weight_buffer(self) -> Any:
-        """Shared memory for the weights of a block's slices, in blocks [64, 64]."""
-        tiles = self.tiles
-        return self._shared_memory(tiles.warpgroups, tiles.splits, 3, tiles.slices, UNITS, UNITS)
+    def shared_memory(self, *shape: int) -> Any:
+        """Shared memory for blocks of splits, which the last two sizes are."""
+        return self.gpu.SMEM(shape, self.tiles.dtype, transforms=self._transforms())
 
     def operand_buffer(self, groups: int) -> Any:
         """Shared memory for so many operands of every slice, in blocks [N, 64]."""
         tiles = self.tiles
         block = (UNITS, tiles.rows) if self._untransposed else (tiles.rows, UNITS)
-        return self._shared_memory(tiles.splits, groups, tiles.slices, *block)
+        return self.shared_memory(tiles.splits, groups, tiles.slices, *block)
+
+    def device_copy(self, groups: int) -> jax.ShapeDtypeStruct | None:
+        """The array in device memory through which the operands of a cluster pass, if any."""
+        tiles = self.tiles
+        if tiles.cluster == 1 or self._stores_remotely:
+            return None
+        shape = (tiles.count, tiles.splits, groups, tiles.slices, tiles.rows, UNITS)
+        return jax.ShapeDtypeStruct(shape, tiles.dtype)
 
     def barrier(self) -> Any:
         """The barrier of all slices of the layer; a cluster has one in hardware, so None."""
@@ -73,10 +80,10 @@ class HopperOps:
         return self.gpu.Barrier(num_arrivals=self.tiles.warpgroups)
 
     def arrive(self, barrier: Any) -> None:
-        """Arrives at the barrier of all slices, after this thread's stores to other blocks.
+        """Arrives at the barrier of all slices, after this thread's stores.
 
-        PTX orders nothing between blocks by an instruction whose scope is one block, as is that of
-        the arrivals and waits of `ClusterBarrier`. The scope of these is the cluster.
+        In PTX the arrivals and waits of `ClusterBarrier` have the scope of one block, which orders
+        no stores between blocks. The scope of these is the cluster.
         """
         if self._stores_remotely:
             self._instruct("barrier.cluster.arrive.release.aligned;")
@@ -124,11 +131,12 @@ class HopperOps:
         """v rounded to the dtype of a split; the barrier stops XLA from removing the rounding."""
         return lax.optimization_barrier(v.astype(self.tiles.dtype)).astype(v.dtype)
 
-    def store(self, split: Any, slot: Any) -> None:
-        """Stores a split [64, N] in its slot of shared memory: in every block of a cluster.
+    def store(self, split: Any, operands: Any, p: int, g: int) -> None:
+        """Stores this slice's split p [64, N] of group g: in every block of a cluster.
 
         In the layout of operands, two units of one row are one word of a thread.
         """
+        slot = operands.at[p, g, self.indices()[1]]
         if self._untransposed:
             slot[...] = split
             return
@@ -136,8 +144,8 @@ class HopperOps:
         split = self.gpu.layout_cast(split, layout)
         if self._stores_remotely:
             types = (layout, self.gpu.RefType(self._transforms()))
-            store = functools.partial(_store_in_cluster, self.tiles.cluster)
-            self.gpu.inline_mgpu(arg_types=types)(store)(split, slot)
+            store = functools.partial(_store_in_cluster, self.tiles.cluster, p, g)
+            self.gpu.inline_mgpu(arg_types=types)(store)(split, operands)
         else:
             self._columns(slot)[...] = split
 
@@ -173,25 +181,26 @@ class HopperOps:
 
         self.gpu.inline_mgpu()(emit)()
 
-    def _shared_memory(self, *shape):
-        return self.gpu.SMEM(shape, self.tiles.dtype, transforms=self._transforms())
-
     def _transforms(self):
         if self._untransposed:
             return ()
         return (self.gpu.TilingTransform((8, UNITS)), self.gpu.SwizzleTransform(_SWIZZLE))
 
 
-def _store_in_cluster(cluster, _, split, slot):
-    """Stores a split [64, N] in the slot [N, 64] of every block of the cluster."""
+def _store_in_cluster(cluster, p, g, _, split, operands):
+    """Stores a split [64, N] in its slot [N, 64] in every block of the cluster.
+
+    One mapped address for each block, not for each slot, takes fewer registers.
+    """
     from jax.experimental.mosaic import gpu
     from jaxlib.mlir import ir
-    from jaxlib.mlir.dialects.gpu import Dimension
+    from jaxlib.mlir.dialects.gpu import Dimension, cluster_block_id
 
     for block in range(cluster):
         index = gpu.c(block, ir.IndexType.get())
-        remote = gpu.get_cluster_ref(slot, Dimension.x, index)
-        columns = gpu.memref_transpose(remote, (1, 0, 3, 2))  # the order of tiles, and each tile
+        remote = gpu.get_cluster_ref(operands, Dimension.x, index, generic=False)
+        slot = gpu.memref_slice(remote, (p, g, cluster_block_id(Dimension.x)))
+        columns = gpu.memref_transpose(slot, (1, 0, 3, 2))  # the order of tiles, and each tile
         split.store_tiled(columns, swizzle=_SWIZZLE, optimized=False)
 
 

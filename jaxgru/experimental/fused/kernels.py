@@ -77,8 +77,9 @@ class FusedKernels(Kernel):
             {"hs": inputs.xs.dtype, **(dict.fromkeys(gates, _F32) if save_gates else {})},
             reverse=config.reverse,
         )
-        saved = Gates(*map(found.get, ("r", "z", "n", "q"))) if save_gates else None
-        return h, (found["hs"], saved)
+        if not save_gates:
+            return h, (found["hs"], None)
+        return h, (found["hs"], Gates(found["r"], found["z"], found["n"], found.get("q")))
 
     def backward(self, config, transposed, g, c, dhs, inputs):
         """What `jaxgru.core.bptt.reverse_scan` computes: g before the chunk, and (dh, dp, dtap)."""

@@ -570,7 +570,7 @@ def test_programs_for_a_gpu_have_the_instructions_of_their_steps(spec, dtype, cl
     forward, backward = map(count_instructions, programs)
     before = spec == CHO_2014
     buffers, slices, gates = 2 if before else 1, 2, 3
-    # One for each of two buffers; two for the only one, and one as it is opened and closed.
+    # One for each of two buffers; two for the only one, and one around all steps.
     exchanges = 2 if before else 3
     passes = {1: 1, 2: 3}[splits]
     operands = {"forward": buffers, "backward": 3}  # h, r h; the cotangents of gates
@@ -721,10 +721,10 @@ def test_slices_of_a_cluster_wait_for_each_other(only):
     ops: Any = RecordingOps()
     operands = Memory("operands", 2, 1, 2, 8, 64)
     buffer: Any = OperandBuffer(ops, Memory("weights"), "all", only, operands, None)
-    buffer.open()
+    buffer.signal_read()
     buffer.write([np.float32(2 + 2**-10)])
     assert buffer.multiply([(2,)], lambda: "next") == ([("sum 0", ...)], "next")
-    buffer.close()
+    buffer.wait_read()
     have_read = [("arrive", "all")] * only
     assert ops.calls == [
         *(*have_read, *[("wait", "all")] * only),
@@ -902,8 +902,8 @@ def test_interpreter_sees_the_race_where_a_wait_is_left_out(spec, monkeypatch, c
     no slice waits until the others have read.
     """
     if spec == PYTORCH:
-        monkeypatch.setattr(OperandBuffer, "open", lambda buffer: None)
-        monkeypatch.setattr(OperandBuffer, "close", lambda buffer: None)
+        monkeypatch.setattr(OperandBuffer, "signal_read", lambda buffer: None)
+        monkeypatch.setattr(OperandBuffer, "wait_read", lambda buffer: None)
     else:
         for name in ("arrive", "wait"):
             monkeypatch.setattr(HopperOps, name, lambda ops, barrier: None)

@@ -31,12 +31,12 @@ class OperandBuffer:
     operands: Any  # in shared memory
     device_copy: Any  # through which they pass, or None
 
-    def open(self) -> None:
-        """Tells that this slice has nothing left to read."""
+    def signal_read(self) -> None:
+        """Tells all slices that this one has nothing left to read."""
         if self.only:
             self.ops.arrive(self.barrier)
 
-    def close(self) -> None:
+    def wait_read(self) -> None:
         """Waits until no slice has anything left to read."""
         if self.only:
             self.ops.wait(self.barrier)
@@ -45,7 +45,7 @@ class OperandBuffer:
         """Writes this slice's operands [64, N], one for each group."""
         tile, *_ = self.ops.indices()
         shared = self.operands if self.device_copy is None else self.device_copy.at[tile]
-        self.close()
+        self.wait_read()
         for g, v in enumerate(values):
             for p, split in enumerate(split_operand(v, self.ops.tiles, self.ops.round_to_split)):
                 self.ops.store(split, shared, p, g)
@@ -77,7 +77,7 @@ class OperandBuffer:
             return [total[...] for total in sums], fetched
 
         results = ops.accumulate(accumulate, len(gates))
-        self.open()
+        self.signal_read()
         return results
 
     def _receive(self):

@@ -271,7 +271,7 @@ def _run(ops, body, refs, weights, loaded, buffers, reverse):
         source, target = refs["w"].at[(s, *at)], weights.at[(warpgroup, *at)]
         ops.gpu.copy_gmem_to_smem(source, target, loaded.at[warpgroup])
     for buffer in buffers:
-        buffer.open()
+        buffer.signal_read()  # it holds nothing yet
     ops.gpu.barrier_wait(loaded.at[warpgroup])
     constants = {n: ops.load(refs[n].at[tile, s]) for n in ("b_q", "dropout") if n in refs}
 
@@ -303,4 +303,4 @@ def _run(ops, body, refs, weights, loaded, buffers, reverse):
     h, *_ = lax.fori_loop(jnp.int32(0), jnp.int32(num_steps), step, first)
     refs["final"].at[tile, s][...] = h
     for buffer in buffers:
-        buffer.close()
+        buffer.wait_read()

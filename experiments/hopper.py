@@ -9,7 +9,8 @@ JAX compiles ahead of time for a device of which it has only a description
 gives the registers and the spilled bytes per thread. A thread has at most 255 registers; a kernel
 that needs more spills them to memory, which is correct but slower. If a size does not fit, its row
 gives the reason. Compilation does not prove that the results are right; the tests check those, in
-JAX's interpreter or on a GPU.
+JAX's interpreter or on a GPU. With MOSAIC_GPU_DUMP_PTX=1 in the environment `compile_step` returns
+the kernels' PTX too.
 """
 
 import contextlib

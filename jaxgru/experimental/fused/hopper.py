@@ -27,6 +27,7 @@ class HopperOps:
         self.tiles, self.interpreted, self.gpu = tiles, interpreted, _mosaic()
         self._jax_0_10 = not hasattr(self.gpu, "InterpretGPUParams")
         self._untransposed = interpreted and self._jax_0_10
+        self._stores_remotely = tiles.cluster > 1 and not interpreted
         if tiles.cluster > 1 and self._untransposed:
             raise NotImplementedError(
                 f"HopperKernel: interpret=True must find all of w_h in one block with JAX "
@@ -52,22 +53,49 @@ class HopperOps:
             **cluster,
         )
 
-    def weight_buffer(self) -> Any:
-        """Shared memory for the weights of a block's slices, in blocks [64, 64]."""
-        tiles = self.tiles
-        return self._shared_memory(tiles.warpgroups, tiles.splits, 3, tiles.slices, UNITS, UNITS)
+    def shared_memory(self, *shape: int) -> Any:
+        """Shared memory for blocks of splits, which the last two sizes are."""
+        return self.gpu.SMEM(shape, self.tiles.dtype, transforms=self._transforms())
 
     def operand_buffer(self, groups: int) -> Any:
         """Shared memory for so many operands of every slice, in blocks [N, 64]."""
         tiles = self.tiles
         block = (UNITS, tiles.rows) if self._untransposed else (tiles.rows, UNITS)
-        return self._shared_memory(tiles.splits, groups, tiles.slices, *block)
+        return self.shared_memory(tiles.splits, groups, tiles.slices, *block)
+
+    def device_copy(self, groups: int) -> jax.ShapeDtypeStruct | None:
+        """The array in device memory through which the operands of a cluster pass, if any."""
+        tiles = self.tiles
+        if tiles.cluster == 1 or self._stores_remotely:
+            return None
+        shape = (tiles.count, tiles.splits, groups, tiles.slices, tiles.rows, UNITS)
+        return jax.ShapeDtypeStruct(shape, tiles.dtype)
 
     def barrier(self) -> Any:
-        """An mbarrier at which every slice of the layer arrives once."""
+        """The barrier of all slices of the layer; a cluster has one in hardware, so None."""
+        if self._stores_remotely:
+            return None
         if self.tiles.cluster > 1:
             return self.gpu.ClusterBarrier(collective_axes=(_BLOCKS,))
         return self.gpu.Barrier(num_arrivals=self.tiles.warpgroups)
+
+    def arrive(self, barrier: Any) -> None:
+        """Arrives at the barrier of all slices, after this thread's stores.
+
+        In PTX the arrivals and waits of `ClusterBarrier` have the scope of one block, which orders
+        no stores between blocks. The scope of these is the cluster.
+        """
+        if self._stores_remotely:
+            self._instruct("barrier.cluster.arrive.release.aligned;")
+        else:
+            self.gpu.barrier_arrive(barrier)
+
+    def wait(self, barrier: Any) -> None:
+        """Waits until every slice has arrived at the barrier, and sees what each stored before."""
+        if self._stores_remotely:
+            self._instruct("barrier.cluster.wait.acquire.aligned;")
+        else:
+            self.gpu.barrier_wait(barrier)
 
     def indices(self) -> tuple[Any, Any, Any]:
         """The tile and slice that this warpgroup computes, and the slice's index in its block."""
@@ -103,33 +131,23 @@ class HopperOps:
         """v rounded to the dtype of a split; the barrier stops XLA from removing the rounding."""
         return lax.optimization_barrier(v.astype(self.tiles.dtype)).astype(v.dtype)
 
-    def store(self, split: Any, slot: Any) -> None:
-        """Stores a split [64, N] in its slot of shared memory: in every block of a cluster.
+    def store(self, split: Any, operands: Any, p: int, g: int) -> None:
+        """Stores this slice's split p [64, N] of group g: in every block of a cluster.
 
         In the layout of operands, two units of one row are one word of a thread.
         """
+        slot = operands.at[p, g, self.indices()[1]]
         if self._untransposed:
             slot[...] = split
             return
         layout = self.gpu.Layout.WGMMA_TRANSPOSED
         split = self.gpu.layout_cast(split, layout)
-        if self.tiles.cluster == 1 or self.interpreted:
-            self._columns(slot)[...] = split
-        else:
+        if self._stores_remotely:
             types = (layout, self.gpu.RefType(self._transforms()))
-            store = functools.partial(_store_in_cluster, self.tiles.cluster)
-            self.gpu.inline_mgpu(arg_types=types)(store)(split, slot)
-
-    def fence_cluster(self) -> None:
-        """Orders this thread's stores before its next operations, for the whole cluster."""
-        from jaxlib.mlir import ir
-        from jaxlib.mlir.dialects import llvm
-
-        def fence(_):  # an instruction for which Pallas has no function
-            nothing = ir.Type.parse("!llvm.void")
-            llvm.inline_asm(nothing, [], "fence.acq_rel.cluster;", "", has_side_effects=True)
-
-        self.gpu.inline_mgpu()(fence)()
+            store = functools.partial(_store_in_cluster, self.tiles.cluster, p, g)
+            self.gpu.inline_mgpu(arg_types=types)(store)(split, operands)
+        else:
+            self._columns(slot)[...] = split
 
     def report_reads(self, operands: Any) -> None:
         """In the interpreter, reads the operands: its race detection ignores tensor core reads."""
@@ -152,8 +170,16 @@ class HopperOps:
         """The operand as [64, N]: shared memory holds it as [N, 64]."""
         return ref if self._untransposed else ref.transpose((1, 0))
 
-    def _shared_memory(self, *shape):
-        return self.gpu.SMEM(shape, self.tiles.dtype, transforms=self._transforms())
+    def _instruct(self, ptx):
+        """Emits an instruction that Pallas lacks; no access to memory moves past it."""
+        from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import llvm
+
+        def emit(_):
+            nothing = ir.Type.parse("!llvm.void")
+            llvm.inline_asm(nothing, [], ptx, "~{memory}", has_side_effects=True)
+
+        self.gpu.inline_mgpu()(emit)()
 
     def _transforms(self):
         if self._untransposed:
@@ -161,16 +187,20 @@ class HopperOps:
         return (self.gpu.TilingTransform((8, UNITS)), self.gpu.SwizzleTransform(_SWIZZLE))
 
 
-def _store_in_cluster(cluster, _, split, slot):
-    """Stores a split [64, N] in the slot [N, 64] of every block of the cluster."""
+def _store_in_cluster(cluster, p, g, _, split, operands):
+    """Stores a split [64, N] in its slot [N, 64] in every block of the cluster.
+
+    One mapped address for each block, not for each slot, takes fewer registers.
+    """
     from jax.experimental.mosaic import gpu
     from jaxlib.mlir import ir
-    from jaxlib.mlir.dialects.gpu import Dimension
+    from jaxlib.mlir.dialects.gpu import Dimension, cluster_block_id
 
     for block in range(cluster):
         index = gpu.c(block, ir.IndexType.get())
-        remote = gpu.get_cluster_ref(slot, Dimension.x, index)
-        columns = gpu.memref_transpose(remote, (1, 0, 3, 2))  # the order of tiles, and each tile
+        remote = gpu.get_cluster_ref(operands, Dimension.x, index, generic=False)
+        slot = gpu.memref_slice(remote, (p, g, cluster_block_id(Dimension.x)))
+        columns = gpu.memref_transpose(slot, (1, 0, 3, 2))  # the order of tiles, and each tile
         split.store_tiled(columns, swizzle=_SWIZZLE, optimized=False)
 
 

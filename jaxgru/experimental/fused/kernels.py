@@ -31,7 +31,7 @@ from jaxgru.core.cell import ACTIVATIONS, Gates, drop_state
 from jaxgru.core.gradient import Kernel
 from jaxgru.core.matmul import blocks
 from jaxgru.core.sharding import cast_to_common_varying_axes
-from jaxgru.experimental.fused.exchange import buffer_class
+from jaxgru.experimental.fused.exchange import OperandBuffer
 from jaxgru.experimental.fused.hopper import HopperOps
 from jaxgru.experimental.fused.tiling import (
     UNITS,
@@ -63,7 +63,7 @@ class FusedKernels(Kernel):
             masked = jnp.full_like(a[1], jnp.inf if spec.update == "keep" else -jnp.inf)
             a = (a[0], jnp.where(flags.mask, a[1], masked), a[2])
         b_q = None if recurrent.b_q is None else jnp.broadcast_to(recurrent.b_q, h.shape)
-        saved = {"gates": (_F32, 3 if before else 4)} if save_gates else {}
+        gates = ("r", "z", "n") if before else ("r", "z", "n", "q")
         h, found = _launch(
             self,
             "gru_forward",
@@ -74,13 +74,12 @@ class FusedKernels(Kernel):
             {"b_q": b_q, "dropout": recurrent.dropout},
             [*a, inputs.tap],
             flags.resets,
-            {"hs": (inputs.xs.dtype,), **saved},
+            {"hs": inputs.xs.dtype, **(dict.fromkeys(gates, _F32) if save_gates else {})},
             reverse=config.reverse,
         )
         if not save_gates:
             return h, (found["hs"], None)
-        r, z, n, *q = jnp.unstack(found["gates"], axis=1)
-        return h, (found["hs"], Gates(r, z, n, None if before else q[0]))
+        return h, (found["hs"], Gates(found["r"], found["z"], found["n"], found.get("q")))
 
     def backward(self, config, transposed, g, c, dhs, inputs):
         """What `jaxgru.core.bptt.reverse_scan` computes: g before the chunk, and (dh, dp, dtap)."""
@@ -96,7 +95,7 @@ class FusedKernels(Kernel):
             {"dropout": transposed.dropout},
             [*_fold_flags(c, inputs.flags), dhs],
             None,
-            dict.fromkeys(names, (_F32,)),
+            dict.fromkeys(names, _F32),
             reverse=not config.reverse,
         )
         dhs = found["dhs"]
@@ -135,20 +134,21 @@ def _forward_body(spec, zoneout_mean, buffers, constants, write, h, inputs, fetc
         r, z = jax.nn.sigmoid(a_r + v_r), jax.nn.sigmoid(a_z + v_z)
         buffers[1].write([r * read])
         (v_n,), _ = buffers[1].multiply([[2]])
-        a_n, q = a_n + v_n, ()
+        a_n = a_n + v_n
     else:
         (v_r, v_z, v_n), fetched = buffers[0].multiply([[0], [1], [2]], fetch)
         r, z = jax.nn.sigmoid(a_r + v_r), jax.nn.sigmoid(a_z + v_z)
         v_n = v_n if "b_q" not in constants else v_n + constants["b_q"]
-        a_n, q = a_n + r * v_n, (v_n,)
+        a_n = a_n + r * v_n
+        write("q", v_n)
     n = _ACTIVATIONS[spec.activation](a_n)
     new = z * h + (1 - z) * n if spec.update == "keep" else (1 - z) * h + z * n
     new = h + (1 - zoneout_mean) * (new - h) if zoneout_mean else new
     masked = a_z == (jnp.inf if spec.update == "keep" else -jnp.inf)
     new = jnp.where(masked, h, new)  # z h + (1 - z) n is not h where n or h is not finite
     new = new + tap[0] if tap else new
-    write("hs", new)
-    write("gates", r, z, n, *q)
+    for name, v in (("hs", new), ("r", r), ("z", z), ("n", n)):
+        write(name, v)
     return new, fetched
 
 
@@ -205,8 +205,7 @@ def _launch(
       constants: name -> [..., H], or None for none.
       per_step: [T, ..., H] each, or None for none.
       resets: [T, ..., 1] or None.
-      outputs: name -> (dtype,), whose result is [T, ..., H], or (dtype, count), whose result is
-        [T, count, ..., H].
+      outputs: name -> dtype, whose result is [T, ..., H].
     """
     batch, num_steps = initial.shape[:-1], len(per_step[0])
     tiles = choose_tiles(initial.shape[-1], math.prod(batch), w.dtype, kernels.splits)
@@ -217,10 +216,7 @@ def _launch(
     if resets is not None:
         inputs["not_reset"] = resets_to_tiles(resets, tiles)
     block = (tiles.count, tiles.slices, UNITS, tiles.rows)
-    results = {
-        output: jax.ShapeDtypeStruct((num_steps, *count, *block), dtype)
-        for output, (dtype, *count) in outputs.items()
-    }
+    results = {n: jax.ShapeDtypeStruct((num_steps, *block), d) for n, d in outputs.items()}
     results["final"] = jax.ShapeDtypeStruct(block, _F32)
     if initial.size and num_steps:
         ops = HopperOps(tiles, kernels.interpret)
@@ -234,25 +230,25 @@ def _launch(
 
 def _call_kernel(ops, name, body, groups, inputs, results, reverse):
     """The results by name, for arrays in tiles."""
-    kind = buffer_class(ops)
-    copies = {f"copy{i}": kind.device_memory(ops, count) for i, count in enumerate(groups)}
+    copies = {f"copy{i}": ops.device_copy(count) for i, count in enumerate(groups)}
     results = results | {name: copy for name, copy in copies.items() if copy is not None}
     names = [*inputs, *results]
 
-    def kernel(*refs, weights, loaded, buffers):
-        refs = dict(zip(names, refs))
+    def kernel(*refs, weights, loaded, barrier, operands):
+        refs, only = dict(zip(names, refs)), len(groups) == 1
         buffers = [
-            kind(ops, weights, device_copy=refs.get(f"copy{i}"), **buffer)
-            for i, buffer in enumerate(buffers)
+            OperandBuffer(ops, weights, barrier, only, of_buffer, refs.get(copy))
+            for of_buffer, copy in zip(operands, copies)
         ]
         _run(ops, body, refs, weights, loaded, buffers, reverse)
 
     scratch = {
-        "weights": ops.weight_buffer(),
+        "weights": ops.shared_memory(ops.tiles.warpgroups, *inputs["w"].shape[1:]),
         "loaded": ops.gpu.Barrier(
             num_arrivals=math.prod(inputs["w"].shape[1:4]), num_barriers=ops.tiles.warpgroups
         ),
-        "buffers": [kind.scratch(ops, count) for count in groups],
+        "barrier": ops.barrier(),
+        "operands": [ops.operand_buffer(count) for count in groups],
     }
     kernel.__name__ = name  # in profiles
     run = jax.custom_jvp(ops.kernel(kernel, list(results.values()), scratch))
@@ -275,7 +271,7 @@ def _run(ops, body, refs, weights, loaded, buffers, reverse):
         source, target = refs["w"].at[(s, *at)], weights.at[(warpgroup, *at)]
         ops.gpu.copy_gmem_to_smem(source, target, loaded.at[warpgroup])
     for buffer in buffers:
-        buffer.open()
+        buffer.signal_read()  # it holds nothing yet
     ops.gpu.barrier_wait(loaded.at[warpgroup])
     constants = {n: ops.load(refs[n].at[tile, s]) for n in ("b_q", "dropout") if n in refs}
 
@@ -290,11 +286,10 @@ def _run(ops, body, refs, weights, loaded, buffers, reverse):
     def step(i, carry):
         h, x, not_reset = carry
 
-        def write(name, *values):
-            """Writes blocks [64, N] to an output; nothing where there is no such output."""
-            for n, v in enumerate(values if name in refs else ()):
-                at = (tile, s) if refs[name].ndim == 5 else (n, tile, s)
-                ops.write(v, refs[name].at[(time(i), *at)])
+        def write(name, v):
+            """Writes a block [64, N] to an output; nothing where there is no such output."""
+            if name in refs:
+                ops.write(v, refs[name].at[time(i), tile, s])
 
         if not_reset is not None:
             not_reset = lax.broadcast_in_dim(not_reset, h.shape, (1,)) > 0.5
@@ -308,4 +303,4 @@ def _run(ops, body, refs, weights, loaded, buffers, reverse):
     h, *_ = lax.fori_loop(jnp.int32(0), jnp.int32(num_steps), step, first)
     refs["final"].at[tile, s][...] = h
     for buffer in buffers:
-        buffer.close()
+        buffer.wait_read()

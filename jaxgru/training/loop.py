@@ -26,7 +26,7 @@ from jaxgru.training.logs import Callback, JsonLines
 from jaxgru.training.loop_state import LoopState, Meter
 from jaxgru.training.processes import on_process_zero, same_on_all_processes
 from jaxgru.training.signals import stop_signals
-from jaxgru.training.step import TrainState, TrainStep
+from jaxgru.training.step import TrainState, TrainStep, require_undonated
 
 _MAX_SKIPPED_IN_ROW = 10
 
@@ -266,11 +266,7 @@ def _require_values(counts, state, evaluate, monitor, checkpoints):
     for name, value in counts.items():
         if value is not None or name not in ("evaluate_every", "monitor.patience"):
             require_count("fit", name, value)
-    if any(leaf.is_deleted() for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array)):
-        raise ValueError(
-            "fit: state must hold its arrays, got deleted ones; train_step donated them to an "
-            "earlier update: pass the state that train_step or fit returned."
-        )
+    require_undonated("fit", state)
     _require_more_updates(counts["num_updates"], state)
 
 

@@ -1,5 +1,6 @@
 """A training state and one jitted update of any loss with optax."""
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxgru.core.checks import require_key
+from jaxgru.core.checks import is_traced, require_key
 from jaxgru.core.matmul import state_dtype
 from jaxgru.training.clipping import global_norm
 from jaxgru.training.layout import Layout
@@ -93,13 +94,14 @@ def make_train_step(
         None trains on one device.
 
     Returns:
-      The function, which donates the buffers of its state. Its metrics are those of the loss and
-      "loss", "gradient_norm" (before the optimizer) and "skipped".
+      The function, which donates the buffers of its state: go on with the state that it returns.
+      Its metrics are those of the loss and "loss", "gradient_norm" (before the optimizer) and
+      "skipped".
 
     Raises:
-      ValueError: when traced, if the optimizer changes the structure, a shape or a dtype of the
-        parameters or of its state, the loss does so with the carry, or a metric is not a real
-        scalar or has a reserved name.
+      ValueError: when called, if an earlier call has donated the state; when traced, if the
+        optimizer changes the structure, a shape or a dtype of the parameters or of its state, the
+        loss does so with the carry, or a metric is not a real scalar or has a reserved name.
       TypeError: loss_fn, optimizer or layout is of another kind; when traced, if the loss is not a
         floating scalar or the loss function returns another structure.
 
@@ -152,7 +154,26 @@ def make_train_step(
         return TrainState(params, opt_state, carry, key, state.step + 1, skipped), metrics
 
     train_step = train_step if layout is None else layout.wrap_step(train_step)
-    return jax.jit(train_step, donate_argnums=(0,))
+    compiled = jax.jit(train_step, donate_argnums=(0,))
+
+    @functools.wraps(compiled)
+    def checked(state, batch):
+        require_undonated("train_step", state)
+        return compiled(state, batch)
+
+    vars(checked).update(lower=compiled.lower, trace=compiled.trace)
+    return checked
+
+
+def require_undonated(function, state):
+    """ValueError if an earlier update has donated, and so deleted, arrays of the state."""
+    for path, leaf in jax.tree.leaves_with_path(state):
+        if isinstance(leaf, jax.Array) and not is_traced(leaf) and leaf.is_deleted():
+            raise ValueError(
+                f"{function}: state must hold its arrays, got state{jax.tree_util.keystr(path)} "
+                "donated to an earlier update; pass the state that the update returned, or give "
+                "each update a copy of its own, jax.tree.map(jnp.copy, state)."
+            )
 
 
 def _extra_arguments(optimizer, loss, grads, loss_fn, gradient_fn, inputs):

@@ -24,17 +24,12 @@ def on_all_processes(run: Callable[[], Result]) -> Result:
     Raises:
       Exception: what run() raised on this process, or OSError if it failed on another one.
     """
-    result: Any = None
-    error = None
     try:
         result = run()
-    except Exception as caught:
-        error = caught
-    several = jax.process_count() > 1
-    all_done = not several or multihost_utils.process_allgather(np.array(error is None)).all()
-    if error is not None:
-        raise error
-    if not all_done:
+    except Exception:
+        same_on_all_processes(False)
+        raise
+    if not same_on_all_processes(True):
         raise OSError("on_all_processes: another process failed; see its error message.")
     return result
 

@@ -39,7 +39,7 @@ def init_train_state(
     """Makes the state before the first update, from copies, since the train step donates buffers.
 
     Args:
-      params: pytree of arrays.
+      params: pytree of arrays, which stay usable.
       optimizer: from optax.
       key: a `jax.random.key`, from which each update derives its own.
       carry: the first carry of the loss.
@@ -55,14 +55,11 @@ def init_train_state(
     0
     """
     _require_optimizer("init_train_state", optimizer)
-    if key is None:
-        raise TypeError("init_train_state: key must be a jax.random.key, got None.")
     require_key("init_train_state", key)
-    params, carry = jax.tree.map(_strong, jax.tree.map(jnp.copy, (params, carry)))
-    step, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
-    # Some optimizers store the buffers of the parameters in their state.
-    opt_state = jax.tree.map(_strong, jax.tree.map(jnp.copy, optimizer.init(params)))
-    return TrainState(params, opt_state, carry, jnp.copy(key), step, skipped)
+    params, step, skipped = jax.tree.map(jnp.asarray, params), jnp.int32(0), jnp.int32(0)
+    state = TrainState(params, optimizer.init(params), carry, key, step, skipped)
+    # Every leaf, since some optimizers store the buffers of the parameters in their state.
+    return jax.tree.map(lambda leaf: _strong(jnp.copy(leaf)), state)
 
 
 def make_train_step(
@@ -195,7 +192,7 @@ def _extra_arguments(optimizer, loss, grads, loss_fn, gradient_fn, inputs):
 
 def _strong(x):
     """x without JAX's weak type, which checkpoints do not store."""
-    return x if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x.astype(x.dtype)
+    return jnp.asarray(x, x.dtype)
 
 
 def _is_finite(tree, new, old):

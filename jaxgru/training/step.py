@@ -1,6 +1,5 @@
 """A training state and one jitted update of any loss with optax."""
 
-import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -151,15 +150,21 @@ def make_train_step(
         return TrainState(params, opt_state, carry, key, state.step + 1, skipped), metrics
 
     train_step = train_step if layout is None else layout.wrap_step(train_step)
-    compiled = jax.jit(train_step, donate_argnums=(0,))
+    return _Undonated(jax.jit(train_step, donate_argnums=(0,)))
 
-    @functools.wraps(compiled)
-    def checked(state, batch):
+
+class _Undonated:
+    """A jitted update with all that `jax.jit` gives it, such as `lower`; see require_undonated."""
+
+    def __init__(self, update):
+        self._update = update
+
+    def __call__(self, state, batch):
         require_undonated("train_step", state)
-        return compiled(state, batch)
+        return self._update(state, batch)
 
-    vars(checked).update(lower=compiled.lower, trace=compiled.trace)
-    return checked
+    def __getattr__(self, name):
+        return getattr(self._update, name)
 
 
 def require_undonated(function, state):

@@ -21,10 +21,9 @@ from jaxgru.training.checkpoints import (
     load_checkpoint,
     save_checkpoint,
 )
-from jaxgru.training.lock import locked
 from jaxgru.training.logs import Callback, JsonLines
 from jaxgru.training.loop_state import LoopState, Meter
-from jaxgru.training.processes import on_process_zero, same_on_all_processes
+from jaxgru.training.processes import locked, on_process_zero, same_on_all_processes
 from jaxgru.training.signals import stop_signals
 from jaxgru.training.step import TrainState, TrainStep, require_undonated
 

@@ -96,9 +96,8 @@ def fit(
     same update. Only process 0 calls callbacks and shows the progress bar.
 
     Args:
-      train_step: from `make_train_step`; it donates the buffers of the state, which cannot be used
-        again.
-      state: the initial state.
+      train_step: from `make_train_step`.
+      state: the initial state, which the first update donates: go on with the returned one.
       batches: batches(n) returns the batches from number n on, counted from 0. n is state.step, or
         that of the checkpoint.
       num_updates: the total number of updates, at least 1; state.step counts towards it.
@@ -130,8 +129,7 @@ def fit(
       OSError: the folder of checkpoints is in use, holds another run (a checkpoint of another step
         than state.step, without resume), or cannot be written at the start or the end. In between,
         `fit` only warns.
-      NonFiniteError: when a record is made, at least the last ten updates were skipped as not
-        finite. The state with the last finite parameters is in the error and saved.
+      NonFiniteError: see there; it is raised when a record is made, and its state is saved too.
       Interrupted: SIGTERM or Ctrl-C.
       ImportError: Orbax is missing but checkpoints is set.
     """

@@ -31,7 +31,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxgru.core.checks import is_traced, require_choice, require_flags, require_float
+from jaxgru.core.checks import (
+    is_traced,
+    require_choice,
+    require_flags,
+    require_float,
+    require_shape,
+)
 from jaxgru.core.matmul import state_dtype
 
 __all__ = ["bernoulli_loss", "categorical_loss", "squared_loss"]
@@ -61,13 +67,9 @@ def categorical_loss(
     >>> round(float(categorical_loss(jnp.zeros((2, 5)), jnp.array([0, 3]))), 4)  # log 5
     1.6094
     """
-    require_float("categorical_loss", "logits", logits)
-    if logits.ndim < 1:
-        raise ValueError(f"categorical_loss: logits must have shape [..., K], got {logits.shape}.")
+    logits = _read("categorical_loss", "logits", logits, mask, reduction)
     labels = require_labels("categorical_loss", "labels", labels, logits.shape[-1], mask)
-    _require_fit("categorical_loss", "labels", labels, logits.shape[:-1], logits, mask, reduction)
-    logits = _zero_masked(mask, logits)
-    logits = logits.astype(state_dtype(logits.dtype))
+    require_shape("categorical_loss", "labels", labels, logits.shape[:-1], "one for each loss")
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     return _reduce("categorical_loss", losses, mask, reduction, axis)
 
@@ -198,24 +200,24 @@ def _zero_masked(mask, values):
     return jnp.where(mask, values, jnp.zeros_like(values))
 
 
-def _read_pair(function, argument, values, targets, mask, reduction):
-    """The two arrays of a loss, checked, zero where they are masked, and half types as float32."""
+def _read(function, argument, values, mask, reduction):
+    """The checked array, zero where it is masked, half types as float32; checks the options too."""
     require_float(function, argument, values)
+    if values.ndim < 1:
+        raise ValueError(f"{function}: {argument} must have shape [..., K], got {values.shape}.")
+    require_choice(function, "reduction", reduction, get_args(Reduction))
+    require_flags(function, {"mask": mask}, values.shape[:-1], "one for each loss")
+    return _zero_masked(mask, values.astype(state_dtype(values.dtype)))
+
+
+def _read_pair(function, argument, values, targets, mask, reduction):
+    """The two arrays of a loss, as `_read` returns them."""
+    read = _read(function, argument, values, mask, reduction)
     require_float(function, "targets", targets)
     if targets.dtype != values.dtype:
         raise TypeError(
             f"{function}: targets must have the dtype of {argument}, {values.dtype}, "
             f"got {targets.dtype}; cast one of them."
         )
-    if values.ndim < 1:
-        raise ValueError(f"{function}: {argument} must have shape [..., K], got {values.shape}.")
-    _require_fit(function, "targets", targets, values.shape, values, mask, reduction)
-    return [_zero_masked(mask, v.astype(state_dtype(v.dtype))) for v in (values, targets)]
-
-
-def _require_fit(function, argument, targets, shape, values, mask, reduction):
-    """The checks of the shape of targets, and of the options of every loss."""
-    if targets.shape != shape:
-        raise ValueError(f"{function}: {argument} must have shape {shape}, got {targets.shape}.")
-    require_choice(function, "reduction", reduction, get_args(Reduction))
-    require_flags(function, {"mask": mask}, values.shape[:-1], "one flag for each loss")
+    require_shape(function, "targets", targets, values.shape, f"that of {argument}")
+    return read, _read(function, "targets", targets, mask, reduction)

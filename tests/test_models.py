@@ -643,7 +643,7 @@ BAD_CALLS = {
     ),
     "shape_of_targets": (
         lambda p: token_loss(p, TOKENS, TOKENS[1:]),
-        "token_loss: targets must have the shape of tokens, (3,), got (2,).",
+        "token_loss: targets must have shape (3,) (that of tokens), got (2,).",
     ),
     "reduction": (
         lambda p: token_loss(p, TOKENS, TOKENS, reduction="avg"),

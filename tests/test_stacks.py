@@ -1196,7 +1196,8 @@ STATES_FORM = (
         (
             lambda: init_stack(jax.random.key(0), 2, (3, 4), 3),
             ValueError,
-            "init_stack: hidden_size must hold one size for each of num_layers=3 layers, got 2.",
+            "init_stack: hidden_size must hold one size for each of num_layers=3 layers, got (3, "
+            "4).",
         ),
         (
             lambda: init_stack(jax.random.key(0), 2, []),

@@ -153,7 +153,7 @@ def _require_finite(function, argument, tree, mask=None):
     """Raises ValueError if a number that can be read, and is not masked, is NaN or infinite."""
     if any(is_traced(leaf) for leaf in jax.tree.leaves((tree, mask))):
         return
-    found = []
+    cure = "mask such steps or replace the entry" if argument == "xs" else "replace the entry"
     with jax.ensure_compile_time_eval():
         if mask is not None:
             tree = jnp.where(jnp.asarray(mask)[..., None], tree, jnp.zeros_like(tree))
@@ -161,8 +161,7 @@ def _require_finite(function, argument, tree, mask=None):
             if not jnp.isfinite(leaf).all():
                 values = np.asarray(leaf).astype(np.float64)
                 first = np.argwhere(~np.isfinite(values))[0].tolist()
-                place = f"{argument}{jax.tree_util.keystr(path)}{first}"
-                found.append(f"{place} = {values[tuple(first)]}")
-    if found:
-        cure = "mask such steps or replace the entry" if argument == "xs" else "replace the entry"
-        raise ValueError(f"{function}: {argument} must be finite, got {', '.join(found)}; {cure}.")
+                raise ValueError(
+                    f"{function}: {argument}{jax.tree_util.keystr(path)}{first} must be finite, "
+                    f"got {values[tuple(first)]}; {cure}."
+                )

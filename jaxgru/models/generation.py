@@ -82,8 +82,6 @@ def generate(
     require_model(function, params, TokenParams, "concat")
     require_one_way(function, params.layers, ", whose outputs depend on later tokens", ROOT)
     require_key(function, key)
-    if key is None:
-        raise TypeError(f"{function}: key must be a jax.random.key, got None.")
     require_count(function, "num_steps", num_steps)
     vocab_size, w_x = params.w.shape[1], directions_of(params.layers[0])[0].w_x
     prompt = require_labels(function, "prompt", prompt, vocab_size, mask)

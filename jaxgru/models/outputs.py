@@ -1,13 +1,12 @@
 """The outputs of models: of every step, of the last one, and the loss of token models."""
 
-import dataclasses
 import functools
 from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 
-from jaxgru.core.checks import require_choice
+from jaxgru.core.checks import require_choice, require_shape
 from jaxgru.core.gradient import Gradient
 from jaxgru.core.noise import Noise, Rate
 from jaxgru.losses import Reduction, categorical_loss, require_labels
@@ -93,13 +92,11 @@ def final_outputs(
     config, _, arrays = require_call(
         "final_outputs", params.layers, xs, h0, mask, resets, config, key, axis, first_step, tap
     )
-    rate = config.dropout.output
-    config = dataclasses.replace(config, dropout=dataclasses.replace(config.dropout, output=0.0))
     h_last, _ = run_stack(config, params.layers, h0, key, first_step, *arrays)
     head_key = draw_keys(config, params.layers, key)[-1]
     finals = [merge_directions(merge, *h) if isinstance(h, Bidirectional) else h for h in h_last]
     final = functools.reduce(jnp.add, finals) if residual else finals[-1]
-    return h_last, apply_head(params, drop(head_key, final[None], rate)[0])
+    return h_last, apply_head(params, drop(head_key, final[None], config.dropout.output)[0])
 
 
 def token_logits(
@@ -187,11 +184,8 @@ def token_loss(
     require_choice(function, "reduction", reduction, get_args(Reduction))
     count = params.w.shape[1]
     tokens = require_labels(function, "tokens", tokens, count, mask)
-    if getattr(targets, "shape", tokens.shape) != tokens.shape:
-        raise ValueError(
-            f"{function}: targets must have the shape of tokens, {tokens.shape}, "
-            f"got {targets.shape}."
-        )
+    if hasattr(targets, "shape"):
+        require_shape(function, "targets", targets, tokens.shape, "that of tokens")
     targets = require_labels(function, "targets", targets, count, mask)
     xs = embed(params, tokens)
     config = StackConfig(merge, residual, dropout, reverse, gradient, noise, deterministic, ROOT)

@@ -46,25 +46,21 @@ def init_stack(
     """
     require_key("init_stack", key)
     require_count("init_stack", "input_size", input_size)
-    several = isinstance(hidden_size, Sequence)
-    if several and not hidden_size:
-        raise ValueError(f"init_stack: hidden_size must hold at least one size, got {hidden_size}.")
-    if num_layers is None:
-        num_layers = len(hidden_size) if several else 1
-    require_count("init_stack", "num_layers", num_layers)
+    if num_layers is not None:
+        require_count("init_stack", "num_layers", num_layers)
     require_choice("init_stack", "merge", merge, get_args(Merge))
     require_bool("init_stack", "bidirectional", bidirectional)
-    sizes = list(hidden_size) if several else [hidden_size] * num_layers
-    if len(sizes) != num_layers:
-        raise ValueError(
-            f"init_stack: hidden_size must hold one size for each of num_layers={num_layers} "
-            f"layers, got {len(sizes)}."
-        )
+    several = isinstance(hidden_size, Sequence)
+    sizes = list(hidden_size) if several else [hidden_size] * (num_layers or 1)
+    if not sizes or len(sizes) != (num_layers or len(sizes)):
+        each = f"one size for each of num_layers={num_layers} layers"
+        wanted = each if num_layers else "at least one size"
+        raise ValueError(f"init_stack: hidden_size must hold {wanted}, got {hidden_size}.")
     draw = functools.partial(
         init_gru, spec=spec, bias=bias, layer_norm=layer_norm, scheme=scheme, dtype=dtype
     )
     layers: list[Layer] = []
-    for size, layer_key in zip(sizes, jax.random.split(key, num_layers)):
+    for size, layer_key in zip(sizes, jax.random.split(key, len(sizes))):
         require_count("init_stack", "hidden_size", size)
         keys = jax.random.split(layer_key) if bidirectional else [layer_key]
         directions = [draw(k, input_size, size) for k in keys]

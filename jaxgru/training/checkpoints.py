@@ -116,7 +116,9 @@ def save_checkpoint(
         with_checksum = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "manifest": text}
         write_atomically(temporary / _MANIFEST, json.dumps(with_checksum).encode())
         replace_folder(path, temporary)  # also on the disk, before other checkpoints are removed
-        _remove_old_checkpoints(path.parent, step, best_step)
+        for old_step, old in list_checkpoints(path.parent)[_NUM_LAST:]:
+            if old_step not in (step, best_step):
+                shutil.rmtree(old, ignore_errors=True)  # it may be a file with such a name
         remove_leftovers(path.parent)
 
     on_process_zero(prepare)
@@ -131,13 +133,6 @@ def save_checkpoint(
             remove_leftovers(path.parent)
         raise
     return path
-
-
-def _remove_old_checkpoints(folder, step, best_step):
-    """Removes all checkpoints except the last three, the one just saved and the best."""
-    for old_step, old in list_checkpoints(folder)[_NUM_LAST:]:
-        if old_step not in (step, best_step):
-            shutil.rmtree(old, ignore_errors=True)  # it may be a file with such a name
 
 
 def find_checkpoint(
@@ -210,10 +205,9 @@ def load_checkpoint(
         record = _read_manifest(path)
     except ValueError as error:
         raise CheckpointError(f"load_checkpoint: {error}.") from None
-    differences = [] if run is None else list(_differences(record["metadata"]["run"], run))
-    if differences:
+    if run is not None and (differences := "; ".join(_differences(record["metadata"]["run"], run))):
         raise CheckpointError(
-            f"load_checkpoint: {path} belongs to another run: {'; '.join(differences)}. Resume "
+            f"load_checkpoint: {path} belongs to another run: {differences}. Resume "
             "with the values it was saved with, or choose a new folder."
         )
     _require_same_forms(path, record["leaves"], leaves)
@@ -333,20 +327,16 @@ def _leaves(function, argument, tree):
                 f"{function}: {argument}{path} must be an array, got {type(leaf).__name__}; make "
                 "one, e.g. with jnp.asarray."
             )
-        if not _keeps_dtype(leaf):
+        try:
+            kept = jnp.asarray(leaf).dtype == leaf.dtype
+        except TypeError:  # text or objects
+            kept = False
+        if not kept:
             raise TypeError(
                 f"{function}: {argument}{path} must have a dtype that JAX keeps, got {leaf.dtype}; "
                 "cast it or enable x64."
             )
     return leaves, treedef
-
-
-def _keeps_dtype(leaf):
-    try:
-        kept = _is_key(leaf) or jax.dtypes.canonicalize_dtype(leaf.dtype) == leaf.dtype
-        return kept and jnp.asarray(leaf).dtype == leaf.dtype
-    except TypeError:  # text or objects
-        return False
 
 
 def _arrays(leaves):

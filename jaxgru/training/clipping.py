@@ -77,13 +77,11 @@ def _scaled_norm(tree):
     # Without the barrier, XLA turns (g * scale)^2 of a constant g into g^2 * scale^2: an overflow.
     leaves = jax.lax.optimization_barrier([leaf.astype(dtype) for leaf in leaves])
     largest = jnp.max(jnp.stack([zero, *(jnp.max(jnp.abs(leaf), initial=0) for leaf in leaves)]))
-    # With largest in [2^e, 2^(e+1)), scale is 2^-e, computed from the bits of the exponent. Neither
-    # may be subnormal, since compiled programs flush subnormal numbers to zero.
+    # With largest in [2^e, 2^(e+1)), scale is 2^-e. Neither may be subnormal, since compiled
+    # programs flush subnormal numbers to zero.
     limits = jnp.finfo(dtype)
-    bits = jax.lax.bitcast_convert_type(largest, jnp.dtype(f"uint{limits.bits}")) >> limits.nmant
-    bias = limits.maxexp - 1
-    bits = (2 * bias - jnp.clip(bits, 1, 2 * bias - 1)) << limits.nmant
-    scale = jax.lax.bitcast_convert_type(bits, dtype)
+    exponent = jnp.clip(jnp.frexp(largest)[1] - 1, limits.minexp, limits.maxexp - 2)
+    scale = jnp.ldexp(jnp.ones((), dtype), -exponent)
     return scale, jnp.sqrt(sum((jnp.sum(jnp.square(leaf * scale)) for leaf in leaves), zero))
 
 

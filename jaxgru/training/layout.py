@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxgru.core.checks import is_traced, require_count
+from jaxgru.core.checks import require_count
 
 State = TypeVar("State")
 
@@ -151,7 +151,7 @@ class Layout:
 
         All processes must call it. Afterwards `jax.device_get` works in each of them.
         """
-        return jax.tree.map(lambda leaf: _move(leaf, self._sharding(None, None)), tree)
+        return jax.lax.with_sharding_constraint(tree, self._sharding(None, None))
 
     def wrap_gradient(self, gradient_fn: Callable[..., Any]) -> Callable[..., Any]:
         """Wraps gradient_fn(params, ...) -> (result, grads), for use inside jit.
@@ -164,7 +164,7 @@ class Layout:
             # Gathering before dividing makes the compiler sum the gradients over the devices.
             # Without it, the compiler may instead send the states of all rows to every device.
             grads = self.gather(grads)
-            return result, jax.tree.map(_move, grads, self._shares(grads))
+            return result, jax.lax.with_sharding_constraint(grads, self._shares(grads))
 
         return wrapped
 
@@ -179,7 +179,7 @@ class Layout:
             with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
                 state, metrics = train_step(state, batch)
                 shardings = self._state_shardings("wrap_step", state)
-                return jax.tree.map(_move, state, shardings), metrics
+                return jax.lax.with_sharding_constraint(state, shardings), metrics
 
         return wrapped
 
@@ -249,10 +249,3 @@ def _place(leaf, sharding):
         return jax.device_put(leaf, sharding, may_alias=False)
     host = np.array(leaf)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
-
-
-def _move(leaf, sharding):
-    """The leaf with that sharding, inside or outside of jit."""
-    if is_traced(leaf):
-        return jax.lax.with_sharding_constraint(leaf, sharding)
-    return jax.device_put(leaf, sharding)

@@ -1,9 +1,4 @@
-"""Callbacks of `fit` that write its records: as lines of JSON, or for TensorBoard.
-
-`fit` calls callback(state, record). When a run resumes, it also calls callback.resume(update), if
-that method exists: the callback must drop the records of later updates, which will come again, and
-return the last remaining record or None.
-"""
+"""Callbacks of `fit` that write its records: as lines of JSON, or for TensorBoard."""
 
 import json
 import math
@@ -18,7 +13,11 @@ from jaxgru.core.checks import require_extra
 
 
 class Callback(Protocol):
-    """Called with (state, record); it must copy what it keeps of the state: buffers are reused."""
+    """Called with (state, record); it must copy what it keeps of the state: buffers are reused.
+
+    When a run resumes, `fit` also calls callback.resume(update), if that method exists: it must
+    drop the records of later updates, which come again, and return the last one left, or None.
+    """
 
     def __call__(self, state: Any, record: dict[str, Any], /) -> Any: ...
 

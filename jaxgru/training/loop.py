@@ -21,12 +21,11 @@ from jaxgru.training.checkpoints import (
     load_checkpoint,
     save_checkpoint,
 )
-from jaxgru.training.lock import locked
 from jaxgru.training.logs import Callback, JsonLines
 from jaxgru.training.loop_state import LoopState, Meter
-from jaxgru.training.processes import on_process_zero, same_on_all_processes
+from jaxgru.training.processes import locked, on_process_zero, same_on_all_processes
 from jaxgru.training.signals import stop_signals
-from jaxgru.training.step import TrainState, TrainStep
+from jaxgru.training.step import TrainState, TrainStep, require_undonated
 
 _MAX_SKIPPED_IN_ROW = 10
 
@@ -97,9 +96,8 @@ def fit(
     same update. Only process 0 calls callbacks and shows the progress bar.
 
     Args:
-      train_step: from `make_train_step`; it donates the buffers of the state, which cannot be used
-        again.
-      state: the initial state.
+      train_step: from `make_train_step`.
+      state: the initial state, which the first update donates: go on with the returned one.
       batches: batches(n) returns the batches from number n on, counted from 0. n is state.step, or
         that of the checkpoint.
       num_updates: the total number of updates, at least 1; state.step counts towards it.
@@ -131,8 +129,7 @@ def fit(
       OSError: the folder of checkpoints is in use, holds another run (a checkpoint of another step
         than state.step, without resume), or cannot be written at the start or the end. In between,
         `fit` only warns.
-      NonFiniteError: when a record is made, at least the last ten updates were skipped as not
-        finite. The state with the last finite parameters is in the error and saved.
+      NonFiniteError: see there; it is raised when a record is made, and its state is saved too.
       Interrupted: SIGTERM or Ctrl-C.
       ImportError: Orbax is missing but checkpoints is set.
     """
@@ -266,11 +263,7 @@ def _require_values(counts, state, evaluate, monitor, checkpoints):
     for name, value in counts.items():
         if value is not None or name not in ("evaluate_every", "monitor.patience"):
             require_count("fit", name, value)
-    if any(leaf.is_deleted() for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array)):
-        raise ValueError(
-            "fit: state must hold its arrays, got deleted ones; train_step donated them to an "
-            "earlier update: pass the state that train_step or fit returned."
-        )
+    require_undonated("fit", state)
     _require_more_updates(counts["num_updates"], state)
 
 

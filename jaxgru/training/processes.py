@@ -1,13 +1,22 @@
-"""Agreement between several processes; with one process these functions communicate nothing."""
+"""Agreement between several processes, and a lock that admits one training run per folder.
 
+With one process nothing is communicated.
+"""
+
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable
+import os
+import pathlib
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+from jaxgru.atomic_files import UNSUPPORTED
 
 Result = TypeVar("Result")
 
@@ -24,17 +33,12 @@ def on_all_processes(run: Callable[[], Result]) -> Result:
     Raises:
       Exception: what run() raised on this process, or OSError if it failed on another one.
     """
-    result: Any = None
-    error = None
     try:
         result = run()
-    except Exception as caught:
-        error = caught
-    several = jax.process_count() > 1
-    all_done = not several or multihost_utils.process_allgather(np.array(error is None)).all()
-    if error is not None:
-        raise error
-    if not all_done:
+    except Exception:
+        same_on_all_processes(False)
+        raise
+    if not same_on_all_processes(True):
         raise OSError("on_all_processes: another process failed; see its error message.")
     return result
 
@@ -92,3 +96,41 @@ def same_on_all_processes(value: Any) -> bool:
     digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest()
     own = np.frombuffer(digest, np.uint8)
     return bool((multihost_utils.process_allgather(own) == own).all())
+
+
+@contextlib.contextmanager
+def locked(folder: str | os.PathLike) -> Iterator[None]:
+    """Locks a folder for this run; raises OSError if a living process has locked it.
+
+    Process 0 takes a kernel lock on the file `lock`. The kernel releases it when that process and
+    its forks have ended, however they ended. Where the system has no such lock, it only warns.
+    """
+    folder = pathlib.Path(folder)
+
+    def lock():
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+        stack.callback(os.close, descriptor)
+        try:
+            import fcntl  # does not exist on Windows
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(descriptor, 20).decode(errors="replace").strip()
+            raise OSError(
+                f"fit: {folder} is in use by the run of process {holder}; wait until it ends or "
+                "choose another folder."
+            ) from None
+        except (ImportError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in UNSUPPORTED:
+                raise
+            warnings.warn(
+                f"fit: {folder} could not be locked ({error}): make sure that no other run uses it",
+                stacklevel=9,  # the caller of `fit`
+            )
+        os.truncate(descriptor, 0)
+        os.write(descriptor, f"{os.getpid()}\n".encode())
+
+    with contextlib.ExitStack() as stack:
+        on_process_zero(lock)
+        yield

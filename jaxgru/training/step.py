@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxgru.core.checks import require_key
+from jaxgru.core.checks import is_traced, require_key
 from jaxgru.core.matmul import state_dtype
 from jaxgru.training.clipping import global_norm
 from jaxgru.training.layout import Layout
@@ -38,7 +38,7 @@ def init_train_state(
     """Makes the state before the first update, from copies, since the train step donates buffers.
 
     Args:
-      params: pytree of arrays.
+      params: pytree of arrays, which stay usable.
       optimizer: from optax.
       key: a `jax.random.key`, from which each update derives its own.
       carry: the first carry of the loss.
@@ -54,14 +54,11 @@ def init_train_state(
     0
     """
     _require_optimizer("init_train_state", optimizer)
-    if key is None:
-        raise TypeError("init_train_state: key must be a jax.random.key, got None.")
     require_key("init_train_state", key)
-    params, carry = jax.tree.map(_strong, jax.tree.map(jnp.copy, (params, carry)))
-    step, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
-    # Some optimizers store the buffers of the parameters in their state.
-    opt_state = jax.tree.map(_strong, jax.tree.map(jnp.copy, optimizer.init(params)))
-    return TrainState(params, opt_state, carry, jnp.copy(key), step, skipped)
+    params, step, skipped = jax.tree.map(jnp.asarray, params), jnp.int32(0), jnp.int32(0)
+    state = TrainState(params, optimizer.init(params), carry, key, step, skipped)
+    # Every leaf, since some optimizers store the buffers of the parameters in their state.
+    return jax.tree.map(lambda leaf: _strong(jnp.copy(leaf)), state)
 
 
 def make_train_step(
@@ -93,13 +90,14 @@ def make_train_step(
         None trains on one device.
 
     Returns:
-      The function, which donates the buffers of its state. Its metrics are those of the loss and
-      "loss", "gradient_norm" (before the optimizer) and "skipped".
+      The function, which donates the buffers of its state: go on with the state that it returns.
+      Its metrics are those of the loss and "loss", "gradient_norm" (before the optimizer) and
+      "skipped".
 
     Raises:
-      ValueError: when traced, if the optimizer changes the structure, a shape or a dtype of the
-        parameters or of its state, the loss does so with the carry, or a metric is not a real
-        scalar or has a reserved name.
+      ValueError: when called, if an earlier call has donated the state; when traced, if the
+        optimizer changes the structure, a shape or a dtype of the parameters or of its state, the
+        loss does so with the carry, or a metric is not a real scalar or has a reserved name.
       TypeError: loss_fn, optimizer or layout is of another kind; when traced, if the loss is not a
         floating scalar or the loss function returns another structure.
 
@@ -152,7 +150,32 @@ def make_train_step(
         return TrainState(params, opt_state, carry, key, state.step + 1, skipped), metrics
 
     train_step = train_step if layout is None else layout.wrap_step(train_step)
-    return jax.jit(train_step, donate_argnums=(0,))
+    return _Undonated(jax.jit(train_step, donate_argnums=(0,)))
+
+
+class _Undonated:
+    """A jitted update with all that `jax.jit` gives it, such as `lower`; see require_undonated."""
+
+    def __init__(self, update):
+        self._update = update
+
+    def __call__(self, state, batch):
+        require_undonated("train_step", state)
+        return self._update(state, batch)
+
+    def __getattr__(self, name):
+        return getattr(self._update, name)
+
+
+def require_undonated(function, state):
+    """ValueError if an earlier update has donated, and so deleted, arrays of the state."""
+    for path, leaf in jax.tree.leaves_with_path(state):
+        if isinstance(leaf, jax.Array) and not is_traced(leaf) and leaf.is_deleted():
+            raise ValueError(
+                f"{function}: state must hold its arrays, got state{jax.tree_util.keystr(path)} "
+                "donated to an earlier update; pass the state that the update returned, or give "
+                "each update a copy of its own, jax.tree.map(jnp.copy, state)."
+            )
 
 
 def _extra_arguments(optimizer, loss, grads, loss_fn, gradient_fn, inputs):
@@ -174,7 +197,7 @@ def _extra_arguments(optimizer, loss, grads, loss_fn, gradient_fn, inputs):
 
 def _strong(x):
     """x without JAX's weak type, which checkpoints do not store."""
-    return x if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x.astype(x.dtype)
+    return jnp.asarray(x, x.dtype)
 
 
 def _is_finite(tree, new, old):

@@ -604,10 +604,10 @@ def state_of():
          lambda: diagnostics.example_gradient_norms(3, PARAMS, XS)),
         (TypeError, "gradient_flow: xs must be a floating array, got dtype int32; cast it first.",
          lambda: diagnostics.gradient_flow(squares, PARAMS, jnp.ones((5, 4, 2), int))),
-        (ValueError, "gate_statistics: xs must be finite, got xs[1, 2, 0] = nan; mask such steps "
+        (ValueError, "gate_statistics: xs[1, 2, 0] must be finite, got nan; mask such steps "
                      "or replace the entry.",
          lambda: diagnostics.gate_statistics(PARAMS, XS.at[1, 2, 0].set(jnp.nan))),
-        (ValueError, "gate_values: params must be finite, got params.w_h[0, 0] = inf; replace "
+        (ValueError, "gate_values: params.w_h[0, 0] must be finite, got inf; replace "
                      "the entry.",
          lambda: diagnostics.gate_values(
              dataclasses.replace(PARAMS, w_h=np.full((3, 9), np.inf, np.float32)), XS)),
@@ -684,23 +684,23 @@ def state_of():
         (ValueError, "gate_statistics: low and high must satisfy 0 <= low < high <= 1, got 0.1, "
                      "1.1.",
          lambda: diagnostics.gate_statistics(PARAMS, XS, high=1.1)),
-        (ValueError, "gate_values: params must be finite, got params[0].w_h[2, 8] = nan, "
-                     "params[1].b_x[1] = -inf; replace the entry.",
+        (ValueError, "gate_values: params[0].w_h[2, 8] must be finite, got nan; "
+                     "replace the entry.",
          lambda: diagnostics.gate_values(BROKEN, XS)),
-        (ValueError, "gate_values: h0 must be finite, got h0[0, 0] = inf; replace the entry.",
+        (ValueError, "gate_values: h0[0, 0] must be finite, got inf; replace the entry.",
          lambda: diagnostics.gate_values(PARAMS, XS, np.full((4, 3), np.inf, np.float32))),
-        (ValueError, "gradient_paths: h0 must be finite, got h0[0, 0] = nan; replace the entry.",
+        (ValueError, "gradient_paths: h0[0, 0] must be finite, got nan; replace the entry.",
          lambda: diagnostics.gradient_paths(PARAMS, XS, XS, np.full((4, 3), np.nan, np.float32))),
         (ValueError, "example_gradient_norms: loss_fn must return a scalar, got shape (5, 4, 3); "
                      "take its sum or mean.",
          lambda: diagnostics.example_gradient_norms(lambda h, ys: ys, PARAMS, XS)),
-        (ValueError, "gradient_flow: xs must be finite, got xs[0, 0, 0] = inf; mask such steps "
+        (ValueError, "gradient_flow: xs[0, 0, 0] must be finite, got inf; mask such steps "
                      "or replace the entry.",
          lambda: diagnostics.gradient_flow(squares, PARAMS, XS * np.float32(np.inf))),
-        (ValueError, "sequence_jacobians: xs must be finite, got xs[0, 0, 0] = inf; mask such "
+        (ValueError, "sequence_jacobians: xs[0, 0, 0] must be finite, got inf; mask such "
                      "steps or replace the entry.",
          lambda: diagnostics.sequence_jacobians(PARAMS, XS * np.float32(np.inf))),
-        (ValueError, "rtrl: xs must be finite, got xs[0, 0, 0] = inf; mask such steps or replace "
+        (ValueError, "rtrl: xs[0, 0, 0] must be finite, got inf; mask such steps or replace "
                      "the entry.",
          lambda: diagnostics.rtrl(squares, PARAMS, XS * np.float32(np.inf), XS)),
         (ValueError, "gate_values: mask must have shape (5, 4) (xs without its last axis), got "

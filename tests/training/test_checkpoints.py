@@ -31,7 +31,7 @@ from jaxgru.training import (
     save_checkpoint,
 )
 from jaxgru.training.checkpoints import _require_room
-from jaxgru.training.lock import locked
+from jaxgru.training.processes import locked
 
 RUN = {"config": {"hidden_size": 3, "spec": "cho"}, "vocabulary_sha256": "abc"}
 

@@ -344,15 +344,29 @@ def test_argument_of_the_loop_of_another_kind_is_refused(options, message):
     assert str(refused.value) == f"fit: {message}"
 
 
-def test_state_that_an_update_has_donated_is_refused():
-    state = start(HALF)
-    quadratic_step(HALF)(state, jnp.ones(2))
-    with pytest.raises(ValueError) as refused:
-        fit(quadratic_step(HALF), state, lambda start: [jnp.ones(2)], num_updates=1, progress=False)
-    assert str(refused.value) == (
-        "fit: state must hold its arrays, got deleted ones; train_step donated them to an earlier "
-        "update: pass the state that train_step or fit returned."
-    )
+@pytest.mark.parametrize("first", ["params['p']", "key"])
+def test_state_that_an_update_has_donated_is_refused(first):
+    """The whole of it, and a new state that holds only its key."""
+    step, state = quadratic_step(HALF), start(HALF)
+    step(state, jnp.ones(2))
+    state = start(HALF)._replace(key=state.key) if first == "key" else state
+    for function, call in (
+        ("train_step", lambda: step(state, jnp.ones(2))),
+        ("fit", lambda: fit(step, state, lambda start: [None], num_updates=1, progress=False)),
+    ):
+        with pytest.raises(ValueError) as refused:
+            call()
+        assert str(refused.value) == (
+            f"{function}: state must hold its arrays, got state.{first} donated to an earlier "
+            "update; pass the state that the update returned, or give each update a copy of its "
+            "own, jax.tree.map(jnp.copy, state)."
+        )
+
+
+def test_copy_of_a_state_can_be_used_again():
+    step, state = quadratic_step(HALF), start(HALF)
+    firsts = [step(jax.tree.map(jnp.copy, state), jnp.full(2, n))[0] for n in (1.0, 4.0)]
+    assert [first.params["p"].tolist() for first in firsts] == [[0.5, 0.5], [2.0, 2.0]]
 
 
 def test_batches_may_be_none_for_a_loss_that_draws_its_own(uncompiled):

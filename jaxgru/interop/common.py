@@ -98,9 +98,13 @@ def named_arrays(function, argument, source, prefix="", separator="/", known_by=
 
 
 def as_float_array(function: str, name: str, value: Any) -> np.ndarray:
-    """A NumPy copy; TypeError unless it is floating, a warning if a value is not finite."""
+    """A NumPy copy in the byte order of this machine, which JAX and hashes of bytes need.
+
+    TypeError unless it is floating, a warning if a value is not finite.
+    """
     try:
-        array = np.asarray(value).copy()
+        array = np.asarray(value)
+        array = array.astype(array.dtype.newbyteorder("="))
     except (TypeError, RuntimeError, ValueError) as error:
         raise TypeError(
             f"{function}: {name} must be an array that NumPy can hold, got "

@@ -216,6 +216,14 @@ def test_dtype_is_unchanged(dtype):
     assert interop.to_equinox(params).weights["weight_ih"].dtype == dtype
 
 
+def test_arrays_in_another_byte_order_become_native():
+    """JAX refuses the other order, and a file of weights would not match its own sha256."""
+    cell = {k: np.arange(1, v.size + 1.0).reshape(v.shape) for k, v in torch_cell().items()}
+    params = interop.from_torch({k: v.astype(">f4") for k, v in cell.items()}).params
+    assert params.w_x.dtype == np.float32 and params.w_x.dtype.isnative
+    np.testing.assert_array_equal(params.w_x, cell["weight_ih"].T)
+
+
 def torch_cell(**changes):
     cell = {"weight_ih": np.ones((9, 2)), "weight_hh": np.ones((9, 3))} | changes
     return {k: v for k, v in cell.items() if v is not None}

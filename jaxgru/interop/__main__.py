@@ -55,9 +55,8 @@ import numpy as np
 
 from jaxgru.atomic_files import place_new
 from jaxgru.interop.common import cells_of
-from jaxgru.interop.convert.comparing import compare
 from jaxgru.interop.convert.reading import Options, read
-from jaxgru.interop.convert.writing import BATCH, STEPS, first_cell, layers_of, write
+from jaxgru.interop.convert.writing import BATCH, STEPS, compare, first_cell, layers_of, write
 from jaxgru.stacks.forms import Bidirectional
 
 FORMATS = ("torch", "keras", "linen", "nnx", "equinox", "haiku", "onnx", "jaxgru")

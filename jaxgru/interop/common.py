@@ -16,7 +16,7 @@ from jaxgru.core.checks import require_choice
 from jaxgru.core.parameters import Activation, GRUParams, GRUSpec, require_params
 from jaxgru.stacks.forms import Bidirectional, as_stack, directions_of, map_grus
 
-ONE_BIAS = (
+_ONE_BIAS = (
     "r and z have one bias in the source: b_h starts at zero for them and is trained beside b_x"
 )
 _FLOATS = ("float64", "float32", "bfloat16", "float16")
@@ -121,12 +121,15 @@ def as_float_array(function: str, name: str, value: Any) -> np.ndarray:
     return array
 
 
-def bind(function: str, argument: str, arrays: Any, axes: Mapping[str, str]) -> Any:
+def bind(function: str, argument: str, arrays: Any, axes: Mapping[str, str], biases=()) -> Any:
     """The arrays, if their names are exactly those of `axes`, with its shapes and one dtype.
 
-    `axes` maps names to axes such as "3H I"; a letter has the same size in all of them. The error
-    lists all missing keys, unexpected keys and size mismatches.
+    `axes` maps names to axes such as "3H I"; a letter has the same size in all of them. All of
+    `biases` may be absent together. The error lists all missing keys, unexpected keys and size
+    mismatches.
     """
+    if not any(name in arrays for name in biases):
+        axes = {name: wanted for name, wanted in axes.items() if name not in biases}
     shapes, sizes = _shapes(arrays, axes)
     found = {
         "missing keys": [f"{name} [{axes[name]}]" for name in axes if name not in arrays],
@@ -159,6 +162,26 @@ def _require_one_dtype(function, argument, arrays):
 def is_stack(params: Any) -> bool:
     """True for a list or tuple that is not a named tuple of this package."""
     return isinstance(params, list | tuple) and not hasattr(params, "_fields")
+
+
+def import_cells(function, cell, axes, convert, prefix="", biases=(), one_bias=False) -> Imported:
+    """Imported with convert(arrays) of each cell, whose arrays have the axes; see `bind`.
+
+    A cell has the first name of `axes`. `one_bias` says that the biases need a note, if there are
+    some.
+    """
+
+    def read(name, source):
+        if all(hasattr(source, field) for field in axes):  # a module
+            source = {field: getattr(source, field) for field in axes}
+        if isinstance(source, Mapping):
+            source = {k: v for k, v in source.items() if v is not None}
+        arrays = named_arrays(function, name, source, prefix, known_by=(next(iter(axes)),))
+        return convert(bind(function, name, arrays, axes, biases))
+
+    params = read_layers(function, "cell", cell, read)
+    noted = one_bias and any(v.b_x is not None for v in cells_of(params))
+    return Imported(params, (_ONE_BIAS,) if noted else ())
 
 
 def read_layers(function, argument, tree, read, is_stack=is_stack) -> Any:

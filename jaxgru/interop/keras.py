@@ -49,7 +49,7 @@ def from_keras(
         raise TypeError(f"from_keras: reset_after must be a bool or None, got {reset_after!r}.")
 
     def cell(name, arrays):
-        axes, bias = {"recurrent_kernel": "H 3H", "kernel": "I 3H"}, arrays.get("bias")
+        bias = arrays.get("bias")
         after = reset_after if bias is None else bias.ndim == 2
         if after is None:
             raise ValueError(
@@ -61,9 +61,8 @@ def from_keras(
                 f"from_keras: reset_after must be {after} for a bias of shape {bias.shape}, got "
                 f"{reset_after}."
             )
-        if bias is not None:
-            axes["bias"] = "2 3H" if after else "3H"
-        common.bind(function, name, arrays, axes)
+        axes = {"recurrent_kernel": "H 3H", "kernel": "I 3H", "bias": "2 3H" if after else "3H"}
+        common.bind(function, name, arrays, axes, ("bias",))
         w_x, w_h, *biases = (reorder(arrays[key]) for key in _NAMES if key in arrays)
         if bias is not None and after:
             biases = biases[0]  # [2, 3H], one row each

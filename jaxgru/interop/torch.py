@@ -39,7 +39,6 @@ def from_torch(state_dict: Mapping[str, Any], *, prefix: str = "") -> Imported:
     >>> from_torch(cell).params.w_x.shape
     (2, 9)
     """
-    function = "from_torch"
     if hasattr(state_dict, "state_dict"):
         raise TypeError(
             "from_torch: state_dict must be a mapping of names to arrays, got "
@@ -51,22 +50,19 @@ def from_torch(state_dict: Mapping[str, Any], *, prefix: str = "") -> Imported:
             "converted; initialize an optax optimizer."
         )
     known = (_W_H + _suffixes(0)[0], _W_H)
-    arrays = common.named_arrays(function, "state_dict", state_dict, prefix, ".", known)
-    bias = any(name.startswith((_B_X, _B_H)) for name in arrays)
-    found = [name for name in arrays if name.startswith(_W_H)]
+    arrays = common.named_arrays("from_torch", "state_dict", state_dict, prefix, ".", known)
     both = any(name.endswith("_reverse") for name in arrays)
-    count = max(1, sum(not name.endswith("_reverse") for name in found))
-    suffixes = [_suffixes(k)[: 1 + both] for k in range(count)]
+    count = sum(name.startswith(_W_H) and not name.endswith("_reverse") for name in arrays)
+    suffixes = [_suffixes(k)[: 1 + both] for k in range(max(1, count))]
     if single := _W_X in arrays or _W_H in arrays:
         suffixes = [("",)]
     axes = {}
     for k, layer in enumerate(suffixes):
-        for suffix in layer:
-            below = ("2H" if both else "H") if k else "I"
-            axes |= {_W_H + suffix: "3H H", _W_X + suffix: f"3H {below}"}
-            if bias:
-                axes |= {_B_X + suffix: "3H", _B_H + suffix: "3H"}
-    common.bind(function, "state_dict", arrays, axes)
+        below = ("2H" if both else "H") if k else "I"
+        each = {_W_H: "3H H", _W_X: f"3H {below}", _B_X: "3H", _B_H: "3H"}
+        axes |= {name + suffix: wanted for suffix in layer for name, wanted in each.items()}
+    biases = [name for name in axes if name.startswith((_B_X, _B_H))]
+    common.bind("from_torch", "state_dict", arrays, axes, biases)
 
     def cell(suffix):
         found = {v: arrays[k + suffix].T for k, v in _NAMES.items() if k + suffix in arrays}
@@ -102,26 +98,21 @@ def to_torch(params: Any) -> Exported:
     """
     params, notes = common.require_exportable("to_torch", params, _TARGETS)
     first = common.cells_of(params)[0]
-    input_size, hidden_size = first.w_x.shape[0], first.w_h.shape[0]
-    bias = first.b_x is not None
+    input_size, hidden_size, bias = len(first.w_x), len(first.w_h), first.b_x is not None
     options = {"input_size": input_size, "hidden_size": hidden_size, "bias": bias}
     if isinstance(params, GRUParams):
         return Exported(_named(params, ""), options, notes)
     layers, weights = as_stack(params), {}
-    both = isinstance(layers[0], Bidirectional)
+    kind, both = type(layers[0]), isinstance(layers[0], Bidirectional)
     for k, layer in enumerate(layers):
-        if isinstance(layer, Bidirectional) != both:
-            raise ValueError(
-                f"to_torch: params[{k}] must be a {type(layers[0]).__name__} like params[0], as "
-                f"all layers of a torch.nn.GRU are alike, got a {type(layer).__name__}."
-            )
-        wanted = (input_size if k == 0 else (1 + both) * hidden_size, hidden_size)
+        wanted = ((1 + both) * hidden_size if k else input_size, hidden_size)
         for cell, suffix in zip(directions_of(layer), _suffixes(k)):
-            found = (cell.w_x.shape[0], cell.w_h.shape[0])
-            if found != wanted:
+            found = (len(cell.w_x), len(cell.w_h))
+            if type(layer) is not kind or found != wanted:
                 raise ValueError(
-                    f"to_torch: params[{k}] must have (I, H) = {wanted}, as the layers of a "
-                    f"torch.nn.GRU have one H and take all outputs of the layer below, got {found}."
+                    f"to_torch: params[{k}] must be a {kind.__name__} with (I, H) = {wanted}, as "
+                    "all layers of a torch.nn.GRU are alike and take all outputs of the layer "
+                    f"below, got a {type(layer).__name__} with {found}."
                 )
             weights |= _named(cell, suffix)
     options |= {"num_layers": len(layers), "bidirectional": both}

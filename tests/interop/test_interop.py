@@ -369,7 +369,7 @@ BAD_CALLS = {
         "NoneType.",
     ),
     "flax_prefix": (
-        lambda: interop.from_linen({"params": {"cell": {"hn": {"kernel": np.ones((3, 3))}}}}),
+        lambda: interop.from_linen({"params": {"cell": {"hr": {"kernel": np.ones((3, 3))}}}}),
         ValueError,
         "from_linen: prefix must be one of 'params/cell/', where cell holds a GRU, got ''.",
     ),
@@ -519,14 +519,16 @@ BAD_CALLS = {
     "torch_one_kind_of_layer": (
         lambda: interop.to_torch((cell_of(), Bidirectional(cell_of(inputs=3), cell_of(inputs=3)))),
         ValueError,
-        "to_torch: params[1] must be a GRUParams like params[0], as all layers of a torch.nn.GRU "
-        "are alike, got a Bidirectional.",
+        "to_torch: params[1] must be a GRUParams with (I, H) = (3, 3), as all layers of a "
+        "torch.nn.GRU are alike and take all outputs of the layer below, got a Bidirectional with "
+        "(3, 3).",
     ),
     "torch_one_size": (
         lambda: interop.to_torch((cell_of(), cell_of(4, 3))),
         ValueError,
-        "to_torch: params[1] must have (I, H) = (3, 3), as the layers of a torch.nn.GRU have one H "
-        "and take all outputs of the layer below, got (3, 4).",
+        "to_torch: params[1] must be a GRUParams with (I, H) = (3, 3), as all layers of a "
+        "torch.nn.GRU are alike and take all outputs of the layer below, got a GRUParams with "
+        "(3, 4).",
     ),
 }
 
@@ -588,7 +590,7 @@ def test_every_array_of_a_peer_has_its_axes_and_a_floating_dtype(name):
     )
 
 
-@pytest.mark.parametrize("name", ["torch", "linen", "nnx", "haiku"])
+@pytest.mark.parametrize("name", ["torch", "linen", "nnx", "equinox", "haiku"])
 def test_prefix_that_is_missing_is_named(name):
     read, (source, _) = getattr(interop, f"from_{name}"), AXES[name]
     separator = "." if name == "torch" else "/"

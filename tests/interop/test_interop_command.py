@@ -18,7 +18,7 @@ import jaxgru
 from experiments import char_lm
 from jaxgru import CHUNG_2014, PYTORCH, GRUSpec, init_gru, init_stack, interop
 from jaxgru.interop.__main__ import main
-from jaxgru.interop.convert.comparing import largest_difference
+from jaxgru.interop.convert.writing import largest_difference
 from jaxgru.models import init_token_model
 
 st = pytest.importorskip("safetensors.numpy", reason="safetensors is an extra")

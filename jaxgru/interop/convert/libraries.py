@@ -19,13 +19,6 @@ NAMES = {
     "nnx": "flax.nnx.GRUCell", "equinox": "equinox.nn.GRUCell", "haiku": "haiku.GRU",
     "onnx": "onnxruntime",
 }  # fmt: skip
-ACTIVATIONS: dict[str, Any] = {
-    "tanh": jnp.tanh,
-    "relu": jax.nn.relu,
-    "sigmoid": jax.nn.sigmoid,
-    "softplus": jax.nn.softplus,
-    "identity": lambda v: v,
-}
 
 
 class NotRunError(Exception):
@@ -38,7 +31,8 @@ def run_layers(kind, layers, xs, merge, activation, reset_after):
     A layer is {name: array}, or a Bidirectional of two.
     """
     run = {"keras": _keras, "linen": _linen, "nnx": _nnx, "equinox": _equinox, "haiku": _haiku}
-    options = {"activation": ACTIVATIONS[activation], "after": reset_after}
+    function = getattr(jax.nn, activation)
+    options = {"activation": function, "after": reset_after}
     with (
         jax.enable_x64(True),
         jax.numpy_rank_promotion("allow"),
@@ -74,25 +68,17 @@ def _keras(arrays, xs, activation, after):
 
 def _linen(arrays, xs, activation, after):
     linen = import_module("flax.linen")
-    size, dtype = arrays["hn/bias"].size, xs.dtype
-    cell = linen.GRUCell(size, activation_fn=activation, param_dtype=dtype)
-    nested: dict[str, Any] = {}
-    for name, value in arrays.items():
-        module, array = name.split("/")
-        nested.setdefault(module, {})[array] = value
+    size, nested = arrays["hn/bias"].size, _unflatten(arrays)
+    cell = linen.GRUCell(size, activation_fn=activation, param_dtype=xs.dtype)
     return linen.RNN(cell, time_major=True).apply({"params": {"cell": nested}}, xs)
 
 
 def _nnx(arrays, xs, activation, after):
     nnx = import_module("flax.nnx")
-    sizes = xs.shape[-1], arrays["dense_h/kernel"].shape[0]
-    cell: Any = nnx.GRUCell(
-        *sizes, activation_fn=activation, param_dtype=xs.dtype, rngs=nnx.Rngs(0)
-    )
-    cell.dense_i.kernel.set_value(arrays["dense_i/kernel"])
-    cell.dense_i.bias.set_value(arrays["dense_i/bias"])
-    cell.dense_h.kernel.set_value(arrays["dense_h/kernel"])
-    return _steps(cell, xs, sizes[1], lambda found: found[0])
+    sizes, options = (xs.shape[-1], len(arrays["dense_h/kernel"])), {"param_dtype": xs.dtype}
+    cell: Any = nnx.GRUCell(*sizes, activation_fn=activation, rngs=nnx.Rngs(0), **options)
+    nnx.update(cell, _unflatten(arrays))
+    return _steps(lambda h, x: cell(h, x)[0], xs, sizes[1])
 
 
 def _equinox(arrays, xs, activation, after):
@@ -113,36 +99,30 @@ def _haiku(arrays, xs, activation, after):
     return haiku.without_apply_rng(haiku.transform(unroll)).apply({"gru": arrays}, xs)
 
 
-def _steps(cell, xs, hidden_size, state_of=lambda found: found):
+def _unflatten(arrays):
+    return import_module("flax.traverse_util").unflatten_dict(arrays, sep="/")
+
+
+def _steps(cell, xs, hidden_size):
     """The states of every step of a cell."""
     h, hs = jnp.zeros((xs.shape[1], hidden_size), xs.dtype), []
     for x in xs:
-        h = state_of(cell(h, x))
-        hs.append(h)
+        hs.append(h := cell(h, x))
     return jnp.stack(hs)
 
 
 def run_torch(arrays, xs, merge):
-    """The outputs of a torch.nn.GRU or GRUCell with a state dict of arrays."""
+    """The outputs of a torch.nn.GRU with a state dict of arrays; a GRUCell is its only layer."""
     torch = import_module("torch")
-    weights = {k: torch.from_numpy(np.asarray(v, np.float64)) for k, v in arrays.items()}
-    cell, inputs = "weight_hh" in weights, torch.from_numpy(xs)
-    hidden_size = weights["weight_hh" if cell else "weight_hh_l0"].shape[1]
+    end = "_l0" if "weight_hh" in arrays else ""
+    weights = {k + end: torch.from_numpy(np.asarray(v, np.float64)) for k, v in arrays.items()}
+    hidden_size, both = weights["weight_hh_l0"].shape[1], "weight_hh_l0_reverse" in weights
+    count = sum(k.startswith("weight_hh") for k in weights) // (1 + both)
     options: Any = {"bias": any("bias" in k for k in weights), "dtype": torch.float64}
+    module = torch.nn.GRU(xs.shape[-1], hidden_size, count, bidirectional=both, **options)
+    module.load_state_dict(weights)
     with torch.no_grad():
-        if cell:
-            module: Any = torch.nn.GRUCell(xs.shape[-1], hidden_size, **options)
-            module.load_state_dict(weights)
-            h, hs = None, []
-            for x in inputs:
-                h = module(x, h)
-                hs.append(h)
-            return torch.stack(hs).numpy()
-        both = "weight_hh_l0_reverse" in weights
-        count = sum(k.startswith("weight_hh") for k in weights) // (1 + both)
-        module = torch.nn.GRU(xs.shape[-1], hidden_size, count, bidirectional=both, **options)
-        module.load_state_dict(weights)
-        ys = module(inputs)[0].numpy()
+        ys = module(torch.from_numpy(xs))[0].numpy()
     if both and merge == "sum":
         if count > 1:
             raise NotRunError("its layers read two directions side by side, not their sum")

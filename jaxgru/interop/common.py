@@ -75,7 +75,11 @@ def named_arrays(function, argument, source, prefix="", separator="/", known_by=
         )
     if not isinstance(prefix, str):
         raise TypeError(f"{function}: prefix must be a string, got {prefix!r}.")
-    flat = _flatten(function, source, separator)
+    flat: dict[str, Any] = {}
+    for name, value in _leaves(source, separator):
+        if name in flat:
+            raise ValueError(f"{function}: two arrays have the name {name!r}.")
+        flat[name] = value
     ends = [(k, key) for k in flat for key in known_by if k.endswith(separator + key)]
     starts = sorted({k.removesuffix(key) for k, key in ends})
     if starts and not any(prefix + key in flat for key in known_by):
@@ -198,19 +202,12 @@ def read_layers(function, argument, tree, read, is_stack=is_stack) -> Any:
             raise TypeError(f"{function}: {name} must be one layer, got a list inside a list.")
         return read(name, tree)
 
-    if not is_stack(tree):
-        return _require_fit(function, argument, walk(argument, tree))
-    if not tree:
+    several = is_stack(tree)
+    if several and not tree:
         raise ValueError(f"{function}: {argument} must hold at least one layer, got none.")
-    layers = tuple(walk(f"{argument}[{number}]", layer) for number, layer in enumerate(tree))
-    return _require_fit(function, argument, layers)
-
-
-def _require_fit(function, argument, params):
-    """The parameters, if directions and layers fit together and all have one dtype."""
-    layers = as_stack(params)
-    for number, layer in enumerate(layers):
-        name = f"{argument}[{number}]" if layers is params else argument
+    names = [f"{argument}[{number}]" for number in range(len(tree))] if several else [argument]
+    layers = tuple(map(walk, names, tree if several else [tree]))
+    for number, (name, layer) in enumerate(zip(names, layers)):
         sizes = [(cell.w_x.shape[0], cell.w_h.shape[0]) for cell in directions_of(layer)]
         if len(set(sizes)) > 1:
             raise ValueError(
@@ -223,13 +220,8 @@ def _require_fit(function, argument, params):
                 f"{function}: {name} must take the {sum(below)} outputs of the layer below it, "
                 f"got I={sizes[0][0]}."
             )
-    _require_one_dtype(function, argument, [cell.w_x for cell in cells_of(params)])
-    return params
-
-
-def accept_float64() -> Any:
-    """Lets checks accept float64 arrays although x64 is off: nothing is computed."""
-    return jax.enable_x64(True)
+    _require_one_dtype(function, argument, [cell.w_x for cell in cells_of(layers)])
+    return layers if several else layers[0]
 
 
 def spec_of(function, reset, activation) -> GRUSpec:
@@ -258,7 +250,7 @@ def require_exportable(function, params, targets, each_layer=False, argument="pa
             raise TypeError(
                 f"{function}: {name} must be a GRUParams{more}, got {type(cell).__name__}."
             )
-        with accept_float64():
+        with jax.enable_x64(True):  # float64 is accepted: nothing is computed
             require_params(function, cell, name)
         target = _require_target(function, name, cell, targets)
 
@@ -346,10 +338,11 @@ def _with_biases(params, targets, notes):
             b_h[once] = 0
         return dataclasses.replace(cell, b_x=b_x, b_h=b_h)
 
-    for cell in cells_of(params):
-        if targets[cell.spec.reset].always or cell.b_x is not None or cell.b_h is not None:
-            return map_grus(fill, params)
-    return params
+    needed = any(
+        targets[cell.spec.reset].always or cell.b_x is not None or cell.b_h is not None
+        for cell in cells_of(params)
+    )
+    return map_grus(fill, params) if needed else params
 
 
 def reorder(v: Any) -> Any:
@@ -384,18 +377,13 @@ def export_layers(function, params, targets, write: Callable, argument="params")
     return Exported(weights[0], options[0], notes)
 
 
-def _flatten(function, source, separator):
-    """{joined name: leaf} of nested mappings."""
-    flat: dict[str, Any] = {}
+def _leaves(source, separator, start=""):
+    """(joined name, leaf) of nested mappings."""
     for key, value in source.items():
-        inner = {str(key): value}
         if isinstance(value, Mapping):
-            leaves = _flatten(function, value, separator)
-            inner = {f"{key}{separator}{name}": leaf for name, leaf in leaves.items()}
-        if clash := flat.keys() & inner.keys():
-            raise ValueError(f"{function}: two arrays have the name {clash.pop()!r}.")
-        flat |= inner
-    return flat
+            yield from _leaves(value, separator, f"{start}{key}{separator}")
+        else:
+            yield f"{start}{key}", value
 
 
 def _shapes(arrays, axes):

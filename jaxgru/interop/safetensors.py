@@ -10,13 +10,14 @@ import json
 import os
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxgru.atomic_files import require_json, write_atomically
 from jaxgru.core.checks import require_extra
 from jaxgru.core.parameters import GRUParams, GRUSpec, require_params
-from jaxgru.interop.common import accept_float64, as_float_array, is_stack
+from jaxgru.interop.common import as_float_array, is_stack
 from jaxgru.models.parameters import SequenceParams, TokenParams, require_model
 from jaxgru.stacks.checks import require_grus, require_sizes
 from jaxgru.stacks.forms import Bidirectional, as_stack, directions_of, output_size_of
@@ -198,7 +199,7 @@ def _flatten(function, params, prefix):
     kind, name = type(params).__name__, prefix.removesuffix(".") or "params"
     spec: dict[str, Any] = {}
     if isinstance(params, GRUParams):
-        with accept_float64():
+        with jax.enable_x64(True):  # float64 is accepted: nothing is computed
             require_params(function, params, name)
         fields, spec = params.arrays(), {"spec": dataclasses.asdict(params.spec)}
     elif _KINDS.get(kind) is type(params):
@@ -228,7 +229,7 @@ def _require_fit(function, params):
     """TypeError or ValueError unless the parts fit together with one of the merges."""
     model: Any = params if isinstance(params, SequenceParams | TokenParams) else None
     layers: Any = as_stack(params) if model is None else model.layers
-    with accept_float64():
+    with jax.enable_x64(True):
         root = "params" if model is None else "params.layers"
         require_grus(function, layers, stack=True, root=root)
         rows = [directions_of(layer)[0].w_x.shape[:1] for layer in layers[1:]]

@@ -3,11 +3,12 @@
 import os
 from typing import Any, Literal, get_args
 
+import jax
 import numpy as np
 
 from jaxgru.atomic_files import write_atomically
 from jaxgru.core.checks import require_bool, require_choice, require_extra
-from jaxgru.interop.common import accept_float64, is_stack
+from jaxgru.interop.common import is_stack
 from jaxgru.interop.onnx.weights import onnx_nodes
 from jaxgru.models.parameters import SequenceParams, TokenParams, require_model
 from jaxgru.stacks.checks import require_sizes
@@ -58,7 +59,7 @@ def write_onnx(
     root = "params" if model is None else "params.layers"
     exported = onnx_nodes("write_onnx", layers, root)
     dtype = exported.weights[0]["R"].dtype
-    with accept_float64():
+    with jax.enable_x64(True):  # float64 is accepted: nothing is computed
         require_sizes("write_onnx", layers, merge, residual, root)
         if model is not None:
             require_model("write_onnx", model, type(model), merge)

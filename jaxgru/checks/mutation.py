@@ -22,7 +22,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxgru.checks.mutants import PROBE, Mutant, Rule, compile_rule, make_mutants, read_rule
-from jaxgru.checks.report import GradientReport, align
+from jaxgru.checks.report import GradientReport, align, shorten
 
 _VERDICTS = ("caught", "survived", "indistinct", "not reached")
 _LEGEND = {
@@ -80,15 +80,14 @@ class MutantReport:
         verdicts = [row.verdict for row in self.rows]
         counts = ", ".join(f"{verdicts.count(name)} {name}" for name in _VERDICTS)
         verdict = "passed" if self.passed else "FAILED"
-        plurals = ["" if n == 1 else "s" for n in (len(self.rows), self.num_checks)]
-        head = f"check_mutants: {verdict}, {len(self.rows)} mutant{plurals[0]} in "
-        head += f"{self.num_checks} check{plurals[1]}: {counts}."
+        sizes = {"mutant": len(self.rows), "check": self.num_checks}
+        both = " in ".join(f"{n} {noun}{'' if n == 1 else 's'}" for noun, n in sizes.items())
+        head = f"check_mutants: {verdict}, {both}: {counts}."
         lines = [["verdict", "function", "line", "original", "mutated", "error", "by"]]
         order = ("survived", "not reached", "indistinct", "caught")
         for row in sorted(self.rows, key=lambda row: order.index(row.verdict)):
             error = "-" if row.error is None else f"{row.error:.1e}"
-            texts = (row.original, row.mutated)
-            short = [text if len(text) <= 48 else f"{text[:45]}..." for text in texts]
+            short = [shorten(text, 48) for text in (row.original, row.mutated)]
             lines.append([row.verdict, row.function, str(row.line), *short, error, row.by])
         legend = [_LEGEND[name] for name in _LEGEND if name in verdicts]
         return "\n".join([head, *legend, "", *align(lines)])
@@ -145,24 +144,20 @@ def check_mutants(
                 f"{report}"
             )
     mutants = [mutant for rule in parsed for mutant in make_mutants(rule)]
-    _require_reached(parsed, mutants, set().union(*sites.values()))
+    for rule in parsed:
+        # Of a rule without mutants, the site None says that it was called.
+        changed = {mutant.site for mutant in mutants if mutant.rule is rule} or {None}
+        if not any((rule.name, site) in reached for reached in sites.values() for site in changed):
+            raise ValueError(
+                f"check_mutants: rules must be called by a check, got {rule.name}; "
+                "add a check of a function that calls it, or leave it out."
+            )
     rows = []
     for mutant in _show(mutants, "mutant", progress):
         site = (mutant.rule.name, mutant.site)
         reaching = {name: check for name, check in checks.items() if site in sites[name]}
         rows.append(try_mutant(mutant, reaching))
     return MutantReport(tuple(rows), len(checks))
-
-
-def _require_reached(rules: Sequence[Rule], mutants: Sequence[Mutant], reached: set[Any]) -> None:
-    for rule in rules:
-        # Of a rule without mutants, the site None says that it was called.
-        changed = {mutant.site for mutant in mutants if mutant.rule is rule} or {None}
-        if not any((rule.name, site) in reached for site in changed):
-            raise ValueError(
-                f"check_mutants: rules must be called by a check, got {rule.name}; "
-                "add a check of a function that calls it, or leave it out."
-            )
 
 
 def _show(values: Iterable[Any], unit: str, progress: bool) -> Iterable[Any]:

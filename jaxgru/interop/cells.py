@@ -39,10 +39,10 @@ def from_linen(cell: Any, *, prefix: str = "", activation: Activation = "tanh") 
     axes |= {f"i{gate}/bias": "H" for gate in "rzn"} | {"hn/bias": "H"}
 
     def convert(arrays):
-        w_x, w_h, b_x = (
-            np.concatenate([arrays[name.format(gate)] for gate in "rzn"], axis=-1)
-            for name in ("i{}/kernel", "h{}/kernel", "i{}/bias")
-        )
+        def joined(name) -> Any:
+            return np.concatenate([arrays[name.format(gate)] for gate in "rzn"], axis=-1)
+
+        w_x, w_h, b_x = joined("i{}/kernel"), joined("h{}/kernel"), joined("i{}/bias")
         return GRUParams(w_x, w_h, b_x, common.only_n(arrays["hn/bias"]), spec=spec)
 
     return common.import_cells("from_linen", cell, axes, convert, prefix, one_bias=True)

@@ -139,13 +139,19 @@ def run_onnx(file, names, xs, merge):
     onnx = import_module("onnx")
     onnxruntime = import_module("onnxruntime")
     model, helper, kinds = onnx.load(file), onnx.helper, onnx.TensorProto
-    grus = {v.name or output_of(v): v for v in model.graph.node if v.op_type == "GRU"}
+    graph, (steps, batch, _) = model.graph, xs.shape
+    grus = {v.name or next(filter(None, v.output)): v for v in graph.node if v.op_type == "GRU"}
     if not {*names} <= {*grus}:
         raise NotRunError("a GRU is in a subgraph")
     first, last = grus[names[0]], grus[names[-1]]
     last.output[0] = last.output[0] or "every_output"
-    nodes, free = nodes_between(model.graph, first.input[0], last.output[0])
-    steps, batch = xs.shape[:2]
+    nodes, needed = [], {last.output[0]}
+    for node in reversed(graph.node):  # ONNX orders nodes after those that they read
+        if needed.intersection(node.output) - {first.input[0]}:
+            nodes.insert(0, node)
+            needed.update(filter(None, node.input))
+    held = [tensor for tensor in graph.initializer if tensor.name in needed]
+    free = needed.difference(*(node.output for node in nodes), [v.name for v in held])
 
     def attribute(node, name):
         return {v.name: helper.get_attribute_value(v) for v in node.attribute}.get(name)
@@ -164,8 +170,6 @@ def run_onnx(file, names, xs, merge):
     types = {name: helper.np_dtype_to_tensor_dtype(v.dtype) for name, v in feeds.items()}
     inputs = [helper.make_tensor_value_info(name, kind, None) for name, kind in types.items()]
     outputs = [helper.make_tensor_value_info(last.output[0], kinds.FLOAT, None)]
-    read = {name for node in nodes for name in node.input}
-    held = [tensor for tensor in model.graph.initializer if tensor.name in read]
     graph = helper.make_graph(nodes, "part", inputs, outputs, held)
     versions = {"opset_imports": model.opset_import, "ir_version": model.ir_version}
     part = helper.make_model(graph, **versions).SerializeToString()
@@ -177,25 +181,3 @@ def run_onnx(file, names, xs, merge):
     if merge == "sum":
         return ys.sum(axis=1)
     return ys.transpose(0, 2, 1, 3).reshape(steps, batch, -1)
-
-
-def nodes_between(graph, start, end):
-    """The nodes that compute `end` from `start`, and the other inputs of the graph they need."""
-    makers = {name: node for node in graph.node for name in node.output if name}
-    seen, used, free, waiting = {v.name for v in graph.initializer} | {start}, set(), set(), [end]
-    while waiting:
-        name = waiting.pop()
-        if name in seen:
-            continue
-        seen.add(name)
-        if name in makers:
-            used.add(output_of(makers[name]))
-            waiting += filter(None, makers[name].input)
-        else:
-            free.add(name)
-    return [node for node in graph.node if output_of(node) in used], free
-
-
-def output_of(node):
-    """The name of the first output of an ONNX node that has one."""
-    return next(filter(None, node.output))

@@ -148,7 +148,7 @@ def nest(arrays, kind, prefixes, file):
     place = re.compile(rf"(|.*/)(?:(?:forward|backward)/)?{_KEYS[kind]}")
     places = sorted({m[1] for name in arrays if (m := place.fullmatch(name))}, key=by_number)
     if not prefixes and all(numbers):
-        prefixes = sorted({m[0] for m in numbers}, key=by_number)
+        prefixes = sorted({m[0] for m in numbers if m}, key=by_number)
     if not prefixes and len(places) > 1:
         named = " ".join(f"--layer {place}" for place in places)
         raise ValueError(

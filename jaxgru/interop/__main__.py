@@ -4,17 +4,13 @@
     python -m jaxgru.interop keras model.weights.h5 torch rnn.safetensors
     python -m jaxgru.interop jaxgru RUN onnx lm.onnx keras gru.safetensors
 
-torch, keras, linen, nnx, equinox, haiku          .safetensors or .npz with the library's own
-                                                  names for the arrays
-keras                                             also .weights.h5 from `model.save_weights`
-                                                  (source only; needs h5py)
-onnx                                              .onnx: the GRU nodes of a source, in the order
-                                                  of its graph; as a target, a model that runs
-jaxgru                                            .safetensors of `interop.save_weights`; as a
-                                                  source also a folder with weights.safetensors,
-                                                  such as a run of experiments.char_lm
-stablehlo                                         the forward program with its weights, written by
-                                                  `jax.export` (target only)
+torch, keras, linen, nnx, equinox, haiku
+            .safetensors or .npz with the library's own names for the arrays; of keras also
+            .weights.h5 from `model.save_weights` (source only; needs h5py)
+onnx        .onnx: the GRU nodes of a source, in the order of its graph; as a target, a model
+jaxgru      .safetensors of `interop.save_weights`; as a source also a folder with
+            weights.safetensors, such as a run of experiments.char_lm
+stablehlo   the forward program with its weights, written by `jax.export` (target only)
 
 Files of safetensors, onnx and stablehlo need the extras safetensors, onnx and export.
 
@@ -150,11 +146,7 @@ def noting():
 
 
 def convert_to(args, target, place, source, notes):
-    """Writes one target and prints how it compares; returns the exit code.
-
-    The new file is written to a temporary folder next to the target, read again and compared. It
-    is moved to the target only if it agrees.
-    """
+    """Writes a temporary file, compares it and moves it to the target; returns the exit code."""
     model = source.params
     with tempfile.TemporaryDirectory(dir=place.parent) as folder:
         new = pathlib.Path(folder) / place.name
@@ -163,7 +155,9 @@ def convert_to(args, target, place, source, notes):
             errors, reasons = compare(args, target, new, model)
         for note in dict.fromkeys([*notes, *more, *texts]):
             print(f"note     {note}")
-        agree = within_rounding(errors, model)
+        eps = float(jnp.finfo(first_cell(model).w_x.dtype).eps)
+        # Rounding in the dtype of the weights; of half types 100 eps could be a wrong conversion.
+        agree = bool(np.max(list(errors.values())) <= min(100 * eps, 0.05))  # False for NaN
         if agree:
             place_new(new, place)  # raises if the file was created in the meantime
     print(f"{'wrote' if agree else 'not written, see below:':8} {target:8} {place}")
@@ -173,12 +167,6 @@ def convert_to(args, target, place, source, notes):
     for name, reason in reasons.items():
         print(f"  not run   {name}: {reason}")
     return 0 if agree else 1
-
-
-def within_rounding(errors, model):
-    """True where every error is rounding in the model's dtype: of half types at most 5 %."""
-    eps = float(jnp.finfo(first_cell(model).w_x.dtype).eps)
-    return bool(np.max(list(errors.values())) <= min(100 * eps, 0.05))
 
 
 def describe(layers):

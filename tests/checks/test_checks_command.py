@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgru.checks import mutants, mutation
+from jaxgru.checks import check_gradients, check_mutants, mutants, mutation
 from jaxgru.checks.__main__ import main
 
 # A mutant that is compiled clears the caches of the process, for the next test to fill again.
@@ -379,6 +379,24 @@ def test_rule_that_is_closed_over_values_or_a_tangent_is_mutated(fn, tmp_path):
     texts = verdicts(found)["caught"]
     assert code == 0 and set(verdicts(found)) == {"caught"}
     assert fn == "tangent" or {("scale * factor", "scale"), ("x ** 2", "x")} <= texts
+
+
+def test_python_number_among_the_arguments_of_a_rule_is_kept():
+    def scaled_bwd(scale, x, d):
+        return (d * 2 * x * scale,)
+
+    scaled = jax.custom_vjp(lambda x, scale: scale * x * x, nondiff_argnums=(1,))
+    scaled.defvjp(lambda x, scale: (scale * x * x, x), scaled_bwd)
+
+    def check():
+        return check_gradients(
+            lambda x: scaled(x, 0.5), lambda x: 0.5 * x * x, jnp.zeros(2), dtypes="float64"
+        )
+
+    found = {
+        (row.mutated, row.verdict) for row in check_mutants({"": scaled_bwd}, {"": check}).rows
+    }
+    assert ("3", "survived") in found and ("scale", "caught") in found
 
 
 def test_wrong_rule_is_reported_and_not_mutated(tmp_path, capsys):

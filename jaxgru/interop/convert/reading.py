@@ -11,9 +11,9 @@ import numpy as np
 
 import jaxgru.interop as interop
 from jaxgru.core.checks import require_extra
+from jaxgru.interop import keras
 from jaxgru.stacks.forms import Bidirectional
 
-KERAS = ("kernel", "recurrent_kernel", "bias")
 _PLUMBING = {
     *("Cast", "Concat", "Constant", "ConstantOfShape", "Expand", "GRU", "Gather", "Identity"),
     *("Less", "Range", "ReduceSum", "Reshape", "Shape", "Slice", "Squeeze", "Transpose"),
@@ -129,7 +129,7 @@ def read_hdf5(path):
                 raise ValueError(f"{path}: {name} must be in the file itself, not in another")
             layer, direction, number = found.groups()
             direction = f"{direction}/" if direction else ""
-            arrays[f"{layer}{direction}{KERAS[int(number)]}"] = entry[()]
+            arrays[f"{layer}{direction}{keras.NAMES[int(number)]}"] = entry[()]
 
     with open(path, "rb") as opened:  # a missing file raises the same error as for other formats
         try:

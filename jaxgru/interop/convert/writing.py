@@ -15,7 +15,8 @@ from jaxgru.core.checks import require_extra
 from jaxgru.core.masks import length_mask
 from jaxgru.interop.common import cells_of
 from jaxgru.interop.convert import libraries
-from jaxgru.interop.convert.reading import KERAS, Options, nest, read, read_arrays, strip
+from jaxgru.interop.convert.reading import Options, nest, read, read_arrays, strip
+from jaxgru.interop.keras import name_directions
 from jaxgru.models.outputs import sequence_outputs, token_logits
 from jaxgru.models.parameters import SequenceParams, TokenParams
 from jaxgru.stacks.create import init_state
@@ -41,10 +42,9 @@ def write(kind, file, model, metadata, args):
     if args.cell and len(layers) > 1:
         raise ValueError("--cell is only for a single layer")
     weights, _, notes = getattr(interop, f"to_{kind}")(layers[0] if args.cell else layers)
-    if kind == "keras":  # its lists are in the order of get_weights
-        halves = [(v[: len(v) // 2], v[len(v) // 2 :]) if len(v) > 3 else (v,) for v in weights]
-        named = [[dict(zip(KERAS, half)) for half in layer] for layer in halves]
-        weights = [Bidirectional(*v) if len(v) > 1 else v[0] for v in named]
+    if kind == "keras":
+        named = map(name_directions, weights)
+        weights = [Bidirectional(*v) if len(v) == 2 else v[0] for v in named]
     if kind != "torch" and len(layers) == 1:
         weights = weights[0]
     leaves = jax.tree.leaves_with_path(weights)

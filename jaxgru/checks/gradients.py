@@ -169,8 +169,11 @@ def _split(fn, reference, args):
         _require(callable(value), f"{name} must be callable, got {kind}", TypeError)
     cure = "cast integers to a floating dtype, or pass them beside a floating argument"
     _check_kinds("args", args, cure)
-    named = zip(_argument_names(reference, len(args)), args, strict=True)
-    pairs = [pair for name, arg in named for pair in named_leaves(name, arg)]
+    try:
+        named = inspect.signature(reference).bind(*args).arguments
+    except (TypeError, ValueError):  # a built-in callable, or one that refuses these arguments
+        named = {"args": args}
+    pairs = [pair for name, arg in named.items() for pair in named_leaves(name, arg)]
     names, floats = zip(*((name, leaf) for name, leaf in pairs if _is_floating(leaf)))
 
     def run(function, floats):
@@ -180,16 +183,6 @@ def _split(fn, reference, args):
         return list(filter(_is_floating, jax.tree.leaves(out))), out
 
     return names, floats, [functools.partial(run, each) for each in (fn, reference)]
-
-
-def _argument_names(fn, count):
-    try:
-        parameters = list(inspect.signature(fn).parameters.values())
-    except (TypeError, ValueError):  # some built-in callables have no signature
-        parameters = []
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    names = [parameter.name for parameter in parameters if parameter.kind in kinds][:count]
-    return names + [f"args[{position}]" for position in range(len(names), count)]
 
 
 def _check_kinds(subject, tree, cure):

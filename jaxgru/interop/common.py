@@ -69,9 +69,10 @@ def named_arrays(function, argument, source, prefix="", separator="/", known_by=
     other prefixes, the error lists those.
     """
     if not isinstance(source, Mapping):
+        cure = "; pass its state_dict()" if hasattr(source, "state_dict") else ""
         raise TypeError(
             f"{function}: {argument} must be a mapping of names to arrays, got "
-            f"{type(source).__name__}."
+            f"{type(source).__name__}{cure}."
         )
     if not isinstance(prefix, str):
         raise TypeError(f"{function}: prefix must be a string, got {prefix!r}.")
@@ -239,17 +240,11 @@ def require_exportable(function, params, targets, each_layer=False, argument="pa
     notes = {}  # the keys, in their order
 
     def read(name, cell):
-        if hasattr(cell, "layers"):
-            raise TypeError(
-                f"{function}: {name} must be a GRUParams, got {type(cell).__name__}; pass "
-                f"{name}.layers."
-            )
         if not isinstance(cell, GRUParams):
             more = " or a Bidirectional" if name.endswith("]") else ""
             more = ", a Bidirectional or a stack of them" if name == argument else more
-            raise TypeError(
-                f"{function}: {name} must be a GRUParams{more}, got {type(cell).__name__}."
-            )
+            found = type(cell).__name__ + (f"; pass {name}.layers" * hasattr(cell, "layers"))
+            raise TypeError(f"{function}: {name} must be a GRUParams{more}, got {found}.")
         with jax.enable_x64(True):  # float64 is accepted: nothing is computed
             require_params(function, cell, name)
         target = _require_target(function, name, cell, targets)

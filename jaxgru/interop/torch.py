@@ -13,11 +13,7 @@ from jaxgru.stacks.forms import Bidirectional, as_stack, directions_of
 _TARGETS = {"after": common.Target("torch.nn.GRU", ("tanh",))}
 _W_X, _W_H, _B_X, _B_H = "weight_ih", "weight_hh", "bias_ih", "bias_hh"
 _NAMES = {_W_X: "w_x", _W_H: "w_h", _B_X: "b_x", _B_H: "b_h"}
-
-
-def _suffixes(layer):
-    """The ends of the names of a layer: of its forward and of its backward direction."""
-    return f"_l{layer}", f"_l{layer}_reverse"
+_ENDS = ("_l{}", "_l{}_reverse")  # of the names of a layer, forward and backward
 
 
 def from_torch(state_dict: Mapping[str, Any], *, prefix: str = "") -> Imported:
@@ -39,23 +35,18 @@ def from_torch(state_dict: Mapping[str, Any], *, prefix: str = "") -> Imported:
     >>> from_torch(cell).params.w_x.shape
     (2, 9)
     """
-    if hasattr(state_dict, "state_dict"):
-        raise TypeError(
-            "from_torch: state_dict must be a mapping of names to arrays, got "
-            f"{type(state_dict).__name__}; pass its state_dict()."
-        )
     if isinstance(state_dict, Mapping) and {"state", "param_groups"} <= set(state_dict):
         raise ValueError(
             "from_torch: state_dict must be of a module, got that of an optimizer, which is not "
             "converted; initialize an optax optimizer."
         )
-    known = (_W_H + _suffixes(0)[0], _W_H)
+    known = (f"{_W_H}_l0", _W_H)
     arrays = common.named_arrays("from_torch", "state_dict", state_dict, prefix, ".", known)
     both = any(name.endswith("_reverse") for name in arrays)
     count = sum(name.startswith(_W_H) and not name.endswith("_reverse") for name in arrays)
-    suffixes = [_suffixes(k)[: 1 + both] for k in range(max(1, count))]
+    suffixes = [[end.format(k) for end in _ENDS[: 1 + both]] for k in range(max(1, count))]
     if single := _W_X in arrays or _W_H in arrays:
-        suffixes = [("",)]
+        suffixes = [[""]]
     axes = {}
     for k, layer in enumerate(suffixes):
         below = ("2H" if both else "H") if k else "I"
@@ -106,7 +97,7 @@ def to_torch(params: Any) -> Exported:
     kind, both = type(layers[0]), isinstance(layers[0], Bidirectional)
     for k, layer in enumerate(layers):
         wanted = ((1 + both) * hidden_size if k else input_size, hidden_size)
-        for cell, suffix in zip(directions_of(layer), _suffixes(k)):
+        for cell, end in zip(directions_of(layer), _ENDS):
             found = (len(cell.w_x), len(cell.w_h))
             if type(layer) is not kind or found != wanted:
                 raise ValueError(
@@ -114,7 +105,7 @@ def to_torch(params: Any) -> Exported:
                     "all layers of a torch.nn.GRU are alike and take all outputs of the layer "
                     f"below, got a {type(layer).__name__} with {found}."
                 )
-            weights |= _named(cell, suffix)
+            weights |= _named(cell, end.format(k))
     options |= {"num_layers": len(layers), "bidirectional": both}
     return Exported(weights, options, notes)
 

@@ -408,7 +408,8 @@ BAD_CALLS = {
     "model_for_its_layers": (
         lambda: interop.to_torch(models.SequenceParams((cell_of(),), 0, 0)),
         TypeError,
-        "to_torch: params must be a GRUParams, got SequenceParams; pass params.layers.",
+        "to_torch: params must be a GRUParams, a Bidirectional or a stack of them, got "
+        "SequenceParams; pass params.layers.",
     ),
     "directions_of_two_sizes": (
         lambda: interop.to_onnx(Bidirectional(cell_of(), cell_of(4))),

@@ -84,8 +84,7 @@ def write_onnx(
     for number, (h_last, weights) in enumerate(zip(states, exported.weights)):
         directions, _, hidden_size = weights["R"].shape
         graph.output(f"h_last_{number}", h_last, [directions, "B", hidden_size])
-    data = graph.finish().SerializeToString()
-    write_atomically(path, data)
+    write_atomically(path, graph.serialize())
     return exported.notes
 
 
@@ -149,7 +148,7 @@ class _Graph:
         has_step = self.node("Cast", self.lengths, to=kinds.BOOL)
         self.has_step = self.node("Unsqueeze", has_step, self.axes(0, 2))  # [1, B, 1]
 
-    def finish(self):
+    def serialize(self):
         helper = self.onnx.helper
         contents = (self.nodes, "jaxgru", self.inputs, self.outputs, self.initializers)
         opset = [helper.make_operatorsetid("", _OPSET)]
@@ -157,7 +156,7 @@ class _Graph:
         model = helper.make_model(helper.make_graph(*contents), **versions)
         model = self.onnx.shape_inference.infer_shapes(model, strict_mode=True)
         self.onnx.checker.check_model(model, full_check=True)
-        return model
+        return model.SerializeToString()
 
 
 def _write_inputs(graph, params, layers):

@@ -252,6 +252,7 @@ def spec_of(name):
     return CHUNG_2014 if name == "haiku" else PYTORCH
 
 
+ACTIVATIONS = "'tanh', 'relu', 'sigmoid', 'softplus', 'identity'"
 BOTH_SPECS = Bidirectional(cell_of(spec=CHO_2014), cell_of())
 
 
@@ -437,30 +438,6 @@ BAD_CALLS = {
         ValueError,
         "from_haiku: cell must hold at least one layer, got none.",
     ),
-    "unknown_activation": (
-        lambda: interop.from_keras(keras_cell(np.ones(9)), activation="elu"),
-        ValueError,
-        "from_keras: activation must be one of 'tanh', 'relu', 'sigmoid', 'softplus', 'identity', "
-        "got 'elu'.",
-    ),
-    "unknown_activation_of_linen": (
-        lambda: interop.from_linen({}, activation="elu"),
-        ValueError,
-        "from_linen: activation must be one of 'tanh', 'relu', 'sigmoid', 'softplus', 'identity', "
-        "got 'elu'.",
-    ),
-    "unknown_activation_of_nnx": (
-        lambda: interop.from_nnx({}, activation=None),
-        ValueError,
-        "from_nnx: activation must be one of 'tanh', 'relu', 'sigmoid', 'softplus', 'identity', "
-        "got None.",
-    ),
-    "unknown_activation_of_onnx": (
-        lambda: interop.from_onnx(np.ones((1, 9, 2)), np.ones((1, 9, 3)), activation="elu"),
-        ValueError,
-        "from_onnx: activation must be one of 'tanh', 'relu', 'sigmoid', 'softplus', 'identity', "
-        "got 'elu'.",
-    ),
     "keras_layer_of_none": (
         lambda: interop.from_keras([keras_cell(np.ones(9)), None]),
         TypeError,
@@ -539,6 +516,15 @@ def test_bad_call_is_refused_with_its_reason(case):
     call, kind, message = BAD_CALLS[case]
     with pytest.raises(kind, match="^" + re.escape(message) + "$"):
         call()
+
+
+@pytest.mark.parametrize("name", ["keras", "linen", "nnx", "onnx"])
+def test_unknown_activation_is_refused(name):
+    arrays = (np.ones((1, 9, 2)), np.ones((1, 9, 3)))
+    source = {"keras": [keras_cell(np.ones(9))], "onnx": arrays}.get(name, [{}])
+    message = f"from_{name}: activation must be one of {ACTIVATIONS}, got 'elu'."
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        getattr(interop, f"from_{name}")(*source, activation="elu")
 
 
 def mapping_of(name):

@@ -39,7 +39,6 @@ cannot be used. A file is written only if it agrees, and no file is overwritten.
 """
 
 import argparse
-import contextlib
 import pathlib
 import sys
 import tempfile
@@ -124,35 +123,26 @@ def convert(args):
             raise ValueError(f"{place} exists or is named twice; nothing was overwritten")
         if not place.parent.is_dir():
             raise ValueError(f"{place.parent} is not a folder")
-    with noting() as notes:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         source = read(kind, file, args.options)
-    notes = [*getattr(source, "notes", ()), *notes]
-    print(f"read     {kind:8} {file}: {describe(layers_of(source.params))}")
-    codes = []
-    for (target, _), place in zip(args.targets, places):
-        codes.append(convert_to(args, target, place, source, notes))
-        notes = []  # printed once
+        print(f"read     {kind:8} {file}: {describe(layers_of(source.params))}")
+        notes, codes = list(getattr(source, "notes", ())), []
+        for (target, _), place in zip(args.targets, places):
+            codes.append(convert_to(args, target, place, source, notes, caught))
+            notes.clear()  # printed once
+            caught.clear()
     return max(codes)
 
 
-@contextlib.contextmanager
-def noting():
-    """Collects the texts of warnings."""
-    texts: list[str] = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield texts
-    texts += [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
-
-
-def convert_to(args, target, place, source, notes):
+def convert_to(args, target, place, source, notes, caught):
     """Writes a temporary file, compares it and moves it to the target; returns the exit code."""
     model = source.params
     with tempfile.TemporaryDirectory(dir=place.parent) as folder:
         new = pathlib.Path(folder) / place.name
-        with noting() as texts:
-            more = write(target, new, model, getattr(source, "metadata", {}), args)
-            errors, reasons = compare(args, target, new, model)
+        more = write(target, new, model, getattr(source, "metadata", {}), args)
+        errors, reasons = compare(args, target, new, model)
+        texts = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
         for note in dict.fromkeys([*notes, *more, *texts]):
             print(f"note     {note}")
         eps = float(jnp.finfo(first_cell(model).w_x.dtype).eps)

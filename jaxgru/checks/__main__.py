@@ -141,11 +141,8 @@ def load(option: str, text: str) -> Any:
     module_name, _, path = text.partition(":")
     if not module_name or not path:
         raise InputError(f"{option} must be MODULE:NAME, got {text}")
-    try:
-        found = importlib.import_module(module_name)
-    except Exception as error:  # a module may raise anything when it is imported
-        found = f"importing {module_name} raised {_one_line(error)}"
-        raise InputError(f"{option} {text}: {found}") from error
+    what = f"{option} {text}: importing {module_name}"
+    found = attempt(what, importlib.import_module, module_name)
     try:
         found = operator.attrgetter(path)(found)
     except AttributeError as error:
@@ -164,20 +161,21 @@ def load_inputs(args: argparse.Namespace, reference: Any) -> tuple[Any, ...]:
         arguments = (jax.random.key(args.seed),)
     except ValueError:
         pass  # a built-in callable without a signature
-    try:
-        inputs = factory(*arguments)
-    except Exception as error:  # the user's function may raise anything
-        raise InputError(f"--inputs {args.inputs} raised {_one_line(error)}") from error
+    inputs = attempt(f"--inputs {args.inputs}", factory, *arguments)
     if not isinstance(inputs, tuple) or hasattr(inputs, "_fields"):
         kind, cure = type(inputs).__name__, "for one argument return (argument,)"
         need = "must return a tuple of positional arguments"
         raise InputError(f"--inputs {args.inputs} {need}, got {kind}; {cure}")
-    try:
-        reference(*inputs)
-    except Exception as error:  # the arguments do not fit it, or it has a bug
-        name = f"--reference {args.reference}"
-        raise InputError(f"{name} raised {_one_line(error)} on the inputs") from error
+    attempt(f"--reference {args.reference} on the inputs", reference, *inputs)
     return inputs
+
+
+def attempt(what: str, function: Any, *arguments: Any) -> Any:
+    """What the function returns; InputError if it raises."""
+    try:
+        return function(*arguments)
+    except Exception as error:  # a module or function of the user may raise anything
+        raise InputError(f"{what} raised {_one_line(error)}") from error
 
 
 def load_rules(args: argparse.Namespace, fn: Any) -> dict[str, Any]:

@@ -253,7 +253,7 @@ def test_other_seed_draws_other_inputs(tmp_path):
         ({"inputs": "Inputs.none"}, "has no Inputs.none"),
         ({"inputs": "Inputs.array"}, "must return a tuple .* for one argument return"),
         ({"inputs": "Inputs.broken"}, "Inputs.broken raised RuntimeError: no data"),
-        ({"inputs": "Inputs.two"}, "--reference .*cube raised TypeError"),
+        ({"inputs": "Inputs.two"}, "--reference .*cube on the inputs raised TypeError"),
         ({"inputs": "Inputs.integers"}, "args must hold real leaves.*cast integers to a floating"),
         ({"inputs": "Inputs.infinite"}, r"x\[1\] = inf in float32; replace"),
     ],

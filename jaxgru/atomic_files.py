@@ -68,6 +68,20 @@ def write_atomically(path: str | os.PathLike, data: bytes) -> None:
     flush_folder(path.parent)
 
 
+def place_new(temporary: str | os.PathLike, path: str | os.PathLike) -> None:
+    """Gives a finished file on the same disk the name `path`; FileExistsError if that exists.
+
+    Where there are no hard links (exFAT, some network mounts), an empty file reserves the name.
+    """
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:
+        pathlib.Path(path).touch(exist_ok=False)
+        os.replace(temporary, path)
+
+
 def flush_folder(folder: str | os.PathLike) -> None:
     """Flushes the names in a folder to disk, where the system can do that."""
     if os.name == "nt":  # Windows opens no folders

@@ -24,6 +24,7 @@ import importlib
 import inspect
 import json
 import math
+import operator
 import pathlib
 import platform
 import sys
@@ -129,30 +130,23 @@ def run(args: argparse.Namespace) -> tuple[str, bool, list[dict[str, Any]]]:
         if refused:
             raise InputError(_one_line(error)) from error
         return f"jaxgru.checks: FAILED, {args.fn} raised {_one_line(error)}", False, []
-    ok = [{} if args.mutate else {"ok": row.ok} for row in report.rows]
-    rows = [dataclasses.asdict(row) | more for row, more in zip(report.rows, ok)]
+    rows = [dataclasses.asdict(row) for row in report.rows]
+    if not args.mutate:
+        rows = [row | {"ok": not row["reason"]} for row in rows]
     return str(report), report.passed, rows
 
 
 def load(option: str, text: str) -> Any:
-    """The callable MODULE:NAME.
-
-    Raises:
-      InputError: the module cannot be imported, or has no such callable.
-    """
+    """The callable MODULE:NAME; InputError if there is none."""
     module_name, _, path = text.partition(":")
     if not module_name or not path:
         raise InputError(f"{option} must be MODULE:NAME, got {text}")
+    what = f"{option} {text}: importing {module_name}"
+    found = attempt(what, importlib.import_module, module_name)
     try:
-        found = importlib.import_module(module_name)
-    except Exception as error:  # a module may raise anything when it is imported
-        raise InputError(
-            f"{option} {text}: importing {module_name} raised {_one_line(error)}"
-        ) from error
-    for name in path.split("."):
-        if not hasattr(found, name):
-            raise InputError(f"{option} {text}: {module_name} has no {path}")
-        found = getattr(found, name)
+        found = operator.attrgetter(path)(found)
+    except AttributeError as error:
+        raise InputError(f"{option} {text}: {module_name} has no {path}") from error
     if not callable(found):
         raise InputError(f"{option} {text} must be callable, got {type(found).__name__}")
     return found
@@ -167,20 +161,21 @@ def load_inputs(args: argparse.Namespace, reference: Any) -> tuple[Any, ...]:
         arguments = (jax.random.key(args.seed),)
     except ValueError:
         pass  # a built-in callable without a signature
-    try:
-        inputs = factory(*arguments)
-    except Exception as error:  # the user's function may raise anything
-        raise InputError(f"--inputs {args.inputs} raised {_one_line(error)}") from error
+    inputs = attempt(f"--inputs {args.inputs}", factory, *arguments)
     if not isinstance(inputs, tuple) or hasattr(inputs, "_fields"):
         kind, cure = type(inputs).__name__, "for one argument return (argument,)"
         need = "must return a tuple of positional arguments"
         raise InputError(f"--inputs {args.inputs} {need}, got {kind}; {cure}")
-    try:
-        reference(*inputs)
-    except Exception as error:  # the arguments do not fit it, or it has a bug
-        name = f"--reference {args.reference}"
-        raise InputError(f"{name} raised {_one_line(error)} on the inputs") from error
+    attempt(f"--reference {args.reference} on the inputs", reference, *inputs)
     return inputs
+
+
+def attempt(what: str, function: Any, *arguments: Any) -> Any:
+    """What the function returns; InputError if it raises."""
+    try:
+        return function(*arguments)
+    except Exception as error:  # a module or function of the user may raise anything
+        raise InputError(f"{what} raised {_one_line(error)}") from error
 
 
 def load_rules(args: argparse.Namespace, fn: Any) -> dict[str, Any]:
@@ -214,16 +209,15 @@ def write_json(args: argparse.Namespace, passed: bool, rows: list[dict[str, Any]
         "versions": {"python": platform.python_version(), "jax": jax.__version__},
         "options": vars(args) | {"json": str(args.json)},
         "mutants" if args.mutate else "rows": [
-            {name: value if _is_json(value) else None for name, value in row.items()}
+            {
+                k: None if isinstance(v, float) and not math.isfinite(v) else v
+                for k, v in row.items()
+            }
             for row in rows
         ],
     }
     with open(args.json, "x", encoding="utf-8") as file:
         json.dump(record, file, indent=1, allow_nan=False, ensure_ascii=False)
-
-
-def _is_json(value: Any) -> bool:
-    return not isinstance(value, float) or math.isfinite(value)
 
 
 if __name__ == "__main__":

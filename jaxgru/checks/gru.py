@@ -9,18 +9,11 @@ import jax
 
 from jaxgru.checks.gradients import check_gradients
 from jaxgru.checks.report import GradientReport, GradientRow, as_sequence
+from jaxgru.core import parameters
 from jaxgru.core.checks import require_bool
 from jaxgru.core.gradient import BPTT, Autodiff, Gradient, Tangent, as_rule
 from jaxgru.core.noise import Noise, require_noise
-from jaxgru.core.parameters import (
-    CHO_2014,
-    CHUNG_2014,
-    PYTORCH,
-    GRUParams,
-    GRUSpec,
-    require_params,
-    require_spec,
-)
+from jaxgru.core.parameters import CHO_2014, CHUNG_2014, PYTORCH, GRUParams, GRUSpec
 from jaxgru.core.recurrence import gru, require_inputs, require_state
 
 _GRADIENTS = (
@@ -74,10 +67,10 @@ def check_gru(
     """
     specs, reverses, gradients = map(as_sequence, (specs, reverses, gradients))
     for n, spec in enumerate(specs):
-        require_spec("check_gru", spec, f"specs[{n}]")
+        parameters.require_spec("check_gru", spec, f"specs[{n}]")
     for n, reverse in enumerate(reverses):
         require_bool("check_gru", f"reverses[{n}]", reverse)
-    sizes = require_params("check_gru", params)
+    sizes = parameters.require_params("check_gru", params)
     require_inputs("check_gru", params, xs, sizes[0], mask, resets, 0)
     require_state("check_gru", "h0", h0, (*xs.shape[1:-1], sizes[1]), params)
     key = jax.random.key(0) if key is None else key

@@ -14,7 +14,7 @@ import copy
 import inspect
 import textwrap
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 PROBE = "__mutation_probe__"
@@ -49,24 +49,20 @@ def read_rule(name: str, rule: Any) -> Rule:
     """
     if hasattr(rule, "lower"):  # a function under jax.jit
         rule = inspect.unwrap(rule)
-    _require(
-        inspect.isfunction(rule),
-        f"rules must be plain functions, got {name}, a {type(rule).__name__}",
-    )
-    _require(
-        not rule.__module__.startswith("jax."),
-        f"rules must be your own functions, got {name}, which is JAX's {rule.__qualname__}; name "
-        "those of your functions that it calls",
-    )
+    need = "rules must be plain functions"
+    _require(inspect.isfunction(rule), f"{need}, got {name}, a {type(rule).__name__}")
+    need, cure = "rules must be your own functions", "name those of your functions that it calls"
+    own = not rule.__module__.startswith("jax.")
+    _require(own, f"{need}, got {name}, which is JAX's {rule.__qualname__}; {cure}")
     try:
         lines, first_line = inspect.getsourcelines(rule)
-        statement = ast.parse(textwrap.dedent("".join(lines))).body[0]
+        statement: Any = ast.parse(textwrap.dedent("".join(lines))).body[0]
     except (OSError, SyntaxError, TypeError) as error:
         raise ValueError(
             f"check_mutants: rules must have a source file, got {name}: {error}."
         ) from error
-    if not isinstance(statement, ast.FunctionDef) or statement.name != rule.__code__.co_name:
-        raise ValueError(f"check_mutants: rules must each be written as a def, got {name}.")
+    found = isinstance(statement, ast.FunctionDef) and statement.name == rule.__code__.co_name
+    _require(found, f"rules must each be written as a def, got {name}")
     arguments = statement.args
     arguments.defaults = [ast.Constant(None) for _ in arguments.defaults]
     arguments.kw_defaults = [default and ast.Constant(None) for default in arguments.kw_defaults]
@@ -117,15 +113,10 @@ def _sites(tree: ast.AST) -> list[ast.expr]:
             excluded.update(ast.walk(node))
         elif isinstance(node, ast.If | ast.IfExp | ast.While):
             excluded.update(ast.walk(node.test))
-    returned = [node.value for node in ast.walk(tree) if isinstance(node, ast.Return)]
+    returned = {node.value for node in ast.walk(tree) if isinstance(node, ast.Return)}
+    excluded |= {v for v in ast.walk(tree) if isinstance(v, ast.Tuple) and v not in returned}
     nodes = [node for node in ast.walk(tree) if isinstance(node, ast.expr)]
-    return [node for node in nodes if node not in excluded and _is_site(node, returned)]
-
-
-def _is_site(node: ast.expr, returned: Sequence[ast.expr | None]) -> bool:
-    if isinstance(node, ast.Tuple):
-        return node in returned and len(node.elts) > 1
-    return any(True for _ in _changes(node))
+    return [node for node in nodes if node not in excluded and any(_changes(node))]
 
 
 def _changes(node: ast.expr) -> Iterator[tuple[ast.expr, ast.expr]]:
@@ -176,27 +167,21 @@ def compile_rule(rule: Rule, mutant: Mutant | None = None) -> types.CodeType:
     """The compiled mutant; without one, the rule itself with a probe around every site."""
     tree = copy.deepcopy(rule.tree)
     sites = _sites(tree)
-    if mutant is None:
-        changes: dict[Any, tuple[int, Any]]
-        changes = {node: (site, None) for site, node in enumerate(sites)}
-    else:
+    changes: dict[Any, tuple[int, Any]] = {node: (n, None) for n, node in enumerate(sites)}
+    if mutant is not None:
         changes = {sites[mutant.site]: (mutant.site, copy.deepcopy(mutant.change))}
     original = rule.function.__code__
     # The rule is compiled inside a function that defines its free variables.
-    module = ast.parse(f"def factory({', '.join(original.co_freevars)}): pass")
-    factory = module.body[0]
-    assert isinstance(factory, ast.FunctionDef)
+    module: Any = ast.parse(f"def factory({', '.join(original.co_freevars)}): pass")
     tree = _Probed(rule.name, changes).visit(tree)
     tree.body.insert(0, ast.parse(f"{PROBE}({rule.name!r}, None, locals())").body[0])
-    factory.body = [tree]
+    module.body[0].body = [tree]
     ast.fix_missing_locations(module)
     flags = original.co_flags & _FUTURE
     code = compile(module, f"<mutant of {rule.name}>", "exec", flags, dont_inherit=True)
     for name in ("factory", original.co_name):
         inner = [const for const in code.co_consts if isinstance(const, types.CodeType)]
         code = next(const for const in inner if const.co_name == name)
-    _require(
-        code.co_freevars == original.co_freevars,
-        f"rules must name their free variables in their source, got {rule.name}",
-    )
+    need = "rules must name their free variables in their source"
+    _require(code.co_freevars == original.co_freevars, f"{need}, got {rule.name}")
     return code

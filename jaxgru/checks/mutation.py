@@ -22,7 +22,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxgru.checks.mutants import PROBE, Mutant, Rule, compile_rule, make_mutants, read_rule
-from jaxgru.checks.report import GradientReport, align
+from jaxgru.checks.report import GradientReport, align, is_kind, shorten
 
 _VERDICTS = ("caught", "survived", "indistinct", "not reached")
 _LEGEND = {
@@ -37,16 +37,11 @@ _LEGEND = {
 class MutantRow:
     """The result for one mutant of a rule.
 
-    `verdict` is
-
-    * "caught" if a check disagrees or an exception is raised,
-    * "not reached" if no check evaluates the changed node,
-    * "indistinct" if the mutant passes every check and also returns the same as the rule when both
-      are called with random numbers. These calls repeat those of the checks, with every
-      floating-point argument replaced. Either the mutant is equivalent (x + 0 is x, and `zip`
-      ignores the end of a longer list), or it differs only for inputs that neither the checks nor
-      the random numbers contain,
-    * "survived" otherwise: the checks do not show that fault.
+    `verdict` is "caught" if a check disagrees or an exception is raised; "not reached" if no check
+    evaluates the changed node; "indistinct" if the mutant passes every check and also returns what
+    the rule returns when the checks' calls are repeated with random floating-point arguments: it is
+    equivalent (x + 0 is x, and `zip` ignores the end of a longer list), or differs only for inputs
+    that neither contain; and "survived" otherwise: the checks do not show that fault.
     """
 
     function: str  # the name of the rule
@@ -80,15 +75,14 @@ class MutantReport:
         verdicts = [row.verdict for row in self.rows]
         counts = ", ".join(f"{verdicts.count(name)} {name}" for name in _VERDICTS)
         verdict = "passed" if self.passed else "FAILED"
-        plurals = ["" if n == 1 else "s" for n in (len(self.rows), self.num_checks)]
-        head = f"check_mutants: {verdict}, {len(self.rows)} mutant{plurals[0]} in "
-        head += f"{self.num_checks} check{plurals[1]}: {counts}."
+        sizes = {"mutant": len(self.rows), "check": self.num_checks}
+        both = " in ".join(f"{n} {noun}{'' if n == 1 else 's'}" for noun, n in sizes.items())
+        head = f"check_mutants: {verdict}, {both}: {counts}."
         lines = [["verdict", "function", "line", "original", "mutated", "error", "by"]]
         order = ("survived", "not reached", "indistinct", "caught")
         for row in sorted(self.rows, key=lambda row: order.index(row.verdict)):
             error = "-" if row.error is None else f"{row.error:.1e}"
-            texts = (row.original, row.mutated)
-            short = [text if len(text) <= 48 else f"{text[:45]}..." for text in texts]
+            short = [shorten(text, 48) for text in (row.original, row.mutated)]
             lines.append([row.verdict, row.function, str(row.line), *short, error, row.by])
         legend = [_LEGEND[name] for name in _LEGEND if name in verdicts]
         return "\n".join([head, *legend, "", *align(lines)])
@@ -145,24 +139,20 @@ def check_mutants(
                 f"{report}"
             )
     mutants = [mutant for rule in parsed for mutant in make_mutants(rule)]
-    _require_reached(parsed, mutants, set().union(*sites.values()))
+    for rule in parsed:
+        # Of a rule without mutants, the site None says that it was called.
+        changed = {mutant.site for mutant in mutants if mutant.rule is rule} or {None}
+        if not any((rule.name, site) in reached for reached in sites.values() for site in changed):
+            raise ValueError(
+                f"check_mutants: rules must be called by a check, got {rule.name}; "
+                "add a check of a function that calls it, or leave it out."
+            )
     rows = []
     for mutant in _show(mutants, "mutant", progress):
         site = (mutant.rule.name, mutant.site)
         reaching = {name: check for name, check in checks.items() if site in sites[name]}
         rows.append(try_mutant(mutant, reaching))
     return MutantReport(tuple(rows), len(checks))
-
-
-def _require_reached(rules: Sequence[Rule], mutants: Sequence[Mutant], reached: set[Any]) -> None:
-    for rule in rules:
-        # Of a rule without mutants, the site None says that it was called.
-        changed = {mutant.site for mutant in mutants if mutant.rule is rule} or {None}
-        if not any((rule.name, site) in reached for site in changed):
-            raise ValueError(
-                f"check_mutants: rules must be called by a check, got {rule.name}; "
-                "add a check of a function that calls it, or leave it out."
-            )
 
 
 def _show(values: Iterable[Any], unit: str, progress: bool) -> Iterable[Any]:
@@ -191,10 +181,7 @@ def _installed(codes: Sequence[tuple[types.FunctionType, types.CodeType]], probe
 
 
 def _clear_traces() -> None:
-    """Clears JAX's caches, which may hold a trace of other code.
-
-    Without jit there are no such traces, and all single operations would be compiled again.
-    """
+    """Clears JAX's caches, which may hold a trace of other code, unless jit is disabled."""
     if not jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue]
         jax.clear_caches()
 
@@ -217,12 +204,18 @@ def try_mutant(mutant: Mutant, checks: Mapping[str, Check]) -> MutantRow:
     reached, errors = set(), []
     verdict, by = "survived", ""
 
+    def abstract(leaf):
+        random = isinstance(leaf, jax.Array | np.ndarray) and is_kind(leaf, jnp.floating)
+        if random or isinstance(leaf, Tracer):
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        return leaf
+
     def probe(rule_name, site, value):
         if site is not None:
             reached.add(site)
             return value
         arguments = {name: value[name] for name in inspect.signature(rule.function).parameters}
-        arguments = jax.tree.map(_abstract, arguments)
+        arguments = jax.tree.map(abstract, arguments)
         calls[str(arguments)] = arguments
 
     with _installed([(rule.function, code)], probe):
@@ -244,14 +237,6 @@ def try_mutant(mutant: Mutant, checks: Mapping[str, Check]) -> MutantRow:
     return MutantRow(rule.name, *texts, verdict, max(errors, default=None), by)
 
 
-def _abstract(leaf: Any) -> Any:
-    """The shape and dtype of a traced or floating-point array; other values are unchanged."""
-    is_array = isinstance(leaf, jax.Array | np.ndarray)
-    if isinstance(leaf, Tracer) or (is_array and jnp.issubdtype(leaf.dtype, jnp.floating)):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-    return leaf
-
-
 def _is_indistinct(rule: Rule, code: types.CodeType, calls: list[dict[str, Any]]) -> bool:
     """Whether rule and mutant return the same for random arguments, for all recorded calls."""
     function = rule.function
@@ -260,10 +245,17 @@ def _is_indistinct(rule: Rule, code: types.CodeType, calls: list[dict[str, Any]]
     generator = np.random.default_rng(0)
     # Positive numbers are for logarithms and roots, numbers of both signs for conditions.
     draws = (lambda shape: generator.uniform(0.25, 0.75, shape), generator.standard_normal)
+
+    def fill(draw, leaf):
+        if not isinstance(leaf, jax.ShapeDtypeStruct):
+            return leaf
+        values = draw(leaf.shape) if is_kind(leaf, jnp.floating) else draw(leaf.shape) > 0.5
+        return jnp.asarray(np.asarray(values).astype(leaf.dtype))
+
     try:
         with jax.enable_x64(True):
             for call, draw in itertools.product(calls, draws):
-                arguments = jax.tree.map(functools.partial(_fill, draw), call)
+                arguments = jax.tree.map(functools.partial(fill, draw), call)
                 bound = inspect.signature(function).bind_partial()
                 bound.arguments.update(arguments)
                 results = [f(*bound.args, **bound.kwargs) for f in (function, changed)]
@@ -274,12 +266,3 @@ def _is_indistinct(rule: Rule, code: types.CodeType, calls: list[dict[str, Any]]
     except Exception:  # one of the two refuses such arguments, or the results have no values
         return False
     return bool(calls)
-
-
-def _fill(draw: Callable[[tuple[int, ...]], np.ndarray], leaf: Any) -> Any:
-    """A random array of the given shape and dtype; other values are unchanged."""
-    if not isinstance(leaf, jax.ShapeDtypeStruct):
-        return leaf
-    values = draw(leaf.shape)
-    floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-    return jnp.asarray(np.asarray(values if floating else values > 0.5).astype(leaf.dtype))

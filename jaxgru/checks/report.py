@@ -1,6 +1,6 @@
 """Comparisons of pytrees as rows that say where, by how much and why two leaves differ.
 
-All comparisons run in NumPy on the host, in float64, whatever dtype the leaves have.
+They run in NumPy on the host, in float64, whatever dtype the leaves have.
 """
 
 import collections
@@ -96,10 +96,10 @@ class GradientReport:
 
     def __str__(self) -> str:
         failures = self.failures
-        reasons = collections.Counter(row.reason for row in failures)
-        counts = ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()))
         verdict = f"passed, all {len(self.rows)} comparisons agree."
         if not self.passed:
+            reasons = collections.Counter(row.reason for row in failures)
+            counts = ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()))
             failed = f"{len(failures)} of {len(self.rows)}"
             verdict = f"FAILED, {failed} comparisons disagree ({counts})."
         leaves: dict[str, GradientRow] = {}  # the worst row of each leaf
@@ -110,7 +110,11 @@ class GradientReport:
             if not row.ok:
                 group = (row.case, row.leaf, row.dtype, row.reference, row.reason)
                 groups.setdefault(group, row)
-        lines = [f"check_gradients: {verdict}", *_advice(failures), "", *_leaf_table(leaves)]
+        cells = [["leaf", "verdict", "error", "limit", "dtype", "reference"]]
+        for row in leaves.values():
+            right = "right" if row.ok else "WRONG"
+            cells.append([row.leaf, right, *_numbers(row), row.dtype, row.reference])
+        lines = [f"check_gradients: {verdict}", *_advice(failures), "", *align(cells)]
         if failures:
             lines += ["", *_failure_table(list(groups.values())[:_MAX_FAILURES])]
             left = len(failures) - min(len(groups), _MAX_FAILURES)
@@ -130,12 +134,48 @@ def _advice(failures):
     return []
 
 
+def _failure_table(rows):
+    """The rows by case and leaf, each under its name."""
+    rows = sorted(rows, key=lambda row: (row.case, row.leaf))
+    names = ["reason", "dtype", "reference", "index", "actual", "expected", "error", "limit"]
+    cells = [[*names, "cotangent"]]
+    for row in rows:
+        reason = "value" if row.reason in ("finite-difference", "primal") else row.reason
+        index = "-" if row.index is None else str(list(row.index))
+        both = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in (row.actual, row.expected)]
+        values = [shorten(text, 16) for text in both]
+        cells.append([reason, row.dtype, row.reference, index, *values, *_numbers(row)])
+        cells[-1].append(row.cotangent)
+    header, *lines = align(cells)
+    table, above = ["  " + header], ""
+    for row, line in zip(rows, lines, strict=True):
+        name = row.leaf if row.case == "-" else f"{row.leaf} of {row.case}"
+        table += [f"  {line}"] if name == above else [f"{name}:", f"  {line}"]
+        above = name
+    return table
+
+
+def _numbers(row):
+    return [f"{number:.1e}" for number in (row.error, row.tolerance)]
+
+
+def shorten(text: str, most: int) -> str:
+    """The text, cut to that many characters."""
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def align(cells: list[list[str]]) -> list[str]:
+    """The rows of a table as lines with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
+
+
 def compare(template: GradientRow, prefix: str, actual: Any, expected: Any) -> list[GradientRow]:
     """Rows for two pytrees, leaf by leaf. Leaves that are not floating must be equal."""
     structures = [str(jax.tree.structure(tree)) for tree in (actual, expected)]
-    if structures[0] != structures[1]:
-        return _mismatch(template, prefix, "structure", *structures)
-    rows = []
+    rows = _mismatch(template, prefix, "structure", *structures)
+    if rows:
+        return rows
     for name, a, b in named_leaves(prefix, actual, expected):
         tolerance = template.tolerance if is_kind(b, jnp.floating) else 0.0
         rows += compare_leaf(dataclasses.replace(template, tolerance=tolerance), name, a, b)
@@ -177,13 +217,6 @@ def _mismatch(template, leaf, reason, actual, expected):
     return [dataclasses.replace(template, **found, **errors)]
 
 
-def rerun_row(template: GradientRow, leaf: str, first: Any, again: Any) -> GradientRow:
-    """A row for two runs that must agree in every bit."""
-    row = compare_leaf(template, leaf, again, first)[-1]
-    reason = "" if host(first).tobytes() == host(again).tobytes() else "rerun"
-    return dataclasses.replace(row, reference="rerun", tolerance=0.0, reason=reason)
-
-
 def as_sequence(value: Any) -> tuple[Any, ...]:
     """The values of a sequence; one value, such as a string, by itself."""
     several = isinstance(value, Iterable) and not isinstance(value, str)
@@ -213,43 +246,3 @@ def is_kind(leaf: Any, kind: Any) -> bool:
     """Whether the dtype of the leaf, or of a Python float, is of that kind."""
     dtype = getattr(leaf, "dtype", type(leaf) if isinstance(leaf, float | complex) else None)
     return dtype is not None and bool(jnp.issubdtype(dtype, kind))
-
-
-def _leaf_table(leaves):
-    cells = [["leaf", "verdict", "error", "limit", "dtype", "reference"]]
-    for row in leaves.values():
-        verdict, numbers = "right" if row.ok else "WRONG", (row.error, row.tolerance)
-        numbers = [f"{number:.1e}" for number in numbers]
-        cells.append([row.leaf, verdict, *numbers, row.dtype, row.reference])
-    return align(cells)
-
-
-def _failure_table(rows):
-    """The rows by case and leaf, each under its name."""
-    rows = sorted(rows, key=lambda row: (row.case, row.leaf))
-    names = ["reason", "dtype", "reference", "index", "actual", "expected", "error", "limit"]
-    cells = [[*names, "cotangent"]]
-    for row in rows:
-        reason = "value" if row.reason in ("finite-difference", "primal") else row.reason
-        index = "-" if row.index is None else str(list(row.index))
-        values = [_short(value) for value in (row.actual, row.expected)]
-        numbers = [f"{number:.1e}" for number in (row.error, row.tolerance)]
-        cells.append([reason, row.dtype, row.reference, index, *values, *numbers, row.cotangent])
-    header, *lines = align(cells)
-    table, above = ["  " + header], ""
-    for row, line in zip(rows, lines, strict=True):
-        name = row.leaf if row.case == "-" else f"{row.leaf} of {row.case}"
-        table += [f"  {line}"] if name == above else [f"{name}:", f"  {line}"]
-        above = name
-    return table
-
-
-def _short(value):
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return text if len(text) <= 16 else text[:13] + "..."
-
-
-def align(cells: list[list[str]]) -> list[str]:
-    """The rows of a table as lines with aligned columns."""
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]

@@ -7,10 +7,17 @@ Both hold NumPy arrays and notes on what changed. `from_linen` describes the arg
 folder compares their layouts.
 """
 
+from jaxgru.interop.cells import (
+    from_equinox,
+    from_haiku,
+    from_linen,
+    from_nnx,
+    to_equinox,
+    to_haiku,
+    to_linen,
+    to_nnx,
+)
 from jaxgru.interop.common import Exported, Imported
-from jaxgru.interop.equinox import from_equinox, to_equinox
-from jaxgru.interop.flax import from_linen, from_nnx, to_linen, to_nnx
-from jaxgru.interop.haiku import from_haiku, to_haiku
 from jaxgru.interop.keras import from_keras, to_keras
 from jaxgru.interop.onnx.reading import OnnxGRU, read_onnx
 from jaxgru.interop.onnx.weights import from_onnx, to_onnx

@@ -16,7 +16,7 @@ from jaxgru.core.checks import require_choice
 from jaxgru.core.parameters import Activation, GRUParams, GRUSpec, require_params
 from jaxgru.stacks.forms import Bidirectional, as_stack, directions_of, map_grus
 
-ONE_BIAS = (
+_ONE_BIAS = (
     "r and z have one bias in the source: b_h starts at zero for them and is trained beside b_x"
 )
 _FLOATS = ("float64", "float32", "bfloat16", "float16")
@@ -69,13 +69,18 @@ def named_arrays(function, argument, source, prefix="", separator="/", known_by=
     other prefixes, the error lists those.
     """
     if not isinstance(source, Mapping):
+        cure = "; pass its state_dict()" if hasattr(source, "state_dict") else ""
         raise TypeError(
             f"{function}: {argument} must be a mapping of names to arrays, got "
-            f"{type(source).__name__}."
+            f"{type(source).__name__}{cure}."
         )
     if not isinstance(prefix, str):
         raise TypeError(f"{function}: prefix must be a string, got {prefix!r}.")
-    flat = _flatten(function, source, separator)
+    flat: dict[str, Any] = {}
+    for name, value in _leaves(source, separator):
+        if name in flat:
+            raise ValueError(f"{function}: two arrays have the name {name!r}.")
+        flat[name] = value
     ends = [(k, key) for k in flat for key in known_by if k.endswith(separator + key)]
     starts = sorted({k.removesuffix(key) for k, key in ends})
     if starts and not any(prefix + key in flat for key in known_by):
@@ -98,9 +103,13 @@ def named_arrays(function, argument, source, prefix="", separator="/", known_by=
 
 
 def as_float_array(function: str, name: str, value: Any) -> np.ndarray:
-    """A NumPy copy; TypeError unless it is floating, a warning if a value is not finite."""
+    """A NumPy copy in the byte order of this machine, which JAX and hashes of bytes need.
+
+    TypeError unless it is floating, a warning if a value is not finite.
+    """
     try:
-        array = np.asarray(value).copy()
+        array = np.asarray(value)
+        array = array.astype(array.dtype.newbyteorder("="))
     except (TypeError, RuntimeError, ValueError) as error:
         raise TypeError(
             f"{function}: {name} must be an array that NumPy can hold, got "
@@ -117,12 +126,15 @@ def as_float_array(function: str, name: str, value: Any) -> np.ndarray:
     return array
 
 
-def bind(function: str, argument: str, arrays: Any, axes: Mapping[str, str]) -> Any:
+def bind(function: str, argument: str, arrays: Any, axes: Mapping[str, str], biases=()) -> Any:
     """The arrays, if their names are exactly those of `axes`, with its shapes and one dtype.
 
-    `axes` maps names to axes such as "3H I"; a letter has the same size in all of them. The error
-    lists all missing keys, unexpected keys and size mismatches.
+    `axes` maps names to axes such as "3H I"; a letter has the same size in all of them. All of
+    `biases` may be absent together. The error lists all missing keys, unexpected keys and size
+    mismatches.
     """
+    if not any(name in arrays for name in biases):
+        axes = {name: wanted for name, wanted in axes.items() if name not in biases}
     shapes, sizes = _shapes(arrays, axes)
     found = {
         "missing keys": [f"{name} [{axes[name]}]" for name in axes if name not in arrays],
@@ -157,6 +169,26 @@ def is_stack(params: Any) -> bool:
     return isinstance(params, list | tuple) and not hasattr(params, "_fields")
 
 
+def import_cells(function, cell, axes, convert, prefix="", biases=(), one_bias=False) -> Imported:
+    """Imported with convert(arrays) of each cell, whose arrays have the axes; see `bind`.
+
+    A cell has the first name of `axes`. `one_bias` says that the biases need a note, if there are
+    some.
+    """
+
+    def read(name, source):
+        if all(hasattr(source, field) for field in axes):  # a module
+            source = {field: getattr(source, field) for field in axes}
+        if isinstance(source, Mapping):
+            source = {k: v for k, v in source.items() if v is not None}
+        arrays = named_arrays(function, name, source, prefix, known_by=(next(iter(axes)),))
+        return convert(bind(function, name, arrays, axes, biases))
+
+    params = read_layers(function, "cell", cell, read)
+    noted = one_bias and any(v.b_x is not None for v in cells_of(params))
+    return Imported(params, (_ONE_BIAS,) if noted else ())
+
+
 def read_layers(function, argument, tree, read, is_stack=is_stack) -> Any:
     """read(name, cell) of each cell of a layer or a stack, in the same nesting; a stack is a tuple.
 
@@ -171,19 +203,12 @@ def read_layers(function, argument, tree, read, is_stack=is_stack) -> Any:
             raise TypeError(f"{function}: {name} must be one layer, got a list inside a list.")
         return read(name, tree)
 
-    if not is_stack(tree):
-        return _require_fit(function, argument, walk(argument, tree))
-    if not tree:
+    several = is_stack(tree)
+    if several and not tree:
         raise ValueError(f"{function}: {argument} must hold at least one layer, got none.")
-    layers = tuple(walk(f"{argument}[{number}]", layer) for number, layer in enumerate(tree))
-    return _require_fit(function, argument, layers)
-
-
-def _require_fit(function, argument, params):
-    """The parameters, if directions and layers fit together and all have one dtype."""
-    layers = as_stack(params)
-    for number, layer in enumerate(layers):
-        name = f"{argument}[{number}]" if layers is params else argument
+    names = [f"{argument}[{number}]" for number in range(len(tree))] if several else [argument]
+    layers = tuple(map(walk, names, tree if several else [tree]))
+    for number, (name, layer) in enumerate(zip(names, layers)):
         sizes = [(cell.w_x.shape[0], cell.w_h.shape[0]) for cell in directions_of(layer)]
         if len(set(sizes)) > 1:
             raise ValueError(
@@ -196,13 +221,8 @@ def _require_fit(function, argument, params):
                 f"{function}: {name} must take the {sum(below)} outputs of the layer below it, "
                 f"got I={sizes[0][0]}."
             )
-    _require_one_dtype(function, argument, [cell.w_x for cell in cells_of(params)])
-    return params
-
-
-def accept_float64() -> Any:
-    """Lets checks accept float64 arrays although x64 is off: nothing is computed."""
-    return jax.enable_x64(True)
+    _require_one_dtype(function, argument, [cell.w_x for cell in cells_of(layers)])
+    return layers if several else layers[0]
 
 
 def spec_of(function, reset, activation) -> GRUSpec:
@@ -220,18 +240,12 @@ def require_exportable(function, params, targets, each_layer=False, argument="pa
     notes = {}  # the keys, in their order
 
     def read(name, cell):
-        if hasattr(cell, "layers"):
-            raise TypeError(
-                f"{function}: {name} must be a GRUParams, got {type(cell).__name__}; pass "
-                f"{name}.layers."
-            )
         if not isinstance(cell, GRUParams):
             more = " or a Bidirectional" if name.endswith("]") else ""
             more = ", a Bidirectional or a stack of them" if name == argument else more
-            raise TypeError(
-                f"{function}: {name} must be a GRUParams{more}, got {type(cell).__name__}."
-            )
-        with accept_float64():
+            found = type(cell).__name__ + (f"; pass {name}.layers" * hasattr(cell, "layers"))
+            raise TypeError(f"{function}: {name} must be a GRUParams{more}, got {found}.")
+        with jax.enable_x64(True):  # float64 is accepted: nothing is computed
             require_params(function, cell, name)
         target = _require_target(function, name, cell, targets)
 
@@ -319,10 +333,11 @@ def _with_biases(params, targets, notes):
             b_h[once] = 0
         return dataclasses.replace(cell, b_x=b_x, b_h=b_h)
 
-    for cell in cells_of(params):
-        if targets[cell.spec.reset].always or cell.b_x is not None or cell.b_h is not None:
-            return map_grus(fill, params)
-    return params
+    needed = any(
+        targets[cell.spec.reset].always or cell.b_x is not None or cell.b_h is not None
+        for cell in cells_of(params)
+    )
+    return map_grus(fill, params) if needed else params
 
 
 def reorder(v: Any) -> Any:
@@ -357,18 +372,13 @@ def export_layers(function, params, targets, write: Callable, argument="params")
     return Exported(weights[0], options[0], notes)
 
 
-def _flatten(function, source, separator):
-    """{joined name: leaf} of nested mappings."""
-    flat: dict[str, Any] = {}
+def _leaves(source, separator, start=""):
+    """(joined name, leaf) of nested mappings."""
     for key, value in source.items():
-        inner = {str(key): value}
         if isinstance(value, Mapping):
-            leaves = _flatten(function, value, separator)
-            inner = {f"{key}{separator}{name}": leaf for name, leaf in leaves.items()}
-        if clash := flat.keys() & inner.keys():
-            raise ValueError(f"{function}: two arrays have the name {clash.pop()!r}.")
-        flat |= inner
-    return flat
+            yield from _leaves(value, separator, f"{start}{key}{separator}")
+        else:
+            yield f"{start}{key}", value
 
 
 def _shapes(arrays, axes):

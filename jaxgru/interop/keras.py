@@ -15,7 +15,7 @@ _TARGETS = {
     "after": common.Target("keras.layers.GRU"),
     "before": common.Target("keras.layers.GRU", biases=1, merged=_MERGED),
 }
-_NAMES = ("kernel", "recurrent_kernel", "bias")
+NAMES = ("kernel", "recurrent_kernel", "bias")  # in the order of get_weights
 
 
 def from_keras(
@@ -49,7 +49,7 @@ def from_keras(
         raise TypeError(f"from_keras: reset_after must be a bool or None, got {reset_after!r}.")
 
     def cell(name, arrays):
-        axes, bias = {"recurrent_kernel": "H 3H", "kernel": "I 3H"}, arrays.get("bias")
+        bias = arrays.get("bias")
         after = reset_after if bias is None else bias.ndim == 2
         if after is None:
             raise ValueError(
@@ -61,10 +61,9 @@ def from_keras(
                 f"from_keras: reset_after must be {after} for a bias of shape {bias.shape}, got "
                 f"{reset_after}."
             )
-        if bias is not None:
-            axes["bias"] = "2 3H" if after else "3H"
-        common.bind(function, name, arrays, axes)
-        w_x, w_h, *biases = (reorder(arrays[key]) for key in _NAMES if key in arrays)
+        axes = {"recurrent_kernel": "H 3H", "kernel": "I 3H", "bias": "2 3H" if after else "3H"}
+        common.bind(function, name, arrays, axes, ("bias",))
+        w_x, w_h, *biases = (reorder(arrays[key]) for key in NAMES if key in arrays)
         if bias is not None and after:
             biases = biases[0]  # [2, 3H], one row each
         spec = common.spec_of(function, "after" if after else "before", activation)
@@ -84,15 +83,19 @@ def from_keras(
                 f"{len(source)}; for several layers give a list, [v.get_weights() for v in layers]."
             )
         arrays = [common.as_float_array(function, f"{name}[{i}]", v) for i, v in enumerate(source)]
-        each = len(arrays) // 2 if len(arrays) > 3 else len(arrays)
-        parts = (arrays[:each], arrays[each:])
-        cells = [cell(name, dict(zip(_NAMES, part))) for part in parts if part]
+        cells = [cell(name, named) for named in name_directions(arrays)]
         return Bidirectional(*cells) if len(cells) == 2 else cells[0]
 
     def is_stack(source):
         return common.is_stack(source) and not any(hasattr(v, "shape") for v in source)
 
     return Imported(common.read_layers(function, "weights", weights, layer, is_stack), ())
+
+
+def name_directions(arrays: list[Any]) -> list[dict[str, Any]]:
+    """{name: array} of the one or two directions of a layer, from its get_weights()."""
+    each = len(arrays) // 2 if len(arrays) > 3 else len(arrays)
+    return [dict(zip(NAMES, arrays[i : i + each])) for i in range(0, len(arrays), each)]
 
 
 def to_keras(params: Any) -> Exported:

@@ -4,22 +4,24 @@ The metadata of a file describe its arrays: the structure, the spec of every GRU
 all names, dtypes, shapes and bytes. Other programs can read the arrays by name.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxgru.atomic_files import require_json, write_atomically
 from jaxgru.core.checks import require_extra
 from jaxgru.core.parameters import GRUParams, GRUSpec, require_params
-from jaxgru.interop.common import accept_float64, as_float_array, is_stack
+from jaxgru.interop.common import as_float_array, is_stack
 from jaxgru.models.parameters import SequenceParams, TokenParams, require_model
 from jaxgru.stacks.checks import require_grus, require_sizes
-from jaxgru.stacks.forms import Bidirectional, as_stack, directions_of, output_size_of
+from jaxgru.stacks.forms import Bidirectional, as_stack
 
 _FORMAT = "jaxgru weights 2"
 _MOST_HEADER = 8 * 2**20  # bytes; an array takes about 100 bytes of the header
@@ -198,7 +200,7 @@ def _flatten(function, params, prefix):
     kind, name = type(params).__name__, prefix.removesuffix(".") or "params"
     spec: dict[str, Any] = {}
     if isinstance(params, GRUParams):
-        with accept_float64():
+        with jax.enable_x64(True):  # float64 is accepted: nothing is computed
             require_params(function, params, name)
         fields, spec = params.arrays(), {"spec": dataclasses.asdict(params.spec)}
     elif _KINDS.get(kind) is type(params):
@@ -228,19 +230,18 @@ def _require_fit(function, params):
     """TypeError or ValueError unless the parts fit together with one of the merges."""
     model: Any = params if isinstance(params, SequenceParams | TokenParams) else None
     layers: Any = as_stack(params) if model is None else model.layers
-    with accept_float64():
-        root = "params" if model is None else "params.layers"
-        require_grus(function, layers, stack=True, root=root)
-        rows = [directions_of(layer)[0].w_x.shape[:1] for layer in layers[1:]]
-        rows += [] if model is None else [np.shape(model.w)[:1]]
-        summed = any(
-            isinstance(layer, Bidirectional) and found == (output_size_of(layer, "sum"),)
-            for layer, found in zip(layers, rows)
-        )
-        merge = "sum" if summed else "concat"
+    root = "params" if model is None else "params.layers"
+
+    def require(merge):
         require_sizes(function, layers, merge, False, root)
         if model is not None:
             require_model(function, model, type(model), merge)
+
+    with jax.enable_x64(True):
+        require_grus(function, layers, stack=True, root=root)
+        with contextlib.suppress(ValueError):
+            return require("sum")
+        require("concat")
 
 
 def _unflatten(structure, arrays):

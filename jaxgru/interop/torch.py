@@ -13,11 +13,7 @@ from jaxgru.stacks.forms import Bidirectional, as_stack, directions_of
 _TARGETS = {"after": common.Target("torch.nn.GRU", ("tanh",))}
 _W_X, _W_H, _B_X, _B_H = "weight_ih", "weight_hh", "bias_ih", "bias_hh"
 _NAMES = {_W_X: "w_x", _W_H: "w_h", _B_X: "b_x", _B_H: "b_h"}
-
-
-def _suffixes(layer):
-    """The ends of the names of a layer: of its forward and of its backward direction."""
-    return f"_l{layer}", f"_l{layer}_reverse"
+_ENDS = ("_l{}", "_l{}_reverse")  # of the names of a layer, forward and backward
 
 
 def from_torch(state_dict: Mapping[str, Any], *, prefix: str = "") -> Imported:
@@ -39,34 +35,25 @@ def from_torch(state_dict: Mapping[str, Any], *, prefix: str = "") -> Imported:
     >>> from_torch(cell).params.w_x.shape
     (2, 9)
     """
-    function = "from_torch"
-    if hasattr(state_dict, "state_dict"):
-        raise TypeError(
-            "from_torch: state_dict must be a mapping of names to arrays, got "
-            f"{type(state_dict).__name__}; pass its state_dict()."
-        )
     if isinstance(state_dict, Mapping) and {"state", "param_groups"} <= set(state_dict):
         raise ValueError(
             "from_torch: state_dict must be of a module, got that of an optimizer, which is not "
             "converted; initialize an optax optimizer."
         )
-    known = (_W_H + _suffixes(0)[0], _W_H)
-    arrays = common.named_arrays(function, "state_dict", state_dict, prefix, ".", known)
-    bias = any(name.startswith((_B_X, _B_H)) for name in arrays)
-    found = [name for name in arrays if name.startswith(_W_H)]
+    known = (f"{_W_H}_l0", _W_H)
+    arrays = common.named_arrays("from_torch", "state_dict", state_dict, prefix, ".", known)
     both = any(name.endswith("_reverse") for name in arrays)
-    count = max(1, sum(not name.endswith("_reverse") for name in found))
-    suffixes = [_suffixes(k)[: 1 + both] for k in range(count)]
+    count = sum(name.startswith(_W_H) and not name.endswith("_reverse") for name in arrays)
+    suffixes = [[end.format(k) for end in _ENDS[: 1 + both]] for k in range(max(1, count))]
     if single := _W_X in arrays or _W_H in arrays:
-        suffixes = [("",)]
+        suffixes = [[""]]
     axes = {}
     for k, layer in enumerate(suffixes):
-        for suffix in layer:
-            below = ("2H" if both else "H") if k else "I"
-            axes |= {_W_H + suffix: "3H H", _W_X + suffix: f"3H {below}"}
-            if bias:
-                axes |= {_B_X + suffix: "3H", _B_H + suffix: "3H"}
-    common.bind(function, "state_dict", arrays, axes)
+        below = ("2H" if both else "H") if k else "I"
+        each = {_W_H: "3H H", _W_X: f"3H {below}", _B_X: "3H", _B_H: "3H"}
+        axes |= {name + suffix: wanted for suffix in layer for name, wanted in each.items()}
+    biases = [name for name in axes if name.startswith((_B_X, _B_H))]
+    common.bind("from_torch", "state_dict", arrays, axes, biases)
 
     def cell(suffix):
         found = {v: arrays[k + suffix].T for k, v in _NAMES.items() if k + suffix in arrays}
@@ -102,28 +89,23 @@ def to_torch(params: Any) -> Exported:
     """
     params, notes = common.require_exportable("to_torch", params, _TARGETS)
     first = common.cells_of(params)[0]
-    input_size, hidden_size = first.w_x.shape[0], first.w_h.shape[0]
-    bias = first.b_x is not None
+    input_size, hidden_size, bias = len(first.w_x), len(first.w_h), first.b_x is not None
     options = {"input_size": input_size, "hidden_size": hidden_size, "bias": bias}
     if isinstance(params, GRUParams):
         return Exported(_named(params, ""), options, notes)
     layers, weights = as_stack(params), {}
-    both = isinstance(layers[0], Bidirectional)
+    kind, both = type(layers[0]), isinstance(layers[0], Bidirectional)
     for k, layer in enumerate(layers):
-        if isinstance(layer, Bidirectional) != both:
-            raise ValueError(
-                f"to_torch: params[{k}] must be a {type(layers[0]).__name__} like params[0], as "
-                f"all layers of a torch.nn.GRU are alike, got a {type(layer).__name__}."
-            )
-        wanted = (input_size if k == 0 else (1 + both) * hidden_size, hidden_size)
-        for cell, suffix in zip(directions_of(layer), _suffixes(k)):
-            found = (cell.w_x.shape[0], cell.w_h.shape[0])
-            if found != wanted:
+        wanted = ((1 + both) * hidden_size if k else input_size, hidden_size)
+        for cell, end in zip(directions_of(layer), _ENDS):
+            found = (len(cell.w_x), len(cell.w_h))
+            if type(layer) is not kind or found != wanted:
                 raise ValueError(
-                    f"to_torch: params[{k}] must have (I, H) = {wanted}, as the layers of a "
-                    f"torch.nn.GRU have one H and take all outputs of the layer below, got {found}."
+                    f"to_torch: params[{k}] must be a {kind.__name__} with (I, H) = {wanted}, as "
+                    "all layers of a torch.nn.GRU are alike and take all outputs of the layer "
+                    f"below, got a {type(layer).__name__} with {found}."
                 )
-            weights |= _named(cell, suffix)
+            weights |= _named(cell, end.format(k))
     options |= {"num_layers": len(layers), "bidirectional": both}
     return Exported(weights, options, notes)
 

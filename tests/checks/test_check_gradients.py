@@ -691,7 +691,7 @@ BAD_CALLS = [
                 "['int']; cast integers to a floating dtype, or pass them beside a floating "
                 "argument.", (jnp.sin, jnp.sin, 2), {}),
     (ValueError, "check_gradients: args must be finite where they reach the reference's output, "
-                 "got args[0][0] = nan in float32; replace them by finite numbers, or mask them "
+                 "got xs[0][0] = nan in float32; replace them by finite numbers, or mask them "
                  "inside both functions.",
      (lambda *xs: xs[0], lambda *xs: xs[0], ONE * np.float32(np.nan)), {}),
     (ValueError, "check_gradients: num_coordinates must be an integer >= 1, got 1.5.",

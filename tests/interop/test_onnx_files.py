@@ -334,7 +334,8 @@ BAD_FILES = {
     ),
     "no_recurrent_weights": (
         lambda path: make_model([node_of("X", "W")], path=path, **kernels()),
-        "read_onnx: node 'gru' must have W [D, 3H, I] and R [D, 3H, H], got {'W': (1, 9, 2)}.",
+        "read_onnx: node 'gru' must have W [D, 3H, I] and R [D, 3H, H], got {'W': (1, 9, 2)} for "
+        "direction 'forward' and hidden_size 3.",
     ),
     "malformed_constant": (
         lambda path: make_model(
@@ -347,8 +348,8 @@ BAD_FILES = {
     ),
     "wrong_hidden_size": (
         lambda path: make_model([node_of(hidden_size=4)], path=path, **kernels()),
-        "read_onnx: node 'gru' must have R of 1 directions and of its hidden_size, got (1, 3) for "
-        "direction 'forward' and hidden_size 4.",
+        "read_onnx: node 'gru' must have W [D, 3H, I] and R [D, 3H, H], got {'W': (1, 9, 2), 'R': "
+        "(1, 9, 3)} for direction 'forward' and hidden_size 4.",
     ),
 }
 

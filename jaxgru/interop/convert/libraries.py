@@ -19,13 +19,6 @@ NAMES = {
     "nnx": "flax.nnx.GRUCell", "equinox": "equinox.nn.GRUCell", "haiku": "haiku.GRU",
     "onnx": "onnxruntime",
 }  # fmt: skip
-ACTIVATIONS: dict[str, Any] = {
-    "tanh": jnp.tanh,
-    "relu": jax.nn.relu,
-    "sigmoid": jax.nn.sigmoid,
-    "softplus": jax.nn.softplus,
-    "identity": lambda v: v,
-}
 
 
 class NotRunError(Exception):
@@ -38,7 +31,8 @@ def run_layers(kind, layers, xs, merge, activation, reset_after):
     A layer is {name: array}, or a Bidirectional of two.
     """
     run = {"keras": _keras, "linen": _linen, "nnx": _nnx, "equinox": _equinox, "haiku": _haiku}
-    options = {"activation": ACTIVATIONS[activation], "after": reset_after}
+    function = getattr(jax.nn, activation)
+    options = {"activation": function, "after": reset_after}
     with (
         jax.enable_x64(True),
         jax.numpy_rank_promotion("allow"),
@@ -74,25 +68,17 @@ def _keras(arrays, xs, activation, after):
 
 def _linen(arrays, xs, activation, after):
     linen = import_module("flax.linen")
-    size, dtype = arrays["hn/bias"].size, xs.dtype
-    cell = linen.GRUCell(size, activation_fn=activation, param_dtype=dtype)
-    nested: dict[str, Any] = {}
-    for name, value in arrays.items():
-        module, array = name.split("/")
-        nested.setdefault(module, {})[array] = value
+    size, nested = arrays["hn/bias"].size, _unflatten(arrays)
+    cell = linen.GRUCell(size, activation_fn=activation, param_dtype=xs.dtype)
     return linen.RNN(cell, time_major=True).apply({"params": {"cell": nested}}, xs)
 
 
 def _nnx(arrays, xs, activation, after):
     nnx = import_module("flax.nnx")
-    sizes = xs.shape[-1], arrays["dense_h/kernel"].shape[0]
-    cell: Any = nnx.GRUCell(
-        *sizes, activation_fn=activation, param_dtype=xs.dtype, rngs=nnx.Rngs(0)
-    )
-    cell.dense_i.kernel.set_value(arrays["dense_i/kernel"])
-    cell.dense_i.bias.set_value(arrays["dense_i/bias"])
-    cell.dense_h.kernel.set_value(arrays["dense_h/kernel"])
-    return _steps(cell, xs, sizes[1], lambda found: found[0])
+    sizes, options = (xs.shape[-1], len(arrays["dense_h/kernel"])), {"param_dtype": xs.dtype}
+    cell: Any = nnx.GRUCell(*sizes, activation_fn=activation, rngs=nnx.Rngs(0), **options)
+    nnx.update(cell, _unflatten(arrays))
+    return _steps(lambda h, x: cell(h, x)[0], xs, sizes[1])
 
 
 def _equinox(arrays, xs, activation, after):
@@ -113,36 +99,30 @@ def _haiku(arrays, xs, activation, after):
     return haiku.without_apply_rng(haiku.transform(unroll)).apply({"gru": arrays}, xs)
 
 
-def _steps(cell, xs, hidden_size, state_of=lambda found: found):
+def _unflatten(arrays):
+    return import_module("flax.traverse_util").unflatten_dict(arrays, sep="/")
+
+
+def _steps(cell, xs, hidden_size):
     """The states of every step of a cell."""
     h, hs = jnp.zeros((xs.shape[1], hidden_size), xs.dtype), []
     for x in xs:
-        h = state_of(cell(h, x))
-        hs.append(h)
+        hs.append(h := cell(h, x))
     return jnp.stack(hs)
 
 
 def run_torch(arrays, xs, merge):
-    """The outputs of a torch.nn.GRU or GRUCell with a state dict of arrays."""
+    """The outputs of a torch.nn.GRU with a state dict of arrays; a GRUCell is its only layer."""
     torch = import_module("torch")
-    weights = {k: torch.from_numpy(np.asarray(v, np.float64)) for k, v in arrays.items()}
-    cell, inputs = "weight_hh" in weights, torch.from_numpy(xs)
-    hidden_size = weights["weight_hh" if cell else "weight_hh_l0"].shape[1]
+    end = "_l0" if "weight_hh" in arrays else ""
+    weights = {k + end: torch.from_numpy(np.asarray(v, np.float64)) for k, v in arrays.items()}
+    hidden_size, both = weights["weight_hh_l0"].shape[1], "weight_hh_l0_reverse" in weights
+    count = sum(k.startswith("weight_hh") for k in weights) // (1 + both)
     options: Any = {"bias": any("bias" in k for k in weights), "dtype": torch.float64}
+    module = torch.nn.GRU(xs.shape[-1], hidden_size, count, bidirectional=both, **options)
+    module.load_state_dict(weights)
     with torch.no_grad():
-        if cell:
-            module: Any = torch.nn.GRUCell(xs.shape[-1], hidden_size, **options)
-            module.load_state_dict(weights)
-            h, hs = None, []
-            for x in inputs:
-                h = module(x, h)
-                hs.append(h)
-            return torch.stack(hs).numpy()
-        both = "weight_hh_l0_reverse" in weights
-        count = sum(k.startswith("weight_hh") for k in weights) // (1 + both)
-        module = torch.nn.GRU(xs.shape[-1], hidden_size, count, bidirectional=both, **options)
-        module.load_state_dict(weights)
-        ys = module(inputs)[0].numpy()
+        ys = module(torch.from_numpy(xs))[0].numpy()
     if both and merge == "sum":
         if count > 1:
             raise NotRunError("its layers read two directions side by side, not their sum")
@@ -159,13 +139,19 @@ def run_onnx(file, names, xs, merge):
     onnx = import_module("onnx")
     onnxruntime = import_module("onnxruntime")
     model, helper, kinds = onnx.load(file), onnx.helper, onnx.TensorProto
-    grus = {v.name or output_of(v): v for v in model.graph.node if v.op_type == "GRU"}
+    graph, (steps, batch, _) = model.graph, xs.shape
+    grus = {v.name or next(filter(None, v.output)): v for v in graph.node if v.op_type == "GRU"}
     if not {*names} <= {*grus}:
         raise NotRunError("a GRU is in a subgraph")
     first, last = grus[names[0]], grus[names[-1]]
     last.output[0] = last.output[0] or "every_output"
-    nodes, free = nodes_between(model.graph, first.input[0], last.output[0])
-    steps, batch = xs.shape[:2]
+    nodes, needed = [], {last.output[0]}
+    for node in reversed(graph.node):  # ONNX orders nodes after those that they read
+        if needed.intersection(node.output) - {first.input[0]}:
+            nodes.insert(0, node)
+            needed.update(filter(None, node.input))
+    held = [tensor for tensor in graph.initializer if tensor.name in needed]
+    free = needed.difference(*(node.output for node in nodes), [v.name for v in held])
 
     def attribute(node, name):
         return {v.name: helper.get_attribute_value(v) for v in node.attribute}.get(name)
@@ -184,8 +170,6 @@ def run_onnx(file, names, xs, merge):
     types = {name: helper.np_dtype_to_tensor_dtype(v.dtype) for name, v in feeds.items()}
     inputs = [helper.make_tensor_value_info(name, kind, None) for name, kind in types.items()]
     outputs = [helper.make_tensor_value_info(last.output[0], kinds.FLOAT, None)]
-    read = {name for node in nodes for name in node.input}
-    held = [tensor for tensor in model.graph.initializer if tensor.name in read]
     graph = helper.make_graph(nodes, "part", inputs, outputs, held)
     versions = {"opset_imports": model.opset_import, "ir_version": model.ir_version}
     part = helper.make_model(graph, **versions).SerializeToString()
@@ -197,25 +181,3 @@ def run_onnx(file, names, xs, merge):
     if merge == "sum":
         return ys.sum(axis=1)
     return ys.transpose(0, 2, 1, 3).reshape(steps, batch, -1)
-
-
-def nodes_between(graph, start, end):
-    """The nodes that compute `end` from `start`, and the other inputs of the graph they need."""
-    makers = {name: node for node in graph.node for name in node.output if name}
-    seen, used, free, waiting = {v.name for v in graph.initializer} | {start}, set(), set(), [end]
-    while waiting:
-        name = waiting.pop()
-        if name in seen:
-            continue
-        seen.add(name)
-        if name in makers:
-            used.add(output_of(makers[name]))
-            waiting += filter(None, makers[name].input)
-        else:
-            free.add(name)
-    return [node for node in graph.node if output_of(node) in used], free
-
-
-def output_of(node):
-    """The name of the first output of an ONNX node that has one."""
-    return next(filter(None, node.output))

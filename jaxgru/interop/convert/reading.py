@@ -11,16 +11,16 @@ import numpy as np
 
 import jaxgru.interop as interop
 from jaxgru.core.checks import require_extra
+from jaxgru.interop import keras
 from jaxgru.stacks.forms import Bidirectional
 
-KERAS = ("kernel", "recurrent_kernel", "bias")
 _PLUMBING = {
     *("Cast", "Concat", "Constant", "ConstantOfShape", "Expand", "GRU", "Gather", "Identity"),
     *("Less", "Range", "ReduceSum", "Reshape", "Shape", "Slice", "Squeeze", "Transpose"),
     *("Unsqueeze", "Where"),
 }
 # The end of a name that every layer of a format has once; the names are used to find the layers.
-_KEYS = {"keras": "recurrent_kernel", "linen": "hn/kernel"}
+_KEYS = {"keras": "recurrent_kernel", "linen": "hr/kernel"}
 _KEYS |= {"nnx": "dense_h/kernel", "haiku": "w_h", "equinox": "weight_hh"}
 
 
@@ -61,13 +61,10 @@ def read(kind: str, file: Any, options: Options) -> interop.LoadedWeights | inte
 def read_nodes(file, names):
     """The stack of all GRU nodes of an ONNX file, or of those named."""
     nodes = interop.read_onnx(file)
-    if names:
-        found = [node.name for node in nodes]
-        if missing := [name for name in names if found.count(name) != 1]:
-            raise ValueError(
-                f"{file} must hold one GRU node of each of {missing}; it holds {found}"
-            )
-        nodes = [nodes[found.index(name)] for name in names]
+    found = [node.name for node in nodes]
+    if missing := [name for name in names if found.count(name) != 1]:
+        raise ValueError(f"{file} must hold one GRU node of each of {missing}; it holds {found}")
+    nodes = [nodes[found.index(name)] for name in names] or nodes
     listed = " ".join(f"--layer {node.name}" for node in nodes)
     for lower, node in itertools.pairwise(nodes):
         if node.below != lower.name and not names:
@@ -80,9 +77,7 @@ def read_nodes(file, names):
             raise ValueError(
                 f"{file}: node {node.name!r} has only the reverse direction, which no target holds"
             )
-        if node.sequence_lens is not None or (
-            node.initial_h is not None and np.any(node.initial_h)
-        ):
+        if node.sequence_lens is not None or np.any(node.initial_h):
             raise ValueError(
                 f"{file}: node {node.name!r} has a constant sequence_lens or initial_h, which is "
                 "not part of the weights; jaxgru.interop.read_onnx returns it"
@@ -134,7 +129,7 @@ def read_hdf5(path):
                 raise ValueError(f"{path}: {name} must be in the file itself, not in another")
             layer, direction, number = found.groups()
             direction = f"{direction}/" if direction else ""
-            arrays[f"{layer}{direction}{KERAS[int(number)]}"] = entry[()]
+            arrays[f"{layer}{direction}{keras.NAMES[int(number)]}"] = entry[()]
 
     with open(path, "rb") as opened:  # a missing file raises the same error as for other formats
         try:
@@ -148,40 +143,36 @@ def read_hdf5(path):
 
 
 def nest(arrays, kind, prefixes, file):
-    """A list of layers from flat names."""
-    numbers = {int(m[1]) for name in arrays if (m := re.match(r"(\d+)/", name))}
+    """A list of layers from flat names: dicts, or a Bidirectional of two."""
+    numbers = [re.match(r"\d+/", name) for name in arrays]
     place = re.compile(rf"(|.*/)(?:(?:forward|backward)/)?{_KEYS[kind]}")
-    places = {m[1] for name in arrays if (m := place.fullmatch(name))}
-    if prefixes:
-        starts = prefixes
-    elif all(re.match(r"\d+/", name) for name in arrays):
-        starts = [f"{number}/" for number in sorted(numbers)]
-    elif len(places) > 1:
-        named = " ".join(f"--layer {place}" for place in sorted(places, key=by_number))
+    places = sorted({m[1] for name in arrays if (m := place.fullmatch(name))}, key=by_number)
+    if not prefixes and all(numbers):
+        prefixes = sorted({m[0] for m in numbers if m}, key=by_number)
+    if not prefixes and len(places) > 1:
+        named = " ".join(f"--layer {place}" for place in places)
         raise ValueError(
             f"{file} holds several layers; choose them in the order of your model, the one that "
             f"reads the input first: {named}"
         )
-    else:
-        starts = list(places) or [""]
-    return [layer_at(arrays, start, file) for start in starts]
+    layers = []
+    for start in prefixes or places or [""]:
+        own = strip(arrays, start)
+        if not own:
+            names = ", ".join(sorted(arrays)[:20])
+            raise ValueError(
+                f"{file} has no name that begins with {start!r}; its names are {names}"
+            )
+        sides = Bidirectional(strip(own, "forward/"), strip(own, "backward/"))
+        layers.append(sides if any(sides) else own)
+    return layers
+
+
+def strip(arrays, start):
+    """The arrays whose names begin so, without that."""
+    return {k.removeprefix(start): v for k, v in arrays.items() if k.startswith(start)}
 
 
 def by_number(name):
     """A sort key that puts gru_10 after gru_9."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
-
-
-def layer_at(arrays, prefix, file):
-    """The arrays of one layer; a Bidirectional if it has two directions."""
-    own = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
-    if not own:
-        names = ", ".join(sorted(arrays)[:20])
-        raise ValueError(f"{file} has no name that begins with {prefix!r}; its names are {names}")
-    if not any(k.startswith(("forward/", "backward/")) for k in own):
-        return own
-    directions: list[Any] = [
-        {k.removeprefix(start): v for k, v in own.items() if k.startswith(start)}
-        for start in ("forward/", "backward/")
-    ]
-    return Bidirectional(*directions)

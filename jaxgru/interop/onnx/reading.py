@@ -185,17 +185,12 @@ def _form(name, attributes, weights) -> tuple[Any, int, int]:
     require_choice("read_onnx", f"direction of {name!r}", direction, directions)
     count, layout = 1 + (direction == "bidirectional"), attributes.get("layout", 0)
     require_choice("read_onnx", f"layout of {name!r}", str(layout), ("0", "1"))
-    if any(label not in weights or weights[label].ndim != 3 for label in "WR"):
+    found = {label: v.shape for label, v in weights.items()}
+    size = attributes.get("hidden_size", found.get("R", (0,))[-1])
+    if found.get("R") != (count, 3 * size, size) or len(found.get("W", ())) != 3:
         raise ValueError(
-            f"read_onnx: node {name!r} must have W [D, 3H, I] and R [D, 3H, H], got "
-            f"{ {label: v.shape for label, v in weights.items()} }."
-        )
-    found = (len(weights["R"]), weights["R"].shape[2])
-    if found != (count, attributes.get("hidden_size", found[1])):
-        raise ValueError(
-            f"read_onnx: node {name!r} must have R of {count} directions and of its hidden_size, "
-            f"got {found} for direction {direction!r} and hidden_size "
-            f"{attributes.get('hidden_size')}."
+            f"read_onnx: node {name!r} must have W [D, 3H, I] and R [D, 3H, H], got {found} for "
+            f"direction {direction!r} and hidden_size {attributes.get('hidden_size')}."
         )
     return direction, count, layout
 

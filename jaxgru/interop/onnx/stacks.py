@@ -31,10 +31,11 @@ class Stacks:
         self.nodes, self.value_of, self.evaluate = graph.node, value_of, evaluate
         self.opset = max((v.version for v in model.opset_import if v.domain in _DOMAINS), default=0)
         self.makers = {name: node for node in graph.node for name in node.output if name}
-        self.lower = {}  # the GRU below a node, both by the name of their first output
+        self.lower = {}  # the GRU below a node, by the name of the node's first output
+        self.known: dict[str, Any] = {}  # see `_start`
 
-    def attributes_of(self, node):
-        return {v.name: self.helper.get_attribute_value(v) for v in node.attribute}
+    def attribute(self, node, name):
+        return {v.name: self.helper.get_attribute_value(v) for v in node.attribute}.get(name)
 
     def below(self, upper):
         """The GRU node whose outputs Y are the inputs X of this one, or None."""
@@ -54,7 +55,7 @@ class Stacks:
 
     def _reads_outputs(self, lower, upper):
         """True if X of `upper` is proven to be Y of `lower`."""
-        directions = {self.attributes_of(node).get("direction") for node in (lower, upper)}
+        directions = {self.attribute(node, "direction") for node in (lower, upper)}
         if b"reverse" in directions or _input(lower, 4) != _input(upper, 4):
             return False
         if self._leaves(_input(upper, 5)) & self._leaves(upper.input[0]):
@@ -66,8 +67,9 @@ class Stacks:
             y = rng.random((steps, count, batch, size))
             side_by_side = y.transpose(0, 2, 1, 3).reshape(steps, batch, -1)
             for lengths in (np.full(batch, steps), np.arange(batch) % (steps + 1)):
-                got: Any = _Values(self, lower, y, lengths).get(upper.input[0])[0]
-                if self.attributes_of(upper).get("layout"):
+                self.known = self._start(lower, y, lengths)
+                got: Any = self._get(upper.input[0])[0]
+                if self.attribute(upper, "layout"):
                     got = got.transpose(1, 0, 2)
                 valid = np.arange(steps)[:, None] < lengths
                 if not any(
@@ -97,46 +99,41 @@ class Stacks:
                 waiting += filter(None, node.input[:1] if node.op_type == "GRU" else node.input)
         return leaves
 
+    def _start(self, lower, y, lengths):
+        """{name: (array, kinds)} for the outputs y of the lower node and for lengths.
 
-class _Values:
-    """The values between two GRU nodes, for the outputs y of the lower one and for lengths.
-
-    An entry is (array, kinds): "data" if it depends on the inputs or the GRUs, "lengths" if on the
-    lengths, "shape" if on T or B. What is neither y nor computed from it is NaN.
-    """
-
-    def __init__(self, stacks, lower, y, lengths):
-        self.stacks, (steps, _, batch, _) = stacks, y.shape
-        self.lower, self.known = lower, {}
-        node = lower
+        The kinds are "data" if it depends on the inputs or the GRUs, "lengths" if on the lengths,
+        "shape" if on T or B. What is neither y nor computed from it is NaN.
+        """
+        (steps, _, batch, _), node, known = y.shape, lower, {}
+        self.dtype = self.value_of(lower.input[1]).dtype
         while node is not None:  # all nodes of the stack have one T and B
-            count, _, size = stacks.value_of(node.input[1]).shape
-            hidden_size = stacks.value_of(node.input[2]).shape[2]
-            first = stacks.attributes_of(node).get("layout")
+            count, _, size = self.value_of(node.input[1]).shape
+            hidden_size = self.value_of(node.input[2]).shape[2]
             shapes = [(steps, batch, size), (count, batch, hidden_size)]
-            if first:
+            if self.attribute(node, "layout"):
                 shapes = [(batch, steps, size), (batch, count, hidden_size)]
             places = zip((node.input[0], _input(node, 5), *node.output[1:]), (*shapes, shapes[1]))
-            for name, shape in places:
-                self.known[name] = np.full(shape, np.nan), {"data"}
-            node = stacks.lower.get(node.output[0])
-        if stacks.attributes_of(lower).get("layout"):
-            y = y.transpose(2, 0, 1, 3)
-        self.known[lower.output[0]] = y, {"data"}
-        self.known[_input(lower, 4)] = lengths, {"lengths"}  # "" if there are none
+            known |= {name: (np.full(shape, np.nan), {"data"}) for name, shape in places}
+            node = self.lower.get(node.output[0])
+        known[lower.output[0]] = y, {"data"}
+        if self.attribute(lower, "layout"):
+            known[lower.output[0]] = y.transpose(2, 0, 1, 3), {"data"}
+        known[_input(lower, 4)] = lengths, {"lengths"}  # "" if there are none
+        return known
 
-    def get(self, name):
+    def _get(self, name):
         """(array, kinds) of a value; _Unproven if it may be more than data in another place."""
         if name in self.known and name:
             return self.known[name]
-        if (constant := self.stacks.value_of(name)) is not None:
+        if (constant := self.value_of(name)) is not None:
             exact = constant.dtype.kind in "iub"
             return constant if exact else constant.astype(np.float64), set()
-        node: Any = self.stacks.makers.get(name)
+        node: Any = self.makers.get(name)
         places: Any = _OPERATORS.get(getattr(node, "op_type", ""))
         if places is None or node.domain not in _DOMAINS:
             raise _Unproven
-        entries = [self.get(i) if i else (None, set()) for i in node.input]
+        entries = [self._get(i) if i else (None, set()) for i in node.input]
         arrays, kinds = [v for v, _ in entries], set().union(*(kinds for _, kinds in entries))
         if any("data" in kinds and n not in places for n, (_, kinds) in enumerate(entries)):
             raise _Unproven
@@ -146,7 +143,7 @@ class _Values:
             return arrays[0], kinds
         kinds = {"shape"} if node.op_type == "Shape" else kinds
         arguments = {i: v for i, v in zip(node.input, arrays) if i}
-        for output, value in zip(node.output, self.stacks.evaluate(node, arguments)):
+        for output, value in zip(node.output, self.evaluate(node, arguments)):
             self.known[output] = np.asarray(value), kinds
         return self.known[name]
 
@@ -155,12 +152,11 @@ class _Values:
         size, operator = sum(v.size for v in arrays if v is not None), node.op_type
         proven = True
         if operator == "Cast" and "data" in kinds[0]:  # to the dtype of the weights
-            weights = self.stacks.value_of(self.lower.input[1])
-            to = self.stacks.attributes_of(node)["to"]
-            proven = self.stacks.helper.tensor_dtype_to_np_dtype(to) == weights.dtype
+            to = self.helper.tensor_dtype_to_np_dtype(self.attribute(node, "to"))
+            proven = to == self.dtype
         elif operator == "Dropout":
             training = arrays[2] if len(arrays) > 2 else None
-            proven = self.stacks.opset >= 7 and (training is None or not training.any())
+            proven = self.opset >= 7 and (training is None or not training.any())
         elif operator == "Less":  # a step is valid
             proven = kinds == [{"shape"}, {"lengths"}]
         elif operator == "Where":

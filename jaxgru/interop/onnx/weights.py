@@ -35,11 +35,12 @@ def from_onnx(
     >>> from_onnx(np.ones((2, 9, 4)), np.ones((2, 9, 3))).params.backward.w_x.shape
     (4, 9)
     """
-    sources = {"R": r, "W": w} | ({} if b is None else {"B": b})
-    arrays = {k: common.as_float_array("from_onnx", k, v) for k, v in sources.items()}
+    sources = {"R": r, "W": w, "B": b}
+    arrays = {
+        k: common.as_float_array("from_onnx", k, v) for k, v in sources.items() if v is not None
+    }
     axes = {"R": "D 3H H", "W": "D 3H I", "B": "D 6H"}
-    common.bind("from_onnx", "the node", arrays, {k: axes[k] for k in sources})
-    count = arrays["R"].shape[0]
+    count = len(common.bind("from_onnx", "the node", arrays, axes, ("B",))["R"])
     if count not in (1, 2):
         raise ValueError(f"from_onnx: R must have one or two directions (axis 0), got {count}.")
     if linear_before_reset not in (0, 1):

@@ -3,11 +3,12 @@
 import os
 from typing import Any, Literal, get_args
 
+import jax
 import numpy as np
 
 from jaxgru.atomic_files import write_atomically
 from jaxgru.core.checks import require_bool, require_choice, require_extra
-from jaxgru.interop.common import accept_float64, is_stack
+from jaxgru.interop.common import is_stack
 from jaxgru.interop.onnx.weights import onnx_nodes
 from jaxgru.models.parameters import SequenceParams, TokenParams, require_model
 from jaxgru.stacks.checks import require_sizes
@@ -58,7 +59,7 @@ def write_onnx(
     root = "params" if model is None else "params.layers"
     exported = onnx_nodes("write_onnx", layers, root)
     dtype = exported.weights[0]["R"].dtype
-    with accept_float64():
+    with jax.enable_x64(True):  # float64 is accepted: nothing is computed
         require_sizes("write_onnx", layers, merge, residual, root)
         if model is not None:
             require_model("write_onnx", model, type(model), merge)
@@ -83,8 +84,7 @@ def write_onnx(
     for number, (h_last, weights) in enumerate(zip(states, exported.weights)):
         directions, _, hidden_size = weights["R"].shape
         graph.output(f"h_last_{number}", h_last, [directions, "B", hidden_size])
-    data = graph.finish().SerializeToString()
-    write_atomically(path, data)
+    write_atomically(path, graph.serialize())
     return exported.notes
 
 
@@ -148,7 +148,7 @@ class _Graph:
         has_step = self.node("Cast", self.lengths, to=kinds.BOOL)
         self.has_step = self.node("Unsqueeze", has_step, self.axes(0, 2))  # [1, B, 1]
 
-    def finish(self):
+    def serialize(self):
         helper = self.onnx.helper
         contents = (self.nodes, "jaxgru", self.inputs, self.outputs, self.initializers)
         opset = [helper.make_operatorsetid("", _OPSET)]
@@ -156,7 +156,7 @@ class _Graph:
         model = helper.make_model(helper.make_graph(*contents), **versions)
         model = self.onnx.shape_inference.infer_shapes(model, strict_mode=True)
         self.onnx.checker.check_model(model, full_check=True)
-        return model
+        return model.SerializeToString()
 
 
 def _write_inputs(graph, params, layers):

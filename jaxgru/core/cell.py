@@ -27,7 +27,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxgru.core.checks import require_float, require_shape
+from jaxgru.core.checks import explain_unknown_arguments, require_float, require_shape
 from jaxgru.core.layer_norm import Norm, normalize
 from jaxgru.core.matmul import blocks, gates_and_candidate, like_row, matmul, state_dtype
 from jaxgru.core.parameters import GRUParams, GRUSpec, require_params
@@ -67,6 +67,7 @@ class Recurrent:
     spec: GRUSpec = dataclasses.field(metadata={"static": True})
 
 
+@explain_unknown_arguments
 def gru_cell(params: GRUParams, x: jax.Array, h: jax.Array) -> jax.Array:
     """One GRU step, h' from x and h.
 

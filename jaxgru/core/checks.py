@@ -3,8 +3,12 @@
 They run at trace time, on types, shapes and dtypes, and on values that are not traced.
 """
 
+import difflib
+import functools
 import importlib
-from typing import Any
+import inspect
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +18,52 @@ from jax.core import Tracer
 from jaxgru.core.matmul import state_dtype
 
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+# What to do in place of the arguments that PyTorch, Keras and Flax have, and some functions here.
+_CURES = {
+    ("batch_first", "time_major"): "jaxgru takes time-major arrays, or axis=1 for [B, T, ...]",
+    ("lengths", "seq_lengths", "sequence_lengths"): "pass mask=length_mask(lengths, T)",
+    ("num_layers", "bidirectional"): "init_stack draws such layers, and gru_stack runs them",
+    ("input_size", "hidden_size", "features", "units", "bias", "use_bias", "layer_norm"):
+        "init_gru and init_stack take it and draw the parameters that gru and gru_stack run",
+    ("spec", "activation", "reset_after"):
+        "the parameters hold their equation: init_gru(..., spec=PYTORCH), or "
+        "dataclasses.replace(params, spec=...)",
+    ("dropout",): "gru_stack takes dropout between layers, and noise=Noise(recurrent_dropout=...) "
+        "is the dropout of the state",
+    ("recurrent_dropout", "zoneout"): "gru and gru_stack take both rates in noise=Noise(...)",
+    ("rngs", "rng", "seed"): "random draws take key=jax.random.key(...)",
+    ("training", "train"): "gru and gru_stack take deterministic=True for evaluation",
+    ("initial_state", "initial_carry", "hx"): "the initial state is h0, or h of one step",
+    ("return_sequences", "return_state", "return_carry"):
+        "the last state and the outputs of all steps are always returned, (h_last, hs)",
+    ("input", "inputs"): "the inputs are xs, or x of one step",
+    ("go_backwards",): "pass reverse=True",
+    ("merge_mode",): "pass merge",
+    ("stateful",): "pass the h_last of one call as the h0 of the next",
+}  # fmt: skip
+
+
+def explain_unknown_arguments(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """The function, with a TypeError for an unknown argument that says what to pass instead."""
+    known = inspect.signature(function).parameters
+
+    @functools.wraps(function)
+    def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        for name in kwargs:
+            if name in known:
+                continue
+            close = difflib.get_close_matches(name, known, 1)
+            guess = f"did you mean {close[0]}?" if close else f"it takes {', '.join(known)}."
+            cures = (f"{cure}." for names, cure in _CURES.items() if name in names)
+            raise TypeError(
+                f"{function.__name__}: got an unexpected argument {name!r}; {next(cures, guess)}"
+            )
+        return function(*args, **kwargs)
+
+    return checked
 
 
 def require_flags(

@@ -99,6 +99,7 @@ jax.export.register_pytree_node_serialization(
 )
 
 
+@checks.explain_unknown_arguments
 def init_gru(
     key: jax.Array, input_size: int, hidden_size: int, *, spec: GRUSpec = CHO_2014,
     bias: bool = True, layer_norm: bool = False, scheme: Scheme = "orthogonal",

@@ -34,6 +34,7 @@ class Tap(NamedTuple):
 jax.export.register_namedtuple_serialization(Tap, serialized_name="jaxgru.Tap")
 
 
+@checks.explain_unknown_arguments
 def gru(
     params: GRUParams,
     xs: jax.Array,
@@ -72,7 +73,7 @@ def gru(
       gradient: "bptt" (handwritten, reverse mode, the fastest), "tangent" (handwritten, forward and
         reverse mode), "autodiff" (JAX's own, the reference), or one of `BPTT`, `Tangent` and
         `Autodiff` with options. **`jax.jvp`, `jax.jacfwd` and `jax.linearize` need "tangent"**;
-        with "bptt" JAX raises a TypeError. Every order of derivative works with each of them.
+        with "bptt" they raise a TypeError. Every order of derivative works with each of them.
       noise: rates of recurrent dropout and zoneout, which may be traced; None for neither.
       key: a `jax.random.key`, needed where a rate of noise is above 0 or traced. One key draws
         the same masks at the same steps, whatever the gradient, the direction and the padding.
@@ -165,7 +166,14 @@ def run_gru(
     if isinstance(rule, BPTT):
         kinds = ("cpu", "gpu", "tpu")
         choices = [Config(reverse, kernel, *_resolve(rule, kind, xs, h0)) for kind in kinds]
-        return bptt(Configs(*choices), *arguments)
+        try:
+            return bptt(Configs(*choices), *arguments)
+        except TypeError as error:
+            if "forward-mode" not in str(error):
+                raise
+            raise TypeError(
+                "gru: gradient must be 'tangent' or a Tangent for jax.jvp and jax.jacfwd, got BPTT."
+            ) from error
     run = tangent if isinstance(rule, Tangent) else plain_scan
     return run(Config(reverse, None, None, None, rule.unroll), *arguments)
 

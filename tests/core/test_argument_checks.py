@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxgru
 from jaxgru.core.checks import (
     require_axis,
     require_bool,
@@ -30,6 +31,72 @@ def traced(check):
 def of_nnx(name, *bases):
     """A class that looks like one of Flax nnx, which need not be installed."""
     return type(name, bases, {"__module__": "flax.nnx.somewhere"})
+
+
+LAYER = jaxgru.init_gru(jax.random.key(0), 2, 3)
+CALLS = {
+    "gru": (LAYER, jnp.zeros((4, 2))),
+    "gru_cell": (LAYER, jnp.zeros(2), jnp.zeros(3)),
+    "gru_bidirectional": (jaxgru.Bidirectional(LAYER, LAYER), jnp.zeros((4, 2))),
+    "gru_stack": ((LAYER,), jnp.zeros((4, 2))),
+    "gru_stack_cell": ((LAYER,), jnp.zeros(2), (jnp.zeros(3),)),
+    "init_gru": (jax.random.key(0), 2, 3),
+}
+DRAWN = "init_gru and init_stack take it and draw the parameters that gru and gru_stack run."
+LAYERS = "init_stack draws such layers, and gru_stack runs them."
+ARGUMENTS_OF_OTHER_LIBRARIES = {
+    "batch_first": "jaxgru takes time-major arrays, or axis=1 for [B, T, ...].",
+    "lengths": "pass mask=length_mask(lengths, T).",
+    "seq_lengths": "pass mask=length_mask(lengths, T).",
+    "num_layers": LAYERS,
+    "bidirectional": LAYERS,
+    "hidden_size": DRAWN,
+    "bias": DRAWN,
+    "spec": "the parameters hold their equation: init_gru(..., spec=PYTORCH), or "
+    "dataclasses.replace(params, spec=...).",
+    "dropout": "gru_stack takes dropout between layers, and noise=Noise(recurrent_dropout=...) is "
+    "the dropout of the state.",
+    "zoneout": "gru and gru_stack take both rates in noise=Noise(...).",
+    "rngs": "random draws take key=jax.random.key(...).",
+    "training": "gru and gru_stack take deterministic=True for evaluation.",
+    "initial_state": "the initial state is h0, or h of one step.",
+    "return_sequences": "the last state and the outputs of all steps are always returned, "
+    "(h_last, hs).",
+    "inputs": "the inputs are xs, or x of one step.",
+    "go_backwards": "pass reverse=True.",
+    "merge_mode": "pass merge.",
+    "stateful": "pass the h_last of one call as the h0 of the next.",
+}
+HAVE = {("gru_stack", "dropout"), ("gru_stack_cell", "dropout"), ("init_gru", "bias"),
+        ("init_gru", "hidden_size"), ("init_gru", "spec")}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_argument_of_another_library_is_told_what_to_pass_instead(name):
+    for argument, cure in ARGUMENTS_OF_OTHER_LIBRARIES.items():
+        if (name, argument) in HAVE:
+            continue
+        with pytest.raises(TypeError) as refused:
+            getattr(jaxgru, name)(*CALLS[name], **{argument: 1})
+        assert str(refused.value) == f"{name}: got an unexpected argument {argument!r}; {cure}"
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "cure"),
+    [
+        ("gru", "masks", "did you mean mask?"),
+        ("gru_stack", "determinstic", "did you mean deterministic?"),
+        ("gru_bidirectional", "resest", "did you mean resets?"),
+        ("gru_stack_cell", "h0", "did you mean h?"),
+        ("gru_cell", "foo", "it takes params, x, h."),
+        ("init_gru", "layernorm", "did you mean layer_norm?"),
+    ],
+)
+def test_unknown_argument_names_the_closest_one_or_all(name, argument, cure):
+    with pytest.raises(TypeError) as refused:
+        getattr(jaxgru, name)(*CALLS[name], **{argument: 1})
+    assert str(refused.value) == f"{name}: got an unexpected argument {argument!r}; {cure}"
+    getattr(jaxgru, name)(*CALLS[name])  # which is a good call without it
 
 
 F32, KEY = np.zeros(3, np.float32), jax.random.key(0)

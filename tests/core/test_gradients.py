@@ -417,6 +417,15 @@ def test_gradient_of_gradient_of_bptt_is_autodiffs(spec):
         assert_close(result, reference, EXACT, str(variant))
 
 
+@pytest.mark.parametrize("differentiate", [jax.jacfwd, lambda f: lambda x: jax.jvp(f, (x,), (x,))])
+def test_forward_mode_of_bptt_says_which_rule_has_it(differentiate):
+    params, xs = init_gru(jax.random.key(0), 2, 3), jnp.ones((4, 2))
+    message = r"^gru: gradient must be 'tangent' or a Tangent for jax.jvp .*, got BPTT\."
+    with pytest.raises(TypeError, match=message):
+        differentiate(lambda xs: jaxgru.gru(params, xs)[0])(xs)
+    differentiate(lambda xs: jaxgru.gru(params, xs, gradient="tangent")[0])(xs)
+
+
 def hessian_product(loss, order):
     """flat, v -> H v (or v H v where both derivatives are forward) in the named order."""
 

@@ -31,14 +31,16 @@ IMPORTS = {
     "core": set(),
     "stacks": {"core"},
     "losses": {"core"},
+    "masks": {"core"},
     "models": {"core", "stacks", "losses"},
     "diagnostics": {"core", "stacks"},
-    "interop": {"core", "stacks", "models", "atomic_files"},
+    "interop": {"core", "stacks", "models", "masks", "atomic_files", "extras"},
     "checks": {"core"},
-    "training": {"core", "atomic_files"},
+    "training": {"core", "atomic_files", "extras"},
     "atomic_files": set(),
+    "extras": set(),
     "experimental": {"core"},
-    "__init__": {"core", "stacks"},
+    "__init__": {"core", "stacks", "masks"},
 }
 DEPENDENCIES = {"jax", "jaxlib", "optax", "chex", "numpy"}
 OPTIONAL = {("jaxgru/training/loop.py", "tqdm")}  # the progress bar, imported where asked for

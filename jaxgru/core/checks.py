@@ -5,7 +5,6 @@ They run at trace time, on types, shapes and dtypes, and on values that are not 
 
 import difflib
 import functools
-import importlib
 import inspect
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
@@ -229,18 +228,6 @@ def require_first_step(function: str, value: Any) -> None:
         raise TypeError(f"{function}: first_step must be an integer, got {value!r}.")
     if not is_traced(value) and int(value) < 0:
         raise ValueError(f"{function}: first_step must be at least 0, got {value}.")
-
-
-def require_extra(function: str, package: str, *modules: str, extra: str = "") -> Any:
-    """An optional package, with these modules of it; ImportError naming the extra to install."""
-    try:
-        for module in modules:
-            importlib.import_module(module)
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise ImportError(
-            f"{function}: needs {package}; install jaxgru[{extra or package}]."
-        ) from error
 
 
 def found_kind(value: Any, cure: str = "") -> str:

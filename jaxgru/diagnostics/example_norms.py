@@ -12,8 +12,7 @@ from jax import lax
 from jaxgru.core import derivatives
 from jaxgru.core.matmul import matmul
 from jaxgru.core.parameters import GRUParams
-from jaxgru.core.sharding import replicate
-from jaxgru.diagnostics.traces import norm, trace_loss
+from jaxgru.diagnostics.traces import norm, replicate, trace_loss
 from jaxgru.stacks.forms import Merge, map_grus
 
 

@@ -17,10 +17,11 @@ from jaxgru.core import derivatives
 from jaxgru.core.checks import require_choice
 from jaxgru.core.flags import Flags, choose
 from jaxgru.core.matmul import blocks, state_dtype
-from jaxgru.core.sharding import cast_to_common_varying_axes, replicate
+from jaxgru.core.sharding import cast_to_common_varying_axes
 from jaxgru.diagnostics.jacobians import jacobian_diagonal
 from jaxgru.diagnostics.traces import (
     per_layer,
+    replicate,
     require_scalar_loss,
     require_sequence,
     trace_steps,

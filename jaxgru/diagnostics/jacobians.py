@@ -18,8 +18,7 @@ from jaxgru.core.flags import Flags
 from jaxgru.core.layer_norm import Norm, normalize_jvp
 from jaxgru.core.matmul import blocks, like_row, matmul, state_dtype
 from jaxgru.core.parameters import GRUParams, require_params
-from jaxgru.core.sharding import replicate
-from jaxgru.diagnostics.traces import PLAIN, per_layer, trace_layers, trace_steps
+from jaxgru.diagnostics.traces import PLAIN, per_layer, replicate, trace_layers, trace_steps
 from jaxgru.stacks.checks import require_one_way, require_step
 
 

@@ -166,3 +166,11 @@ def _require_finite(function, argument, tree, mask=None):
     if found:
         cure = "mask such steps or replace the entry" if argument == "xs" else "replace the entry"
         raise ValueError(f"{function}: {argument} must be finite, got {', '.join(found)}; {cure}.")
+
+
+def replicate(v: jax.Array) -> jax.Array:
+    """v replicated over an explicit mesh, for a loop over an axis that is sharded."""
+    sharding = getattr(jax.typeof(v), "sharding", None)
+    if sharding is None or all(axis is None for axis in sharding.spec):
+        return v
+    return jax.sharding.reshard(v, jax.NamedSharding(sharding.mesh, jax.P()))

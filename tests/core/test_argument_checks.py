@@ -14,13 +14,13 @@ from jaxgru.core.checks import (
     require_choice,
     require_count,
     require_dtype,
-    require_extra,
     require_first_step,
     require_float,
     require_key,
     require_key_for,
     require_rate,
 )
+from jaxgru.extras import require_extra
 
 
 def traced(check):

@@ -17,8 +17,8 @@ from conftest import assert_close, flat, make_problem
 
 import jaxgru
 from jaxgru.core.gradient import Kernel
-from jaxgru.core.masks import length_mask
 from jaxgru.core.parameters import CHO_2014, CHUNG_2014, PYTORCH, GRUParams, GRUSpec
+from jaxgru.masks import length_mask
 
 gru = flat(jaxgru.gru)
 gru_cell = flat(jaxgru.gru_cell)

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxgru.interop as interop
-from jaxgru.core.masks import length_mask
 from jaxgru.interop.common import cells_of
 from jaxgru.interop.convert import libraries
 from jaxgru.interop.convert.reading import Options, nest, read, read_arrays
@@ -21,6 +20,7 @@ from jaxgru.interop.convert.writing import (
     layers_of,
     run_model,
 )
+from jaxgru.masks import length_mask
 from jaxgru.models.parameters import TokenParams
 from jaxgru.stacks.create import init_state
 from jaxgru.stacks.run import gru_stack

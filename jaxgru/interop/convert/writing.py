@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxgru.interop as interop
-from jaxgru.core.checks import require_extra
+from jaxgru.extras import require_extra
 from jaxgru.interop.common import cells_of
 from jaxgru.interop.convert.reading import KERAS
 from jaxgru.models.outputs import sequence_outputs, token_logits

@@ -33,12 +33,13 @@ from jaxgru.core.matmul import blocks, gates_and_candidate, like_row, matmul, st
 from jaxgru.core.parameters import GRUParams, GRUSpec, require_params
 
 Norms = tuple[Norm | None, Norm | None, Norm | None]
+# f, and f' as a function of n = f(a). relu takes 0 at its kink, as jax.nn.relu does.
 ACTIVATIONS = {
-    "tanh": jnp.tanh,
-    "relu": jax.nn.relu,
-    "sigmoid": jax.nn.sigmoid,
-    "softplus": jax.nn.softplus,
-    "identity": lambda a: a,
+    "tanh": (jnp.tanh, lambda n: 1 - n * n),
+    "relu": (jax.nn.relu, lambda n: (n > 0).astype(n.dtype)),
+    "sigmoid": (jax.nn.sigmoid, lambda n: n * (1 - n)),
+    "softplus": (jax.nn.softplus, lambda n: -jnp.expm1(-n)),
+    "identity": (lambda a: a, jnp.ones_like),
 }
 
 
@@ -65,6 +66,10 @@ class Recurrent:
     scales: tuple[jax.Array | None, ...]  # the blocks of g_h
     dropout: jax.Array | None  # d [..., H]
     spec: GRUSpec = dataclasses.field(metadata={"static": True})
+
+    def transposed(self) -> "Recurrent":
+        """w^T in place of w, for `step_vjp`: transposed once, outside the loop."""
+        return dataclasses.replace(self, w=tuple(w.T for w in self.w))
 
 
 @explain_unknown_arguments
@@ -130,13 +135,13 @@ def split_recurrent(params, dropout=None):
     before = params.spec.reset == "before"
     w = tuple(gates_and_candidate(params.w_h)) if before else (params.w_h,)
     b_q = None if before or params.b_h is None else blocks(params.b_h)[2]
-    return Recurrent(w, b_q, scale_blocks(params.g_h), dropout, params.spec)
+    return Recurrent(w, b_q, tuple(blocks(params.g_h)), dropout, params.spec)
 
 
 def step(recurrent, a, h):
     """h' and the `Gates` from the projected input a and the state h, all [..., H]."""
     spec, (g_r, g_z, g_n) = recurrent.spec, recurrent.scales
-    f, before = ACTIVATIONS[spec.activation], spec.reset == "before"
+    (f, _), before = ACTIVATIONS[spec.activation], spec.reset == "before"
     read = drop_state(h, recurrent.dropout)
     # "after" needs no r before its products, so one product of width 3H gives all three.
     v_r, v_z, *v_n = jnp.split(matmul(read, recurrent.w[0]), 2 if before else 3, axis=-1)
@@ -163,11 +168,6 @@ def drop_state(h, dropout):
     return h if dropout is None else h * like_row(dropout, h)
 
 
-def scale_blocks(g):
-    """The three blocks of a layer-norm scale, or None for each."""
-    return (None, None, None) if g is None else tuple(blocks(g))
-
-
 _FEW_ROWS = 64
 
 
@@ -181,4 +181,4 @@ def input_products(params, xs):
         products = blocks(matmul(xs, params.w_x))
     else:
         products = [matmul(xs, w) for w in blocks(params.w_x)]
-    return list(map(normalize, products, scale_blocks(params.g_x)))
+    return list(map(normalize, products, blocks(params.g_x)))

@@ -196,19 +196,6 @@ def show_rate(argument: str, rate: Any) -> str:
     return f"{argument} (traced)" if is_traced(rate) else f"{argument}={rate}"
 
 
-def require_key_for(function: str, rates: dict[str, Any], key: Any, deterministic: Any) -> None:
-    """As `require_key`, but key may be None in evaluation, or where every rate is known to be 0."""
-    require_bool(function, "deterministic", deterministic)
-    acting = [show_rate(*item) for item in rates.items() if is_traced(item[1]) or float(item[1])]
-    if acting and key is None and not deterministic:
-        raise ValueError(
-            f"{function}: key must be a jax.random.key for {', '.join(acting)}, got None; pass "
-            "deterministic=True for evaluation."
-        )
-    if key is not None:
-        require_key(function, key)
-
-
 def require_key(function: str, key: Any) -> None:
     """TypeError or ValueError unless key is one `jax.random.key`."""
     dtype = getattr(key, "dtype", None)

@@ -18,9 +18,9 @@ def state_dtype(dtype: Any) -> Any:
     return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else jnp.dtype(dtype)
 
 
-def blocks(w: jax.Array) -> list[jax.Array]:
-    """The three blocks r | z | n of the last axis."""
-    return jnp.split(w, 3, axis=-1)
+def blocks(w: jax.Array | None) -> list[Any]:
+    """The three blocks r | z | n of the last axis, each None where w is."""
+    return [None, None, None] if w is None else jnp.split(w, 3, axis=-1)
 
 
 def gates_and_candidate(w: jax.Array) -> list[jax.Array]:

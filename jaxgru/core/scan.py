@@ -119,14 +119,10 @@ def scan_steps(config, recurrent, h, a, inputs, save_gates) -> Any:
         a, flags, tap = inputs
         h_tm1 = flags.enter(h)
         h_t, gates = step(recurrent, a, h_tm1)
-        h_t = add_tap(flags.leave(h_t, h_tm1), tap)
+        h_t = flags.leave(h_t, h_tm1)
+        h_t = h_t if tap is None else h_t + tap.astype(h_t.dtype)
         return h_t, (h_t.astype(dtype), gates if save_gates else None)
 
     dtype = inputs.xs.dtype
     per_step = (a, inputs.flags, inputs.tap)
     return lax.scan(body, h, per_step, reverse=config.reverse, unroll=config.unroll)
-
-
-def add_tap(h_t: jax.Array, tap: jax.Array | None) -> jax.Array:
-    """h_t + tap."""
-    return h_t if tap is None else h_t + tap.astype(h_t.dtype)

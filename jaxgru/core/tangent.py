@@ -17,7 +17,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxgru.core.cell import project, split_recurrent, step
 from jaxgru.core.derivatives import coefficients, step_jvp, step_jvp_inputs
 from jaxgru.core.matmul import state_dtype
-from jaxgru.core.scan import add_tap, plain_scan
+from jaxgru.core.scan import plain_scan
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -45,8 +45,8 @@ def _tangent_jvp(config, primals, tangents):
     def body(th, per_step):
         c, e, flags, ttap = per_step
         th_tm1 = flags.enter_linear(th)
-        th_t = step_jvp(recurrent, c, th_tm1, e)
-        th_t = add_tap(flags.leave(th_t, th_tm1), ttap)
+        th_t = flags.leave(step_jvp(recurrent, c, th_tm1, e), th_tm1)
+        th_t = th_t if ttap is None else th_t + ttap.astype(th_t.dtype)
         return th_t, th_t.astype(hs.dtype)
 
     per_step = (coefficients(recurrent, gates, h_tm1), e, flags, ttap)

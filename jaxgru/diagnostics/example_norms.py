@@ -61,7 +61,7 @@ def example_gradient_norms(
 def _example_norms(trace, tap):
     """A GRUParams of norms [...]; tap.hs is dL/dh_t [T, ..., H]."""
     g, _ = trace.flags.leave_vjp(tap.hs.astype(trace.h_tm1.dtype))
-    transposed = derivatives.transpose_recurrent(trace.recurrent)
+    transposed = trace.recurrent.transposed()
     dp = derivatives.step_vjp(transposed, trace.c, g)[1]
     arrays = (trace.xs, trace.gates, trace.h_tm1, *derivatives.gates_vjp(trace.c, g, dp))
     of_w_x, of_w_h, rows = derivatives.params_vjp_factors(trace.params, *arrays)

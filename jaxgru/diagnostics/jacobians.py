@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxgru.core.cell import input_products, scale_blocks
+from jaxgru.core.cell import input_products
 from jaxgru.core.checks import require_bool, require_flags, require_float
 from jaxgru.core.derivatives import Coefficients
 from jaxgru.core.flags import Flags
@@ -336,7 +336,7 @@ def _input_map(trace):
     """X [..., I, H] with th' = tx X, of valid steps."""
     params, c = trace.params, trace.c
     w_x, norms = params.w_x.astype(c.K.dtype), [n for _, n in input_products(params, trace.xs)]
-    parts = map(_map_of_gate, blocks(w_x), scale_blocks(params.g_x), norms, (c.R, c.Z, c.A))
+    parts = map(_map_of_gate, blocks(w_x), blocks(params.g_x), norms, (c.R, c.Z, c.A))
     through_r, through_z, through_n = parts
     if c.Q is None:
         product = matmul(through_r, trace.recurrent.w[1])

@@ -17,9 +17,9 @@ from jaxgru.core.checks import (
     require_first_step,
     require_float,
     require_key,
-    require_key_for,
     require_rate,
 )
+from jaxgru.core.noise import require_noise
 from jaxgru.extras import require_extra
 
 
@@ -157,11 +157,11 @@ CHECKS = [
     (TypeError, require_bool, ("x", 0), "x must be a bool, got 0."),
     (TypeError, traced(lambda function, x: require_bool(function, "x", x)), (True,),
      "x must be a bool, got a traced value; inside jit, make it a static argument."),
-    (TypeError, require_key_for, ({"r": 0.1}, KEY, 1), "deterministic must be a bool, got 1."),
-    (ValueError, require_key_for, ({"r": 0.1, "s": 0, "t": 0.5}, None, False),
+    (TypeError, require_noise, (None, KEY, 1, {"r": 0.1}), "deterministic must be a bool, got 1."),
+    (ValueError, require_noise, (None, None, False, {"r": 0.1, "s": 0, "t": 0.5}),
      "key must be a jax.random.key for r=0.1, t=0.5, got None; pass deterministic=True for "
      "evaluation."),
-    (ValueError, traced(lambda function, x: require_key_for(function, {"r": x}, None, False)),
+    (ValueError, traced(lambda function, x: require_noise(function, None, None, False, {"r": x})),
      (0.5,),
      "key must be a jax.random.key for r (traced), got None; pass deterministic=True for "
      "evaluation."),
@@ -169,7 +169,7 @@ CHECKS = [
     (TypeError, require_key, ("3",), "key must be a jax.random.key, got '3'."),
     (ValueError, require_key, (jax.random.split(KEY),),
      "key must be one jax.random.key, got shape (2,)."),
-    (ValueError, require_key_for, ({}, np.zeros((2, 2), np.uint32), False),
+    (ValueError, require_noise, (None, np.zeros((2, 2), np.uint32), False),
      "key must be one jax.random.key, got shape (2, 2)."),
     (ValueError, require_first_step, (-1,), "first_step must be at least 0, got -1."),
     (TypeError, require_first_step, (1.0,), "first_step must be an integer, got 1.0."),
@@ -203,10 +203,10 @@ def test_checks_let_good_arguments_pass():
     require_bool("f", "x", False)
     require_rate("f", "r", 0)
     require_rate("f", "r", 0.999)
-    require_key_for("f", {"r": 0.5}, KEY, False)
-    require_key_for("f", {"r": 0.5}, None, True)
-    require_key_for("f", {"r": 0, "s": 0.0}, None, False)
-    require_key_for("f", {"r": 0.5}, jax.random.PRNGKey(0), False)
+    require_noise("f", None, KEY, False, {"r": 0.5})
+    require_noise("f", None, None, True, {"r": 0.5})
+    require_noise("f", None, None, False, {"r": 0, "s": 0.0, "t": jnp.float32(0)})
+    require_noise("f", None, jax.random.PRNGKey(0), False, {"r": 0.5})
     for value in (0, 3, np.int32(2), jnp.int32(0)):
         require_first_step("f", value)
     traced(require_first_step)("f", -1)

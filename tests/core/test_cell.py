@@ -55,7 +55,7 @@ def step_and_rules(params, x, h, dh, spec, dropout=None):
     """The step's value, its handwritten VJP, and JAX's."""
     params = with_spec(params, spec)
     a, recurrent = cell.project(params, x), cell.split_recurrent(params, dropout)
-    transposed = derivatives.transpose_recurrent(recurrent)
+    transposed = recurrent.transposed()
     h_t, gates = cell.step(recurrent, a, h)
     c = derivatives.coefficients(recurrent, gates, h)
     dh_tm1, dp = derivatives.step_vjp(transposed, c, dh)

@@ -29,10 +29,11 @@ PUBLIC = {
 # What each room may import of the package beside itself; nothing else, and never a peer.
 IMPORTS = {
     "core": set(),
-    "stacks": {"core"},
+    "stacks": {"core", "initializers"},
     "losses": {"core"},
     "masks": {"core"},
-    "models": {"core", "stacks", "losses"},
+    "initializers": {"core"},
+    "models": {"core", "stacks", "losses", "initializers"},
     "diagnostics": {"core", "stacks"},
     "interop": {"core", "stacks", "models", "masks", "atomic_files", "extras"},
     "checks": {"core"},
@@ -40,7 +41,7 @@ IMPORTS = {
     "atomic_files": set(),
     "extras": set(),
     "experimental": {"core"},
-    "__init__": {"core", "stacks", "masks"},
+    "__init__": {"core", "stacks", "masks", "initializers"},
 }
 DEPENDENCIES = {"jax", "jaxlib", "optax", "chex", "numpy"}
 OPTIONAL = {("jaxgru/training/loop.py", "tqdm")}  # the progress bar, imported where asked for

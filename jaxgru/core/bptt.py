@@ -29,7 +29,8 @@ def _forward(configs, params, inputs, h0, dropout, key):
     """The results, and the residuals."""
     primals = (params, inputs, h0, dropout, key)  # each leaf has .value and .perturbed
     primals = jax.tree.map(lambda p: p.value, primals, is_leaf=lambda p: hasattr(p, "perturbed"))
-    results, saved = configs.run(forward_and_residuals, *primals, save_gates=configs.save_gates)
+    save_gates = any(config.residuals == "gates" for config in configs)  # one structure for all
+    results, saved = configs.run(forward_and_residuals, *primals, save_gates=save_gates)
     hs = None if configs.default.residuals == "boundaries" else results[1]
     return results, (primals, hs, *saved)
 

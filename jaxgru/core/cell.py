@@ -15,9 +15,6 @@ reset="after"::
 N is layer normalization of each gate's H columns, with the scales g_x and g_h, and the identity
 where these are None; see `layer_norm.py`. With recurrent dropout d, the products with w_h read
 d * h in place of h, while z * h still uses h itself; see `Noise`.
-
-With bfloat16 or float16 parameters products take operands of that dtype, except the products of
-weight gradients, which take float32. Everything else is float32.
 """
 
 import dataclasses
@@ -158,9 +155,8 @@ def empty_gates(params, hs):
     """Zeros in the form of the `Gates` of all steps, from states [T, ..., H] of the state dtype."""
     zeros = jnp.zeros_like(hs)
     norm = None if params.g_h is None else Norm(zeros, zeros[..., :1])
-    return Gates(
-        zeros, zeros, zeros, None if params.spec.reset == "before" else zeros, (norm, norm, norm)
-    )
+    q = None if params.spec.reset == "before" else zeros
+    return Gates(zeros, zeros, zeros, q, (norm, norm, norm))
 
 
 def drop_state(h, dropout):

@@ -66,11 +66,9 @@ def explain_unknown_arguments(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def require_flags(
-    function: str,
-    flags: dict[str, Any],
-    shape: tuple[int, ...] | None = None,
+    function: str, flags: dict[str, Any], shape: tuple[int, ...] | None = None,
     meaning: str = "xs without its last axis",
-) -> None:
+) -> None:  # fmt: skip
     """TypeError unless each is None or a bool array, ValueError unless it has that shape."""
     for name, value in flags.items():
         if value is None:

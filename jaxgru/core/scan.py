@@ -3,7 +3,6 @@
 One product projects all inputs of a chunk; then the loop runs its steps.
 """
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -18,8 +17,7 @@ from jaxgru.core.gradient import Kernel, Residuals
 from jaxgru.core.matmul import state_dtype
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
+class Config(NamedTuple):
     """The static options of a call, defaults filled in."""
 
     reverse: bool
@@ -29,18 +27,12 @@ class Config:
     unroll: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Configs:
+class Configs(NamedTuple):
     """The `Config` for each kind of device that a program may be compiled for."""
 
     default: Config
     gpu: Config
     tpu: Config
-
-    @property
-    def save_gates(self) -> bool:
-        """Whether the residuals hold gates, on any device: they must have one structure."""
-        return any(c.residuals == "gates" for c in (self.default, self.gpu, self.tpu))
 
     def run(self, function, *arrays, **static) -> Any:
         """function(config, *arrays, **static), by the config of the device.

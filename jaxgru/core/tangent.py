@@ -1,10 +1,7 @@
-"""The tangent of the recurrence, derived by hand, as a `custom_jvp`.
+"""The tangent of the recurrence, derived by hand, as a `custom_jvp`: th_t = th_{t-1} M_t + e_t.
 
-    th_t = step_jvp(recurrent, c_t, th_{t-1}, e_t) = th_{t-1} M_t + e_t
-
-at a step without a mask, a reset or a tap; README.md defines M. e_t is what the tangents of the
-parameters and inputs add at step t; it is computed for all steps at once. The loop is linear in th,
-so JAX can transpose it, which is backpropagation through time, and differentiate it again.
+`step_jvp` defines M_t, and `step_jvp_inputs` computes e_t of all steps at once. The loop is linear
+in th, so JAX can transpose it, which is backpropagation through time, and differentiate it again.
 """
 
 import functools

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxgru.core.checks import require_bool, require_choice, require_count, require_key
-from jaxgru.core.parameters import CHO_2014, GRUSpec, Scheme, init_gru
+from jaxgru.core.parameters import CHO_2014, GRUSpec
 from jaxgru.core.recurrence import Tap
+from jaxgru.initializers import Scheme, init_gru
 from jaxgru.stacks.checks import require_grus
 from jaxgru.stacks.forms import Bidirectional, Layer, Merge, describe, map_grus, output_size_of
 

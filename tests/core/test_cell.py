@@ -13,7 +13,8 @@ from conftest import assert_close, flat, make_problem, with_spec
 
 from jaxgru.core import cell, derivatives
 from jaxgru.core.cell import Gates
-from jaxgru.core.parameters import CHO_2014, CHUNG_2014, PYTORCH, GRUParams, GRUSpec, init_gru
+from jaxgru.core.parameters import CHO_2014, CHUNG_2014, PYTORCH, GRUParams, GRUSpec
+from jaxgru.initializers import init_gru
 
 gru_cell = flat(cell.gru_cell)
 EXACT = 1e-12  # float64, relative to the largest entry: rounding of different orders of summation

@@ -105,13 +105,9 @@ def params_vjp_factors(params, xs, gates, h_tm1, da, du, dropout=None):
     before = params.spec.reset == "before"
     reads = [read, gates.r * read] if before else [read]
     dvs = gates_and_candidate(dv_h) if before else [dv_h]
-    rows = [
-        None if params.b_x is None else da,
-        None if params.b_h is None else du,
-        _scale_rows(params.g_x, da, input_norms),
-        _scale_rows(params.g_h, du, gates.norms),
-    ]
-    return (xs.astype(h_tm1.dtype), dv_x), list(zip(reads, dvs)), rows
+    biases = [None if b is None else d for b, d in ((params.b_x, da), (params.b_h, du))]
+    scales = [_scale_rows(params.g_x, da, input_norms), _scale_rows(params.g_h, du, gates.norms)]
+    return (xs.astype(h_tm1.dtype), dv_x), list(zip(reads, dvs)), biases + scales
 
 
 def inputs_vjp(params, w_x_transposed, xs, da):

@@ -193,7 +193,7 @@ def require_state(
     """
     if h is None:
         return
-    cure = "cast a state; pass a mask as mask=mask, and lengths as mask=length_mask(lengths, T)"
+    cure = "cast a state; pass a mask by name, and lengths as mask=length_mask(lengths, T)"
     checks.require_float(function, name, h, params.w_x.dtype, cure, wide=wide)
     swapped = time_major is not None and h.shape[:1] == time_major.shape[:1]
     cure = "; for batch-major xs pass axis=1" if swapped else ""

@@ -781,7 +781,7 @@ GRU_ERRORS = {
         lambda: call_gru(h0=jnp.ones((5, 4), bool)),
         TypeError,
         "gru: h0 must be a floating array, got dtype bool; cast a state; pass a mask by name, "
-        "mask=mask, and lengths as mask=length_mask(lengths, T).",
+        "and lengths as mask=length_mask(lengths, T).",
     ),
     "h0_of_torch": (
         lambda: call_gru(h0=(1, 4, 3)),

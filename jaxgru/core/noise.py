@@ -84,11 +84,12 @@ def require_noise(
         )
     noise = Noise(**vars(noise))  # checked again: JAX fills a pytree with anything
     checks.require_bool(function, "deterministic", deterministic)
-    rates = ((more or {}) | vars(noise)).items()
-    acting = [checks.show_rate(n, rate) for n, rate in rates if checks.is_traced(rate) or rate != 0]
+    rates = (more or {}) | vars(noise)
+    acting = [name for name, rate in rates.items() if checks.is_traced(rate) or float(rate)]
     if acting and key is None and not deterministic:
+        shown = ", ".join(checks.show_rate(name, rates[name]) for name in acting)
         raise ValueError(
-            f"{function}: key must be a jax.random.key for {', '.join(acting)}, got None; pass "
+            f"{function}: key must be a jax.random.key for {shown}, got None; pass "
             "deterministic=True for evaluation."
         )
     if key is not None:

@@ -24,10 +24,11 @@ from typing import TYPE_CHECKING, Any
 
 from jaxgru.core.cell import gru_cell
 from jaxgru.core.gradient import BPTT, Autodiff, Tangent
-from jaxgru.core.masks import length_mask, resets_from_dones
 from jaxgru.core.noise import Noise
-from jaxgru.core.parameters import CHO_2014, CHUNG_2014, PYTORCH, GRUParams, GRUSpec, init_gru
+from jaxgru.core.parameters import CHO_2014, CHUNG_2014, PYTORCH, GRUParams, GRUSpec
 from jaxgru.core.recurrence import Tap, gru
+from jaxgru.initializers import init_gru
+from jaxgru.masks import length_mask, resets_from_dones
 from jaxgru.stacks import (
     Bidirectional,
     Dropout,

@@ -147,7 +147,8 @@ def draw_fault(root: pathlib.Path, line: tuple[str, int], draw: random.Random) -
 
 GUARDS = {  # the first part of a path below jaxgru/ -> test files below tests/
     "core/checks": "core/test_argument_checks core/test_recurrence test_stacks",
-    "core/masks": "core/test_recurrence test_stacks test_models",
+    "initializers": "core/test_cell core/test_parameters test_stacks",
+    "masks": "core/test_recurrence test_stacks test_models",
     "core/parameters": "core/test_recurrence core/test_cell test_stacks test_models",
     "core": "core/test_cell core/test_gradients core/test_recurrence core/test_noise "
     "core/test_cost core/test_transforms test_stacks experimental/test_fused_kernels",

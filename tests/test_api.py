@@ -29,16 +29,19 @@ PUBLIC = {
 # What each room may import of the package beside itself; nothing else, and never a peer.
 IMPORTS = {
     "core": set(),
-    "stacks": {"core"},
+    "stacks": {"core", "initializers"},
     "losses": {"core"},
-    "models": {"core", "stacks", "losses"},
+    "masks": {"core"},
+    "initializers": {"core"},
+    "models": {"core", "stacks", "losses", "initializers"},
     "diagnostics": {"core", "stacks"},
-    "interop": {"core", "stacks", "models", "atomic_files"},
+    "interop": {"core", "stacks", "models", "masks", "atomic_files", "extras"},
     "checks": {"core"},
-    "training": {"core", "atomic_files"},
+    "training": {"core", "atomic_files", "extras"},
     "atomic_files": set(),
+    "extras": set(),
     "experimental": {"core"},
-    "__init__": {"core", "stacks"},
+    "__init__": {"core", "stacks", "masks", "initializers"},
 }
 DEPENDENCIES = {"jax", "jaxlib", "optax", "chex", "numpy"}
 OPTIONAL = {("jaxgru/training/loop.py", "tqdm")}  # the progress bar, imported where asked for

@@ -673,6 +673,13 @@ def test_dropout_between_the_layers_of_one_layer_is_warned_of():
     with pytest.warns(UserWarning, match=f"^{message}$") as caught:
         jax.eval_shape(functools.partial(run, dropout=0.5), make_stack(1, dtype=jnp.float32), xs)
     assert len(caught) == 1
+    one = make_stack(1, dtype=jnp.float32)
+    with pytest.warns(UserWarning) as caught:
+        run(one, xs, dropout=0.5)
+        jaxgru.gru_stack_cell(one, xs[0], init_state(one, (B,)), dropout=0.5, key=key)
+        model = models.SequenceParams(one, jnp.zeros((H, 1)), jnp.zeros(1))
+        models.final_outputs(model, xs, dropout=0.5, key=key)
+    assert [warning.filename for warning in caught] == [__file__] * 3
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         one, two = (make_stack(n, dtype=jnp.float32) for n in (1, 2))

@@ -213,8 +213,8 @@ def plain_layer(reset: Reset, *, hoist: bool) -> Layer:
     def cell(params, x, h):
         return _textbook_step(_split(params, reset), project(params, x), h, reset)
 
-    cell = None if hoist else cell
-    return Layer(lambda params: params, unpack_ours, run, cell, padded=padded)
+    single = None if hoist else cell
+    return Layer(lambda params: params, unpack_ours, run, single, padded=padded)
 
 
 def _split(params, reset):

@@ -14,14 +14,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from jaxgru.core.cell import empty_gates, project, split_recurrent, step
 from jaxgru.core.chunks import chunk_starts, scan_chunks
-from jaxgru.core.derivatives import (
-    coefficients,
-    gates_vjp,
-    inputs_vjp,
-    params_vjp,
-    step_vjp,
-    transpose_recurrent,
-)
+from jaxgru.core.derivatives import coefficients, gates_vjp, inputs_vjp, params_vjp, step_vjp
 from jaxgru.core.matmul import state_dtype
 from jaxgru.core.scan import Inputs, forward, plain_scan, run_chunk, run_unless_masked
 
@@ -36,7 +29,8 @@ def _forward(configs, params, inputs, h0, dropout, key):
     """The results, and the residuals."""
     primals = (params, inputs, h0, dropout, key)  # each leaf has .value and .perturbed
     primals = jax.tree.map(lambda p: p.value, primals, is_leaf=lambda p: hasattr(p, "perturbed"))
-    results, saved = configs.run(forward_and_residuals, *primals, save_gates=configs.save_gates)
+    save_gates = any(config.residuals == "gates" for config in configs)  # one structure for all
+    results, saved = configs.run(forward_and_residuals, *primals, save_gates=save_gates)
     hs = None if configs.default.residuals == "boundaries" else results[1]
     return results, (primals, hs, *saved)
 
@@ -70,8 +64,8 @@ def backward(config, primals, hs, gates, h_starts, cotangents):
     dh_last, dhs = cotangents
     if h_starts is None:
         h_starts = chunk_starts(h0.astype(state_dtype(h0.dtype)), hs, config)
-    recurrent, w_x_transposed = split_recurrent(params, dropout), params.w_x.T
-    transposed = transpose_recurrent(recurrent)
+    recurrent = split_recurrent(params, dropout)
+    w_x_transposed, transposed = params.w_x.T, recurrent.transposed()
 
     def chunk(carry, per_step, h_start):
         (g, dparams), (inputs, _, _, dhs) = carry, per_step

@@ -15,9 +15,6 @@ reset="after"::
 N is layer normalization of each gate's H columns, with the scales g_x and g_h, and the identity
 where these are None; see `layer_norm.py`. With recurrent dropout d, the products with w_h read
 d * h in place of h, while z * h still uses h itself; see `Noise`.
-
-With bfloat16 or float16 parameters products take operands of that dtype, except the products of
-weight gradients, which take float32. Everything else is float32.
 """
 
 import dataclasses
@@ -27,18 +24,19 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxgru.core.checks import require_float, require_shape
+from jaxgru.core.checks import explain_unknown_arguments, require_float, require_shape
 from jaxgru.core.layer_norm import Norm, normalize
 from jaxgru.core.matmul import blocks, gates_and_candidate, like_row, matmul, state_dtype
 from jaxgru.core.parameters import GRUParams, GRUSpec, require_params
 
 Norms = tuple[Norm | None, Norm | None, Norm | None]
+# f, and f' as a function of n = f(a). relu takes 0 at its kink, as jax.nn.relu does.
 ACTIVATIONS = {
-    "tanh": jnp.tanh,
-    "relu": jax.nn.relu,
-    "sigmoid": jax.nn.sigmoid,
-    "softplus": jax.nn.softplus,
-    "identity": lambda a: a,
+    "tanh": (jnp.tanh, lambda n: 1 - n * n),
+    "relu": (jax.nn.relu, lambda n: (n > 0).astype(n.dtype)),
+    "sigmoid": (jax.nn.sigmoid, lambda n: n * (1 - n)),
+    "softplus": (jax.nn.softplus, lambda n: -jnp.expm1(-n)),
+    "identity": (lambda a: a, jnp.ones_like),
 }
 
 
@@ -66,7 +64,12 @@ class Recurrent:
     dropout: jax.Array | None  # d [..., H]
     spec: GRUSpec = dataclasses.field(metadata={"static": True})
 
+    def transposed(self) -> "Recurrent":
+        """w^T in place of w, for `step_vjp`: transposed once, outside the loop."""
+        return dataclasses.replace(self, w=tuple(w.T for w in self.w))
 
+
+@explain_unknown_arguments
 def gru_cell(params: GRUParams, x: jax.Array, h: jax.Array) -> jax.Array:
     """One GRU step, h' from x and h.
 
@@ -129,13 +132,13 @@ def split_recurrent(params, dropout=None):
     before = params.spec.reset == "before"
     w = tuple(gates_and_candidate(params.w_h)) if before else (params.w_h,)
     b_q = None if before or params.b_h is None else blocks(params.b_h)[2]
-    return Recurrent(w, b_q, scale_blocks(params.g_h), dropout, params.spec)
+    return Recurrent(w, b_q, tuple(blocks(params.g_h)), dropout, params.spec)
 
 
 def step(recurrent, a, h):
     """h' and the `Gates` from the projected input a and the state h, all [..., H]."""
     spec, (g_r, g_z, g_n) = recurrent.spec, recurrent.scales
-    f, before = ACTIVATIONS[spec.activation], spec.reset == "before"
+    (f, _), before = ACTIVATIONS[spec.activation], spec.reset == "before"
     read = drop_state(h, recurrent.dropout)
     # "after" needs no r before its products, so one product of width 3H gives all three.
     v_r, v_z, *v_n = jnp.split(matmul(read, recurrent.w[0]), 2 if before else 3, axis=-1)
@@ -152,19 +155,13 @@ def empty_gates(params, hs):
     """Zeros in the form of the `Gates` of all steps, from states [T, ..., H] of the state dtype."""
     zeros = jnp.zeros_like(hs)
     norm = None if params.g_h is None else Norm(zeros, zeros[..., :1])
-    return Gates(
-        zeros, zeros, zeros, None if params.spec.reset == "before" else zeros, (norm, norm, norm)
-    )
+    q = None if params.spec.reset == "before" else zeros
+    return Gates(zeros, zeros, zeros, q, (norm, norm, norm))
 
 
 def drop_state(h, dropout):
     """d * h. This map is its own transpose, so it serves forward and backward."""
     return h if dropout is None else h * like_row(dropout, h)
-
-
-def scale_blocks(g):
-    """The three blocks of a layer-norm scale, or None for each."""
-    return (None, None, None) if g is None else tuple(blocks(g))
 
 
 _FEW_ROWS = 64
@@ -180,4 +177,4 @@ def input_products(params, xs):
         products = blocks(matmul(xs, params.w_x))
     else:
         products = [matmul(xs, w) for w in blocks(params.w_x)]
-    return list(map(normalize, products, scale_blocks(params.g_x)))
+    return list(map(normalize, products, blocks(params.g_x)))

@@ -3,8 +3,11 @@
 They run at trace time, on types, shapes and dtypes, and on values that are not traced.
 """
 
-import importlib
-from typing import Any
+import difflib
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +17,58 @@ from jax.core import Tracer
 from jaxgru.core.matmul import state_dtype
 
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+# What to do in place of the arguments that PyTorch, Keras and Flax have, and some functions here.
+_CURES = {
+    ("batch_first", "time_major"): "jaxgru takes time-major arrays, or axis=1 for [B, T, ...]",
+    ("lengths", "seq_lengths", "sequence_lengths"): "pass mask=length_mask(lengths, T)",
+    ("num_layers", "bidirectional"): "init_stack draws such layers, and gru_stack runs them",
+    ("input_size", "hidden_size", "features", "units", "bias", "use_bias", "layer_norm"):
+        "init_gru and init_stack take it and draw the parameters that gru and gru_stack run",
+    ("spec", "activation", "reset_after"):
+        "the parameters hold their equation: init_gru(..., spec=PYTORCH), or "
+        "dataclasses.replace(params, spec=...)",
+    ("dropout",): "gru_stack takes dropout between layers, and noise=Noise(recurrent_dropout=...) "
+        "is the dropout of the state",
+    ("recurrent_dropout", "zoneout"): "gru and gru_stack take both rates in noise=Noise(...)",
+    ("rngs", "rng", "seed"): "random draws take key=jax.random.key(...)",
+    ("training", "train"): "gru and gru_stack take deterministic=True for evaluation",
+    ("initial_state", "initial_carry", "hx"): "the initial state is h0, or h of one step",
+    ("return_sequences", "return_state", "return_carry"):
+        "the last state and the outputs of all steps are always returned, (h_last, hs)",
+    ("input", "inputs"): "the inputs are xs, or x of one step",
+    ("go_backwards",): "pass reverse=True",
+    ("merge_mode",): "pass merge",
+    ("stateful",): "pass the h_last of one call as the h0 of the next",
+}  # fmt: skip
+
+
+def explain_unknown_arguments(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """The function, with a TypeError for an unknown argument that says what to pass instead."""
+    known = inspect.signature(function).parameters
+
+    @functools.wraps(function)
+    def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        for name in kwargs:
+            if name in known:
+                continue
+            close = difflib.get_close_matches(name, known, 1)
+            guess = f"did you mean {close[0]}?" if close else f"it takes {', '.join(known)}."
+            cures = (f"{cure}." for names, cure in _CURES.items() if name in names)
+            raise TypeError(
+                f"{function.__name__}: got an unexpected argument {name!r}; {next(cures, guess)}"
+            )
+        return function(*args, **kwargs)
+
+    return checked
 
 
 def require_flags(
-    function: str,
-    flags: dict[str, Any],
-    shape: tuple[int, ...] | None = None,
+    function: str, flags: dict[str, Any], shape: tuple[int, ...] | None = None,
     meaning: str = "xs without its last axis",
-) -> None:
+) -> None:  # fmt: skip
     """TypeError unless each is None or a bool array, ValueError unless it has that shape."""
     for name, value in flags.items():
         if value is None:
@@ -147,19 +194,6 @@ def show_rate(argument: str, rate: Any) -> str:
     return f"{argument} (traced)" if is_traced(rate) else f"{argument}={rate}"
 
 
-def require_key_for(function: str, rates: dict[str, Any], key: Any, deterministic: Any) -> None:
-    """As `require_key`, but key may be None in evaluation, or where every rate is known to be 0."""
-    require_bool(function, "deterministic", deterministic)
-    acting = [show_rate(*item) for item in rates.items() if is_traced(item[1]) or float(item[1])]
-    if acting and key is None and not deterministic:
-        raise ValueError(
-            f"{function}: key must be a jax.random.key for {', '.join(acting)}, got None; pass "
-            "deterministic=True for evaluation."
-        )
-    if key is not None:
-        require_key(function, key)
-
-
 def require_key(function: str, key: Any) -> None:
     """TypeError or ValueError unless key is one `jax.random.key`."""
     dtype = getattr(key, "dtype", None)
@@ -179,18 +213,6 @@ def require_first_step(function: str, value: Any) -> None:
         raise TypeError(f"{function}: first_step must be an integer, got {value!r}.")
     if not is_traced(value) and int(value) < 0:
         raise ValueError(f"{function}: first_step must be at least 0, got {value}.")
-
-
-def require_extra(function: str, package: str, *modules: str, extra: str = "") -> Any:
-    """An optional package, with these modules of it; ImportError naming the extra to install."""
-    try:
-        for module in modules:
-            importlib.import_module(module)
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise ImportError(
-            f"{function}: needs {package}; install jaxgru[{extra or package}]."
-        ) from error
 
 
 def found_kind(value: Any, cure: str = "") -> str:

@@ -1,4 +1,4 @@
-"""Scans over time in chunks, so that the temporaries of a chunk stay in the caches."""
+"""Scans over time in chunks, whose temporaries stay in the caches, and the defaults of `BPTT`."""
 
 import math
 from typing import Any
@@ -66,10 +66,31 @@ def chunk_starts(h0, hs, config):
     return jnp.concatenate([h0, hs[size - 1 : -1 : size].astype(h0.dtype)])
 
 
-def default_chunk_size(platform, num_steps, h0, residuals):
-    """The chunk size: sqrt(T) for "boundaries", and else what keeps temporaries in a CPU's caches.
+def resolve_options(rule, platform, xs, h0):
+    """(residuals, chunk_size, unroll) of a `BPTT`, with its defaults by size and device.
 
-    A GPU and a TPU take more steps at once, since they pay for every operation of a chunk.
+    Gates are 3H or 4H numbers per row, and recomputing them takes 3H(I + H) multiply-adds: on a CPU
+    it is the faster the smaller I + H and the larger T B H. A GPU saves launches with it at every
+    size, and a TPU has multiply-adds to spare. A kernel runs whole sequences and saves no gates.
+    """
+    (num_steps, *_, input_size), residuals, kernel = xs.shape, rule.residuals, rule.kernel
+    if residuals is None:
+        known = all(isinstance(size, int) for size in (*xs.shape, *h0.shape))
+        many = known and num_steps * h0.size > _MANY_GATES
+        cheap = known and (platform == "tpu" or input_size + h0.shape[-1] <= _CHEAP_PRODUCT)
+        residuals = "states" if kernel or platform == "gpu" or (many and cheap) else "gates"
+    chunk_size, unroll = rule.chunk_size, rule.unroll
+    if chunk_size is None and (kernel is None or residuals == "boundaries"):
+        chunk_size = _default_chunk_size(platform, num_steps, h0, residuals)
+    if unroll is None:
+        rows = math.prod(size for size in h0.shape[:-1] if isinstance(size, int))
+        launches = platform == "gpu" and kernel is None and isinstance(num_steps, int)
+        unroll = (_GPU_UNROLL if rows <= 128 else _GPU_UNROLL // 2) if launches else 1
+    return residuals, chunk_size, unroll
+
+
+def _default_chunk_size(platform, num_steps, h0, residuals):
+    """sqrt(T) for "boundaries", and else what keeps temporaries in a CPU's caches.
 
     None (one chunk) for short sequences, symbolic sizes, and meshes with Auto axes, where every
     chunk would add an all-reduce of the weight gradients. A divisor of T is preferred, so that no
@@ -86,25 +107,3 @@ def default_chunk_size(platform, num_steps, h0, residuals):
     else:
         target = max(_CHUNK // max(1, h0.size), 8)
     return next((size for size in range(target, 2 * target) if num_steps % size == 0), target)
-
-
-def default_residuals(platform, xs, h0):
-    """The faster residuals: "states" where recomputing the gates is faster than saving them.
-
-    Gates are 3H or 4H numbers per row, and recomputing them takes 3H(I + H) multiply-adds: on a CPU
-    it is the faster the smaller I + H and the larger T B H. A GPU saves launches with it at every
-    size, and a TPU has multiply-adds to spare.
-    """
-    sizes = (*xs.shape, *h0.shape)
-    known = all(isinstance(size, int) for size in sizes)
-    many = known and xs.shape[0] * h0.size > _MANY_GATES
-    cheap = platform == "tpu" or xs.shape[-1] + h0.shape[-1] <= _CHEAP_PRODUCT
-    return "states" if platform == "gpu" or (many and cheap) else "gates"
-
-
-def default_unroll(platform, num_steps, h0):
-    """Steps that one iteration of the loop runs: several on a GPU, where each launch counts."""
-    if platform != "gpu" or not isinstance(num_steps, int):  # a symbolic T cannot be unrolled
-        return 1
-    rows = math.prod(size for size in h0.shape[:-1] if isinstance(size, int))
-    return _GPU_UNROLL if rows <= 128 else _GPU_UNROLL // 2

@@ -3,25 +3,15 @@
 The equations and their symbols are those of `jaxgru.core.cell` and `jaxgru/core/README.md`.
 """
 
-import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxgru.core.cell import Norms, drop_state, input_products, scale_blocks, split_recurrent
+from jaxgru.core.cell import ACTIVATIONS, Norms, drop_state, input_products, split_recurrent
 from jaxgru.core.layer_norm import normalize_jvp, normalize_vjp
 from jaxgru.core.matmul import blocks, gates_and_candidate, matmul, weight_vjp
 from jaxgru.core.parameters import GRUParams
-
-# f' as a function of n = f(a). relu takes 0 at its kink, as jax.nn.relu does.
-_DERIVATIVES = {
-    "tanh": lambda n: 1 - n * n,
-    "relu": lambda n: (n > 0).astype(n.dtype),
-    "sigmoid": lambda n: n * (1 - n),
-    "softplus": lambda n: -jnp.expm1(-n),
-    "identity": jnp.ones_like,
-}
 
 
 class Coefficients(NamedTuple):
@@ -40,18 +30,13 @@ class Coefficients(NamedTuple):
     norms: Norms
 
 
-def transpose_recurrent(recurrent):
-    """The `Recurrent` for `step_vjp`: w^T in place of w, transposed once, outside the loop."""
-    return dataclasses.replace(recurrent, w=tuple(w.T for w in recurrent.w))
-
-
 def coefficients(recurrent, gates, h_tm1):
     """`Coefficients` from values of the forward pass."""
     (r, z, n, q, norms), spec = gates, recurrent.spec
     keep, write = (z, 1 - z) if spec.update == "keep" else (1 - z, z)
     sign = 1 if spec.update == "keep" else -1
     Z = sign * (h_tm1 - n) * (z * (1 - z))
-    A = write * _DERIVATIVES[spec.activation](n)
+    A = write * ACTIVATIONS[spec.activation][1](n)
     if spec.reset == "before":
         read = drop_state(h_tm1, recurrent.dropout)
         return Coefficients(keep, A, read * (r * (1 - r)), Z, None, r, norms)
@@ -115,23 +100,19 @@ def params_vjp_factors(params, xs, gates, h_tm1, da, du, dropout=None):
     in dw_h; and for b_x, b_h, g_x, g_h the rows [..., 3H] whose sum is the cotangent, or None.
     """
     read, input_norms = drop_state(h_tm1, dropout), _input_norms(params, xs)
-    dv_x = _norms_vjp(scale_blocks(params.g_x), input_norms, blocks(da))
-    dv_h = _norms_vjp(scale_blocks(params.g_h), gates.norms, blocks(du))
+    dv_x = _norms_vjp(blocks(params.g_x), input_norms, blocks(da))
+    dv_h = _norms_vjp(blocks(params.g_h), gates.norms, blocks(du))
     before = params.spec.reset == "before"
     reads = [read, gates.r * read] if before else [read]
     dvs = gates_and_candidate(dv_h) if before else [dv_h]
-    rows = [
-        None if params.b_x is None else da,
-        None if params.b_h is None else du,
-        _scale_rows(params.g_x, da, input_norms),
-        _scale_rows(params.g_h, du, gates.norms),
-    ]
-    return (xs.astype(h_tm1.dtype), dv_x), list(zip(reads, dvs)), rows
+    biases = [None if b is None else d for b, d in ((params.b_x, da), (params.b_h, du))]
+    scales = [_scale_rows(params.g_x, da, input_norms), _scale_rows(params.g_h, du, gates.norms)]
+    return (xs.astype(h_tm1.dtype), dv_x), list(zip(reads, dvs)), biases + scales
 
 
 def inputs_vjp(params, w_x_transposed, xs, da):
     """dx = N^T da w_x^T, in the state dtype."""
-    dv = _norms_vjp(scale_blocks(params.g_x), _input_norms(params, xs), blocks(da))
+    dv = _norms_vjp(blocks(params.g_x), _input_norms(params, xs), blocks(da))
     return matmul(dv, w_x_transposed)
 
 
@@ -159,7 +140,7 @@ def step_jvp_inputs(params, tparams, xs, txs, gates, h_tm1, dropout=None):
     cotangents of parameters and inputs. A tangent of None is zero and costs nothing.
     """
     recurrent = split_recurrent(params, dropout)
-    c, transposed = coefficients(recurrent, gates, h_tm1), transpose_recurrent(recurrent)
+    c, transposed = coefficients(recurrent, gates, h_tm1), recurrent.transposed()
     tangents = {**tparams.arrays(), "xs": txs}
     tangents = {k: t.astype(h_tm1.dtype) for k, t in tangents.items() if t is not None}
 

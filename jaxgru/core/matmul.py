@@ -1,7 +1,7 @@
 """Matrix products of a layer in mixed precision, and their transposes.
 
-Operands have the dtype of the weights. Sums, and operands of weight gradients, have the state
-dtype: float32 for half types, else the dtype of the weights.
+Operands have the dtype of the weights, except in the products of weight gradients. These, sums,
+gates and states have the state dtype: float32 for half types, else the dtype of the weights.
 """
 
 from typing import Any
@@ -18,9 +18,9 @@ def state_dtype(dtype: Any) -> Any:
     return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else jnp.dtype(dtype)
 
 
-def blocks(w: jax.Array) -> list[jax.Array]:
-    """The three blocks r | z | n of the last axis."""
-    return jnp.split(w, 3, axis=-1)
+def blocks(w: jax.Array | None) -> list[Any]:
+    """The three blocks r | z | n of the last axis, each None where w is."""
+    return [None, None, None] if w is None else jnp.split(w, 3, axis=-1)
 
 
 def gates_and_candidate(w: jax.Array) -> list[jax.Array]:
@@ -35,10 +35,8 @@ def like_row(b: jax.Array, v: jax.Array) -> jax.Array:
 
 def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
     """x @ w, summed in the state dtype."""
-    contract = (((x.ndim - 1,), (0,)), ((), ()))
-    return lax.dot_general(
-        x.astype(w.dtype), w, contract, preferred_element_type=state_dtype(w.dtype)
-    )
+    contract, dtype = (((x.ndim - 1,), (0,)), ((), ())), state_dtype(w.dtype)
+    return lax.dot_general(x.astype(w.dtype), w, contract, preferred_element_type=dtype)
 
 
 def weight_vjp(x: jax.Array, d: jax.Array, w: jax.Array) -> jax.Array:
@@ -58,8 +56,7 @@ def _flatten(x):
     a mesh but not the Auto axes, so with any Auto axis x is left as it is.
     """
     sharding = getattr(jax.typeof(x), "sharding", None)
-    if sharding is not None and any(axis is not None for axis in sharding.spec[:-1]):
-        return x
-    if on_auto_mesh():
+    explicit = sharding is not None and any(axis is not None for axis in sharding.spec[:-1])
+    if explicit or on_auto_mesh():
         return x
     return lax.collapse(x, 0, x.ndim - 1) if x.ndim > 1 else x[None]

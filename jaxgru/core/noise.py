@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxgru.core.checks import require_key_for, require_rate
+from jaxgru.core import checks
 from jaxgru.core.matmul import state_dtype
 from jaxgru.core.sharding import place_like
 
@@ -69,7 +69,7 @@ class Noise:
 
     def __post_init__(self):
         for name, rate in vars(self).items():
-            object.__setattr__(self, name, require_rate("Noise", name, rate))
+            object.__setattr__(self, name, checks.require_rate("Noise", name, rate))
 
 
 def require_noise(
@@ -83,7 +83,17 @@ def require_noise(
             "Noise(recurrent_dropout=...)."
         )
     noise = Noise(**vars(noise))  # checked again: JAX fills a pytree with anything
-    require_key_for(function, {**(more or {}), **vars(noise)}, key, deterministic)
+    checks.require_bool(function, "deterministic", deterministic)
+    rates = (more or {}) | vars(noise)
+    acting = [name for name, rate in rates.items() if checks.is_traced(rate) or float(rate)]
+    if acting and key is None and not deterministic:
+        shown = ", ".join(checks.show_rate(name, rates[name]) for name in acting)
+        raise ValueError(
+            f"{function}: key must be a jax.random.key for {shown}, got None; pass "
+            "deterministic=True for evaluation."
+        )
+    if key is not None:
+        checks.require_key(function, key)
     return noise
 
 

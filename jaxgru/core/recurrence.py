@@ -10,7 +10,7 @@ from jax import lax
 from jaxgru.core import checks
 from jaxgru.core.bptt import bptt
 from jaxgru.core.cell import project
-from jaxgru.core.chunks import default_chunk_size, default_residuals, default_unroll
+from jaxgru.core.chunks import resolve_options
 from jaxgru.core.flags import Flags, find_cuts
 from jaxgru.core.gradient import BPTT, Gradient, Rule, Tangent, as_rule
 from jaxgru.core.noise import Noise, as_constant, draw_state_dropout, is_zero, require_noise
@@ -34,22 +34,14 @@ class Tap(NamedTuple):
 jax.export.register_namedtuple_serialization(Tap, serialized_name="jaxgru.Tap")
 
 
+@checks.explain_unknown_arguments
 def gru(
-    params: GRUParams,
-    xs: jax.Array,
-    h0: jax.Array | None = None,
-    *,
-    mask: jax.Array | None = None,
-    resets: jax.Array | None = None,
-    reverse: bool = False,
-    axis: int = 0,
-    gradient: Gradient = "bptt",
-    noise: Noise | None = None,
-    key: jax.Array | None = None,
-    deterministic: bool = False,
-    first_step: int | jax.Array = 0,
+    params: GRUParams, xs: jax.Array, h0: jax.Array | None = None, *,
+    mask: jax.Array | None = None, resets: jax.Array | None = None, reverse: bool = False,
+    axis: int = 0, gradient: Gradient = "bptt", noise: Noise | None = None,
+    key: jax.Array | None = None, deterministic: bool = False, first_step: int | jax.Array = 0,
     tap: Tap | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Runs a GRU over a sequence and returns (h_last, hs), the order of `lax.scan`.
 
         h_t = step(x_t, h_{t-1})        the equation of params.spec, see `gru_cell`
@@ -72,7 +64,7 @@ def gru(
       gradient: "bptt" (handwritten, reverse mode, the fastest), "tangent" (handwritten, forward and
         reverse mode), "autodiff" (JAX's own, the reference), or one of `BPTT`, `Tangent` and
         `Autodiff` with options. **`jax.jvp`, `jax.jacfwd` and `jax.linearize` need "tangent"**;
-        with "bptt" JAX raises a TypeError. Every order of derivative works with each of them.
+        with "bptt" they raise a TypeError. Every order of derivative works with each of them.
       noise: rates of recurrent dropout and zoneout, which may be traced; None for neither.
       key: a `jax.random.key`, needed where a rate of noise is above 0 or traced. One key draws
         the same masks at the same steps, whatever the gradient, the direction and the padding.
@@ -94,7 +86,7 @@ def gru(
       ValueError: a shape does not fit, a choice is unknown, or a rate is above 0 without a key.
       TypeError: an argument has the wrong kind or dtype.
 
-    bfloat16 and float16: gates, sums and the state are float32, see `jaxgru.core.cell`.
+    bfloat16 and float16: gates, sums and the state are float32, see `jaxgru.core.matmul`.
 
     Cost: 6 T B H (I + H) floating-point operations in products forward and twice that backward.
     `jaxgru/core/README.md` says what each choice of residuals adds and what it saves.
@@ -115,14 +107,11 @@ def gru(
     shape = (*xs.shape[:axis], *xs.shape[axis + 1 : -1], sizes[1])
     require_state("gru", "h0", h0, shape, params, xs if axis == 0 else None)
     require_tap("gru", "tap", tap, xs.shape[:-1], sizes, params)
-
-    def time_first(v):
-        return None if v is None else jnp.moveaxis(v, axis, 0)
-
-    tap = None if tap is None else Tap(*map(time_first, tap))
+    arrays = (xs, mask, resets, tap)
+    xs, mask, resets, tap = jax.tree.map(lambda v: jnp.moveaxis(v, axis, 0), arrays)
     h_last, hs = run_gru(
-        params, time_first(xs), h0, time_first(mask), time_first(resets), key, first_step, tap,
-        reverse=reverse, rule=rule, noise=noise, deterministic=deterministic,
+        params, xs, h0, mask, resets, key, first_step, tap, reverse=reverse, rule=rule, noise=noise,
+        deterministic=deterministic,
     )  # fmt: skip
     return h_last, jnp.moveaxis(hs, 0, axis)
 
@@ -139,7 +128,9 @@ def run_gru(
     xs = xs if tap_xs is None else xs + tap_xs
     if mask is not None:
         xs = jnp.where(mask, xs, jnp.zeros_like(xs))  # 0 * NaN is NaN in gradients
-    h0 = _zero_state(params, xs) if h0 is None else jnp.asarray(h0)
+    if h0 is None:  # zeros with the sharding of a projected step; jit leaves the product out
+        h0 = jnp.zeros_like(project(params, xs.sum(axis=0))[0], dtype=xs.dtype)  # T may be 0
+    h0 = jnp.asarray(h0)
     numbers = first_step + lax.broadcasted_iota(jnp.int32, (xs.shape[0],), 0)
     cuts = None
     if rule.truncate is not None:
@@ -154,7 +145,7 @@ def run_gru(
         if kernel is not None and zoneout_key is None:
             raise TypeError(
                 "gru: noise.zoneout must be a Python float where a kernel takes its mean, got an "
-                "array; leave BPTT's kernel out."
+                "array; pass a float, or leave BPTT's kernel out."
             )
         zoneout = jnp.broadcast_to(zoneout, (xs.shape[0],) + (1,) * h0.ndim)
     arrays = (params, xs, h0, Flags(mask, resets, cuts, zoneout), tap_hs, dropout)
@@ -164,30 +155,17 @@ def run_gru(
     arguments = (params, inputs, h0, dropout, zoneout_key)
     if isinstance(rule, BPTT):
         kinds = ("cpu", "gpu", "tpu")
-        choices = [Config(reverse, kernel, *_resolve(rule, kind, xs, h0)) for kind in kinds]
-        return bptt(Configs(*choices), *arguments)
+        choices = [Config(reverse, kernel, *resolve_options(rule, kind, xs, h0)) for kind in kinds]
+        try:
+            return bptt(Configs(*choices), *arguments)
+        except TypeError as error:
+            if "forward-mode" not in str(error):
+                raise
+            raise TypeError(
+                "gru: gradient must be 'tangent' or a Tangent for jax.jvp and jax.jacfwd, got BPTT."
+            ) from error
     run = tangent if isinstance(rule, Tangent) else plain_scan
     return run(Config(reverse, None, None, None, rule.unroll), *arguments)
-
-
-def _resolve(rule, platform, xs, h0):
-    """(residuals, chunk_size, unroll) with their defaults; a kernel runs whole sequences."""
-    residuals, chunk_size, unroll = rule.residuals, rule.chunk_size, rule.unroll
-    if residuals is None:
-        residuals = default_residuals(platform, xs, h0) if rule.kernel is None else "states"
-    if chunk_size is None and (rule.kernel is None or residuals == "boundaries"):
-        chunk_size = default_chunk_size(platform, xs.shape[0], h0, residuals)
-    if unroll is None:
-        unroll = default_unroll(platform, xs.shape[0], h0) if rule.kernel is None else 1
-    return residuals, chunk_size, unroll
-
-
-def _zero_state(params, xs):
-    """Zeros [..., H] with the sharding of the projected input, of which only the type is used.
-
-    jit leaves the product out. xs.sum(axis=0) stands for one step, also where T is 0.
-    """
-    return jnp.zeros_like(project(params, xs.sum(axis=0))[0], dtype=xs.dtype)
 
 
 def require_inputs(
@@ -205,11 +183,6 @@ def require_inputs(
     return checks.require_axis(function, axis, xs.shape)
 
 
-_CURE_OF_STATE = (
-    "cast a state; pass a mask by name, mask=mask, and lengths as mask=length_mask(lengths, T)"
-)
-
-
 def require_state(
     function: str, name: str, h: Any, shape: tuple[int, ...], params: Any,
     time_major: Any = None, rows: str = "params.w_h", source: str = "xs", wide: bool = False,
@@ -220,7 +193,8 @@ def require_state(
     """
     if h is None:
         return
-    checks.require_float(function, name, h, params.w_x.dtype, _CURE_OF_STATE, wide=wide)
+    cure = "cast a state; pass a mask by name, and lengths as mask=length_mask(lengths, T)"
+    checks.require_float(function, name, h, params.w_x.dtype, cure, wide=wide)
     swapped = time_major is not None and h.shape[:1] == time_major.shape[:1]
     cure = "; for batch-major xs pass axis=1" if swapped else ""
     if h.shape == (1, *shape):
@@ -241,8 +215,7 @@ def require_tap(
             "makes one."
         )
     for field, size, value in zip(Tap._fields, sizes, tap):
-        if value is None:
-            continue
-        checks.require_float(function, f"{name}.{field}", value, params.w_x.dtype)
-        cure = "; init_taps(params, xs.shape[:-1]) makes it"
-        checks.require_shape(function, f"{name}.{field}", value, (*lead, size), f"as {field}", cure)
+        if value is not None:
+            place, cure = f"{name}.{field}", "; init_taps(params, xs.shape[:-1]) makes it"
+            checks.require_float(function, place, value, params.w_x.dtype)
+            checks.require_shape(function, place, value, (*lead, size), f"as {field}", cure)

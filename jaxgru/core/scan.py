@@ -3,7 +3,6 @@
 One product projects all inputs of a chunk; then the loop runs its steps.
 """
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -18,8 +17,7 @@ from jaxgru.core.gradient import Kernel, Residuals
 from jaxgru.core.matmul import state_dtype
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
+class Config(NamedTuple):
     """The static options of a call, defaults filled in."""
 
     reverse: bool
@@ -29,18 +27,12 @@ class Config:
     unroll: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Configs:
+class Configs(NamedTuple):
     """The `Config` for each kind of device that a program may be compiled for."""
 
     default: Config
     gpu: Config
     tpu: Config
-
-    @property
-    def save_gates(self) -> bool:
-        """Whether the residuals hold gates, on any device: they must have one structure."""
-        return any(c.residuals == "gates" for c in (self.default, self.gpu, self.tpu))
 
     def run(self, function, *arrays, **static) -> Any:
         """function(config, *arrays, **static), by the config of the device.
@@ -119,14 +111,10 @@ def scan_steps(config, recurrent, h, a, inputs, save_gates) -> Any:
         a, flags, tap = inputs
         h_tm1 = flags.enter(h)
         h_t, gates = step(recurrent, a, h_tm1)
-        h_t = add_tap(flags.leave(h_t, h_tm1), tap)
+        h_t = flags.leave(h_t, h_tm1)
+        h_t = h_t if tap is None else h_t + tap.astype(h_t.dtype)
         return h_t, (h_t.astype(dtype), gates if save_gates else None)
 
     dtype = inputs.xs.dtype
     per_step = (a, inputs.flags, inputs.tap)
     return lax.scan(body, h, per_step, reverse=config.reverse, unroll=config.unroll)
-
-
-def add_tap(h_t: jax.Array, tap: jax.Array | None) -> jax.Array:
-    """h_t + tap."""
-    return h_t if tap is None else h_t + tap.astype(h_t.dtype)

@@ -41,11 +41,3 @@ def place_like(v, like):
     sizes = zip(v.shape[lead:], like.shape, sharding.spec)
     spec = [axis if size == whole else None for size, whole, axis in sizes]
     return jax.sharding.reshard(v, jax.P(*[None] * lead, *spec))
-
-
-def replicate(v: jax.Array) -> jax.Array:
-    """v replicated over an explicit mesh, for a loop over an axis that is sharded."""
-    sharding = getattr(jax.typeof(v), "sharding", None)
-    if sharding is None or all(axis is None for axis in sharding.spec):
-        return v
-    return jax.sharding.reshard(v, jax.NamedSharding(sharding.mesh, jax.P()))

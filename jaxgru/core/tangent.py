@@ -1,10 +1,7 @@
-"""The tangent of the recurrence, derived by hand, as a `custom_jvp`.
+"""The tangent of the recurrence, derived by hand, as a `custom_jvp`: th_t = th_{t-1} M_t + e_t.
 
-    th_t = step_jvp(recurrent, c_t, th_{t-1}, e_t) = th_{t-1} M_t + e_t
-
-at a step without a mask, a reset or a tap; README.md defines M. e_t is what the tangents of the
-parameters and inputs add at step t; it is computed for all steps at once. The loop is linear in th,
-so JAX can transpose it, which is backpropagation through time, and differentiate it again.
+`step_jvp` defines M_t, and `step_jvp_inputs` computes e_t of all steps at once. The loop is linear
+in th, so JAX can transpose it, which is backpropagation through time, and differentiate it again.
 """
 
 import functools
@@ -17,7 +14,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxgru.core.cell import project, split_recurrent, step
 from jaxgru.core.derivatives import coefficients, step_jvp, step_jvp_inputs
 from jaxgru.core.matmul import state_dtype
-from jaxgru.core.scan import add_tap, plain_scan
+from jaxgru.core.scan import plain_scan
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -45,8 +42,8 @@ def _tangent_jvp(config, primals, tangents):
     def body(th, per_step):
         c, e, flags, ttap = per_step
         th_tm1 = flags.enter_linear(th)
-        th_t = step_jvp(recurrent, c, th_tm1, e)
-        th_t = add_tap(flags.leave(th_t, th_tm1), ttap)
+        th_t = flags.leave(step_jvp(recurrent, c, th_tm1, e), th_tm1)
+        th_t = th_t if ttap is None else th_t + ttap.astype(th_t.dtype)
         return th_t, th_t.astype(hs.dtype)
 
     per_step = (coefficients(recurrent, gates, h_tm1), e, flags, ttap)

@@ -12,8 +12,7 @@ from jax import lax
 from jaxgru.core import derivatives
 from jaxgru.core.matmul import matmul
 from jaxgru.core.parameters import GRUParams
-from jaxgru.core.sharding import replicate
-from jaxgru.diagnostics.traces import norm, trace_loss
+from jaxgru.diagnostics.traces import norm, replicate, trace_loss
 from jaxgru.stacks.forms import Merge, map_grus
 
 
@@ -62,7 +61,7 @@ def example_gradient_norms(
 def _example_norms(trace, tap):
     """A GRUParams of norms [...]; tap.hs is dL/dh_t [T, ..., H]."""
     g, _ = trace.flags.leave_vjp(tap.hs.astype(trace.h_tm1.dtype))
-    transposed = derivatives.transpose_recurrent(trace.recurrent)
+    transposed = trace.recurrent.transposed()
     dp = derivatives.step_vjp(transposed, trace.c, g)[1]
     arrays = (trace.xs, trace.gates, trace.h_tm1, *derivatives.gates_vjp(trace.c, g, dp))
     of_w_x, of_w_h, rows = derivatives.params_vjp_factors(trace.params, *arrays)

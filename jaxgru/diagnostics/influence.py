@@ -17,10 +17,11 @@ from jaxgru.core import derivatives
 from jaxgru.core.checks import require_choice
 from jaxgru.core.flags import Flags, choose
 from jaxgru.core.matmul import blocks, state_dtype
-from jaxgru.core.sharding import cast_to_common_varying_axes, replicate
+from jaxgru.core.sharding import cast_to_common_varying_axes
 from jaxgru.diagnostics.jacobians import jacobian_diagonal
 from jaxgru.diagnostics.traces import (
     per_layer,
+    replicate,
     require_scalar_loss,
     require_sequence,
     trace_steps,
@@ -196,7 +197,7 @@ def _require_state(params, h0, state, begin):
 def _pull_units(trace):
     """J [H, H], dh'/dx [H, I] and I, a GRUParams of [H, *shape]: row i is what dh'_i = 1 gives."""
     params, x, gates, h, c = trace.params, trace.xs, trace.gates, trace.h_tm1, trace.c
-    transposed = derivatives.transpose_recurrent(trace.recurrent)
+    transposed = trace.recurrent.transposed()
 
     def of_unit(unit):
         dh, dp = derivatives.step_vjp(transposed, c, unit)

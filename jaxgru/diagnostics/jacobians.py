@@ -11,15 +11,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxgru.core.cell import input_products, scale_blocks
+from jaxgru.core.cell import input_products
 from jaxgru.core.checks import require_bool, require_flags, require_float
 from jaxgru.core.derivatives import Coefficients
 from jaxgru.core.flags import Flags
 from jaxgru.core.layer_norm import Norm, normalize_jvp
 from jaxgru.core.matmul import blocks, like_row, matmul, state_dtype
 from jaxgru.core.parameters import GRUParams, require_params
-from jaxgru.core.sharding import replicate
-from jaxgru.diagnostics.traces import PLAIN, per_layer, trace_layers, trace_steps
+from jaxgru.diagnostics.traces import PLAIN, per_layer, replicate, trace_layers, trace_steps
 from jaxgru.stacks.checks import require_one_way, require_step
 
 
@@ -337,7 +336,7 @@ def _input_map(trace):
     """X [..., I, H] with th' = tx X, of valid steps."""
     params, c = trace.params, trace.c
     w_x, norms = params.w_x.astype(c.K.dtype), [n for _, n in input_products(params, trace.xs)]
-    parts = map(_map_of_gate, blocks(w_x), scale_blocks(params.g_x), norms, (c.R, c.Z, c.A))
+    parts = map(_map_of_gate, blocks(w_x), blocks(params.g_x), norms, (c.R, c.Z, c.A))
     through_r, through_z, through_n = parts
     if c.Q is None:
         product = matmul(through_r, trace.recurrent.w[1])

@@ -165,3 +165,11 @@ def _require_finite(function, argument, tree, mask=None):
                     f"{function}: {argument}{jax.tree_util.keystr(path)}{first} must be finite, "
                     f"got {values[tuple(first)]}; {cure}."
                 )
+
+
+def replicate(v: jax.Array) -> jax.Array:
+    """v replicated over an explicit mesh, for a loop over an axis that is sharded."""
+    sharding = getattr(jax.typeof(v), "sharding", None)
+    if sharding is None or all(axis is None for axis in sharding.spec):
+        return v
+    return jax.sharding.reshard(v, jax.NamedSharding(sharding.mesh, jax.P()))

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgru.atomic_files import require_json, write_atomically
-from jaxgru.core.checks import require_extra
 from jaxgru.core.parameters import GRUParams, GRUSpec, require_params
+from jaxgru.extras import require_extra
 from jaxgru.interop.common import as_float_array, is_stack
 from jaxgru.models.parameters import SequenceParams, TokenParams, require_model
 from jaxgru.stacks.checks import require_grus, require_sizes

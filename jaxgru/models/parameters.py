@@ -17,7 +17,8 @@ from jaxgru.core.checks import (
     require_key,
 )
 from jaxgru.core.matmul import like_row, state_dtype
-from jaxgru.core.parameters import CHO_2014, GRUSpec, Scheme
+from jaxgru.core.parameters import CHO_2014, GRUSpec
+from jaxgru.initializers import Scheme
 from jaxgru.stacks.checks import require_grus
 from jaxgru.stacks.create import init_stack
 from jaxgru.stacks.forms import Layer, Merge, directions_of, output_size_of

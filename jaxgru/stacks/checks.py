@@ -5,6 +5,7 @@
 
 import dataclasses
 import functools
+import sys
 import warnings
 from typing import Any, get_args
 
@@ -72,7 +73,7 @@ def _require_options(function, params, config, key, first_step):
             warnings.warn(
                 f"{function}: {given} acts between layers, and there is one layer, so it does "
                 "nothing; pass Dropout(input=...) or Dropout(output=...).",
-                stacklevel=5,
+                stacklevel=_stacklevel_of_caller(),
             )
     dropout = Dropout(**vars(dropout))  # checked again: JAX fills a pytree with anything
     rule = as_rule(function, config.rule)
@@ -86,6 +87,14 @@ def _require_options(function, params, config, key, first_step):
             "directions, got True."
         )
     return dataclasses.replace(config, dropout=dropout, rule=rule, noise=noise)
+
+
+def _stacklevel_of_caller():
+    """The stacklevel with which a warning of the calling function points out of the package."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals["__name__"].startswith("jaxgru."):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def require_grus(function, params, stack=False, root="params"):

@@ -7,13 +7,21 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 
-from jaxgru.core.checks import require_bool, require_choice, require_count, require_key
-from jaxgru.core.parameters import CHO_2014, GRUSpec, Scheme, init_gru
+from jaxgru.core.checks import (
+    explain_unknown_arguments,
+    require_bool,
+    require_choice,
+    require_count,
+    require_key,
+)
+from jaxgru.core.parameters import CHO_2014, GRUSpec
 from jaxgru.core.recurrence import Tap
+from jaxgru.initializers import Scheme, init_gru
 from jaxgru.stacks.checks import require_grus
 from jaxgru.stacks.forms import Bidirectional, Layer, Merge, describe, map_grus, output_size_of
 
 
+@explain_unknown_arguments
 def init_stack(
     key: jax.Array, input_size: int, hidden_size: int | Sequence[int],
     num_layers: int | None = None, *, spec: GRUSpec = CHO_2014, bidirectional: bool = False,

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxgru.core.checks import explain_unknown_arguments
 from jaxgru.core.gradient import Gradient
 from jaxgru.core.noise import Noise, Rate
 from jaxgru.core.parameters import GRUParams
@@ -17,6 +18,7 @@ from jaxgru.stacks.dropout import Dropout, drop
 from jaxgru.stacks.forms import Bidirectional, Layer, Merge
 
 
+@explain_unknown_arguments
 def gru_bidirectional(
     params: Bidirectional, xs: jax.Array,
     h0: Bidirectional | tuple[jax.Array, jax.Array] | None = None, *,
@@ -71,6 +73,7 @@ def gru_bidirectional(
     return check_and_run(function, params, xs, h0, mask, resets, config, key, axis, first_step, tap)
 
 
+@explain_unknown_arguments
 def gru_stack(
     params: Sequence[Layer], xs: jax.Array, h0: Sequence[Any] | None = None, *,
     mask: jax.Array | None = None, resets: jax.Array | None = None, merge: Merge = "concat",
@@ -127,6 +130,7 @@ def gru_stack(
     return check_and_run(function, params, xs, h0, mask, resets, config, key, axis, first_step, tap)
 
 
+@explain_unknown_arguments
 def gru_stack_cell(
     params: Sequence[Layer], x: jax.Array, h: Sequence[jax.Array], *,
     mask: jax.Array | None = None, resets: jax.Array | None = None, residual: bool = False,

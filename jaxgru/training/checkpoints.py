@@ -24,7 +24,8 @@ from jaxgru.atomic_files import (
     require_json,
     write_atomically,
 )
-from jaxgru.core.checks import require_choice, require_count, require_extra
+from jaxgru.core.checks import require_choice, require_count
+from jaxgru.extras import require_extra
 from jaxgru.training.processes import on_all_processes, on_process_zero
 
 _FORMAT = "jaxgru checkpoint 1"

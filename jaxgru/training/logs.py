@@ -9,7 +9,7 @@ import warnings
 from typing import Any, Protocol
 
 from jaxgru.atomic_files import write_atomically
-from jaxgru.core.checks import require_extra
+from jaxgru.extras import require_extra
 
 
 class Callback(Protocol):

@@ -7,19 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxgru
 from jaxgru.core.checks import (
     require_axis,
     require_bool,
     require_choice,
     require_count,
     require_dtype,
-    require_extra,
     require_first_step,
     require_float,
     require_key,
-    require_key_for,
     require_rate,
 )
+from jaxgru.core.noise import require_noise
+from jaxgru.extras import require_extra
 
 
 def traced(check):
@@ -30,6 +31,75 @@ def traced(check):
 def of_nnx(name, *bases):
     """A class that looks like one of Flax nnx, which need not be installed."""
     return type(name, bases, {"__module__": "flax.nnx.somewhere"})
+
+
+LAYER = jaxgru.init_gru(jax.random.key(0), 2, 3)
+CALLS = {
+    "gru": (LAYER, jnp.zeros((4, 2))),
+    "gru_cell": (LAYER, jnp.zeros(2), jnp.zeros(3)),
+    "gru_bidirectional": (jaxgru.Bidirectional(LAYER, LAYER), jnp.zeros((4, 2))),
+    "gru_stack": ((LAYER,), jnp.zeros((4, 2))),
+    "gru_stack_cell": ((LAYER,), jnp.zeros(2), (jnp.zeros(3),)),
+    "init_gru": (jax.random.key(0), 2, 3),
+    "init_stack": (jax.random.key(0), 2, 3),
+}
+DRAWN = "init_gru and init_stack take it and draw the parameters that gru and gru_stack run."
+LAYERS = "init_stack draws such layers, and gru_stack runs them."
+ARGUMENTS_OF_OTHER_LIBRARIES = {
+    "batch_first": "jaxgru takes time-major arrays, or axis=1 for [B, T, ...].",
+    "lengths": "pass mask=length_mask(lengths, T).",
+    "seq_lengths": "pass mask=length_mask(lengths, T).",
+    "num_layers": LAYERS,
+    "bidirectional": LAYERS,
+    "hidden_size": DRAWN,
+    "bias": DRAWN,
+    "spec": "the parameters hold their equation: init_gru(..., spec=PYTORCH), or "
+    "dataclasses.replace(params, spec=...).",
+    "dropout": "gru_stack takes dropout between layers, and noise=Noise(recurrent_dropout=...) is "
+    "the dropout of the state.",
+    "zoneout": "gru and gru_stack take both rates in noise=Noise(...).",
+    "rngs": "random draws take key=jax.random.key(...).",
+    "training": "gru and gru_stack take deterministic=True for evaluation.",
+    "initial_state": "the initial state is h0, or h of one step.",
+    "return_sequences": "the last state and the outputs of all steps are always returned, "
+    "(h_last, hs).",
+    "inputs": "the inputs are xs, or x of one step.",
+    "go_backwards": "pass reverse=True.",
+    "merge_mode": "pass merge.",
+    "stateful": "pass the h_last of one call as the h0 of the next.",
+}
+HAVE = {("gru_stack", "dropout"), ("gru_stack_cell", "dropout"), ("init_gru", "bias"),
+        ("init_gru", "hidden_size"), ("init_gru", "spec"), ("init_stack", "num_layers"),
+        ("init_stack", "bias"), ("init_stack", "hidden_size"), ("init_stack", "spec"),
+        ("init_stack", "bidirectional")}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_argument_of_another_library_is_told_what_to_pass_instead(name):
+    for argument, cure in ARGUMENTS_OF_OTHER_LIBRARIES.items():
+        if (name, argument) in HAVE:
+            continue
+        with pytest.raises(TypeError) as refused:
+            getattr(jaxgru, name)(*CALLS[name], **{argument: 1})
+        assert str(refused.value) == f"{name}: got an unexpected argument {argument!r}; {cure}"
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "cure"),
+    [
+        ("gru", "masks", "did you mean mask?"),
+        ("gru_stack", "determinstic", "did you mean deterministic?"),
+        ("gru_bidirectional", "resest", "did you mean resets?"),
+        ("gru_stack_cell", "h0", "did you mean h?"),
+        ("gru_cell", "foo", "it takes params, x, h."),
+        ("init_gru", "layernorm", "did you mean layer_norm?"),
+    ],
+)
+def test_unknown_argument_names_the_closest_one_or_all(name, argument, cure):
+    with pytest.raises(TypeError) as refused:
+        getattr(jaxgru, name)(*CALLS[name], **{argument: 1})
+    assert str(refused.value) == f"{name}: got an unexpected argument {argument!r}; {cure}"
+    getattr(jaxgru, name)(*CALLS[name])  # which is a good call without it
 
 
 F32, KEY = np.zeros(3, np.float32), jax.random.key(0)
@@ -90,11 +160,11 @@ CHECKS = [
     (TypeError, require_bool, ("x", 0), "x must be a bool, got 0."),
     (TypeError, traced(lambda function, x: require_bool(function, "x", x)), (True,),
      "x must be a bool, got a traced value; inside jit, make it a static argument."),
-    (TypeError, require_key_for, ({"r": 0.1}, KEY, 1), "deterministic must be a bool, got 1."),
-    (ValueError, require_key_for, ({"r": 0.1, "s": 0, "t": 0.5}, None, False),
+    (TypeError, require_noise, (None, KEY, 1, {"r": 0.1}), "deterministic must be a bool, got 1."),
+    (ValueError, require_noise, (None, None, False, {"r": 0.1, "s": 0, "t": 0.5}),
      "key must be a jax.random.key for r=0.1, t=0.5, got None; pass deterministic=True for "
      "evaluation."),
-    (ValueError, traced(lambda function, x: require_key_for(function, {"r": x}, None, False)),
+    (ValueError, traced(lambda function, x: require_noise(function, None, None, False, {"r": x})),
      (0.5,),
      "key must be a jax.random.key for r (traced), got None; pass deterministic=True for "
      "evaluation."),
@@ -102,7 +172,7 @@ CHECKS = [
     (TypeError, require_key, ("3",), "key must be a jax.random.key, got '3'."),
     (ValueError, require_key, (jax.random.split(KEY),),
      "key must be one jax.random.key, got shape (2,)."),
-    (ValueError, require_key_for, ({}, np.zeros((2, 2), np.uint32), False),
+    (ValueError, require_noise, (None, np.zeros((2, 2), np.uint32), False),
      "key must be one jax.random.key, got shape (2, 2)."),
     (ValueError, require_first_step, (-1,), "first_step must be at least 0, got -1."),
     (TypeError, require_first_step, (1.0,), "first_step must be an integer, got 1.0."),
@@ -136,10 +206,10 @@ def test_checks_let_good_arguments_pass():
     require_bool("f", "x", False)
     require_rate("f", "r", 0)
     require_rate("f", "r", 0.999)
-    require_key_for("f", {"r": 0.5}, KEY, False)
-    require_key_for("f", {"r": 0.5}, None, True)
-    require_key_for("f", {"r": 0, "s": 0.0}, None, False)
-    require_key_for("f", {"r": 0.5}, jax.random.PRNGKey(0), False)
+    require_noise("f", None, KEY, False, {"r": 0.5})
+    require_noise("f", None, None, True, {"r": 0.5})
+    require_noise("f", None, None, False, {"r": 0, "s": 0.0, "t": jnp.float32(0)})
+    require_noise("f", None, jax.random.PRNGKey(0), False, {"r": 0.5})
     for value in (0, 3, np.int32(2), jnp.int32(0)):
         require_first_step("f", value)
     traced(require_first_step)("f", -1)

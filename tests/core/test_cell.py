@@ -13,7 +13,8 @@ from conftest import assert_close, flat, make_problem, with_spec
 
 from jaxgru.core import cell, derivatives
 from jaxgru.core.cell import Gates
-from jaxgru.core.parameters import CHO_2014, CHUNG_2014, PYTORCH, GRUParams, GRUSpec, init_gru
+from jaxgru.core.parameters import CHO_2014, CHUNG_2014, PYTORCH, GRUParams, GRUSpec
+from jaxgru.initializers import init_gru
 
 gru_cell = flat(cell.gru_cell)
 EXACT = 1e-12  # float64, relative to the largest entry: rounding of different orders of summation
@@ -55,7 +56,7 @@ def step_and_rules(params, x, h, dh, spec, dropout=None):
     """The step's value, its handwritten VJP, and JAX's."""
     params = with_spec(params, spec)
     a, recurrent = cell.project(params, x), cell.split_recurrent(params, dropout)
-    transposed = derivatives.transpose_recurrent(recurrent)
+    transposed = recurrent.transposed()
     h_t, gates = cell.step(recurrent, a, h)
     c = derivatives.coefficients(recurrent, gates, h)
     dh_tm1, dp = derivatives.step_vjp(transposed, c, dh)

@@ -12,7 +12,8 @@ from conftest import flat
 from jaxgru import BPTT
 from jaxgru.checks.gradients import check_gradients
 from jaxgru.core import bptt, recurrence
-from jaxgru.core.parameters import CHO_2014, CHUNG_2014, PYTORCH, init_gru
+from jaxgru.core.parameters import CHO_2014, CHUNG_2014, PYTORCH
+from jaxgru.initializers import init_gru
 
 # One of each kind of place; the fast tier leaves the others to the slow one.
 FAST = {

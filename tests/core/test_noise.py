@@ -210,7 +210,7 @@ def test_kernel_refuses_an_array_whose_mean_it_would_take():
             noise=Noise(zoneout=jnp.float32(0.1)), deterministic=True)  # fmt: skip
     assert str(refused.value) == (
         "gru: noise.zoneout must be a Python float where a kernel takes its mean, got an array; "
-        "leave BPTT's kernel out."
+        "pass a float, or leave BPTT's kernel out."
     )
 
 

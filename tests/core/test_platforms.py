@@ -14,7 +14,7 @@ from conftest import make_problem
 from jax import export
 
 from jaxgru import BPTT, CHO_2014, PYTORCH, gru, init_gru
-from jaxgru.core import recurrence, scan
+from jaxgru.core import chunks, scan
 
 TPU = 64  # steps of a chunk there
 EQUATIONS = pytest.mark.parametrize("spec", [CHO_2014, PYTORCH], ids=["before", "after"])
@@ -52,7 +52,7 @@ CHOICES = {  # (T, B, I and H): residuals, chunk_size and unroll on a CPU, a GPU
 @pytest.mark.parametrize("sizes", CHOICES)
 def test_defaults_of_each_device(sizes):
     _, xs, h0 = shapes(*sizes, PYTORCH)
-    found = [recurrence._resolve(BPTT(), kind, xs, h0) for kind in ("cpu", "gpu", "tpu")]
+    found = [chunks.resolve_options(BPTT(), kind, xs, h0) for kind in ("cpu", "gpu", "tpu")]
     assert found == CHOICES[sizes]
 
 

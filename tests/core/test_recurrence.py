@@ -17,8 +17,8 @@ from conftest import assert_close, flat, make_problem
 
 import jaxgru
 from jaxgru.core.gradient import Kernel
-from jaxgru.core.masks import length_mask
 from jaxgru.core.parameters import CHO_2014, CHUNG_2014, PYTORCH, GRUParams, GRUSpec
+from jaxgru.masks import length_mask
 
 gru = flat(jaxgru.gru)
 gru_cell = flat(jaxgru.gru_cell)
@@ -781,7 +781,7 @@ GRU_ERRORS = {
         lambda: call_gru(h0=jnp.ones((5, 4), bool)),
         TypeError,
         "gru: h0 must be a floating array, got dtype bool; cast a state; pass a mask by name, "
-        "mask=mask, and lengths as mask=length_mask(lengths, T).",
+        "and lengths as mask=length_mask(lengths, T).",
     ),
     "h0_of_torch": (
         lambda: call_gru(h0=(1, 4, 3)),

@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 import jaxgru
 from jaxgru import BPTT
-from jaxgru.core.parameters import CHO_2014, PYTORCH, init_gru
+from jaxgru.core.parameters import CHO_2014, PYTORCH
+from jaxgru.initializers import init_gru
 from jaxgru.stacks import init_stack
 
 gru = flat(jaxgru.gru)

@@ -187,7 +187,7 @@ def _softplus(a):
 
 
 # Mosaic does not accept a function with a custom derivative, as these two of jax.nn are.
-_ACTIVATIONS = ACTIVATIONS | {
+_ACTIVATIONS = {name: f for name, (f, _) in ACTIVATIONS.items()} | {
     "relu": lambda a: jnp.maximum(a, jnp.zeros_like(a)),
     "softplus": _softplus,
 }

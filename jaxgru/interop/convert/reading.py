@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import jaxgru.interop as interop
-from jaxgru.core.checks import require_extra
+from jaxgru.extras import require_extra
 from jaxgru.interop import keras
 from jaxgru.stacks.forms import Bidirectional
 

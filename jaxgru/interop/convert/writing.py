@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxgru.interop as interop
-from jaxgru.core.checks import require_extra
-from jaxgru.core.masks import length_mask
+from jaxgru.extras import require_extra
 from jaxgru.interop.common import cells_of
 from jaxgru.interop.convert import libraries
 from jaxgru.interop.convert.reading import Options, nest, read, read_arrays, strip
 from jaxgru.interop.keras import name_directions
+from jaxgru.masks import length_mask
 from jaxgru.models.outputs import sequence_outputs, token_logits
 from jaxgru.models.parameters import SequenceParams, TokenParams
 from jaxgru.stacks.create import init_state

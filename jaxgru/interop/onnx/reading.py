@@ -7,7 +7,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from jaxgru.core.checks import require_choice, require_extra
+from jaxgru.core.checks import require_choice
+from jaxgru.extras import require_extra
 from jaxgru.interop.onnx.stacks import Stacks
 from jaxgru.interop.onnx.weights import ONNX_ACTIVATIONS, from_onnx
 

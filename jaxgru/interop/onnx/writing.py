@@ -7,7 +7,8 @@ import jax
 import numpy as np
 
 from jaxgru.atomic_files import write_atomically
-from jaxgru.core.checks import require_bool, require_choice, require_extra
+from jaxgru.core.checks import require_bool, require_choice
+from jaxgru.extras import require_extra
 from jaxgru.interop.common import is_stack
 from jaxgru.interop.onnx.weights import onnx_nodes
 from jaxgru.models.parameters import SequenceParams, TokenParams, require_model

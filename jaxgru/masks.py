@@ -8,9 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxgru.core.checks import is_traced, require_count, require_flags
+from jaxgru.core.checks import (
+    explain_unknown_arguments,
+    is_traced,
+    require_count,
+    require_flags,
+)
 
 
+@explain_unknown_arguments
 def length_mask(lengths: Any, num_steps: int, *, axis: int = 0) -> jax.Array:
     """mask[t, ...] = t < lengths[...]: True on the valid steps of right-padded sequences.
 
@@ -51,6 +57,7 @@ def length_mask(lengths: Any, num_steps: int, *, axis: int = 0) -> jax.Array:
     return jnp.moveaxis(steps < lengths[None], 0, _require_axis("length_mask", axis, steps))
 
 
+@explain_unknown_arguments
 def resets_from_dones(
     dones: jax.Array, done_before: jax.Array | None = None, *, axis: int = 0
 ) -> jax.Array:

@@ -32,6 +32,8 @@ _CURES = {
         "dataclasses.replace(params, spec=...)",
     ("dropout",): "gru_stack takes dropout between layers, and noise=Noise(recurrent_dropout=...) "
         "is the dropout of the state",
+    ("truncate", "unroll", "residuals", "chunk_size", "kernel"):
+        "gru and gru_stack take it in gradient=BPTT(...)",
     ("recurrent_dropout", "zoneout"): "gru and gru_stack take both rates in noise=Noise(...)",
     ("rngs", "rng", "seed"): "random draws take key=jax.random.key(...)",
     ("training", "train"): "gru and gru_stack take deterministic=True for evaluation",

@@ -103,10 +103,20 @@ def require_spec(function: str, spec: Any, argument: str = "spec") -> None:
         )
 
 
+def torch_cure(params: Any) -> str:
+    """What to do with a module of torch or its state_dict; "" for anything else."""
+    weights = isinstance(params, Mapping) and any("weight_ih" in str(name) for name in params)
+    if weights or hasattr(params, "state_dict"):
+        return "; jaxgru.interop.from_torch converts the state_dict of a module"
+    return ""
+
+
 def _cure(function, params, argument):
     """What to do with params that hold GRUParams, or the arrays of one; "" where they do not."""
     if isinstance(params, Mapping) and {"w_x", "w_h"} <= set(params):
         return f"; GRUParams(**{argument}, spec=...) holds these arrays"
+    if cure := torch_cure(params):
+        return cure
     leaves = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, GRUParams))
     if not any(isinstance(leaf, GRUParams) for leaf in leaves):
         return ""

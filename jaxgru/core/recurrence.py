@@ -64,7 +64,8 @@ def gru(
       gradient: "bptt" (handwritten, reverse mode, the fastest), "tangent" (handwritten, forward and
         reverse mode), "autodiff" (JAX's own, the reference), or one of `BPTT`, `Tangent` and
         `Autodiff` with options. **`jax.jvp`, `jax.jacfwd` and `jax.linearize` need "tangent"**;
-        with "bptt" they raise a TypeError. Every order of derivative works with each of them.
+        with "bptt" they raise a TypeError, which is JAX's own inside `jax.jit`. Every order of
+        derivative works with each of them.
       noise: rates of recurrent dropout and zoneout, which may be traced; None for neither.
       key: a `jax.random.key`, needed where a rate of noise is above 0 or traced. One key draws
         the same masks at the same steps, whatever the gradient, the direction and the padding.

@@ -24,7 +24,7 @@ from jaxgru.core.checks import (
 )
 from jaxgru.core.gradient import as_rule
 from jaxgru.core.noise import is_zero, require_noise
-from jaxgru.core.parameters import GRUParams, require_params
+from jaxgru.core.parameters import GRUParams, require_params, torch_cure
 from jaxgru.core.recurrence import Tap, require_inputs, require_state, require_tap
 from jaxgru.stacks.dropout import Dropout
 from jaxgru.stacks.forms import Bidirectional, Merge, as_stack, describe, output_size_of
@@ -102,8 +102,8 @@ def require_grus(function, params, stack=False, root="params"):
     single = isinstance(params, GRUParams | Bidirectional)
     if not isinstance(params, GRUParams | list | tuple) or not params or (stack and single):
         empty = isinstance(params, list | tuple) and not params
-        cure = "; put it into a tuple" if single else ""
-        if isinstance(params, dict):
+        cure = "; put it into a tuple" if single else torch_cure(params)
+        if isinstance(params, dict) and not cure:
             cure = "; make each layer of its arrays by GRUParams(**arrays, spec=...)"
         found = "an empty one" if empty else found_kind(params, cure)
         raise TypeError(
@@ -238,7 +238,8 @@ def _entries(function, argument, params, tree, root, place="") -> Any:
             wanted = f"a pair of {noun}s, forward and backward"
         else:
             wanted = f"a sequence of {len(params)} {noun}s, one for each layer"
-            cure += torch
+            one_array = not several and len(params) == 1 and isinstance(params[0], GRUParams)
+            cure = f"pass ({argument},)" if one_array else cure + torch
         if getattr(tree, "dtype", None) == jnp.bool_:
             cure = "pass a mask by name, mask=mask"
         raise ValueError(

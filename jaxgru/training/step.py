@@ -256,8 +256,9 @@ def _require_same(subject, new, old):
     """ValueError unless structure, shapes and dtypes of a tree are as in the state before."""
     structures = jax.tree.structure(new), jax.tree.structure(old)
     if structures[0] != structures[1]:
+        cure = "; give init_train_state the first carry" if old is None else ""
         raise ValueError(
-            f"train_step: {subject} with the structure {structures[1]}, got {structures[0]}."
+            f"train_step: {subject} with the structure {structures[1]}, got {structures[0]}{cure}."
         )
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(new), jax.tree.leaves(old)):
         a = jnp.asarray(a)

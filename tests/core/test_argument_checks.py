@@ -42,6 +42,8 @@ CALLS = {
     "gru_stack_cell": ((LAYER,), jnp.zeros(2), (jnp.zeros(3),)),
     "init_gru": (jax.random.key(0), 2, 3),
     "init_stack": (jax.random.key(0), 2, 3),
+    "length_mask": (jnp.array([2]), 3),
+    "resets_from_dones": (jnp.zeros((4, 2), bool),),
 }
 DRAWN = "init_gru and init_stack take it and draw the parameters that gru and gru_stack run."
 LAYERS = "init_stack draws such layers, and gru_stack runs them."
@@ -57,6 +59,7 @@ ARGUMENTS_OF_OTHER_LIBRARIES = {
     "dataclasses.replace(params, spec=...).",
     "dropout": "gru_stack takes dropout between layers, and noise=Noise(recurrent_dropout=...) is "
     "the dropout of the state.",
+    "truncate": "gru and gru_stack take it in gradient=BPTT(...).",
     "zoneout": "gru and gru_stack take both rates in noise=Noise(...).",
     "rngs": "random draws take key=jax.random.key(...).",
     "training": "gru and gru_stack take deterministic=True for evaluation.",

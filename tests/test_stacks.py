@@ -1234,7 +1234,7 @@ STATES_FORM = (
         (
             lambda: call(first_step=-1),
             ValueError,
-            "gru_stack: first_step must be at least 0, got -1.",
+            "gru_stack: first_step must be from 0 to 2**31 - 1, got -1.",
         ),
         (
             lambda: call(first_step=0.5),

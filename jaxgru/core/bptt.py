@@ -1,8 +1,8 @@
 """Backpropagation through time, derived by hand, as a `custom_vjp`; README.md has the equations.
 
-The loop of the backward pass runs from the last step to the first and carries g = dL/dh_t alone.
-All else is computed for all steps of a chunk at once, before the loop (the local derivatives) or
-after it (the gradients of weights, biases and inputs).
+The loop of the backward pass runs from the last step to the first and carries only g = dL/dh_t.
+Everything else is computed for all steps of a chunk at once: the local derivatives before the loop,
+the gradients of weights, biases and inputs after it.
 """
 
 import functools
@@ -21,25 +21,25 @@ from jaxgru.core.scan import Inputs, forward, plain_scan, run_chunk, run_unless_
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def bptt(configs, params, inputs, h0, dropout, key):
-    """(h_last, hs). Without a gradient nothing is saved."""
+    """(h_last, hs). It runs where no gradient is asked for, and saves nothing."""
     return configs.run(plain_scan, params, inputs, h0, dropout, key)
 
 
 def _forward(configs, params, inputs, h0, dropout, key):
-    """The results, and the residuals."""
+    """(h_last, hs), and the residuals: what `_backward` reads."""
     primals = (params, inputs, h0, dropout, key)  # each leaf has .value and .perturbed
     primals = jax.tree.map(lambda p: p.value, primals, is_leaf=lambda p: hasattr(p, "perturbed"))
-    save_gates = any(config.residuals == "gates" for config in configs)  # one structure for all
+    save_gates = any(config.residuals == "gates" for config in configs)  # for any platform
     results, saved = configs.run(forward_and_residuals, *primals, save_gates=save_gates)
     hs = None if configs.default.residuals == "boundaries" else results[1]
     return results, (primals, hs, *saved)
 
 
 def forward_and_residuals(config, params, inputs, h0, dropout, key, save_gates):
-    """(h_last, hs), and the gates and starts of chunks that config saves beside hs, or None.
+    """(h_last, hs), and (gates, state at the start of each chunk), None where config saves none.
 
-    Where another platform saves its gates, this one saves zeros in their place: the programs of all
-    platforms return the same arrays. Nothing reads them, so one `jit` of both passes has none.
+    save_gates: the config of some platform saves gates. The programs of all platforms must return
+    the same arrays, so the others return zeros, which XLA removes if one `jit` has both passes.
     """
     arguments = (params, inputs, h0, dropout, key)
     of_config = config.residuals == "gates"
@@ -59,7 +59,7 @@ def _backward(configs, residuals, cotangents):
 
 
 def backward(config, primals, hs, gates, h_starts, cotangents):
-    """The cotangents of params, inputs and h0, in chunks, in reverse order."""
+    """The cotangents of params, inputs and h0, by chunks, in the reverse of forward's order."""
     params, inputs, h0, dropout, key = primals
     dh_last, dhs = cotangents
     if h_starts is None:
@@ -92,7 +92,7 @@ def backward(config, primals, hs, gates, h_starts, cotangents):
         return (g, dparams), (dxs, dtap), None
 
     def recompute(inputs, hs, gates, h_start):
-        """The state that each step read, and its gates, of which some are saved."""
+        """The state that each step read, and its gates, recomputed unless they are saved."""
         if config.residuals == "boundaries":
             _, (hs, gates) = run_chunk(config, params, recurrent, h_start, inputs, key, True)
         h_tm1 = inputs.flags.states_before(h_start, hs, config.reverse)
@@ -116,10 +116,10 @@ bptt.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def reverse_scan(config, transposed, g, c, dhs, inputs):
-    """(g before the chunk, (dh, dp, dtap) of each step).
+    """(g at the start of the chunk, (dh, dp, dtap) of each step).
 
-    dtap = dL/dh_t, None without a tap. dh is its part that goes through the step, 0 where the step
-    is masked. dp = dL/d(r * d * h), None for reset="after".
+    dtap = dL/dh_t, or None without a tap. dh is the part of dL/dh_t that goes through the step: 0
+    where it is masked. dp = dL/d(r * d * h), or None for reset="after"; d is recurrent dropout.
     """
 
     def body(g, per_step):

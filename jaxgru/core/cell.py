@@ -3,8 +3,8 @@
 Everything here is a pure function of arrays with any leading axes: `lax.scan` runs `step` on
 [B, H], and the backward pass runs it on [T, B, H] to recompute the gates of all steps.
 
-Blocks of `3H` are reset | update | candidate (r | z | n), PyTorch's order; a_n leaves out b_hn for
-reset="after"::
+An axis of 3H has the blocks reset | update | candidate (r | z | n), PyTorch's order. With
+reset="after", b_hn is in q and not in a_n::
 
     r = sigmoid(a_r + N(h w_hr))       z = sigmoid(a_z + N(h w_hz))
     reset="before":  n = f(a_n + N((r * h) w_hn))
@@ -12,9 +12,9 @@ reset="after"::
     update="keep":   h' = z * h + (1 - z) * n
     update="write":  h' = (1 - z) * h + z * n
 
-N is layer normalization of each gate's H columns, with the scales g_x and g_h, and the identity
-where these are None; see `layer_norm.py`. With recurrent dropout d, the products with w_h read
-d * h in place of h, while z * h still uses h itself; see `Noise`.
+N is layer normalization of each gate's H columns, with the scales g_x and g_h; it is the identity
+where these are None (see `layer_norm.py`). With recurrent dropout d, the products with w_h read
+d * h in place of h, but z * h still uses h itself (see `Noise`).
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from jaxgru.core.matmul import blocks, gates_and_candidate, like_row, matmul, st
 from jaxgru.core.parameters import GRUParams, GRUSpec, require_params
 
 Norms = tuple[Norm | None, Norm | None, Norm | None]
-# f, and f' as a function of n = f(a). relu takes 0 at its kink, as jax.nn.relu does.
+# f, and its derivative f' as a function of n = f(a). For relu f'(0) = 0, as in jax.nn.relu.
 ACTIVATIONS = {
     "tanh": (jnp.tanh, lambda n: 1 - n * n),
     "relu": (jax.nn.relu, lambda n: (n > 0).astype(n.dtype)),
@@ -56,7 +56,7 @@ class Gates(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Recurrent:
-    """What `step` reads besides a and h; split outside the loop, where XLA would copy slices."""
+    """What `step` reads besides a and h, split before the loop: inside, XLA would copy slices."""
 
     w: tuple[jax.Array, ...]  # ([w_hr | w_hz], w_hn) for reset="before", (w_h,) for reset="after"
     b_q: jax.Array | None  # [H], b_hn for "after", where r multiplies it
@@ -76,23 +76,23 @@ def gru_cell(params: GRUParams, x: jax.Array, h: jax.Array) -> jax.Array:
         r = sigmoid(x w_xr + h w_hr + b_r)        z = sigmoid(x w_xz + h w_hz + b_z)
         n = tanh(x w_xn + (r * h) w_hn + b_n)     h' = z * h + (1 - z) * n
 
-    This is the default, `CHO_2014` (Cho et al. 2014, arXiv:1406.1078, eqs. 5-8); `GRUSpec` has the
-    other equations.
+    b = b_x + b_h. This is the default, `CHO_2014` (Cho et al. 2014, arXiv:1406.1078, eqs. 5-8,
+    which have no biases); `GRUSpec` has the other equations.
 
     Args:
-      params: one layer's; its spec says which equation.
-      x: [..., I], any leading axes, none included.
-      h: [..., H], the same leading axes; with half-precision parameters, their dtype or float32.
+      params: the parameters of one layer; params.spec is its equation.
+      x: [..., I], with any number of leading axes, or none.
+      h: [..., H], with the same leading axes, in the dtype of params, or float32 (see below).
 
     Returns:
-      h' [..., H] in the dtype of h. With half-precision parameters a float32 h gives h' unrounded,
-      so that single steps have the state that `gru` keeps over a sequence.
+      h' [..., H] in the dtype of h. With half-precision parameters, h may be float32: h' is
+      then not rounded, so single steps compute the same states as the loop of `gru`.
 
     Raises:
       ValueError: shapes do not fit.
       TypeError: an array is not floating, or dtypes differ.
 
-    Cost: 6 H (I + H) floating-point operations per row. JAX differentiates it in every mode.
+    Cost: 6 H (I + H) floating-point operations per row. JAX differentiates it, in every mode.
 
     >>> from jaxgru import init_gru
     >>> params = init_gru(jax.random.key(0), 2, 3)
@@ -117,7 +117,7 @@ def gru_cell(params: GRUParams, x: jax.Array, h: jax.Array) -> jax.Array:
 def project(params, xs):
     """a_r, a_z, a_n = N(x w_x) + the biases that r does not multiply, in the state dtype.
 
-    Three arrays rather than one of width 3H: a scan over them needs no slicing inside its loop.
+    They are three arrays and not one of width 3H, so that the loop needs no slicing.
     """
     a = [v for v, _ in input_products(params, xs)]
     outside = 3 if params.spec.reset == "before" else 2  # blocks of b_h that r does not multiply
@@ -128,7 +128,7 @@ def project(params, xs):
 
 
 def split_recurrent(params, dropout=None):
-    """The `Recurrent` of the parameters and of d, the mask of recurrent dropout, or None."""
+    """The `Recurrent` of a layer; dropout is the mask d of recurrent dropout, or None."""
     before = params.spec.reset == "before"
     w = tuple(gates_and_candidate(params.w_h)) if before else (params.w_h,)
     b_q = None if before or params.b_h is None else blocks(params.b_h)[2]
@@ -140,7 +140,7 @@ def step(recurrent, a, h):
     spec, (g_r, g_z, g_n) = recurrent.spec, recurrent.scales
     (f, _), before = ACTIVATIONS[spec.activation], spec.reset == "before"
     read = drop_state(h, recurrent.dropout)
-    # "after" needs no r before its products, so one product of width 3H gives all three.
+    # With "after" no product waits for r, so one product of width 3H computes all three.
     v_r, v_z, *v_n = jnp.split(matmul(read, recurrent.w[0]), 2 if before else 3, axis=-1)
     (u_r, norm_r), (u_z, norm_z) = normalize(v_r, g_r), normalize(v_z, g_z)
     r, z = jax.nn.sigmoid(a[0] + u_r), jax.nn.sigmoid(a[1] + u_z)
@@ -152,7 +152,7 @@ def step(recurrent, a, h):
 
 
 def empty_gates(params, hs):
-    """Zeros in the form of the `Gates` of all steps, from states [T, ..., H] of the state dtype."""
+    """`Gates` of all steps that hold zeros, with the shape [T, ..., H] and the dtype of hs."""
     zeros = jnp.zeros_like(hs)
     norm = None if params.g_h is None else Norm(zeros, zeros[..., :1])
     q = None if params.spec.reset == "before" else zeros
@@ -160,7 +160,7 @@ def empty_gates(params, hs):
 
 
 def drop_state(h, dropout):
-    """d * h. This map is its own transpose, so it serves forward and backward."""
+    """d * h, elementwise: its own transpose, so the backward pass uses it too."""
     return h if dropout is None else h * like_row(dropout, h)
 
 
@@ -170,8 +170,8 @@ _FEW_ROWS = 64
 def input_products(params, xs):
     """N(x w_x) and its norm, for each of the three blocks.
 
-    Below _FEW_ROWS rows one product is split, which is 1.5 times as fast in a loop of single steps
-    (H=256). Above it w_x is split, which is cheaper than copying slices of a large product.
+    With fewer rows than _FEW_ROWS one product is computed and then split: 1.5 times as fast in a
+    loop of single steps (H=256). With more, w_x is split: slices of a large product cost more.
     """
     if all(isinstance(n, int) for n in xs.shape) and math.prod(xs.shape[:-1]) < _FEW_ROWS:
         products = blocks(matmul(xs, params.w_x))

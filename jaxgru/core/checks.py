@@ -1,4 +1,4 @@
-"""Checks of arguments, whose messages read "function: argument must be X, got Y; the cure".
+"""Checks of arguments, with messages "function: argument must be X, got Y; what to do instead".
 
 They run at trace time, on types, shapes and dtypes, and on values that are not traced.
 """
@@ -20,7 +20,7 @@ _DTYPES = ("float64", "float32", "bfloat16", "float16")
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
-# What to do in place of the arguments that PyTorch, Keras and Flax have, and some functions here.
+# What to do instead of passing arguments of PyTorch, Keras, Flax, or other functions of jaxgru.
 _CURES = {
     ("batch_first", "time_major"): "jaxgru takes time-major arrays, or axis=1 for [B, T, ...]",
     ("lengths", "seq_lengths", "sequence_lengths"): "pass mask=length_mask(lengths, T)",
@@ -137,7 +137,7 @@ def require_float(
 
 
 def require_dtype(function: str, dtype: Any, argument: str = "") -> Any:
-    """The dtype, or TypeError unless it is one that the package computes in and JAX has enabled."""
+    """The dtype; TypeError unless jaxgru supports it and JAX has it enabled."""
     subject = f"the dtype of {argument}" if argument else "dtype"
     found = jnp.dtype(dtype)
     if found.name not in _DTYPES:
@@ -151,7 +151,7 @@ def require_dtype(function: str, dtype: Any, argument: str = "") -> Any:
 
 
 def require_axis(function: str, axis: Any, shape: tuple[int, ...]) -> int:
-    """The axis of time of xs, counted from the front; ValueError unless xs has it."""
+    """The axis of time as a non-negative integer; ValueError unless xs has it."""
     if isinstance(axis, bool) or not isinstance(axis, int | np.integer):
         raise TypeError(f"{function}: axis must be an integer, got {_static(axis)}.")
     if not -len(shape) <= axis < len(shape) - 1 or axis == -1:
@@ -169,9 +169,9 @@ def require_bool(function: str, argument: str, value: Any) -> None:
 
 
 def require_rate(function: str, argument: str, rate: Any) -> Any:
-    """The rate, as a number of Python or a scalar array of JAX.
+    """The rate, as a Python number or a scalar JAX array.
 
-    TypeError unless it is one of them or of NumPy, ValueError unless it is in [0, 1) or traced.
+    TypeError unless it is one of these or NumPy's, ValueError unless it is in [0, 1) or traced.
     """
     if isinstance(rate, np.generic | np.ndarray) and rate.shape == ():
         rate = rate.item()
@@ -192,12 +192,12 @@ def require_rate(function: str, argument: str, rate: Any) -> Any:
 
 
 def show_rate(argument: str, rate: Any) -> str:
-    """argument=rate for messages, where the rate can be read."""
+    """The text argument=rate for messages; without the value if that is traced."""
     return f"{argument} (traced)" if is_traced(rate) else f"{argument}={rate}"
 
 
 def require_key(function: str, key: Any) -> None:
-    """TypeError or ValueError unless key is one `jax.random.key`."""
+    """TypeError or ValueError unless key is a single `jax.random.key`."""
     dtype = getattr(key, "dtype", None)
     typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
     if not typed and dtype != jnp.uint32:
@@ -208,17 +208,17 @@ def require_key(function: str, key: Any) -> None:
 
 
 def require_first_step(function: str, value: Any) -> None:
-    """TypeError unless value is an integer or a scalar array of one, ValueError if negative."""
+    """TypeError unless value is an integer or a scalar integer array, ValueError if negative."""
     dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", ())
     whole = isinstance(value, int) if dtype is None else jnp.issubdtype(dtype, jnp.integer)
     if isinstance(value, bool) or not whole or shape != ():
         raise TypeError(f"{function}: first_step must be an integer, got {value!r}.")
-    if not is_traced(value) and int(value) < 0:
-        raise ValueError(f"{function}: first_step must be at least 0, got {value}.")
+    if not is_traced(value) and not 0 <= int(value) < 2**31:
+        raise ValueError(f"{function}: first_step must be from 0 to 2**31 - 1, got {value}.")
 
 
 def found_kind(value: Any, cure: str = "") -> str:
-    """The kind that came, and its cure: what Flax nnx wraps is known by its name, without Flax."""
+    """The type of value and the advice; finds Flax nnx types by name, without importing Flax."""
     kind = type(value)
     wrappers = {base.__name__ for base in kind.__mro__ if base.__module__.startswith("flax.nnx")}
     if "Variable" in wrappers:
@@ -229,11 +229,11 @@ def found_kind(value: Any, cure: str = "") -> str:
 
 
 def is_traced(value: Any) -> bool:
-    """True if the value is a tracer, which cannot be read and so not be checked."""
+    """True if the value is a tracer, whose value cannot be read or checked."""
     return isinstance(value, Tracer)
 
 
 def _static(value):
-    """What came for an argument that must be static, and the cure if it is traced."""
+    """The text for a value that must be static; says what to do if it is traced."""
     traced = "a traced value; inside jit, make it a static argument"
     return traced if is_traced(value) else repr(value)

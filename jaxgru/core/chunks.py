@@ -1,4 +1,4 @@
-"""Scans over time in chunks, whose temporaries stay in the caches, and the defaults of `BPTT`."""
+"""Scans over time in chunks, so that temporaries fit in a CPU's caches; defaults of `BPTT`."""
 
 import math
 from typing import Any
@@ -10,11 +10,11 @@ from jax import lax
 from jaxgru.core.sharding import on_auto_mesh
 
 # Measured on two CPU cores by `python -m experiments.benchmarks.peers`: the first two with
-# --chunks, the last two by its contenders "jaxgru gates" and "jaxgru states".
+# --chunks, the last two by comparing "jaxgru gates" with "jaxgru states".
 _WHOLE_SEQUENCE = 1 << 18  # T * B * H up to which all of time is one chunk
 _CHUNK = 1 << 17  # chunk_size * B * H, with a chunk_size of at least 8
-_MANY_GATES = 1 << 19  # T * B * H above which saved gates no longer stay in the caches
-_CHEAP_PRODUCT = 256  # the largest I + H for which recomputing gates is then faster than saving
+_MANY_GATES = 1 << 19  # T * B * H above which saved gates no longer fit in the caches
+_CHEAP_PRODUCT = 256  # the largest I + H for which recomputing gates is then faster
 # On a GPU each launch of a kernel costs microseconds, and on a TPU each operation has an overhead:
 # `python -m experiments.benchmarks.compiled` counts them.
 _ACCELERATOR_CHUNK = 64
@@ -24,8 +24,8 @@ _GPU_UNROLL = 8  # 4 at batches of more than 128, where an unrolled backward loo
 def scan_chunks(size, chunk, carry, per_step, per_chunk, *, reverse):
     """Scans `chunk` over time, `size` steps at once; a shorter last chunk takes the remainder.
 
-    chunk(carry, per_step, per_chunk) -> carry, per_step outputs, per_chunk outputs. Leaves of
-    per_step are [T, ...] and those of per_chunk [number of chunks, ...], in and out.
+    chunk(carry, per_step, per_chunk) -> carry, per_step outputs, per_chunk outputs. Inputs
+    and outputs have leaves [T, ...] in per_step and [number of chunks, ...] in per_chunk.
     """
     num_steps = jax.tree.leaves(per_step)[0].shape[0]
     if size is None or size >= num_steps:
@@ -67,11 +67,11 @@ def chunk_starts(h0, hs, config):
 
 
 def resolve_options(rule, platform, xs, h0):
-    """(residuals, chunk_size, unroll) of a `BPTT`, with its defaults by size and device.
+    """(residuals, chunk_size, unroll) of a `BPTT`, with defaults by size and device.
 
-    Gates are 3H or 4H numbers per row, and recomputing them takes 3H(I + H) multiply-adds: on a CPU
-    it is the faster the smaller I + H and the larger T B H. A GPU saves launches with it at every
-    size, and a TPU has multiply-adds to spare. A kernel runs whole sequences and saves no gates.
+    Gates are 3H or 4H numbers per row; to recompute them takes 3H(I + H) multiply-adds. On a CPU
+    that is faster for small I + H and large T B H. It saves launches on a GPU at every size; on a
+    TPU products are cheap at every I + H. A kernel has one chunk and recomputes gates by default.
     """
     (num_steps, *_, input_size), residuals, kernel = xs.shape, rule.residuals, rule.kernel
     if residuals is None:
@@ -90,11 +90,11 @@ def resolve_options(rule, platform, xs, h0):
 
 
 def _default_chunk_size(platform, num_steps, h0, residuals):
-    """sqrt(T) for "boundaries", and else what keeps temporaries in a CPU's caches.
+    """sqrt(T) for "boundaries"; else 64 on a GPU or TPU, or what fits in a CPU's caches.
 
-    None (one chunk) for short sequences, symbolic sizes, and meshes with Auto axes, where every
-    chunk would add an all-reduce of the weight gradients. A divisor of T is preferred, so that no
-    shorter last chunk is compiled.
+    Symbolic sizes give None (one chunk). Without "boundaries" so do short sequences, and meshes
+    with Auto axes, where every chunk would add an all-reduce of the weight gradients. A divisor of
+    T is preferred, so that no shorter last chunk is compiled.
     """
     if not all(isinstance(size, int) for size in (num_steps, *h0.shape)):
         return None

@@ -18,7 +18,7 @@ class Coefficients(NamedTuple):
     """The local derivatives of a step, computed for all steps of a chunk at once.
 
     K = dh'/dh with r, z and n fixed, A = dh'/da_n, Z = dh'/da_z, and
-    before:  R = d(r * h)/da_r, and the gate r         after:  R = dh'/da_r,  Q = dh'/dq
+    before:  R = d(r * h)/da_r, and r itself           after:  R = dh'/da_r,  Q = dh'/dq
     """
 
     K: jax.Array
@@ -31,7 +31,7 @@ class Coefficients(NamedTuple):
 
 
 def coefficients(recurrent, gates, h_tm1):
-    """`Coefficients` from values of the forward pass."""
+    """The `Coefficients` of steps from their gates and the states that they read."""
     (r, z, n, q, norms), spec = gates, recurrent.spec
     keep, write = (z, 1 - z) if spec.update == "keep" else (1 - z, z)
     sign = 1 if spec.update == "keep" else -1
@@ -48,7 +48,7 @@ def step_vjp(transposed, c, dh):
 
     before:  dp = N^T(dh A) w_hn^T,  dh_tm1 = dh K + d * (dp r + N^T[dp R | dh Z] [w_hr | w_hz]^T)
     after:   dh_tm1 = dh K + d * (N^T[dh R | dh Z | dh Q] w_h^T)
-    d is recurrent dropout, and N^T the transpose of the normalization (the identity without it).
+    d is recurrent dropout, and N^T the transposed derivative of N (the identity without g_h).
     """
     if c.Q is None:
         w_rz_t, w_n_t = transposed.w
@@ -76,11 +76,11 @@ def gates_vjp(c, dh, dp):
 
 
 def params_vjp(params, xs, gates, h_tm1, da, du, dropout=None):
-    """The cotangents of all parameters, in the state dtype: products over all leading axes.
+    """The cotangents of all parameters, in the state dtype, summed over all leading axes.
 
     dw_x = x^T N^T(da),  dw_h = read^T N^T(du) with read = d * h, but (r * read)^T N^T(du) in the
-    block n of "before". A bias gets the sum of da or du, and a layer-norm scale the sum of da or du
-    times y, the normalized product.
+    block n of "before". A bias gets the sum of da or du, and a layer-norm scale the sum of
+    da * y or du * y, where y is the normalized product.
     """
     (x, dv_x), of_w_h, rows = params_vjp_factors(params, xs, gates, h_tm1, da, du, dropout)
     w_h = split_recurrent(params).w
@@ -94,10 +94,10 @@ def params_vjp(params, xs, gates, h_tm1, da, du, dropout=None):
 
 
 def params_vjp_factors(params, xs, gates, h_tm1, da, du, dropout=None):
-    """The factors of `params_vjp`.
+    """What `params_vjp` multiplies and sums.
 
-    They are (x, dv) with dw_x = x^T dv; pairs (read, dv) whose products read^T dv are side by side
-    in dw_h; and for b_x, b_h, g_x, g_h the rows [..., 3H] whose sum is the cotangent, or None.
+    First (x, dv), with dw_x = x^T dv. Then the pairs (read, dv) whose products read^T dv are the
+    column blocks of dw_h. Then for b_x, b_h, g_x, g_h the rows [..., 3H] to sum, or None.
     """
     read, input_norms = drop_state(h_tm1, dropout), _input_norms(params, xs)
     dv_x = _norms_vjp(blocks(params.g_x), input_norms, blocks(da))
@@ -119,7 +119,7 @@ def inputs_vjp(params, w_x_transposed, xs, da):
 def step_jvp(recurrent, c, th, e):
     """The tangent of `step`: th_t = th_tm1 M + e, linear in th and e.
 
-    With s = d * th, where d is recurrent dropout, and N' the derivative of the normalization:
+    s = d * th, where d is recurrent dropout, and N' is the derivative of the normalization.
 
     before:  th M = th K + N'(s w_hz) Z + N'((s r + N'(s w_hr) R) w_hn) A
     after:   th M = th K + N'(s w_hr) R + N'(s w_hz) Z + N'(s w_hn) Q
@@ -134,10 +134,10 @@ def step_jvp(recurrent, c, th, e):
 
 
 def step_jvp_inputs(params, tparams, xs, txs, gates, h_tm1, dropout=None):
-    """e of `step_jvp`: what the tangents of parameters and inputs add to th_t, for a fixed state.
+    """e of `step_jvp`: what the tangents of parameters and inputs add to th_t.
 
-    It is linear in the tangents: JAX derives it by transposing `cotangents`, the map from dh to the
-    cotangents of parameters and inputs. A tangent of None is zero and costs nothing.
+    e is linear in these tangents, so JAX computes it as the transpose of `cotangents`, which maps
+    dh to the cotangents of parameters and inputs. A tangent of None is zero and costs nothing.
     """
     recurrent = split_recurrent(params, dropout)
     c, transposed = coefficients(recurrent, gates, h_tm1), recurrent.transposed()
@@ -155,17 +155,17 @@ def step_jvp_inputs(params, tparams, xs, txs, gates, h_tm1, dropout=None):
 
 
 def _input_norms(params, xs):
-    """The norms of the three products x w_x, recomputed since nothing saves them."""
+    """The `Norm` of each of the three products x w_x, recomputed because none is saved."""
     if params.g_x is None:
         return (None, None, None)
     return tuple(norm for _, norm in input_products(params, xs))
 
 
 def _norms_vjp(scales, norms, du):
-    """dv [..., 2H or 3H], the cotangents of the products, from du, those of the normalized ones."""
+    """dv [..., 2H or 3H], the cotangents before normalization, from du, those after it."""
     return jnp.concatenate(list(map(normalize_vjp, du, scales, norms)), axis=-1)
 
 
 def _scale_rows(scale, d, norms):
-    """The rows whose sum is the cotangent of a layer-norm scale, or None where there is none."""
+    """The rows whose sum is the cotangent of a layer-norm scale, or None without a scale."""
     return None if scale is None else d * jnp.concatenate([n.y for n in norms], axis=-1)

@@ -3,9 +3,9 @@
     h_tm1 = enter(h)                         h, but 0 at a reset; its gradient stops at a cut
     h_t = leave(step(x_t, h_tm1), h_tm1)     h_tm1 where the step is masked or the unit zoned out
 
-A cut is a window edge of `BPTT.truncate`. Both maps are linear in the state: `enter_linear` is the
-derivative of `enter` and also its transpose; `leave` is its own derivative, `leave_vjp` its
-transpose.
+A cut is the start of a window of `BPTT.truncate`. Both maps are linear in the states:
+`enter_linear` is the derivative of `enter` and the transpose of it; `leave` is its own derivative,
+and `leave_vjp` is its transpose.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ class Flags:
     mask: jax.Array | None = None  # False: h_t = h_tm1; [T, ..., H] after with_zoneout
     resets: jax.Array | None = None
     cuts: jax.Array | None = None  # no gradient flows to the state before the step
-    # The share of h_tm1 in h_t of a valid step; `with_zoneout` draws 0s and 1s of that mean.
+    # The share of h_tm1 in h_t of a valid step; 0 after `with_zoneout`, which draws a mask instead.
     zoneout_mean: Any = 0.0  # a number, or an array with one for each step
 
     def enter(self, h: jax.Array) -> jax.Array:
@@ -46,7 +46,7 @@ class Flags:
         return choose(self.mask, h_t, h_tm1)
 
     def leave_vjp(self, dh: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """The cotangents of h_t and of h_tm1 (None for zero) from that of leave(h_t, h_tm1)."""
+        """The cotangents of h_t and h_tm1 (None for zero), given dh, that of leave(h_t, h_tm1)."""
         dh_tm1 = None
         if self.mask is not None:
             zero = jnp.zeros_like(dh)
@@ -58,19 +58,19 @@ class Flags:
         return dh, dh_tm1
 
     def _shares(self, dtype):
-        """The mean shares of the new state and of h_tm1 in h_t."""
+        """The shares of the new state and of h_tm1 in h_t, by zoneout's mean."""
         shares = (1 - self.zoneout_mean, self.zoneout_mean)
         return [v.astype(dtype) if isinstance(v, jax.Array) else v for v in shares]
 
     def states_before(self, h_start: jax.Array, hs: jax.Array, reverse: bool) -> jax.Array:
-        """[T, ..., H], what every step reads."""
+        """The state that each step reads, [T, ..., H]."""
         pair = [h_start[None], hs.astype(h_start.dtype)]
         if reverse:
             return self.enter(jnp.concatenate(pair[::-1])[1:])
         return self.enter(jnp.concatenate(pair)[:-1])  # slices last, so that T may be 0
 
     def with_zoneout(self, key: jax.Array | None, numbers: Any, h: jax.Array) -> "Flags":
-        """Flags whose mask is also False at the units that zoneout holds at h_{t-1}."""
+        """Flags whose mask is also False at the units for which zoneout keeps h_{t-1}."""
         if key is None:
             return self
         written = draw_masks(key, self.zoneout_mean, numbers, h.shape, h)
@@ -84,7 +84,7 @@ def zero_where(flags: jax.Array | None, h: jax.Array) -> jax.Array:
 
 
 def choose(flags: jax.Array | None, where: jax.Array, elsewhere: jax.Array) -> jax.Array:
-    """jnp.where(flags, where, elsewhere), flags broadcast over the last axes; `where` if None."""
+    """jnp.where(flags, where, elsewhere), with last axes added to flags; `where` if None."""
     if flags is None:
         return where
     flags = flags.reshape(flags.shape + (1,) * (where.ndim - flags.ndim))
@@ -96,11 +96,11 @@ def find_cuts(
 ) -> jax.Array:
     """[T, ..., 1], True at a valid step whose window differs from that of the previous valid step.
 
-    "Previous" is in the order of the run, and windows [T] are the numbers of the steps' windows.
+    "Previous" and "first" are in the order of the loop. windows [T] numbers each step's window.
     The first valid step is never cut, so padding does not separate a sequence from its h0.
     """
     shape = (windows.shape[0],) + (1,) * h0.ndim
-    windows = (-windows if reverse else windows).reshape(shape)  # increasing in its order
+    windows = (-windows if reverse else windows).reshape(shape)  # increasing along the loop
     mask, none = jnp.ones(shape, bool) if mask is None else mask, jnp.iinfo(windows.dtype).min
     passed = jnp.where(mask, windows, jnp.full_like(windows, none))
     shift = (-1, 1, 0) if reverse else (1, -1, 0)  # by one step; `none` before the first

@@ -26,7 +26,7 @@ class Kernel:
 
 
 def _require_counts(rule, *names):
-    """Every field must be a positive integer, or None where None is its default."""
+    """Each named field must be a positive integer, or None if None is its default."""
     for name in names:
         value = getattr(rule, name)
         if value is not None or (name == "unroll" and not isinstance(rule, BPTT)):
@@ -39,18 +39,18 @@ class BPTT:
 
     JAX raises a TypeError for forward mode (`jax.jvp`, `jax.jacfwd`): use `Tangent` there.
     residuals, chunk_size and unroll change memory and time; values and gradients change by rounding
-    only. None chooses by size and by the device that the program is compiled for, see
-    `jaxgru/core/chunks.py`.
+    only. Where one is None, `jaxgru/core/chunks.py` chooses it by the sizes and the device that the
+    program is compiled for.
 
     Attributes:
       residuals: what the forward pass saves for the backward pass. "gates": hs and r, z, n (and q,
-        for reset="after"). "states": hs; the gates are recomputed in bulk products. "boundaries":
-        one state per chunk; the chunk is recomputed.
-      chunk_size: steps per chunk; T need not be a multiple of it. With symbolic sizes None means
-        the whole sequence, and "boundaries" then saves no memory.
+        for reset="after"). "states": hs; the gates are recomputed, a chunk at once. "boundaries":
+        the state at the start of each chunk; the forward pass is recomputed.
+      chunk_size: steps per chunk; T need not be a multiple of it. For symbolic sizes None means
+        one chunk, and "boundaries" then saves no memory.
       unroll: steps of the loop that one iteration runs, as in `lax.scan`.
-      truncate: truncated backpropagation: the gradient of the state stops at every multiple of
-        `truncate` steps. Values do not change. None: no truncation.
+      truncate: truncated backpropagation: no gradient flows from one window of `truncate` steps
+        back to the window before it. Values do not change. None: no truncation.
       kernel: runs the sequence in place of `lax.scan`: see `jaxgru.experimental.fused`.
 
     Raises:
@@ -93,7 +93,7 @@ class _ScanOptions:
 
 
 class Tangent(_ScanOptions):
-    """The handwritten `custom_jvp`: forward mode, and reverse mode, for which JAX transposes it.
+    """The handwritten `custom_jvp`, for forward mode; JAX transposes it for reverse mode.
 
     Its fields are `unroll`, which is 1 by default on every device, and `truncate`, as in `BPTT`.
     """
@@ -112,7 +112,7 @@ _NAMED = {"bptt": BPTT(), "tangent": Tangent(), "autodiff": Autodiff()}
 
 
 def as_rule(function: str, gradient: Any) -> Rule:
-    """The rule that `gradient=` names; ValueError or TypeError where it names none."""
+    """The rule that `gradient=` names; ValueError or TypeError if it names none."""
     if isinstance(gradient, Rule):
         return gradient
     if isinstance(gradient, str):

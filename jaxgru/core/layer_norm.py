@@ -16,8 +16,8 @@ _EPSILON = 1e-5
 class Norm(NamedTuple):
     """What the derivatives of a normalization need."""
 
-    y: jax.Array  # [..., H], of mean 0 and variance 1
-    i: jax.Array  # [..., 1], the inverse of the standard deviation
+    y: jax.Array  # [..., H], of mean 0 and variance near 1
+    i: jax.Array  # [..., 1], 1 / (the standard deviation of v)
 
 
 def normalize(v: jax.Array, scale: jax.Array | None) -> tuple[jax.Array, Norm | None]:
@@ -41,7 +41,7 @@ def normalize_jvp(t: jax.Array, scale: jax.Array | None, norm: Norm | None) -> j
 
 
 def _project_out(d, norm):
-    """(d - mean d - y mean(d y)) i, a symmetric map: it is dy/dv and its own transpose."""
+    """(d - mean d - y mean(d y)) i, which is d times dy/dv, a symmetric matrix."""
     y, i = norm
     along = (d * y).mean(axis=-1, keepdims=True)
     return (d - d.mean(axis=-1, keepdims=True) - y * along) * i

@@ -1,7 +1,7 @@
 """Matrix products of a layer in mixed precision, and their transposes.
 
-Operands have the dtype of the weights, except in the products of weight gradients. These, sums,
-gates and states have the state dtype: float32 for half types, else the dtype of the weights.
+The state dtype is float32 for float16 and bfloat16 weights, else that of the weights. Sums, gates,
+states and the operands of weight gradients have it; other operands have the dtype of the weights.
 """
 
 from typing import Any
@@ -14,12 +14,12 @@ from jaxgru.core.sharding import on_auto_mesh
 
 
 def state_dtype(dtype: Any) -> Any:
-    """The dtype of state, gates and sums: float32 for half types, else the dtype itself."""
+    """The dtype of state, gates and sums: float32 for float16 and bfloat16, else dtype."""
     return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else jnp.dtype(dtype)
 
 
 def blocks(w: jax.Array | None) -> list[Any]:
-    """The three blocks r | z | n of the last axis, each None where w is."""
+    """The three blocks r | z | n of the last axis; three None if w is None."""
     return [None, None, None] if w is None else jnp.split(w, 3, axis=-1)
 
 
@@ -42,18 +42,18 @@ def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
 def weight_vjp(x: jax.Array, d: jax.Array, w: jax.Array) -> jax.Array:
     """x^T d: the cotangent of w in y = x w, summed over the leading axes, in the dtype of d.
 
-    This is JAX's transpose of `matmul`, which can sum over an axis that an explicit mesh shards;
-    x^T d written out raises an error there.
+    It uses JAX's transpose of `matmul`, because that can sum over an axis that an explicit mesh
+    shards; a product x.T @ d raises an error there.
     """
     x, d = _flatten(x), _flatten(d)
     return jax.vjp(lambda w: matmul(x, w), w.astype(d.dtype))[1](d)[0]
 
 
 def _flatten(x):
-    """x as one matrix, which is fastest on a CPU, unless a leading axis is or may be sharded.
+    """x as a matrix, which is fastest on a CPU; x itself if a leading axis is or may be sharded.
 
-    Flattening would then gather its rows on every device. The type of x shows the explicit axes of
-    a mesh but not the Auto axes, so with any Auto axis x is left as it is.
+    Flattening a sharded axis would gather its rows on every device. The type of x shows sharding
+    over explicit axes of a mesh but not over Auto axes, so with any Auto axis x is not flattened.
     """
     sharding = getattr(jax.typeof(x), "sharding", None)
     explicit = sharding is not None and any(axis is not None for axis in sharding.spec[:-1])

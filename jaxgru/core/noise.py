@@ -16,7 +16,7 @@ Rate = float | np.floating | jax.Array  # an array may be traced
 
 
 def with_static_numbers(kind):
-    """Makes a dataclass a pytree: numbers of Python in its fields are static, the rest is data."""
+    """Makes a dataclass a pytree: Python numbers in its fields are static, the rest are leaves."""
     names = [field.name for field in dataclasses.fields(kind)]
 
     def flatten(value):
@@ -25,7 +25,7 @@ def with_static_numbers(kind):
         return [v for v in values if not isinstance(v, int | float)], static
 
     def unflatten(static, data):
-        value, data = object.__new__(kind), iter(data)  # unchecked, as JAX fills in anything
+        value, data = object.__new__(kind), iter(data)  # no checks: JAX puts any object into fields
         for name, number in zip(names, static):
             object.__setattr__(value, name, next(data) if number is None else number)
         return value
@@ -44,16 +44,16 @@ class Noise:
     at every step (Gal and Ghahramani 2016, arXiv:1512.05287, eq. 7).
 
     With zoneout each step keeps each unit of h_{t-1} with probability zoneout (Krueger et al. 2017,
-    arXiv:1606.01305, eq. 2). In evaluation (deterministic=True) its mean acts:
+    arXiv:1606.01305, eq. 2). Evaluation (deterministic=True) uses the mean:
     h_t = zoneout h_{t-1} + (1 - zoneout) step(x_t, h_{t-1}).
 
-    A rate that is a number of Python or NumPy is static: 0 costs nothing, and each value is
-    compiled anew. One that is a scalar array of JAX is data, so it may be traced, as a schedule of
-    the rate is in a train step, and one program serves all its values. It draws the masks of the
-    Python float of the same value, and has no gradient. A Noise is a pytree of such arrays.
+    A rate that is a number of Python or NumPy is static: 0 costs nothing, and each new value
+    compiles the program again. A rate that is a scalar array of JAX may be traced, such as the
+    value of a schedule in a train step, and one program serves all values. It gives the same masks
+    as a Python float of its value, and has no gradient. The leaves of a Noise are these arrays.
 
     Attributes:
-      recurrent_dropout: in [0, 1), which cannot be checked where it is traced.
+      recurrent_dropout: in [0, 1); a traced rate cannot be checked.
       zoneout: likewise.
 
     Raises:
@@ -75,14 +75,14 @@ class Noise:
 def require_noise(
     function: str, noise: Any, key: Any, deterministic: Any, more: dict[str, Any] | None = None
 ) -> Noise:
-    """The noise, or `Noise()` for None; raises if it, or a rate of `more`, needs a missing key."""
+    """The noise, `Noise()` for None; raises if it or `more` has a rate that needs a missing key."""
     noise = Noise() if noise is None else noise
     if not isinstance(noise, Noise):
         raise TypeError(
             f"{function}: noise must be a Noise or None, got {noise!r}; pass its rates by name, "
             "Noise(recurrent_dropout=...)."
         )
-    noise = Noise(**vars(noise))  # checked again: JAX fills a pytree with anything
+    noise = Noise(**vars(noise))  # checks the rates: `unflatten` did not
     checks.require_bool(function, "deterministic", deterministic)
     rates = (more or {}) | vars(noise)
     acting = [name for name, rate in rates.items() if checks.is_traced(rate) or float(rate)]
@@ -98,12 +98,12 @@ def require_noise(
 
 
 def is_zero(rate: Any) -> bool:
-    """True for a static rate of 0. An array may be above 0, so what it costs is paid."""
+    """True for a static rate of 0. An array may hold any rate, so it counts as above 0."""
     return isinstance(rate, int | float) and rate == 0
 
 
 def as_constant(rate: Any) -> Any:
-    """The rate; an array has no gradient and the dtype of Python floats, so that it draws alike."""
+    """The rate; an array gets no gradient, and the dtype that a Python float would have."""
     if not isinstance(rate, jax.Array):
         return rate
     return lax.stop_gradient(rate.astype(jnp.result_type(float)))
@@ -116,7 +116,7 @@ def scale_kept(x: jax.Array, rate: Any) -> jax.Array:
 
 
 def draw_state_dropout(key: jax.Array, rate: Any, h0: jax.Array) -> jax.Array | None:
-    """1/(1 - rate) with probability 1 - rate, else 0, as h0 but in the state dtype; or None."""
+    """1/(1 - rate) with probability 1 - rate, else 0; h0's shape, state dtype. None for rate 0."""
     if is_zero(rate):
         return None
     rate = as_constant(rate)
@@ -134,7 +134,7 @@ def draw_masks(
 ) -> jax.Array:
     """A `draw_mask` for each step, [T, *shape], from the key and the number of that step alone.
 
-    rate: one for all steps, or [T, ...].
+    rate: a scalar for all steps, or [T, ...].
     """
 
     def draw(number, rate=rate):
@@ -142,7 +142,7 @@ def draw_masks(
 
     typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     implementation = str(jax.random.key_impl(key if typed else jax.random.wrap_key_data(key)))
-    # Under vmap the hardware generators draw a whole batch from its first key.
+    # Under vmap the other generators ("rbg") draw all steps from the first key.
     steps = (numbers, rate) if jnp.ndim(rate) else (numbers,)
     if "threefry" in implementation:
         drawn = jax.vmap(draw)(*steps)

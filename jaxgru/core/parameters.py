@@ -52,7 +52,7 @@ class GRUParams:
     """The arrays of one GRU layer, and the equation they belong to.
 
     A pytree: its leaves are the arrays, blocks r | z | n (reset, update, candidate) on the last
-    axis. An array that is None is no leaf. `spec` is static: `jax.jit` compiles once for each, and
+    axis. A field that is None has no leaf. `spec` is static: `jax.jit` compiles once for each, and
     `jax.tree.map` over two GRUParams raises a ValueError unless their specs are equal. To change a
     field, use `dataclasses.replace(params, spec=PYTORCH)`.
 
@@ -112,7 +112,7 @@ def torch_cure(params: Any) -> str:
 
 
 def _cure(function, params, argument):
-    """What to do with params that hold GRUParams, or the arrays of one; "" where they do not."""
+    """The advice on params that hold GRUParams, or the arrays of one; "" on any others."""
     if isinstance(params, Mapping) and {"w_x", "w_h"} <= set(params):
         return f"; GRUParams(**{argument}, spec=...) holds these arrays"
     if cure := torch_cure(params):

@@ -23,8 +23,8 @@ from jaxgru.core.tangent import tangent
 class Tap(NamedTuple):
     """Zeros that `gru` adds to xs and to every h_t; their gradients are dL/dx_t and dL/dh_t.
 
-    h_t is what step t passes to its output and to step t + 1 (`retain_grad` in PyTorch). None
-    stands for an array that is not wanted.
+    dL/dh_t counts every path from h_t to the loss, through hs[t] and step t + 1, as `h_t.grad` does
+    after `h_t.retain_grad()` in PyTorch. Give None for a gradient that you do not need.
     """
 
     xs: jax.Array | None  # [T, ..., I]
@@ -53,33 +53,33 @@ def gru(
 
     Args:
       params: of one layer, in the dtype of xs and h0 (float64, float32, bfloat16 or float16).
-      xs: [T, ..., I]: time, any batch axes or none, input. T may be 0.
+      xs: [T, ..., I]: time, any number of batch axes (or none), inputs. T may be 0.
       h0: [..., H], the initial state; None for zeros.
       mask: [T, ...] bool, True = valid step. The values of xs at masked steps, NaN included, change
-        no result and no gradient. `length_mask` makes a mask from lengths, with time in front. A
-        mask with time and batch swapped is refused, except where T = B, as only shapes are checked.
+        no result and no gradient. `length_mask` makes a mask [T, ...] from lengths. Only shapes
+        are checked: a mask with time and batch swapped raises an error unless T = B.
       resets: [T, ...] bool. `resets_from_dones` computes them from the ends of episodes.
       reverse: runs from the last step to the first; hs keeps the order of xs.
       axis: the axis of time in xs, mask, resets and hs; 1 for batch-major [B, T, I].
       gradient: "bptt" (handwritten, reverse mode, the fastest), "tangent" (handwritten, forward and
         reverse mode), "autodiff" (JAX's own, the reference), or one of `BPTT`, `Tangent` and
-        `Autodiff` with options. **`jax.jvp`, `jax.jacfwd` and `jax.linearize` need "tangent"**;
-        with "bptt" they raise a TypeError, which is JAX's own inside `jax.jit`. Every order of
-        derivative works with each of them.
+        `Autodiff` with options. **`jax.jvp`, `jax.jacfwd` and `jax.linearize` need "tangent"**
+        (or "autodiff"); with "bptt" they raise a TypeError, which is JAX's own inside `jax.jit`.
+        All three have higher derivatives.
       noise: rates of recurrent dropout and zoneout, which may be traced; None for neither.
       key: a `jax.random.key`, needed where a rate of noise is above 0 or traced. One key draws
         the same masks at the same steps, whatever the gradient, the direction and the padding.
-      deterministic: True for evaluation: no dropout, and zoneout's mean; key is not used.
+      deterministic: True for evaluation: no dropout, and the mean of zoneout; key is not used.
       first_step: the number of the first step of xs, for zoneout's draws and the windows of
         `BPTT.truncate`. With it, consecutive pieces of a sequence give the values of the whole
-        sequence. A window edge at the start of a piece does not cut the gradient of its h0: use
-        `jax.lax.stop_gradient` there. May be traced.
+        sequence. A window that starts with a piece does not cut the gradient of h0: pass
+        `jax.lax.stop_gradient(h0)` for that. May be traced.
       tap: a `Tap` of zeros, from `init_taps`. The gradient of a loss with respect to it is dL/dx_t
         and dL/dh_t of every step.
 
     Returns:
-      h_last [..., H], the state after the last step (the first, if reverse); without resets and
-      under a mask it is the state after the last valid step, or h0 where no step is valid. And hs
+      h_last [..., H], the state after the last step (the first, if reverse). With a mask, but no
+      resets or tap, that is the state after the last valid step, or h0 if no step is valid. And hs
       [T, ..., H], with time at `axis`. Both have the dtype of xs, and each gradient that of its
       argument. (`torch.nn.GRU` returns its outputs first, and h_n with an axis of layers.)
 
@@ -90,7 +90,7 @@ def gru(
     bfloat16 and float16: gates, sums and the state are float32, see `jaxgru.core.matmul`.
 
     Cost: 6 T B H (I + H) floating-point operations in products forward and twice that backward.
-    `jaxgru/core/README.md` says what each choice of residuals adds and what it saves.
+    `jaxgru/core/README.md` says what each choice of residuals saves and recomputes.
 
     >>> from jaxgru import init_gru
     >>> params = init_gru(jax.random.key(0), 2, 3)
@@ -129,9 +129,10 @@ def run_gru(
     xs = xs if tap_xs is None else xs + tap_xs
     if mask is not None:
         xs = jnp.where(mask, xs, jnp.zeros_like(xs))  # 0 * NaN is NaN in gradients
-    if h0 is None:  # zeros with the sharding of a projected step; jit leaves the product out
+    if h0 is None:  # zeros, sharded as a projected step; jit removes the product
         h0 = jnp.zeros_like(project(params, xs.sum(axis=0))[0], dtype=xs.dtype)  # T may be 0
     h0 = jnp.asarray(h0)
+    first_step = jnp.asarray(first_step).astype(jnp.int32)  # as the numbers of steps
     numbers = first_step + lax.broadcasted_iota(jnp.int32, (xs.shape[0],), 0)
     cuts = None
     if rule.truncate is not None:
@@ -207,7 +208,7 @@ def require_state(
 def require_tap(
     function: str, name: str, tap: Any, lead: tuple[int, ...], sizes: tuple[int, int], params: Any
 ) -> None:
-    """TypeError or ValueError unless tap is None or a Tap of arrays like xs and hs."""
+    """TypeError or ValueError unless tap is None or a Tap with the shapes of xs and hs."""
     if tap is None:
         return
     if not isinstance(tap, Tap):

@@ -1,6 +1,6 @@
-"""The recurrence by `lax.scan`, without a derivative rule, in chunks of steps.
+"""The forward loop by `lax.scan`, in chunks of steps, with no derivative rule but JAX's own.
 
-One product projects all inputs of a chunk; then the loop runs its steps.
+All inputs of a chunk are projected at once; then the loop runs its steps.
 """
 
 import functools
@@ -35,10 +35,10 @@ class Configs(NamedTuple):
     tpu: Config
 
     def run(self, function, *arrays, **static) -> Any:
-        """function(config, *arrays, **static), by the config of the device.
+        """function(config, *arrays, **static) with the config of the device.
 
-        JAX knows the device when it lowers the program, not when it traces it: what differs is
-        traced once for each config, and compiled for one.
+        JAX knows the device when it lowers the program, not when it traces it. Configs that differ
+        are therefore all traced, and only that of the device is compiled.
         """
         kinds = {"cuda": self.gpu, "rocm": self.gpu, "tpu": self.tpu}
         bound = {
@@ -60,7 +60,7 @@ class Inputs(NamedTuple):
 
 
 def plain_scan(config, params, inputs, h0, dropout, key):
-    """(h_last, hs). dropout: the mask of recurrent dropout; key: zoneout's; each may be None."""
+    """(h_last, hs). dropout: mask of recurrent dropout, or None; key: draws zoneout, or None."""
     h_last, (hs, _), _ = forward(config, params, inputs, h0, dropout, key, save_gates=False)
     return h_last, hs
 
@@ -85,10 +85,10 @@ def forward(config, params, inputs, h0, dropout, key, *, save_gates):
 
 
 def run_unless_masked(config, inputs, run, skip):
-    """run(), or skip() where every step of the chunk is masked: padding then costs no step.
+    """run(), or skip() if there are chunks and this one has only masked steps, such as padding.
 
-    A reset or a tap changes the state on masked steps too, so such a chunk runs. Under `jax.vmap`
-    over masks both are computed, and padding costs what it does without this.
+    A reset or a tap changes the state on masked steps too: a chunk with a reset runs, and so does
+    every chunk if there is a tap. Under `jax.vmap` over masks both are computed: no time is saved.
     """
     mask, resets = inputs.flags.mask, inputs.flags.resets
     if mask is None or config.chunk_size is None or config.kernel or inputs.tap is not None:
@@ -97,7 +97,7 @@ def run_unless_masked(config, inputs, run, skip):
 
 
 def run_chunk(config, params, recurrent, h, inputs, key, save_gates):
-    """(h_end, (hs, gates or None)) of a chunk: the projection in bulk, then the loop."""
+    """(h_end, (hs, gates or None)) of a chunk: projects its inputs, then runs the loop."""
     flags = inputs.flags.with_zoneout(key, inputs.numbers, h)
     inputs, a = inputs._replace(flags=flags), project(params, inputs.xs)
     run = scan_steps if config.kernel is None else config.kernel.forward

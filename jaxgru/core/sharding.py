@@ -7,16 +7,16 @@ from jax import lax
 
 
 def on_auto_mesh() -> bool:
-    """True inside a mesh with an Auto axis, over which the compiler shards arrays itself."""
+    """True inside a mesh with an Auto axis of several devices, over which the compiler shards."""
     mesh = jax.sharding.get_abstract_mesh()
     return any(mesh.shape[name] > 1 for name in mesh.auto_axes)
 
 
 def cast_to_common_varying_axes(tree: Any, others: Any = None) -> Any:
-    """The tree, each leaf cast to vary over every mesh axis over which a leaf of both varies.
+    """The tree, each leaf cast to vary over every mesh axis that any leaf of the two trees does.
 
-    Scan carries and cotangents then have equal types inside `jax.shard_map`, and the transpose of
-    the cast sums the gradient of the parameters over the mesh once.
+    Inside `jax.shard_map` scan carries and cotangents then have equal types, and the transpose of
+    the cast sums the gradient of the parameters over the mesh, once per call.
     """
     axes = frozenset().union(*(varying_axes(v) for v in jax.tree.leaves((tree, others))))
 
@@ -33,7 +33,7 @@ def varying_axes(v: Any) -> frozenset[Any]:
 
 
 def place_like(v, like):
-    """v, sharded over an explicit mesh as `like` is along the axes that they share."""
+    """v sharded over an explicit mesh as `like` is, on the last axes of equal size."""
     sharding = getattr(jax.typeof(like), "sharding", None)
     if sharding is None or all(axis is None for axis in sharding.spec):
         return v

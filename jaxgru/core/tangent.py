@@ -1,7 +1,7 @@
 """The tangent of the recurrence, derived by hand, as a `custom_jvp`: th_t = th_{t-1} M_t + e_t.
 
 `step_jvp` defines M_t, and `step_jvp_inputs` computes e_t of all steps at once. The loop is linear
-in th, so JAX can transpose it, which is backpropagation through time, and differentiate it again.
+in th and e, so JAX can transpose it (that is BPTT), and can differentiate it again.
 """
 
 import functools
@@ -19,7 +19,7 @@ from jaxgru.core.scan import plain_scan
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def tangent(config, params, inputs, h0, dropout, key):
-    """The plain recurrence."""
+    """(h_last, hs) of `plain_scan`; its derivative is `_tangent_jvp`."""
     return plain_scan(config, params, inputs, h0, dropout, key)
 
 

@@ -74,7 +74,7 @@ ARGUMENTS_OF_OTHER_LIBRARIES = {
 HAVE = {("gru_stack", "dropout"), ("gru_stack_cell", "dropout"), ("init_gru", "bias"),
         ("init_gru", "hidden_size"), ("init_gru", "spec"), ("init_stack", "num_layers"),
         ("init_stack", "bias"), ("init_stack", "hidden_size"), ("init_stack", "spec"),
-        ("init_stack", "bidirectional")}  # fmt: skip
+        ("init_stack", "bidirectional"), ("length_mask", "lengths")}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -177,7 +177,9 @@ CHECKS = [
      "key must be one jax.random.key, got shape (2,)."),
     (ValueError, require_noise, (None, np.zeros((2, 2), np.uint32), False),
      "key must be one jax.random.key, got shape (2, 2)."),
-    (ValueError, require_first_step, (-1,), "first_step must be at least 0, got -1."),
+    (ValueError, require_first_step, (-1,), "first_step must be from 0 to 2**31 - 1, got -1."),
+    (ValueError, require_first_step, (np.int64(2**31),),
+     "first_step must be from 0 to 2**31 - 1, got 2147483648."),
     (TypeError, require_first_step, (1.0,), "first_step must be an integer, got 1.0."),
     (TypeError, require_first_step, (True,), "first_step must be an integer, got True."),
     (TypeError, require_first_step, (np.float32(1),),

@@ -246,3 +246,20 @@ def test_rates_are_checked_after_a_tree_operation():
         gru(layer, xs, noise=jax.tree.map(lambda v: v + 5, noise), deterministic=True)
     with pytest.raises(TypeError, match="zoneout must be a Python float or a floating scalar"):
         gru(layer, xs, noise=jax.tree.map(lambda v: v[None], noise), deterministic=True)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_first_step_of_every_integer_dtype_is_that_of_a_python_int(wide, uncompiled):
+    """It numbers the windows of truncation and the draws of zoneout."""
+    layer, xs = init_gru(jax.random.key(0), 2, 4), jnp.ones((3, 1, 2))
+    options = {"noise": Noise(zoneout=0.5), "key": jax.random.key(1), "gradient": BPTT(truncate=2)}
+
+    def gradient(first_step):
+        return jax.grad(lambda xs: gru(layer, xs, first_step=first_step, **options)[0].sum())(xs)
+
+    with jax.enable_x64(wide):
+        want = gradient(3)
+        for name in ("int8", "int64", "uint32", "uint64"):
+            np.testing.assert_array_equal(gradient(np.dtype(name).type(3)), want)
+        np.testing.assert_array_equal(gradient(jnp.asarray(np.int64(3))), want)
+        assert not np.array_equal(gradient(2), want)

@@ -20,31 +20,39 @@ _DTYPES = ("float64", "float32", "bfloat16", "float16")
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
-# What to do instead of passing arguments of PyTorch, Keras, Flax, or other functions of jaxgru.
-_CURES = {
-    ("batch_first", "time_major"): "jaxgru takes time-major arrays, or axis=1 for [B, T, ...]",
-    ("lengths", "seq_lengths", "sequence_lengths"): "pass mask=length_mask(lengths, T)",
-    ("num_layers", "bidirectional"): "init_stack draws such layers, and gru_stack runs them",
-    ("input_size", "hidden_size", "features", "units", "bias", "use_bias", "layer_norm"):
-        "init_gru and init_stack take it and draw the parameters that gru and gru_stack run",
-    ("spec", "activation", "reset_after"):
-        "the parameters hold their equation: init_gru(..., spec=PYTORCH), or "
-        "dataclasses.replace(params, spec=...)",
-    ("dropout",): "gru_stack takes dropout between layers, and noise=Noise(recurrent_dropout=...) "
-        "is the dropout of the state",
-    ("truncate", "unroll", "residuals", "chunk_size", "kernel"):
-        "gru and gru_stack take it in gradient=BPTT(...)",
-    ("recurrent_dropout", "zoneout"): "gru and gru_stack take both rates in noise=Noise(...)",
-    ("rngs", "rng", "seed"): "random draws take key=jax.random.key(...)",
-    ("training", "train"): "gru and gru_stack take deterministic=True for evaluation",
-    ("initial_state", "initial_carry", "hx"): "the initial state is h0, or h of one step",
-    ("return_sequences", "return_state", "return_carry"):
-        "the last state and the outputs of all steps are always returned, (h_last, hs)",
-    ("input", "inputs"): "the inputs are xs, or x of one step",
-    ("go_backwards",): "pass reverse=True",
-    ("merge_mode",): "pass merge",
-    ("stateful",): "pass the h_last of one call as the h0 of the next",
-}  # fmt: skip
+# What to do instead of passing arguments of PyTorch, Keras, Flax, or other functions of jaxgru: the
+# arguments, a parameter that the called function must have for the advice to hold, and the advice.
+CURES = [
+    (("batch_first", "time_major"), "axis", "arrays are time-major; pass axis=1 for [B, T, ...]"),
+    (("lengths", "seq_lengths", "sequence_lengths"), "mask", "pass mask=length_mask(lengths, T)"),
+    (("num_layers", "bidirectional"), None,
+     "init_stack draws such layers, and gru_stack runs them"),
+    (("use_bias",), "bias", "pass bias"),
+    (("units", "features"), "hidden_size", "pass hidden_size"),
+    (("input_size", "hidden_size", "features", "units", "bias", "use_bias", "layer_norm"), "params",
+     "the parameters have it, which init_gru and init_stack draw"),
+    (("spec", "activation", "reset_after"), "params",
+     "the parameters hold their equation: init_gru(..., spec=PYTORCH), or "
+     "dataclasses.replace(params, spec=...)"),
+    (("activation", "reset_after"), "spec", "pass spec, such as PYTORCH"),
+    (("dropout",), None, "gru_stack takes dropout between layers, and "
+     "noise=Noise(recurrent_dropout=...) is the dropout of the state"),
+    (("truncate", "unroll", "residuals", "chunk_size", "kernel"), None,
+     "gru and gru_stack take it in gradient=BPTT(...)"),
+    (("recurrent_dropout", "zoneout"), None,
+     "gru and gru_stack take both rates in noise=Noise(...)"),
+    (("rngs", "rng", "seed"), "key", "pass key=jax.random.key(...)"),
+    (("training", "train"), "deterministic", "pass deterministic=True for evaluation"),
+    (("initial_state", "initial_carry", "hx"), "h0", "pass h0"),
+    (("initial_state", "initial_carry", "hx"), "h", "pass h"),
+    (("return_sequences", "return_state", "return_carry"), "xs",
+     "the last state and the outputs of all steps are always returned, (h_last, hs)"),
+    (("input", "inputs"), "xs", "pass xs"),
+    (("input", "inputs"), "x", "pass x"),
+    (("go_backwards",), "reverse", "pass reverse=True"),
+    (("merge_mode",), "merge", "pass merge"),
+    (("stateful",), "h0", "pass the h_last of one call as the h0 of the next"),
+]  # fmt: skip
 
 
 def explain_unknown_arguments(function: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -58,7 +66,11 @@ def explain_unknown_arguments(function: Callable[_P, _R]) -> Callable[_P, _R]:
                 continue
             close = difflib.get_close_matches(name, known, 1)
             guess = f"did you mean {close[0]}?" if close else f"it takes {', '.join(known)}."
-            cures = (f"{cure}." for names, cure in _CURES.items() if name in names)
+            cures = (
+                f"{cure}."
+                for names, parameter, cure in CURES
+                if name in names and (parameter is None or parameter in known)
+            )
             raise TypeError(
                 f"{function.__name__}: got an unexpected argument {name!r}; {next(cures, guess)}"
             )

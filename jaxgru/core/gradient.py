@@ -37,7 +37,7 @@ def _require_counts(rule, *names):
 class BPTT:
     """Backpropagation through time by the handwritten `custom_vjp`: reverse mode, the fastest.
 
-    JAX raises a TypeError for forward mode (`jax.jvp`, `jax.jacfwd`): use `Tangent` there.
+    Forward mode (`jax.jvp`, `jax.jacfwd`) is a TypeError: use `Tangent` there.
     residuals, chunk_size and unroll change memory and time; values and gradients change by rounding
     only. Where one is None, `jaxgru/core/chunks.py` chooses it by the sizes and the device that the
     program is compiled for.

@@ -64,8 +64,9 @@ def gru(
       gradient: "bptt" (handwritten, reverse mode, the fastest), "tangent" (handwritten, forward and
         reverse mode), "autodiff" (JAX's own, the reference), or one of `BPTT`, `Tangent` and
         `Autodiff` with options. **`jax.jvp`, `jax.jacfwd` and `jax.linearize` need "tangent"**
-        (or "autodiff"); with "bptt" they raise a TypeError, which is JAX's own inside `jax.jit`.
-        All three have higher derivatives.
+        (or "autodiff"). With "bptt" there is a TypeError; JAX's own, "can't apply forward-mode
+        autodiff (jvp) to a custom_vjp function", inside `jax.jit` and `jax.linearize`. All three
+        have higher derivatives.
       noise: rates of recurrent dropout and zoneout, which may be traced; None for neither.
       key: a `jax.random.key`, needed where a rate of noise is above 0 or traced. One key draws
         the same masks at the same steps, whatever the gradient, the direction and the padding.
@@ -164,7 +165,7 @@ def run_gru(
             if "forward-mode" not in str(error):
                 raise
             raise TypeError(
-                "gru: gradient must be 'tangent' or a Tangent for jax.jvp and jax.jacfwd, got BPTT."
+                "gradient must be 'tangent' or 'autodiff' for jax.jvp and jax.jacfwd, got 'bptt'."
             ) from error
     run = tangent if isinstance(rule, Tangent) else plain_scan
     return run(Config(reverse, None, None, None, rule.unroll), *arguments)

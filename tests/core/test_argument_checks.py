@@ -1,6 +1,8 @@
 """The checks of arguments that all functions share: what they refuse, and in which words."""
 
+import inspect
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 
 import jaxgru
+from jaxgru.core import checks
 from jaxgru.core.checks import (
     require_axis,
     require_bool,
@@ -45,51 +48,40 @@ CALLS = {
     "length_mask": (jnp.array([2]), 3),
     "resets_from_dones": (jnp.zeros((4, 2), bool),),
 }
-DRAWN = "init_gru and init_stack take it and draw the parameters that gru and gru_stack run."
-LAYERS = "init_stack draws such layers, and gru_stack runs them."
-ARGUMENTS_OF_OTHER_LIBRARIES = {
-    "batch_first": "jaxgru takes time-major arrays, or axis=1 for [B, T, ...].",
-    "lengths": "pass mask=length_mask(lengths, T).",
-    "seq_lengths": "pass mask=length_mask(lengths, T).",
-    "num_layers": LAYERS,
-    "bidirectional": LAYERS,
-    "hidden_size": DRAWN,
-    "bias": DRAWN,
-    "spec": "the parameters hold their equation: init_gru(..., spec=PYTORCH), or "
-    "dataclasses.replace(params, spec=...).",
-    "dropout": "gru_stack takes dropout between layers, and noise=Noise(recurrent_dropout=...) is "
-    "the dropout of the state.",
-    "truncate": "gru and gru_stack take it in gradient=BPTT(...).",
-    "zoneout": "gru and gru_stack take both rates in noise=Noise(...).",
-    "rngs": "random draws take key=jax.random.key(...).",
-    "training": "gru and gru_stack take deterministic=True for evaluation.",
-    "initial_state": "the initial state is h0, or h of one step.",
-    "return_sequences": "the last state and the outputs of all steps are always returned, "
-    "(h_last, hs).",
-    "inputs": "the inputs are xs, or x of one step.",
-    "go_backwards": "pass reverse=True.",
-    "merge_mode": "pass merge.",
-    "stateful": "pass the h_last of one call as the h0 of the next.",
-}
-HAVE = {("gru_stack", "dropout"), ("gru_stack_cell", "dropout"), ("init_gru", "bias"),
-        ("init_gru", "hidden_size"), ("init_gru", "spec"), ("init_stack", "num_layers"),
-        ("init_stack", "bias"), ("init_stack", "hidden_size"), ("init_stack", "spec"),
-        ("init_stack", "bidirectional"), ("length_mask", "lengths")}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", CALLS)
-def test_argument_of_another_library_is_told_what_to_pass_instead(name):
-    for argument, cure in ARGUMENTS_OF_OTHER_LIBRARIES.items():
-        if (name, argument) in HAVE:
-            continue
-        with pytest.raises(TypeError) as refused:
-            getattr(jaxgru, name)(*CALLS[name], **{argument: 1})
-        assert str(refused.value) == f"{name}: got an unexpected argument {argument!r}; {cure}"
+SIZES = "the parameters have it, which init_gru and init_stack draw."
 
 
 @pytest.mark.parametrize(
     ("name", "argument", "cure"),
     [
+        ("gru", "batch_first", "arrays are time-major; pass axis=1 for [B, T, ...]."),
+        ("length_mask", "batch_first", "arrays are time-major; pass axis=1 for [B, T, ...]."),
+        ("gru_cell", "batch_first", "it takes params, x, h."),
+        ("gru_stack", "seq_lengths", "pass mask=length_mask(lengths, T)."),
+        ("gru", "num_layers", "init_stack draws such layers, and gru_stack runs them."),
+        ("gru", "hidden_size", SIZES),
+        ("gru", "use_bias", SIZES),
+        ("init_gru", "use_bias", "pass bias."),
+        ("init_stack", "units", "pass hidden_size."),
+        ("gru", "spec", "the parameters hold their equation: init_gru(..., spec=PYTORCH), or "
+         "dataclasses.replace(params, spec=...)."),
+        ("init_gru", "reset_after", "pass spec, such as PYTORCH."),
+        ("gru", "dropout", "gru_stack takes dropout between layers, and "
+         "noise=Noise(recurrent_dropout=...) is the dropout of the state."),
+        ("gru", "truncate", "gru and gru_stack take it in gradient=BPTT(...)."),
+        ("gru_cell", "zoneout", "gru and gru_stack take both rates in noise=Noise(...)."),
+        ("gru_stack", "rngs", "pass key=jax.random.key(...)."),
+        ("gru", "training", "pass deterministic=True for evaluation."),
+        ("gru", "initial_state", "pass h0."),
+        ("gru_cell", "hx", "pass h."),
+        ("gru", "return_sequences",
+         "the last state and the outputs of all steps are always returned, (h_last, hs)."),
+        ("gru_bidirectional", "inputs", "pass xs."),
+        ("gru_stack_cell", "inputs", "pass x."),
+        ("init_gru", "inputs", "did you mean input_size?"),
+        ("gru", "go_backwards", "pass reverse=True."),
+        ("gru_stack", "merge_mode", "pass merge."),
+        ("gru", "stateful", "pass the h_last of one call as the h0 of the next."),
         ("gru", "masks", "did you mean mask?"),
         ("gru_stack", "determinstic", "did you mean deterministic?"),
         ("gru_bidirectional", "resest", "did you mean resets?"),
@@ -97,12 +89,25 @@ def test_argument_of_another_library_is_told_what_to_pass_instead(name):
         ("gru_cell", "foo", "it takes params, x, h."),
         ("init_gru", "layernorm", "did you mean layer_norm?"),
     ],
-)
-def test_unknown_argument_names_the_closest_one_or_all(name, argument, cure):
+)  # fmt: skip
+def test_unknown_argument_is_told_what_to_pass_instead(name, argument, cure):
     with pytest.raises(TypeError) as refused:
         getattr(jaxgru, name)(*CALLS[name], **{argument: 1})
     assert str(refused.value) == f"{name}: got an unexpected argument {argument!r}; {cure}"
-    getattr(jaxgru, name)(*CALLS[name])  # which is a good call without it
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_advice_on_an_argument_names_one_that_the_function_has(name):
+    function = getattr(jaxgru, name)
+    function(*CALLS[name])  # a good call
+    known = inspect.signature(function).parameters
+    for argument in {argument for arguments, *_ in checks.CURES for argument in arguments}:
+        if argument in known:
+            continue
+        with pytest.raises(TypeError) as refused:
+            function(*CALLS[name], **{argument: 1})
+        for advised in re.findall(r"; pass (\w+)|did you mean (\w+)", str(refused.value)):
+            assert "".join(advised) in {*known, "the"}, refused.value
 
 
 F32, KEY = np.zeros(3, np.float32), jax.random.key(0)

@@ -516,7 +516,7 @@ def test_forward_mode_of_bptt_is_refused_and_the_rule_that_has_it_named(transfor
         "jacfwd": lambda f, x: jax.jacfwd(f)(x),
         "linearize": lambda f, x: jax.linearize(f, x)[1](x),
     }
-    message = "^gru: gradient must be 'tangent' or a Tangent for jax.jvp and jax.jacfwd, got BPTT."
+    message = "^gradient must be 'tangent' or 'autodiff' for jax.jvp and jax.jacfwd, got 'bptt'."
     with pytest.raises(TypeError, match="custom_vjp" if transform == "linearize" else message):
         calls[transform](lambda h0: gru(problem.params, problem.xs, h0), problem.h0)
 

@@ -169,6 +169,8 @@ def results_of(**costs: tuple[float, float] | str) -> dict:
             "Keras costs less than jaxgru: launches: 9.00, 9.00; host launches: 2.00, 2.00; "
             "temporaries: 8.00, 7.00",
         ),
+        (results_of(jaxgru=(30, 8), Keras=(9, 8.3)), "Keras costs less than jaxgru: launches: 30"),
+        (results_of(jaxgru=(9, 8), Keras=(8.9, 7.9)), None),  # less by rounding of the counts
         (results_of(jaxgru=(9, 8), jaxgru_gates=(1, 1)), "every peer is missing"),
         (results_of(plain_scan=(9, 8)), "jaxgru is missing"),
         (results_of(jaxgru=(9, 8), plain_scan=(9.5, 8), Keras="refused"), "Keras: refused"),

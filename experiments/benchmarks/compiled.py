@@ -271,6 +271,7 @@ def markdown(results: dict[str, Any]) -> str:
 def plot(results: dict[str, Any], path: Path) -> None:
     """A line of panels for each device: a cost of each task, and temporaries of a training step."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure = Figure(figsize=(19, 1.5 + 4 * len(results)), layout="constrained")
     panels = figure.subplots(len(results), 3, squeeze=False).ravel()
@@ -286,7 +287,9 @@ def plot(results: dict[str, Any], path: Path) -> None:
             panel.plot(at, costs, "os^Dv<>P"[k % 8], color=colour, label=name)
         panel.set_xticks(range(len(rows)), [c.replace(f" {task} ", "\n") for c in rows], fontsize=7)
         panel.set(title=f"{device}, {task}: {column}", yscale="log" if rows else "linear")
-        panel.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
+        if rows:
+            panel.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}")
+            panel.yaxis.set_minor_formatter(NullFormatter())
         panel.grid(axis="y", which="both", alpha=0.3)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.suptitle(f"{TITLE}; temporaries in MB")

@@ -138,7 +138,7 @@ def from_equinox(cell: Any, *, prefix: str = "") -> Imported:
         return GRUParams(arrays["weight_ih"].T, arrays["weight_hh"].T, *biases, spec=PYTORCH)
 
     biases = ("bias", "bias_n")
-    return common.import_cells("from_equinox", cell, axes, convert, prefix, biases, one_bias=True)
+    return common.import_cells("from_equinox", cell, axes, convert, prefix, biases, True, True)
 
 
 def to_equinox(params: Any) -> Exported:

@@ -61,12 +61,14 @@ class Target(NamedTuple):
     merged: str = ""  # note that says which biases the target has only once; empty if it has both
 
 
-def named_arrays(function, argument, source, prefix="", separator="/", known_by=()) -> Any:
+def named_arrays(
+    function, argument, source, prefix="", separator="/", known_by=(), optional=()
+) -> Any:
     """{name: array} of the names in a mapping that begin with a prefix, without that prefix.
 
     The names of nested mappings are joined by the separator. The arrays are copies, so a library
     that updates its own in place does not change them. If a name of `known_by` occurs only behind
-    other prefixes, the error lists those.
+    other prefixes, the error lists those. A name of `optional` may be None, and is then left out.
     """
     if not isinstance(source, Mapping):
         cure = "; pass its state_dict()" if hasattr(source, "state_dict") else ""
@@ -77,7 +79,7 @@ def named_arrays(function, argument, source, prefix="", separator="/", known_by=
     if not isinstance(prefix, str):
         raise TypeError(f"{function}: prefix must be a string, got {prefix!r}.")
     flat: dict[str, Any] = {}
-    for name, value in _leaves(source, separator):
+    for name, value in named_leaves(source, separator):
         if name in flat:
             raise ValueError(f"{function}: two arrays have the name {name!r}.")
         flat[name] = value
@@ -98,7 +100,7 @@ def named_arrays(function, argument, source, prefix="", separator="/", known_by=
     return {
         k.removeprefix(prefix): as_float_array(function, f"{argument}[{k!r}]", v)
         for k, v in flat.items()
-        if k.startswith(prefix)
+        if k.startswith(prefix) and not (v is None and k.removeprefix(prefix) in optional)
     }
 
 
@@ -169,19 +171,21 @@ def is_stack(params: Any) -> bool:
     return isinstance(params, list | tuple) and not hasattr(params, "_fields")
 
 
-def import_cells(function, cell, axes, convert, prefix="", biases=(), one_bias=False) -> Imported:
+def import_cells(
+    function, cell, axes, convert, prefix="", biases=(), one_bias=False, modules=False
+) -> Imported:
     """Imported with convert(arrays) of each cell, whose arrays have the axes; see `bind`.
 
-    A cell has the first name of `axes`. `one_bias` says that the biases need a note, if there are
-    some.
+    A cell has the first name of `axes`; its `biases` may be None. `one_bias` says that the biases
+    need a note, if there are some, and `modules` that a cell may be an object that has the arrays
+    as attributes.
     """
 
     def read(name, source):
-        if all(hasattr(source, field) for field in axes):  # a module
+        if modules and all(hasattr(source, field) for field in axes):
             source = {field: getattr(source, field) for field in axes}
-        if isinstance(source, Mapping):
-            source = {k: v for k, v in source.items() if v is not None}
-        arrays = named_arrays(function, name, source, prefix, known_by=(next(iter(axes)),))
+        known_by = (next(iter(axes)),)
+        arrays = named_arrays(function, name, source, prefix, known_by=known_by, optional=biases)
         return convert(bind(function, name, arrays, axes, biases))
 
     params = read_layers(function, "cell", cell, read)
@@ -372,11 +376,11 @@ def export_layers(function, params, targets, write: Callable, argument="params")
     return Exported(weights[0], options[0], notes)
 
 
-def _leaves(source, separator, start=""):
-    """(joined name, leaf) of nested mappings."""
+def named_leaves(source, separator, start=""):
+    """(joined name, leaf) of nested mappings, in their order."""
     for key, value in source.items():
         if isinstance(value, Mapping):
-            yield from _leaves(value, separator, f"{start}{key}{separator}")
+            yield from named_leaves(value, separator, f"{start}{key}{separator}")
         else:
             yield f"{start}{key}", value
 

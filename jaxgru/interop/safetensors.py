@@ -4,7 +4,6 @@ The metadata of a file describe its arrays: the structure, the spec of every GRU
 all names, dtypes, shapes and bytes. Other programs can read the arrays by name.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -21,7 +20,7 @@ from jaxgru.extras import require_extra
 from jaxgru.interop.common import as_float_array, is_stack
 from jaxgru.models.parameters import SequenceParams, TokenParams, require_model
 from jaxgru.stacks.checks import require_grus, require_sizes
-from jaxgru.stacks.forms import Bidirectional, as_stack
+from jaxgru.stacks.forms import Bidirectional, as_stack, directions_of, output_size_of
 
 _FORMAT = "jaxgru weights 2"
 _MOST_HEADER = 8 * 2**20  # bytes; an array takes about 100 bytes of the header
@@ -231,17 +230,18 @@ def _require_fit(function, params):
     model: Any = params if isinstance(params, SequenceParams | TokenParams) else None
     layers: Any = as_stack(params) if model is None else model.layers
     root = "params" if model is None else "params.layers"
-
-    def require(merge):
+    with jax.enable_x64(True):
+        require_grus(function, layers, stack=True, root=root)
+        rows = [directions_of(layer)[0].w_x.shape[:1] for layer in layers[1:]]
+        rows += [] if model is None else [np.shape(model.w)[:1]]
+        summed = any(
+            isinstance(layer, Bidirectional) and found == (output_size_of(layer, "sum"),)
+            for layer, found in zip(layers, rows)
+        )
+        merge = "sum" if summed else "concat"
         require_sizes(function, layers, merge, False, root)
         if model is not None:
             require_model(function, model, type(model), merge)
-
-    with jax.enable_x64(True):
-        require_grus(function, layers, stack=True, root=root)
-        with contextlib.suppress(ValueError):
-            return require("sum")
-        require("concat")
 
 
 def _unflatten(structure, arrays):

@@ -187,6 +187,18 @@ def test_part_of_a_larger_model_is_chosen_by_its_prefix():
     assert (layer.spec, notes) == (PYTORCH, ())
 
 
+def test_cell_of_equinox_without_bias_is_a_module_or_a_mapping_with_none():
+    """Equinox has None in the place of an absent bias."""
+    arrays = {"weight_ih": np.ones((9, 2)), "weight_hh": np.ones((9, 3))}
+    fields = arrays | {"bias": None, "bias_n": None}
+    for read in (
+        interop.from_equinox(types.SimpleNamespace(**fields)),
+        interop.from_equinox({"rnn": fields, "scale": None}, prefix="rnn/"),
+    ):
+        assert (read.params.b_x, read.params.b_h, read.notes) == (None, None, ())
+        np.testing.assert_array_equal(read.params.w_h, arrays["weight_hh"].T)
+
+
 def test_lists_are_stacks_and_pairs_are_layers_of_two_directions():
     cell = load_golden("linen", "tanh")[0]["weights"]
     deep = {k: v[:3] if k.startswith("i") and "kernel" in k else v for k, v in cell.items()}
@@ -254,6 +266,7 @@ def spec_of(name):
 
 ACTIVATIONS = "'tanh', 'relu', 'sigmoid', 'softplus', 'identity'"
 BOTH_SPECS = Bidirectional(cell_of(spec=CHO_2014), cell_of())
+HAIKU_CELL = {"w_i": np.ones((2, 9)), "w_h": np.ones((3, 9)), "b": np.ones(9)}
 
 
 BAD_CALLS = {
@@ -290,6 +303,29 @@ BAD_CALLS = {
         ValueError,
         "from_torch: prefix must be the start of a name in state_dict, got 'x'; the names are "
         f"{', '.join(f'w{i}' for i in range(20))}, ... and 1 more.",
+    ),
+    "none_for_an_array_of_haiku": (
+        lambda: interop.from_haiku(HAIKU_CELL | {"scale": None}),
+        TypeError,
+        "from_haiku: cell['scale'] must be an array of float64, float32, bfloat16, float16, got "
+        "dtype object.",
+    ),
+    "none_for_an_array_of_linen": (
+        lambda: interop.from_linen(interop.to_linen(cell_of()).weights | {"hr/bias": None}),
+        TypeError,
+        "from_linen: cell['hr/bias'] must be an array of float64, float32, bfloat16, float16, got "
+        "dtype object.",
+    ),
+    "none_for_a_kernel_of_equinox": (
+        lambda: interop.from_equinox({"weight_hh": None, "weight_ih": np.ones((9, 2))}),
+        TypeError,
+        "from_equinox: cell['weight_hh'] must be an array of float64, float32, bfloat16, float16, "
+        "got dtype object.",
+    ),
+    "attributes_for_a_mapping": (
+        lambda: interop.from_haiku(types.SimpleNamespace(**HAIKU_CELL)),
+        TypeError,
+        "from_haiku: cell must be a mapping of names to arrays, got SimpleNamespace.",
     ),
     "no_names": (
         lambda: interop.from_torch({}),

@@ -154,6 +154,31 @@ def test_weights_file_of_keras_is_read(tmp_path, capsys, bias):
     same(params, interop.from_keras([arrays, upper], reset_after=False).params)
 
 
+def test_arrays_of_a_file_are_in_the_order_of_their_library(tmp_path, capsys):
+    """Arrays that are read in the order of the file are Keras's get_weights and set_weights."""
+    layers = torch_file(tmp_path / "t.safetensors", num_layers=2, bidirectional=True)
+    for kind in ("keras", "torch"):
+        target = (kind, tmp_path / f"{kind}.npz")
+        code, printed = run(capsys, "torch", tmp_path / "t.safetensors", *target)
+        assert code == 0, printed
+    keras, torch = (np.load(tmp_path / f"{kind}.npz") for kind in ("keras", "torch"))
+    with keras, torch:
+        assert keras.files == [
+            f"{layer}/{direction}/{name}"
+            for layer in range(2)
+            for direction in ("forward", "backward")
+            for name in ("kernel", "recurrent_kernel", "bias")
+        ]
+        assert torch.files == [
+            f"{name}_l{layer}{end}"
+            for layer in range(2)
+            for end in ("", "_reverse")
+            for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        ]
+        arrays = [keras[name] for name in keras.files]
+    same(interop.from_keras([arrays[:6], arrays[6:]]).params, layers)
+
+
 def test_layers_of_numbered_names_come_in_their_order(tmp_path, capsys):
     """With more than ten layers, 10/ comes after 9/."""
     layers = init_stack(jax.random.key(0), 3, [3] * 11, spec=PYTORCH, scheme="pytorch")

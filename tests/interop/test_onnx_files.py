@@ -337,6 +337,13 @@ BAD_FILES = {
         "read_onnx: node 'gru' must have W [D, 3H, I] and R [D, 3H, H], got {'W': (1, 9, 2)} for "
         "direction 'forward' and hidden_size 3.",
     ),
+    "weights_without_axes": (
+        lambda path: make_model(
+            [node_of(hidden_size=None)], path=path, W=kernels()["W"], R=np.array(1, np.float32)
+        ),
+        "read_onnx: node 'gru' must have W [D, 3H, I] and R [D, 3H, H], got {'W': (1, 9, 2), 'R': "
+        "()} for direction 'forward' and hidden_size None.",
+    ),
     "malformed_constant": (
         lambda path: make_model(
             [onnx.helper.make_node("Transpose", ["V"], ["W"], perm=[5]), node_of()],

@@ -291,6 +291,8 @@ def test_file_of_the_previous_format_is_refused_with_a_cure_that_works(tmp_path)
 
 
 KIND = "must be a GRUParams, Bidirectional, stack, SequenceParams or TokenParams, got"
+# The second layer reads the sums of the first one's directions.
+SUMS = tuple(Bidirectional(*(cell(n, inputs=size) for n in range(2))) for size in (2, 3))
 BAD_CALLS = {
     "dict": (({"w": np.ones(3)},), {}, TypeError, f"params {KIND} dict."),
     "none": ((None,), {}, TypeError, f"params {KIND} NoneType."),
@@ -346,6 +348,19 @@ BAD_CALLS = {
     "layers_that_do_not_fit": (
         ((cell(), cell()),), {}, ValueError,
         "params[1].w_x must have 3 rows (the outputs of params[0], merge='concat'), got 2.",
+    ),
+    "layer_above_sums_that_does_not_fit": (
+        ((*SUMS, cell(inputs=7)),), {}, ValueError,
+        "params[2].w_x must have 3 rows (the outputs of params[1], merge='sum'), got 7.",
+    ),
+    "rows_of_a_head_above_sums": (
+        (SequenceParams(SUMS, head(5, 4), head(4)),), {}, ValueError,
+        "params.w must have 3 rows (the outputs of the top layer, merge='sum'), got 5; pass the "
+        "merge that it was made with.",
+    ),
+    "bias_of_a_head_above_sums": (
+        (SequenceParams(SUMS, head(3, 4), head(5)),), {}, ValueError,
+        "params.b must have shape (4,) (the columns of params.w), got (5,).",
     ),
     "model_without_a_stack": (
         (SequenceParams(cell(), head(3, 1), head(1)),), {}, TypeError,

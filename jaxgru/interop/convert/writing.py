@@ -12,7 +12,7 @@ import numpy as np
 
 import jaxgru.interop as interop
 from jaxgru.extras import require_extra
-from jaxgru.interop.common import cells_of
+from jaxgru.interop.common import cells_of, named_leaves
 from jaxgru.interop.convert import libraries
 from jaxgru.interop.convert.reading import Options, nest, read, read_arrays, strip
 from jaxgru.interop.keras import name_directions
@@ -45,10 +45,10 @@ def write(kind, file, model, metadata, args):
     if kind == "keras":
         named = map(name_directions, weights)
         weights = [Bidirectional(*v) if len(v) == 2 else v[0] for v in named]
-    if kind != "torch" and len(layers) == 1:
-        weights = weights[0]
-    leaves = jax.tree.leaves_with_path(weights)
-    write_arrays(file, {jax.tree_util.keystr(k, simple=True, separator="/"): v for k, v in leaves})
+    if kind != "torch":
+        parts = [v._asdict() if isinstance(v, Bidirectional) else v for v in weights]
+        weights = dict(enumerate(parts)) if len(parts) > 1 else parts[0]
+    write_arrays(file, dict(named_leaves(weights, "/")))
     return [*left, *notes]
 
 

@@ -187,7 +187,7 @@ def _form(name, attributes, weights) -> tuple[Any, int, int]:
     count, layout = 1 + (direction == "bidirectional"), attributes.get("layout", 0)
     require_choice("read_onnx", f"layout of {name!r}", str(layout), ("0", "1"))
     found = {label: v.shape for label, v in weights.items()}
-    size = attributes.get("hidden_size", found.get("R", (0,))[-1])
+    size = attributes.get("hidden_size", (found.get("R") or (0,))[-1])
     if found.get("R") != (count, 3 * size, size) or len(found.get("W", ())) != 3:
         raise ValueError(
             f"read_onnx: node {name!r} must have W [D, 3H, I] and R [D, 3H, H], got {found} for "

@@ -37,7 +37,9 @@ def run_script(
       name: of the experiment, for the messages.
       run: the script; returns an exit code.
       extras: modules that the script needs besides tqdm and matplotlib.
-      smoke: XLA optimizes little, for compiling takes most of the time of a tiny run.
+      smoke: XLA optimizes little, for compiling takes most of the time of a tiny run. Before and
+        after such a run, JAX drops all programs that this process has compiled, not only those of
+        the script. Nothing changes if the option jax_disable_most_optimizations is already set.
     """
     optimizing = "jax_disable_most_optimizations"
     before = jax.config.read(optimizing)

@@ -692,6 +692,15 @@ def test_dropout_between_the_layers_of_one_layer_is_warned_of():
             jax.eval_shape(functools.partial(run, **options), layers, xs)
 
 
+def test_warning_reaches_a_caller_whose_module_has_no_name():
+    """As `timeit` and `exec` call with globals of their own."""
+    call = {"one": make_stack(1, dtype=jnp.float32), "xs": jnp.ones((T, B, INPUTS))}
+    call |= {"run": jaxgru.gru_stack, "key": jax.random.key(0)}
+    with pytest.warns(UserWarning, match="acts between layers") as caught:
+        exec(compile("run(one, xs, dropout=0.5, key=key)", "bare.py", "exec"), call)
+    assert [warning.filename for warning in caught] == ["bare.py"]
+
+
 def test_rate_may_be_any_number_that_is_known():
     """A scalar of NumPy or a scalar array draws what the number does."""
     layers, key = make_stack(2, dtype=jnp.float32), jax.random.key(0)

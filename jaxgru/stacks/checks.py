@@ -92,7 +92,7 @@ def _require_options(function, params, config, key, first_step):
 def _stacklevel_of_caller():
     """The stacklevel with which a warning of the calling function points out of the package."""
     level, frame = 1, sys._getframe(1)
-    while frame.f_back and frame.f_globals["__name__"].startswith("jaxgru."):
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith("jaxgru."):
         level, frame = level + 1, frame.f_back
     return level
 

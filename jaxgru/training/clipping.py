@@ -78,10 +78,13 @@ def _scaled_norm(tree):
     leaves = jax.lax.optimization_barrier([leaf.astype(dtype) for leaf in leaves])
     largest = jnp.max(jnp.stack([zero, *(jnp.max(jnp.abs(leaf), initial=0) for leaf in leaves)]))
     # With largest in [2^e, 2^(e+1)), scale is 2^-e. Neither may be subnormal, since compiled
-    # programs flush subnormal numbers to zero.
+    # programs flush subnormal numbers to zero. The bits of the exponent make an exact power of two
+    # on every device; jnp.ldexp calls pow, which accelerators round.
     limits = jnp.finfo(dtype)
-    exponent = jnp.clip(jnp.frexp(largest)[1] - 1, limits.minexp, limits.maxexp - 2)
-    scale = jnp.ldexp(jnp.ones((), dtype), -exponent)
+    bits = jax.lax.bitcast_convert_type(largest, jnp.dtype(f"uint{limits.bits}")) >> limits.nmant
+    bias = limits.maxexp - 1
+    bits = (2 * bias - jnp.clip(bits, 1, 2 * bias - 1)) << limits.nmant
+    scale = jax.lax.bitcast_convert_type(bits, dtype)
     return scale, jnp.sqrt(sum((jnp.sum(jnp.square(leaf * scale)) for leaf in leaves), zero))
 
 

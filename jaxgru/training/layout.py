@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxgru.core.checks import require_count
+from jaxgru.core.checks import is_traced, require_count
 
 State = TypeVar("State")
 
@@ -149,9 +149,17 @@ class Layout:
     def gather(self, tree: Any) -> Any:
         """Replicates a pytree of jax.Arrays on every device, inside or outside of jit.
 
-        All processes must call it. Afterwards `jax.device_get` works in each of them.
+        All processes must call it. Afterwards `jax.device_get` works in each of them. Outside of
+        jit, the arrays may be on any devices, and they are copied: both can be donated.
         """
-        return jax.lax.with_sharding_constraint(tree, self._sharding(None, None))
+        everywhere = self._sharding(None, None)
+
+        def gather(leaf):
+            if is_traced(leaf):
+                return jax.lax.with_sharding_constraint(leaf, everywhere)
+            return jax.device_put(leaf, everywhere, may_alias=False)
+
+        return jax.tree.map(gather, tree)
 
     def wrap_gradient(self, gradient_fn: Callable[..., Any]) -> Callable[..., Any]:
         """Wraps gradient_fn(params, ...) -> (result, grads), for use inside jit.

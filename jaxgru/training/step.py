@@ -1,6 +1,8 @@
 """A training state and one jitted update of any loss with optax."""
 
+import functools
 import inspect
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -128,6 +130,7 @@ def make_train_step(
     gradient_fn = gradient_fn if layout is None else layout.wrap_gradient(gradient_fn)
 
     def train_step(state, batch):
+        """One update, (state, batch) -> (state, metrics), which donates the given state."""
         key, key_loss = jax.random.split(state.key)
         inputs = state.carry, batch, key_loss
         (loss, (carry, metrics)), grads = gradient_fn(state.params, *inputs)
@@ -150,32 +153,50 @@ def make_train_step(
         return TrainState(params, opt_state, carry, key, state.step + 1, skipped), metrics
 
     train_step = train_step if layout is None else layout.wrap_step(train_step)
-    return _Undonated(jax.jit(train_step, donate_argnums=(0,)))
+    return _CheckedStep(jax.jit(train_step, donate_argnums=(0,)))
 
 
-class _Undonated:
-    """A jitted update with all that `jax.jit` gives it, such as `lower`; see require_undonated."""
+class _CheckedStep:
+    """A jitted update that refuses a donated state; it copies and prints as a function does.
 
-    def __init__(self, update):
-        self._update = update
+    The methods of `jax.jit` belong to the class, since `jax.jit` and `jax.vmap` copy the attributes
+    of a function and would then lower the function without their own options.
+    """
+
+    __wrapped__: Any
+    lower, trace, eval_shape, clear_cache = (
+        property(operator.attrgetter(f"__wrapped__.{name}"))
+        for name in ("lower", "trace", "eval_shape", "clear_cache")
+    )
+
+    def __init__(self, jitted):
+        functools.update_wrapper(self, jitted, updated=())  # its name, docstring and signature
 
     def __call__(self, state, batch):
         require_undonated("train_step", state)
-        return self._update(state, batch)
+        return self.__wrapped__(state, batch)
 
-    def __getattr__(self, name):
-        return getattr(self._update, name)
+    def __deepcopy__(self, memo):
+        return self
+
+    def __repr__(self):
+        return repr(self.__wrapped__)
 
 
 def require_undonated(function, state):
     """ValueError if an earlier update has donated, and so deleted, arrays of the state."""
-    for path, leaf in jax.tree.leaves_with_path(state):
-        if isinstance(leaf, jax.Array) and not is_traced(leaf) and leaf.is_deleted():
-            raise ValueError(
-                f"{function}: state must hold its arrays, got state{jax.tree_util.keystr(path)} "
-                "donated to an earlier update; pass the state that the update returned, or give "
-                "each update a copy of its own, jax.tree.map(jnp.copy, state)."
-            )
+    if not any(map(_is_deleted, jax.tree.leaves(state))):
+        return
+    paths = (path for path, leaf in jax.tree.leaves_with_path(state) if _is_deleted(leaf))
+    raise ValueError(
+        f"{function}: state must hold its arrays, got state{jax.tree_util.keystr(next(paths))} "
+        "donated to an earlier update; pass the state that the update returned, or give each "
+        "update a copy of its own, jax.tree.map(jnp.copy, state)."
+    )
+
+
+def _is_deleted(leaf):
+    return hasattr(leaf, "is_deleted") and not is_traced(leaf) and leaf.is_deleted()
 
 
 def _extra_arguments(optimizer, loss, grads, loss_fn, gradient_fn, inputs):

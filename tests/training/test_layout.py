@@ -230,6 +230,24 @@ def test_update_that_is_not_finite_on_one_device_is_left_out_on_all():
     assert int(state.step) == 1
 
 
+def test_gather_moves_arrays_from_any_devices_and_copies_them():
+    """Of one device, of others, of the same in another order, of none, and its own result."""
+    layout, devices = training.Layout(jax.make_mesh((2,), ("data",))), jax.devices()
+    values, key = jnp.arange(4.0), jax.random.key(3)
+    others = [NamedSharding(Mesh(d, "x"), P("x")) for d in (devices[2:4], devices[1::-1])]
+    for place in (devices[0], devices[3], *others, None):
+        leaf = np.asarray(values) if place is None else jax.device_put(values, place)
+        got = layout.gather({"leaf": leaf, "key": jax.device_put(key, devices[0])})
+        assert jax.random.key_data(got["key"]).tolist() == [0, 3]
+        for moved in (got["leaf"], layout.gather(got["leaf"])):
+            assert {shard.device for shard in moved.addressable_shards} == set(devices[:2])
+            for shard in moved.addressable_shards:
+                np.testing.assert_array_equal(shard.data, values)
+    again = layout.gather(got["leaf"])
+    jax.jit(jnp.negative, donate_argnums=0)(got["leaf"])
+    np.testing.assert_array_equal(again, values)
+
+
 # Ensembles.
 
 

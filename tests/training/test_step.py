@@ -1,7 +1,9 @@
 """The train step and the loop, on losses small enough to do by hand."""
 
 import contextlib
+import copy
 import functools
+import inspect
 import pathlib
 import re
 import sys
@@ -363,6 +365,41 @@ def test_state_that_an_update_has_donated_is_refused(first):
         )
 
 
+def test_train_step_copies_and_has_the_methods_of_jit():
+    """The copies update as well, and none of them takes a state that another has donated."""
+    train_step, batch = quadratic_step(HALF), jnp.ones(2)
+    assert str(inspect.signature(train_step)) == "(state, batch)"
+    assert "donates" in str(inspect.getdoc(train_step))
+    assert "make_train_step" in repr(train_step)
+    for step in (copy.copy(train_step), copy.deepcopy({"step": train_step})["step"]):
+        shapes, _ = step.eval_shape(start(HALF), batch)
+        traced = step.trace(start(HALF), batch).lower().compile()
+        for update in (step.lower(start(HALF), batch).compile(), traced, step):
+            after, _ = update(state := start(HALF), batch)
+            np.testing.assert_array_equal(after.params["p"], [0.5, 0.5])
+            assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, after)
+        with pytest.raises(ValueError, match="donated to an earlier update"):
+            train_step(state, batch)
+
+
+def test_transformed_train_step_is_lowered_with_the_options_of_the_caller():
+    """What is lowered is the whole of the caller's function, which here donates nothing."""
+    many = jax.jit(jax.vmap(quadratic_step(HALF), in_axes=(None, 0)))
+    state, batches = start(HALF), jnp.asarray([[1.0, 1.0], [4.0, 4.0], [2.0, 0.0]])
+    after, _ = many.lower(state, batches).compile()(state, batches)
+    np.testing.assert_array_equal(after.params["p"], batches / 2)
+    assert not state.params["p"].is_deleted()
+    once = jax.jit(quadratic_step(HALF)).lower(state, batches[0]).compile()
+    once(state, batches[0])
+    assert not state.params["p"].is_deleted()
+
+
+def test_paths_of_a_state_are_made_only_for_the_message(monkeypatch):
+    step, state = quadratic_step(HALF), start(HALF)
+    monkeypatch.setattr(jax.tree, "leaves_with_path", None)
+    assert step(state, jnp.ones(2))[0].params["p"].tolist() == [0.5, 0.5]
+
+
 def test_copy_of_a_state_can_be_used_again():
     step, state = quadratic_step(HALF), start(HALF)
     firsts = [step(jax.tree.map(jnp.copy, state), jnp.full(2, n))[0] for n in (1.0, 4.0)]
@@ -435,6 +472,13 @@ def test_clip_has_the_bits_of_optax_where_optax_is_right():
         )
         for n in tree:
             np.testing.assert_array_equal(got[n], wanted[n])
+
+
+def test_clip_calls_no_function_that_accelerators_round():
+    """The scale is a power of two, by which all products and quotients are exact."""
+    program = str(jax.make_jaxpr(CLIP.update)({"p": jnp.ones(3)}, optax.EmptyState()))
+    assert not set(re.findall(r"\w+", program)) & {"pow", "exp", "exp2", "log", "log2"}
+    assert {"sqrt", "div"} <= set(re.findall(r"\w+", program))  # the words that it looks for
 
 
 def test_clip_leaves_a_gradient_that_is_not_finite_as_it_came():

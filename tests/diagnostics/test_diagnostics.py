@@ -755,7 +755,7 @@ def state_of():
                      "init_taps(params, xs.shape[:-1]) makes it.",
          lambda: jaxgru.gru(PARAMS, XS, tap=Tap(None, XS))),
         (ValueError, "gru_stack: tap must be a sequence of 1 taps, one for each layer, got one "
-                     "Tap; init_taps(params, lead_shape) has the form.",
+                     "Tap; pass (tap,).",
          lambda: jaxgru.gru_stack((PARAMS,), XS, tap=jaxgru.init_taps(PARAMS, (5, 4)))),
         (ValueError, "gru_bidirectional: tap must be a pair of taps, forward and backward, got 1 "
                      "of them; init_taps(params, lead_shape) has the form.",

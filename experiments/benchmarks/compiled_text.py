@@ -12,7 +12,7 @@ from collections import Counter
 from typing import NamedTuple
 
 PLACES = ("forward", "backward")
-KINDS = {  # of launches, by kind and text of the thunk; the first that fits
+KINDS = {  # of launches, by kind and text of the thunk; a loop's counter is a kernel of one thread
     "product": r"kGemm|kCublas|k(Custom)?Kernel \S*(gemm|dot)",
     "loop counter": r"k(Custom)?Kernel .*grid: \[1, 1, 1\] threads: \[1, 1, 1\]",
     "elementwise": r"k(Custom)?Kernel ",
@@ -64,12 +64,6 @@ def read_thunk_names(metadata: str) -> dict[int, str]:
     return {int(number or 0): name for name, number in found}
 
 
-def kind_of(thunk: Thunk) -> str:
-    """What a launch does; a kernel of a single thread adds 1 to the counter of a loop."""
-    label = f"{thunk.kind} {thunk.text}"
-    return next(kind for kind, pattern in KINDS.items() if re.match(pattern, label))
-
-
 def count_launches(thunks: str, metadata: str, hlo: str) -> tuple[Counter, int]:
     """(launches by place and kind, launches by the host, where a CUDA graph is one)."""
     names, loops = read_thunk_names(metadata), read_loops(read_computations(hlo)[0])
@@ -86,7 +80,9 @@ def count_launches(thunks: str, metadata: str, hlo: str) -> tuple[Counter, int]:
                 by_host += runs * (is_graph and not in_graph)
                 walk(thunk.children, runs, place, in_graph or is_graph)
             elif thunk.kind not in SILENT:
-                total[place, kind_of(thunk)] += runs
+                label = f"{thunk.kind} {thunk.text}"
+                kind = next(kind for kind, pattern in KINDS.items() if re.match(pattern, label))
+                total[place, kind] += runs
                 by_host += runs * (not in_graph)
 
     walk(read_thunks(thunks), 1, "outside", False)
@@ -117,8 +113,7 @@ def read_loops(computations: Computations) -> dict[str, tuple[int, str]]:
 
 def _trips(loop: re.Match, computations: Computations) -> int:
     """XLA's own count, or else the constant in the condition: a loop of `lax.scan` starts at 0."""
-    known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop["rest"])
-    if known is not None:
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop["rest"]):
         return int(known[1])
     names, bounds = [_called("condition", loop)], []
     for name in names:

@@ -52,8 +52,6 @@ Rows = list[dict[str, Any]]
 SCAN, FUSED = "scan", "fused"
 DTYPES = ("bfloat16", "float32")
 SIZES = [Size(512, b, h, h) for b, h in itertools.product((16, 128, 1), (256, 64, 512, 128))]
-SMOKE_SIZES = [Size(3, 2, 4, 4)]
-
 EMPTY = ("difference", "reason", "median_ms", "us_per_step", "compile_seconds", "temporaries_bytes")
 UNTIMED = dict.fromkeys(EMPTY)
 
@@ -282,13 +280,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--out", type=Path, default=Path("runs/benchmark_fused"), metavar="FOLDER",
         help="new or empty folder (default: runs/benchmark_fused)")  # fmt: skip
-    add(
-        "--sizes",
-        type=parse_size,
-        nargs="+",
-        metavar="T,B,D,H",
-        help="sizes to measure (default: 12 with T=512)",
-    )
+    add("--sizes", type=parse_size, nargs="+", metavar="T,B,D,H",
+        help="sizes to measure (default: 12 with T=512)")  # fmt: skip
     add("--resets", nargs="+", choices=RESETS, default=("after", "before"),
         help="equations: the reset gate after or before the product")  # fmt: skip
     add("--tasks", nargs="+", choices=SEQUENCES, default=SEQUENCES, help="what to measure")
@@ -298,7 +291,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         help="do not begin a point after M minutes")  # fmt: skip
     add("--smoke", action="store_true", help="one tiny size in JAX's interpreter, as a test")
     args = parser.parse_args(argv)
-    args.sizes = args.sizes or (SMOKE_SIZES if args.smoke else SIZES)
+    args.sizes = args.sizes or ([Size(3, 2, 4, 4)] if args.smoke else SIZES)
     args.seconds = args.seconds or (0.01 if args.smoke else 2.0)
     return args
 

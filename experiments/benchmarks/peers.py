@@ -1,6 +1,6 @@
 """Compares the speed and memory of jaxgru with those of other GRU implementations.
 
-    python -m experiments.benchmarks.peers                       # everything: half an hour
+    python -m experiments.benchmarks.peers                       # everything: 25 minutes
     python -m experiments.benchmarks.peers --tasks training --sizes 64,32,64,64 --reset after
     python -m experiments.benchmarks.peers --contenders jaxgru "plain scan" --chunks 8 16 32 whole
     python -m experiments.benchmarks.peers --smoke               # seconds; the times mean nothing

@@ -7,7 +7,6 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from jaxgru.core.checks import (
     require_choice,
@@ -16,7 +15,7 @@ from jaxgru.core.checks import (
     require_float,
     require_key,
 )
-from jaxgru.core.matmul import like_row, state_dtype
+from jaxgru.core.matmul import like_row, matmul
 from jaxgru.core.parameters import CHO_2014, GRUSpec
 from jaxgru.initializers import Scheme
 from jaxgru.stacks.checks import require_grus
@@ -128,9 +127,7 @@ def _init_head(key, layers, output_size, merge, dtype):
 
 def apply_head(params: SequenceParams | TokenParams, hs: jax.Array) -> jax.Array:
     """h w + b, summed in the state dtype: float32 for half types."""
-    contract = (((hs.ndim - 1,), (0,)), ((), ()))
-    wide = state_dtype(params.w.dtype)
-    outputs = lax.dot_general(hs, params.w, contract, preferred_element_type=wide)
+    outputs = matmul(hs, params.w)
     return outputs + like_row(params.b, outputs)
 
 

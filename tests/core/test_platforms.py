@@ -43,8 +43,11 @@ def count_calls(platform, function, arguments):
 
 CHOICES = {  # (T, B, I and H): residuals, chunk_size and unroll on a CPU, a GPU and a TPU
     (64, 32, 64): [("gates", None, 1), ("states", None, 8), ("gates", None, 1)],
-    (512, 32, 128): [("states", 32, 1), ("states", 64, 8), ("states", TPU, 1)],
+    (512, 32, 128): [("states", 32, 1), ("states", 128, 8), ("states", TPU, 1)],
     (512, 32, 512): [("gates", 8, 1), ("states", 64, 8), ("states", TPU, 1)],
+    (512, 33, 128): [("states", 32, 1), ("states", 64, 8), ("states", TPU, 1)],
+    (200, 32, 128): [("states", 40, 1), ("states", 100, 8), ("states", 100, 1)],
+    (384, 32, 128): [("states", 32, 1), ("states", 128, 8), ("states", TPU, 1)],
     (512, 129, 128): [("states", 8, 1), ("states", 64, 4), ("states", TPU, 1)],
 }
 
@@ -54,6 +57,17 @@ def test_defaults_of_each_device(sizes):
     _, xs, h0 = shapes(*sizes, PYTORCH)
     found = [chunks.resolve_options(BPTT(), kind, xs, h0) for kind in ("cpu", "gpu", "tpu")]
     assert found == CHOICES[sizes]
+
+
+def test_chunk_of_boundaries_is_the_same_on_every_device():
+    _, xs, h0 = shapes(48, 16, 64, PYTORCH)
+    found = [chunks.resolve_options(BPTT("boundaries"), kind, xs, h0) for kind in ("cpu", "gpu")]
+    assert [size for _, size, _ in found] == [6, 6]
+
+
+def test_chunk_of_a_gpu_is_not_doubled_in_half_types():
+    xs, h0 = (v.update(dtype=jnp.bfloat16) for v in shapes(512, 32, 128, PYTORCH)[1:])
+    assert chunks.resolve_options(BPTT(), "gpu", xs, h0) == ("states", 64, 8)
 
 
 @EQUATIONS

@@ -1,4 +1,4 @@
-"""Masks from lengths, and resets from the ends of episodes."""
+"""Makes masks from lengths, and resets from the ends of episodes; `core/flags.py` applies both."""
 
 from typing import Any
 

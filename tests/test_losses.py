@@ -246,7 +246,8 @@ LOGITS, Y = np.ones((T, B, K), np.float32), np.ones((T, B), int)
         (lambda: squared_loss(LOGITS, LOGITS, np.ones((T, 1), bool)), ValueError,
          "squared_loss: mask must have shape (4, 3) (one for each loss), got (4, 1)."),
         (lambda: squared_loss(LOGITS, LOGITS, np.ones((T, B), np.float32)), TypeError,
-         "squared_loss: mask must be a bool array, got float32; length_mask makes one of lengths."),
+         "squared_loss: mask must be a bool array, got float32; length_mask makes one from "
+         "lengths."),
         (lambda: squared_loss(np.ones((), np.float32), np.ones((), np.float32)), ValueError,
          "squared_loss: outputs must have shape [..., K], got ()."),
         (lambda: squared_loss(LOGITS[0, 0], LOGITS[0, 0], reduction="batch_mean"), ValueError,
@@ -279,7 +280,7 @@ LOGITS, Y = np.ones((T, B, K), np.float32), np.ones((T, B), int)
          "reduction='batch_mean', or be None, got -3 for shape (4, 3)."),
         (lambda: categorical_loss(LOGITS, Y, Y), TypeError,
          "categorical_loss: mask must be a bool array, got int64; "
-         "length_mask makes one of lengths."),
+         "length_mask makes one from lengths."),
         (lambda: categorical_loss(LOGITS, Y, reduction="avg"), ValueError,
          "categorical_loss: reduction must be one of 'none', 'sum', 'mean', 'batch_mean', "
          "'sequence_mean', got 'avg'."),

@@ -729,7 +729,7 @@ BAD_CALLS = {
     ),
     "state_for_logits": (
         lambda p: token_logits(p, TOKENS, [np.ones(4)]),
-        "token_logits: h0[0] must have shape (3,) (the batch axes of xs, then H=3 rows of "
+        "token_logits: h0[0] must have shape (3,) (the batch axes of xs, then H=3, the rows of "
         "params.layers[0].w_h), got (4,).",
     ),
     "form_of_a_tap": (
@@ -739,7 +739,7 @@ BAD_CALLS = {
     ),
     "state_for_generation": (
         lambda p: generate(p, KEY, TOKENS, 1, h0=[np.ones(4)]),
-        "generate: h0[0] must have shape (3,) (the batch axes of xs, then H=3 rows of "
+        "generate: h0[0] must have shape (3,) (the batch axes of xs, then H=3, the rows of "
         "params.layers[0].w_h), got (4,).",
     ),
     "residual": (

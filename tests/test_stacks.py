@@ -1004,7 +1004,7 @@ STATES_FORM = (
         (
             lambda: call(xs=jnp.ones((B, T, INPUTS)), h0=[jnp.zeros((B, H))] * 2),
             ValueError,
-            "gru_stack: h0[0] must have shape (4, 3) (the batch axes of xs, then H=3 rows of "
+            "gru_stack: h0[0] must have shape (4, 3) (the batch axes of xs, then H=3, the rows of "
             "params[0].w_h), got (2, 3); for batch-major xs pass axis=1.",
         ),
         (lambda: call(h0=[jnp.zeros((B, H))]), ValueError, STATES_FORM.format("1 of them")),
@@ -1023,7 +1023,7 @@ STATES_FORM = (
         (
             lambda: call(h0=[jnp.zeros((B, H)), jnp.zeros((B, 4))]),
             ValueError,
-            "gru_stack: h0[1] must have shape (2, 3) (the batch axes of xs, then H=3 rows of "
+            "gru_stack: h0[1] must have shape (2, 3) (the batch axes of xs, then H=3, the rows of "
             "params[1].w_h), got (2, 4).",
         ),
         (
@@ -1285,8 +1285,8 @@ STATES_FORM = (
                 init_stack(jax.random.key(0), INPUTS, H), jnp.ones((B, INPUTS)), [jnp.ones((1, H))]
             ),
             ValueError,
-            "gru_stack_cell: h[0] must have shape (2, 3) (the batch axes of x, then H=3 rows of "
-            "params[0].w_h), got (1, 3).",
+            "gru_stack_cell: h[0] must have shape (2, 3) (the batch axes of x, then H=3, the rows "
+            "of params[0].w_h), got (1, 3).",
         ),
         (
             lambda: gru_stack_cell(

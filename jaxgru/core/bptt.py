@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from jaxgru.core.cell import empty_gates, project, split_recurrent, step
+from jaxgru.core.cell import project, split_recurrent, step, zero_gates
 from jaxgru.core.chunks import chunk_starts, scan_chunks
 from jaxgru.core.derivatives import coefficients, gates_vjp, inputs_vjp, params_vjp, step_vjp
 from jaxgru.core.matmul import state_dtype
@@ -31,6 +31,7 @@ def _forward(configs, params, inputs, h0, dropout, key):
     primals = jax.tree.map(lambda p: p.value, primals, is_leaf=lambda p: hasattr(p, "perturbed"))
     save_gates = any(config.residuals == "gates" for config in configs)  # for any platform
     results, saved = configs.run(forward_and_residuals, *primals, save_gates=save_gates)
+    # "boundaries" is no device's default: if one config has it, all do.
     hs = None if configs.default.residuals == "boundaries" else results[1]
     return results, (primals, hs, *saved)
 
@@ -39,15 +40,16 @@ def forward_and_residuals(config, params, inputs, h0, dropout, key, save_gates):
     """(h_last, hs), and (gates, state at the start of each chunk), None where config saves none.
 
     save_gates: the config of some platform saves gates. The programs of all platforms must return
-    the same arrays, so the others return zeros, which XLA removes if one `jit` has both passes.
+    the same arrays, so one that saves no gates returns zeros, which XLA removes if one `jit` has
+    both passes.
     """
     arguments = (params, inputs, h0, dropout, key)
-    of_config = config.residuals == "gates"
-    h_last, (hs, gates), h_starts = forward(config, *arguments, save_gates=of_config)
+    saves = config.residuals == "gates"
+    h_last, (hs, gates), h_starts = forward(config, *arguments, save_gates=saves)
     if config.residuals == "boundaries":
         return (h_last, hs), (None, h_starts)
     if save_gates and gates is None:
-        gates = empty_gates(params, hs.astype(h_starts.dtype))
+        gates = zero_gates(params, hs.astype(h_starts.dtype))
     return (h_last, hs), (gates, None)
 
 
@@ -83,8 +85,8 @@ def backward(config, primals, hs, gates, h_starts, cotangents):
         flags = inputs.flags.with_zoneout(key, inputs.numbers, g)
         c = coefficients(recurrent, gates, h_tm1)
         run = reverse_scan if config.kernel is None else config.kernel.backward
-        g, (dh, dp, dtap) = run(config, transposed, g, c, dhs, inputs._replace(flags=flags))
-        da, du = gates_vjp(c, dh, dp)
+        g, (dnew, dp, dtap) = run(config, transposed, g, c, dhs, inputs._replace(flags=flags))
+        da, du = gates_vjp(c, dnew, dp)
         of_chunk = params_vjp(params, inputs.xs, gates, h_tm1, da, du, dropout)
         dparams = jax.tree.map(jnp.add, dparams, of_chunk)
         dxs = inputs_vjp(params, w_x_transposed, inputs.xs, da).astype(inputs.xs.dtype)
@@ -116,20 +118,20 @@ bptt.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def reverse_scan(config, transposed, g, c, dhs, inputs):
-    """(g at the start of the chunk, (dh, dp, dtap) of each step).
+    """(g after the loop, (dnew, dp, dtap) of each step).
 
-    dtap = dL/dh_t, or None without a tap. dh is the part of dL/dh_t that goes through the step: 0
-    where it is masked. dp = dL/d(r * d * h), or None for reset="after"; d is recurrent dropout.
+    dnew is the cotangent of the result of `step`. dp, None for reset="after", is that of r * d * h,
+    where d is recurrent dropout. dtap = dL/dh_t, or None without a tap.
     """
 
     def body(g, per_step):
-        c, dh_t, flags = per_step
-        g = g if dh_t is None else g + dh_t.astype(g.dtype)
+        c, dhs_t, flags = per_step
+        g = g if dhs_t is None else g + dhs_t.astype(g.dtype)
         dtap = None if inputs.tap is None else g
-        dh, passed = flags.leave_vjp(g)
-        g_tm1, dp = step_vjp(transposed, c, dh)
+        dnew, passed = flags.leave_vjp(g)
+        g_tm1, dp = step_vjp(transposed, c, dnew)
         g_tm1 = g_tm1 if passed is None else g_tm1 + passed
-        return flags.enter_linear(g_tm1), (dh, dp, dtap)
+        return flags.enter_linear(g_tm1), (dnew, dp, dtap)
 
     per_step = (c, dhs, inputs.flags)
     return lax.scan(body, g, per_step, reverse=not config.reverse, unroll=config.unroll)

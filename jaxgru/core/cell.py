@@ -13,8 +13,8 @@ reset="after", b_hn is in q and not in a_n::
     update="write":  h' = (1 - z) * h + z * n
 
 N is layer normalization of each gate's H columns, with the scales g_x and g_h; it is the identity
-where these are None (see `layer_norm.py`). With recurrent dropout d, the products with w_h read
-d * h in place of h, but z * h still uses h itself (see `Noise`).
+where these are None (see `layer_norm.py`). With recurrent dropout d, d * h takes the place of h in
+the products with w_h, but not in the two lines of h' (see `Noise`).
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from jaxgru.core.matmul import blocks, gates_and_candidate, like_row, matmul, st
 from jaxgru.core.parameters import GRUParams, GRUSpec, require_params
 
 Norms = tuple[Norm | None, Norm | None, Norm | None]
-# f, and its derivative f' as a function of n = f(a). For relu f'(0) = 0, as in jax.nn.relu.
+# f, and its derivative f' as a function of n, the value of f. For relu f'(0) = 0, as in JAX.
 ACTIVATIONS = {
     "tanh": (jnp.tanh, lambda n: 1 - n * n),
     "relu": (jax.nn.relu, lambda n: (n > 0).astype(n.dtype)),
@@ -56,7 +56,7 @@ class Gates(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Recurrent:
-    """What `step` reads besides a and h, split before the loop: inside, XLA would copy slices."""
+    """What `step` reads besides a and h, split before the loop so that no step copies slices."""
 
     w: tuple[jax.Array, ...]  # ([w_hr | w_hz], w_hn) for reset="before", (w_h,) for reset="after"
     b_q: jax.Array | None  # [H], b_hn for "after", where r multiplies it
@@ -76,8 +76,8 @@ def gru_cell(params: GRUParams, x: jax.Array, h: jax.Array) -> jax.Array:
         r = sigmoid(x w_xr + h w_hr + b_r)        z = sigmoid(x w_xz + h w_hz + b_z)
         n = tanh(x w_xn + (r * h) w_hn + b_n)     h' = z * h + (1 - z) * n
 
-    b = b_x + b_h. This is the default, `CHO_2014` (Cho et al. 2014, arXiv:1406.1078, eqs. 5-8,
-    which have no biases); `GRUSpec` has the other equations.
+    b = b_x + b_h. This is `CHO_2014`, the default of `init_gru` (Cho et al. 2014, arXiv:1406.1078,
+    eqs. 5-8, which have no biases); `GRUSpec` has the other equations.
 
     Args:
       params: the parameters of one layer; params.spec is its equation.
@@ -92,7 +92,8 @@ def gru_cell(params: GRUParams, x: jax.Array, h: jax.Array) -> jax.Array:
       ValueError: shapes do not fit.
       TypeError: an array is not floating, or dtypes differ.
 
-    Cost: 6 H (I + H) floating-point operations per row. JAX differentiates it, in every mode.
+    Cost: 6 H (I + H) floating-point operations per row. JAX differentiates this function, in both
+    modes.
 
     >>> from jaxgru import init_gru
     >>> params = init_gru(jax.random.key(0), 2, 3)
@@ -107,7 +108,7 @@ def gru_cell(params: GRUParams, x: jax.Array, h: jax.Array) -> jax.Array:
             f"gru_cell: x must have shape [..., I] with I={input_size} (rows of params.w_x), "
             f"got {x.shape}."
         )
-    meaning = f"x's leading axes, then H={hidden_size} rows of params.w_h"
+    meaning = f"x's leading axes, then H={hidden_size}, the rows of params.w_h"
     require_shape("gru_cell", "h", h, (*x.shape[:-1], hidden_size), meaning)
     params, x, h = jax.tree.map(jnp.asarray, (params, x, h))
     h_t, _ = step(split_recurrent(params), project(params, x), h.astype(state_dtype(h.dtype)))
@@ -120,10 +121,11 @@ def project(params, xs):
     They are three arrays and not one of width 3H, so that the loop needs no slicing.
     """
     a = [v for v, _ in input_products(params, xs)]
-    outside = 3 if params.spec.reset == "before" else 2  # blocks of b_h that r does not multiply
-    for b, count in ((params.b_x, 3), (params.b_h, outside)):
-        if b is not None:
-            a[:count] = [v + like_row(part, v) for v, part in zip(a, blocks(b)[:count])]
+    b_x, b_h = blocks(params.b_x), blocks(params.b_h)
+    if params.spec.reset == "after":
+        b_h[2] = None  # it belongs to q, which r multiplies
+    for bias in (b_x, b_h):
+        a = [v if b is None else v + like_row(b, v) for v, b in zip(a, bias)]
     return tuple(a)
 
 
@@ -141,18 +143,21 @@ def step(recurrent, a, h):
     (f, _), before = ACTIVATIONS[spec.activation], spec.reset == "before"
     read = drop_state(h, recurrent.dropout)
     # With "after" no product waits for r, so one product of width 3H computes all three.
-    v_r, v_z, *v_n = jnp.split(matmul(read, recurrent.w[0]), 2 if before else 3, axis=-1)
-    (u_r, norm_r), (u_z, norm_z) = normalize(v_r, g_r), normalize(v_z, g_z)
+    v = jnp.split(matmul(read, recurrent.w[0]), 2 if before else 3, axis=-1)
+    (u_r, norm_r), (u_z, norm_z) = normalize(v[0], g_r), normalize(v[1], g_z)
     r, z = jax.nn.sigmoid(a[0] + u_r), jax.nn.sigmoid(a[1] + u_z)
-    u_n, norm_n = normalize(matmul(r * read, recurrent.w[1]) if before else v_n[0], g_n)
-    q = u_n if recurrent.b_q is None else u_n + like_row(recurrent.b_q, u_n)
-    n = f(a[2] + (q if before else r * q))
-    h = z * h + (1 - z) * n if spec.update == "keep" else (1 - z) * h + z * n
-    return h, Gates(r, z, n, None if before else q, (norm_r, norm_z, norm_n))
+    u_n, norm_n = normalize(matmul(r * read, recurrent.w[1]) if before else v[2], g_n)
+    if before:
+        q, n = None, f(a[2] + u_n)
+    else:
+        q = u_n if recurrent.b_q is None else u_n + like_row(recurrent.b_q, u_n)
+        n = f(a[2] + r * q)
+    new = z * h + (1 - z) * n if spec.update == "keep" else (1 - z) * h + z * n
+    return new, Gates(r, z, n, q, (norm_r, norm_z, norm_n))
 
 
-def empty_gates(params, hs):
-    """`Gates` of all steps that hold zeros, with the shape [T, ..., H] and the dtype of hs."""
+def zero_gates(params, hs):
+    """`Gates` of zeros for all steps, with the shape [T, ..., H] and the dtype of hs."""
     zeros = jnp.zeros_like(hs)
     norm = None if params.g_h is None else Norm(zeros, zeros[..., :1])
     q = None if params.spec.reset == "before" else zeros

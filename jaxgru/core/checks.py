@@ -30,7 +30,7 @@ CURES = [
     (("use_bias",), "bias", "pass bias"),
     (("units", "features"), "hidden_size", "pass hidden_size"),
     (("input_size", "hidden_size", "features", "units", "bias", "use_bias", "layer_norm"), "params",
-     "the parameters have it, which init_gru and init_stack draw"),
+     "the parameters, which init_gru and init_stack draw, already have it"),
     (("spec", "activation", "reset_after"), "params",
      "the parameters hold their equation: init_gru(..., spec=PYTORCH), or "
      "dataclasses.replace(params, spec=...)"),
@@ -56,7 +56,7 @@ CURES = [
 
 
 def explain_unknown_arguments(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """The function, with a TypeError for an unknown argument that says what to pass instead."""
+    """The function; an unknown argument raises a TypeError that says what to pass instead."""
     known = inspect.signature(function).parameters
 
     @functools.wraps(function)
@@ -89,7 +89,7 @@ def require_flags(
             continue
         if getattr(value, "dtype", None) != jnp.bool_:
             found = getattr(value, "dtype", type(value).__name__)
-            cure = "length_mask makes one of lengths" if name == "mask" else "cast it to bool"
+            cure = "length_mask makes one from lengths" if name == "mask" else "cast it to bool"
             raise TypeError(f"{function}: {name} must be a bool array, got {found}; {cure}.")
         if shape is not None:
             swapped = value.ndim > 1 and (value.shape[1], value.shape[0], *value.shape[2:]) == shape
@@ -163,7 +163,7 @@ def require_dtype(function: str, dtype: Any, argument: str = "") -> Any:
 
 
 def require_axis(function: str, axis: Any, shape: tuple[int, ...]) -> int:
-    """The axis of time as a non-negative integer; ValueError unless xs has it."""
+    """The axis of time as a non-negative integer; raises if it is the last axis or out of range."""
     if isinstance(axis, bool) or not isinstance(axis, int | np.integer):
         raise TypeError(f"{function}: axis must be an integer, got {_static(axis)}.")
     if not -len(shape) <= axis < len(shape) - 1 or axis == -1:
@@ -237,7 +237,8 @@ def found_kind(value: Any, cure: str = "") -> str:
         cure = "; unwrap it, or a whole tree of them, with nnx.as_pure"
     elif "State" in wrappers:
         cure = "; merge it with nnx.merge, and unwrap the parameters of the module with nnx.as_pure"
-    return f"{'nnx.' * kind.__module__.startswith('flax.nnx')}{kind.__name__}{cure}"
+    prefix = "nnx." if kind.__module__.startswith("flax.nnx") else ""
+    return f"{prefix}{kind.__name__}{cure}"
 
 
 def is_traced(value: Any) -> bool:

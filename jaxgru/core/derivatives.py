@@ -17,8 +17,10 @@ from jaxgru.core.parameters import GRUParams
 class Coefficients(NamedTuple):
     """The local derivatives of a step, computed for all steps of a chunk at once.
 
-    K = dh'/dh with r, z and n fixed, A = dh'/da_n, Z = dh'/da_z, and
-    before:  R = d(r * h)/da_r, and r itself           after:  R = dh'/da_r,  Q = dh'/dq
+    K is that of h' with respect to h, with r, z and n held fixed; A is that of h' with respect to
+    a_n, and Z that of h' with respect to a_z.
+    before:  R is that of r * d * h with respect to a_r (d is recurrent dropout); r is the gate.
+    after:   R is that of h' with respect to a_r, and Q that of h' with respect to q.
     """
 
     K: jax.Array
@@ -43,36 +45,38 @@ def coefficients(recurrent, gates, h_tm1):
     return Coefficients(keep, A, A * q * (r * (1 - r)), Z, A * r, None, norms)
 
 
-def step_vjp(transposed, c, dh):
-    """The transpose of `step`: dh_tm1 and, for "before", dp, the cotangent of r * d * h.
+def step_vjp(transposed, c, dnew):
+    """The VJP of `step`: dh_tm1, and dp, the cotangent of r * d * h, from dnew, that of h'.
 
-    before:  dp = N^T(dh A) w_hn^T,  dh_tm1 = dh K + d * (dp r + N^T[dp R | dh Z] [w_hr | w_hz]^T)
-    after:   dh_tm1 = dh K + d * (N^T[dh R | dh Z | dh Q] w_h^T)
+    before:  dp = N^T(dnew A) w_hn^T
+             dh_tm1 = dnew K + d * (dp r + N^T[dp R | dnew Z] [w_hr | w_hz]^T)
+    after:   dh_tm1 = dnew K + d * (N^T[dnew R | dnew Z | dnew Q] w_h^T)
     d is recurrent dropout, and N^T the transposed derivative of N (the identity without g_h).
+    dp is None for "after".
     """
-    if c.Q is None:
+    if transposed.spec.reset == "before":
         w_rz_t, w_n_t = transposed.w
-        dp = matmul(normalize_vjp(dh * c.A, transposed.scales[2], c.norms[2]), w_n_t)
-        du = [dp * c.R, dh * c.Z]
-        dread = dp * c.r + matmul(_norms_vjp(transposed.scales, c.norms, du), w_rz_t)
+        dp = matmul(normalize_vjp(dnew * c.A, transposed.scales[2], c.norms[2]), w_n_t)
+        dv = _norms_vjp(transposed.scales[:2], c.norms[:2], [dp * c.R, dnew * c.Z])
+        dread = dp * c.r + matmul(dv, w_rz_t)
     else:
-        dp, du = None, [dh * c.R, dh * c.Z, dh * c.Q]
+        dp, du = None, [dnew * c.R, dnew * c.Z, dnew * c.Q]
         dread = matmul(_norms_vjp(transposed.scales, c.norms, du), transposed.w[0])
-    return dh * c.K + drop_state(dread, transposed.dropout), dp
+    return dnew * c.K + drop_state(dread, transposed.dropout), dp
 
 
-def gates_vjp(c, dh, dp):
-    """da and du [..., 3H], the cotangents of N(x w_x) + b_x and of N(read w_h) + b_h.
+def gates_vjp(c, dnew, dp):
+    """da and du [..., 3H], the cotangents of N(x w_x) + b_x and of N((d * h) w_h) + b_h.
 
-    read is d * h, but r * d * h in the product with w_hn of "before".
+    In the block n of "before", the second product is that of r * d * h.
 
-    before:  da = du = [dp R | dh Z | dh A]
-    after:   da = [dh R | dh Z | dh A],  du = [dh R | dh Z | dh Q]
+    before:  da = du = [dp R | dnew Z | dnew A]
+    after:   da = [dnew R | dnew Z | dnew A],  du = [dnew R | dnew Z | dnew Q]
     """
-    da = jnp.concatenate([(dh if dp is None else dp) * c.R, dh * c.Z, dh * c.A], axis=-1)
+    da = jnp.concatenate([(dnew if dp is None else dp) * c.R, dnew * c.Z, dnew * c.A], axis=-1)
     if dp is not None:
         return da, da
-    return da, jnp.concatenate([dh * c.R, dh * c.Z, dh * c.Q], axis=-1)
+    return da, jnp.concatenate([dnew * c.R, dnew * c.Z, dnew * c.Q], axis=-1)
 
 
 def params_vjp(params, xs, gates, h_tm1, da, du, dropout=None):
@@ -88,7 +92,7 @@ def params_vjp(params, xs, gates, h_tm1, da, du, dropout=None):
     return GRUParams(
         weight_vjp(x, dv_x, params.w_x),
         jnp.concatenate(dw_h, axis=-1),
-        *(None if d is None else d.sum(axis=tuple(range(d.ndim - 1))) for d in rows),
+        *(None if v is None else v.sum(axis=tuple(range(v.ndim - 1))) for v in rows),
         spec=params.spec,
     )
 
@@ -111,42 +115,43 @@ def params_vjp_factors(params, xs, gates, h_tm1, da, du, dropout=None):
 
 
 def inputs_vjp(params, w_x_transposed, xs, da):
-    """dx = N^T da w_x^T, in the state dtype."""
+    """dx = N^T(da) w_x^T, in the state dtype."""
     dv = _norms_vjp(blocks(params.g_x), _input_norms(params, xs), blocks(da))
     return matmul(dv, w_x_transposed)
 
 
 def step_jvp(recurrent, c, th, e):
-    """The tangent of `step`: th_t = th_tm1 M + e, linear in th and e.
+    """The tangent of `step`, that of h': th M + e, linear in th and e.
 
-    s = d * th, where d is recurrent dropout, and N' is the derivative of the normalization.
+    td = d * th, where d is recurrent dropout, and N' is the derivative of the normalization.
 
-    before:  th M = th K + N'(s w_hz) Z + N'((s r + N'(s w_hr) R) w_hn) A
-    after:   th M = th K + N'(s w_hr) R + N'(s w_hz) Z + N'(s w_hn) Q
+    before:  th M = th K + N'(td w_hz) Z + N'((td r + N'(td w_hr) R) w_hn) A
+    after:   th M = th K + N'(td w_hr) R + N'(td w_hz) Z + N'(td w_hn) Q
     """
-    tread, scales = drop_state(th, recurrent.dropout), recurrent.scales
-    tv = jnp.split(matmul(tread, recurrent.w[0]), 2 if c.Q is None else 3, axis=-1)
-    tu_r, tu_z, *tu_n = map(normalize_jvp, tv, scales, c.norms)
-    if c.Q is not None:
-        return th * c.K + tu_r * c.R + tu_z * c.Z + tu_n[0] * c.Q + e
-    tv_n = matmul(tread * c.r + tu_r * c.R, recurrent.w[1])
+    td, scales = drop_state(th, recurrent.dropout), recurrent.scales
+    tv = matmul(td, recurrent.w[0])
+    if recurrent.spec.reset == "after":
+        tu_r, tu_z, tu_n = map(normalize_jvp, jnp.split(tv, 3, axis=-1), scales, c.norms)
+        return th * c.K + tu_r * c.R + tu_z * c.Z + tu_n * c.Q + e
+    tu_r, tu_z = map(normalize_jvp, jnp.split(tv, 2, axis=-1), scales[:2], c.norms[:2])
+    tv_n = matmul(td * c.r + tu_r * c.R, recurrent.w[1])
     return th * c.K + tu_z * c.Z + normalize_jvp(tv_n, scales[2], c.norms[2]) * c.A + e
 
 
 def step_jvp_inputs(params, tparams, xs, txs, gates, h_tm1, dropout=None):
-    """e of `step_jvp`: what the tangents of parameters and inputs add to th_t.
+    """e of `step_jvp`: what the tangents of parameters and inputs add to the tangent of h'.
 
     e is linear in these tangents, so JAX computes it as the transpose of `cotangents`, which maps
-    dh to the cotangents of parameters and inputs. A tangent of None is zero and costs nothing.
+    dnew to the cotangents of parameters and inputs. A tangent of None is zero and costs nothing.
     """
     recurrent = split_recurrent(params, dropout)
     c, transposed = coefficients(recurrent, gates, h_tm1), recurrent.transposed()
     tangents = {**tparams.arrays(), "xs": txs}
     tangents = {k: t.astype(h_tm1.dtype) for k, t in tangents.items() if t is not None}
 
-    def cotangents(dh):
-        dp = step_vjp(transposed, c, dh)[1]
-        da, du = gates_vjp(c, dh, dp)
+    def cotangents(dnew):
+        dp = step_vjp(transposed, c, dnew)[1]
+        da, du = gates_vjp(c, dnew, dp)
         dparams = params_vjp(params, xs, gates, h_tm1, da, du, dropout)
         found = {**dparams.arrays(), "xs": inputs_vjp(params, params.w_x.T, xs, da)}
         return {name: found[name] for name in tangents}
@@ -162,10 +167,10 @@ def _input_norms(params, xs):
 
 
 def _norms_vjp(scales, norms, du):
-    """dv [..., 2H or 3H], the cotangents before normalization, from du, those after it."""
+    """dv [..., 2H or 3H], the cotangents of the products v, from the list du, those of N(v)."""
     return jnp.concatenate(list(map(normalize_vjp, du, scales, norms)), axis=-1)
 
 
-def _scale_rows(scale, d, norms):
+def _scale_rows(scale, du, norms):
     """The rows whose sum is the cotangent of a layer-norm scale, or None without a scale."""
-    return None if scale is None else d * jnp.concatenate([n.y for n in norms], axis=-1)
+    return None if scale is None else du * jnp.concatenate([n.y for n in norms], axis=-1)

@@ -1,11 +1,12 @@
 """Masks, resets, truncation and zoneout: what they do to the state around each step.
 
-    h_tm1 = enter(h)                         h, but 0 at a reset; its gradient stops at a cut
-    h_t = leave(step(x_t, h_tm1), h_tm1)     h_tm1 where the step is masked or the unit zoned out
+    h_tm1 = enter(h_{t-1})      h_{t-1}, but 0 at a reset; no gradient flows back through a cut
+    new = step(x_t, h_tm1)
+    h_t = leave(new, h_tm1)     new, but h_tm1 where the step is masked or the unit zoned out
 
-A cut is the start of a window of `BPTT.truncate`. Both maps are linear in the states:
-`enter_linear` is the derivative of `enter` and the transpose of it; `leave` is its own derivative,
-and `leave_vjp` is its transpose.
+A cut is where one window of `BPTT.truncate` follows another. `enter_linear` is the derivative of
+`enter`, and its own transpose. `leave` is linear, so it is its own derivative; `leave_vjp` is its
+transpose.
 """
 
 import dataclasses
@@ -26,8 +27,9 @@ class Flags:
     mask: jax.Array | None = None  # False: h_t = h_tm1; [T, ..., H] after with_zoneout
     resets: jax.Array | None = None
     cuts: jax.Array | None = None  # no gradient flows to the state before the step
-    # The share of h_tm1 in h_t of a valid step; 0 after `with_zoneout`, which draws a mask instead.
-    zoneout_mean: Any = 0.0  # a number, or an array with one for each step
+    # The rate of zoneout: a number, or an array with one for each step. It becomes 0 once a mask is
+    # drawn. Without a key none is drawn, and the rate is the share of h_tm1 in h_t.
+    zoneout: Any = 0.0
 
     def enter(self, h: jax.Array) -> jax.Array:
         """The state that the step reads."""
@@ -38,28 +40,28 @@ class Flags:
         """The derivative of `enter`, and its transpose: zero where the step is reset or cut."""
         return zero_where(self.resets, zero_where(self.cuts, dh))
 
-    def leave(self, h_t: jax.Array, h_tm1: jax.Array) -> jax.Array:
+    def leave(self, new: jax.Array, h_tm1: jax.Array) -> jax.Array:
         """The state after the step, or its tangent."""
-        if not is_zero(self.zoneout_mean):
-            written, kept = self._shares(h_t.dtype)
-            h_t = written * h_t + kept * h_tm1
-        return choose(self.mask, h_t, h_tm1)
+        if not is_zero(self.zoneout):
+            written, kept = self._shares(new.dtype)
+            new = written * new + kept * h_tm1
+        return choose(self.mask, new, h_tm1)
 
     def leave_vjp(self, dh: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """The cotangents of h_t and h_tm1 (None for zero), given dh, that of leave(h_t, h_tm1)."""
+        """The cotangents of new and h_tm1 (None for zero), given dh, that of leave(new, h_tm1)."""
         dh_tm1 = None
         if self.mask is not None:
             zero = jnp.zeros_like(dh)
             dh, dh_tm1 = choose(self.mask, dh, zero), choose(self.mask, zero, dh)
-        if not is_zero(self.zoneout_mean):
+        if not is_zero(self.zoneout):
             written, kept = self._shares(dh.dtype)
             share = kept * dh
             dh, dh_tm1 = written * dh, share if dh_tm1 is None else dh_tm1 + share
         return dh, dh_tm1
 
     def _shares(self, dtype):
-        """The shares of the new state and of h_tm1 in h_t, by zoneout's mean."""
-        shares = (1 - self.zoneout_mean, self.zoneout_mean)
+        """The shares of new and of h_tm1 in the mean of h_t under zoneout."""
+        shares = (1 - self.zoneout, self.zoneout)
         return [v.astype(dtype) if isinstance(v, jax.Array) else v for v in shares]
 
     def states_before(self, h_start: jax.Array, hs: jax.Array, reverse: bool) -> jax.Array:
@@ -70,12 +72,12 @@ class Flags:
         return self.enter(jnp.concatenate(pair)[:-1])  # slices last, so that T may be 0
 
     def with_zoneout(self, key: jax.Array | None, numbers: Any, h: jax.Array) -> "Flags":
-        """Flags whose mask is also False at the units for which zoneout keeps h_{t-1}."""
+        """Flags whose mask is also False where zoneout keeps a unit; self without a key."""
         if key is None:
             return self
-        written = draw_masks(key, self.zoneout_mean, numbers, h.shape, h)
+        written = draw_masks(key, self.zoneout, numbers, h.shape, h)
         mask = written if self.mask is None else self.mask & written
-        return dataclasses.replace(self, mask=mask, zoneout_mean=0.0)
+        return dataclasses.replace(self, mask=mask, zoneout=0.0)
 
 
 def zero_where(flags: jax.Array | None, h: jax.Array) -> jax.Array:
@@ -96,14 +98,15 @@ def find_cuts(
 ) -> jax.Array:
     """[T, ..., 1], True at a valid step whose window differs from that of the previous valid step.
 
-    "Previous" and "first" are in the order of the loop. windows [T] numbers each step's window.
+    windows [T] holds the number of each step's window. "Previous" means in the order of the loop.
     The first valid step is never cut, so padding does not separate a sequence from its h0.
     """
     shape = (windows.shape[0],) + (1,) * h0.ndim
     windows = (-windows if reverse else windows).reshape(shape)  # increasing along the loop
-    mask, none = jnp.ones(shape, bool) if mask is None else mask, jnp.iinfo(windows.dtype).min
-    passed = jnp.where(mask, windows, jnp.full_like(windows, none))
-    shift = (-1, 1, 0) if reverse else (1, -1, 0)  # by one step; `none` before the first
-    before = lax.cummax(passed, axis=0, reverse=reverse)
-    before = lax.pad(before, jnp.int32(none), [shift] + [(0, 0, 0)] * (passed.ndim - 1))
+    mask = jnp.ones(shape, bool) if mask is None else mask
+    none = jnp.iinfo(windows.dtype).min  # where no valid step came before
+    valid = jnp.where(mask, windows, jnp.full_like(windows, none))
+    latest = lax.cummax(valid, axis=0, reverse=reverse)  # of the valid steps up to this one
+    shift = (-1, 1, 0) if reverse else (1, -1, 0)  # by one step
+    before = lax.pad(latest, jnp.int32(none), [shift] + [(0, 0, 0)] * (latest.ndim - 1))
     return mask & (before != none) & (before != windows)

@@ -28,8 +28,8 @@ class Kernel:
 def _require_counts(rule, *names):
     """Each named field must be a positive integer, or None if None is its default."""
     for name in names:
-        value = getattr(rule, name)
-        if value is not None or (name == "unroll" and not isinstance(rule, BPTT)):
+        value, default = getattr(rule, name), getattr(type(rule), name)
+        if value is not None or default is not None:
             require_count(type(rule).__name__, name, value)
 
 
@@ -78,7 +78,7 @@ class BPTT:
             )
         if self.kernel is not None and self.unroll not in (None, 1):
             raise ValueError(
-                f"BPTT: unroll must be 1 with a kernel, which has no loop of XLA to unroll, got "
+                "BPTT: unroll must be 1 with a kernel, which has no loop of XLA to unroll, got "
                 f"{self.unroll}; leave it out."
             )
 

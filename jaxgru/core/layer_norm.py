@@ -1,6 +1,6 @@
 """Layer normalization of one gate's product (Ba et al. 2016, arXiv:1607.06450, eq. 4).
 
-N(v) = g * y,    y = (v - mean v) * i,    i = 1 / sqrt(var v + 1e-5)
+N(v) = scale * y,    y = (v - mean v) * i,    i = 1 / sqrt(var v + 1e-5)
 """
 
 from typing import NamedTuple
@@ -31,12 +31,12 @@ def normalize(v: jax.Array, scale: jax.Array | None) -> tuple[jax.Array, Norm | 
 
 
 def normalize_vjp(d: jax.Array, scale: jax.Array | None, norm: Norm | None) -> jax.Array:
-    """The cotangent of v given d, that of N(v): (g d - mean(g d) - y mean(g d y)) i."""
+    """The cotangent of v given d, that of N(v): (c - mean c - y mean(c y)) i with c = scale d."""
     return d if scale is None else _project_out(d * like_row(scale, d), norm)
 
 
 def normalize_jvp(t: jax.Array, scale: jax.Array | None, norm: Norm | None) -> jax.Array:
-    """The tangent of N(v) given t, that of v: g (t - mean t - y mean(t y)) i."""
+    """The tangent of N(v) given t, that of v: scale (t - mean t - y mean(t y)) i."""
     return t if scale is None else _project_out(t, norm) * like_row(scale, t)
 
 

@@ -1,7 +1,7 @@
 """Matrix products of a layer in mixed precision, and their transposes.
 
-The state dtype is float32 for float16 and bfloat16 weights, else that of the weights. Sums, gates,
-states and the operands of weight gradients have it; other operands have the dtype of the weights.
+Sums, gates, states and the operands of weight gradients have the state dtype (`state_dtype` of the
+weights); the operands of the other products have the dtype of the weights.
 """
 
 from typing import Any
@@ -35,18 +35,19 @@ def like_row(b: jax.Array, v: jax.Array) -> jax.Array:
 
 def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
     """x @ w, summed in the state dtype."""
-    contract, dtype = (((x.ndim - 1,), (0,)), ((), ())), state_dtype(w.dtype)
-    return lax.dot_general(x.astype(w.dtype), w, contract, preferred_element_type=dtype)
+    axes = (((x.ndim - 1,), (0,)), ((), ()))  # the last of x with the first of w, no batch axes
+    dtype = state_dtype(w.dtype)
+    return lax.dot_general(x.astype(w.dtype), w, axes, preferred_element_type=dtype)
 
 
-def weight_vjp(x: jax.Array, d: jax.Array, w: jax.Array) -> jax.Array:
-    """x^T d: the cotangent of w in y = x w, summed over the leading axes, in the dtype of d.
+def weight_vjp(x: jax.Array, dy: jax.Array, w: jax.Array) -> jax.Array:
+    """x^T dy: the cotangent of w in y = x w, summed over the leading axes, in the dtype of dy.
 
     It uses JAX's transpose of `matmul`, because that can sum over an axis that an explicit mesh
-    shards; a product x.T @ d raises an error there.
+    shards; a product x.T @ dy raises an error there.
     """
-    x, d = _flatten(x), _flatten(d)
-    return jax.vjp(lambda w: matmul(x, w), w.astype(d.dtype))[1](d)[0]
+    x, dy = _flatten(x), _flatten(dy)
+    return jax.vjp(lambda w: matmul(x, w), w.astype(dy.dtype))[1](dy)[0]
 
 
 def _flatten(x):

@@ -75,7 +75,7 @@ class Noise:
 def require_noise(
     function: str, noise: Any, key: Any, deterministic: Any, more: dict[str, Any] | None = None
 ) -> Noise:
-    """The noise, `Noise()` for None; raises if it or `more` has a rate that needs a missing key."""
+    """The noise, `Noise()` for None. Raises if key is None but a rate of it or `more` needs one."""
     noise = Noise() if noise is None else noise
     if not isinstance(noise, Noise):
         raise TypeError(
@@ -142,8 +142,8 @@ def draw_masks(
 
     typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     implementation = str(jax.random.key_impl(key if typed else jax.random.wrap_key_data(key)))
-    # Under vmap the other generators ("rbg") draw all steps from the first key.
     steps = (numbers, rate) if jnp.ndim(rate) else (numbers,)
+    # Under vmap, "threefry" uses the key of each step; "rbg" would draw all from the first key.
     if "threefry" in implementation:
         drawn = jax.vmap(draw)(*steps)
     else:

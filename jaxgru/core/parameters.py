@@ -18,8 +18,9 @@ class GRUSpec:
     """The choice of GRU equation; hashable, so it may be a static argument of `jax.jit`.
 
     Attributes:
-      reset: the reset gate acts on the state "before" the recurrent product of the candidate
-        (Cho et al. 2014, eq. 8) or "after" it (PyTorch, cuDNN, Keras's default).
+      reset: with "before", the reset gate multiplies the state before the candidate's product with
+        w_hn (Cho et al. 2014, eq. 8); with "after", it multiplies the product (PyTorch, cuDNN,
+        Keras's default).
       update: the update gate z multiplies the old state ("keep", Cho et al. 2014, eq. 7) or the
         candidate ("write", Chung et al. 2014, section 3.2).
       activation: the candidate's f.
@@ -86,7 +87,8 @@ class GRUParams:
         return {name: value for name, value in vars(self).items() if name != "spec"}
 
 
-# `jax.export` writes functions of parameters to files; this tells it how to write the spec.
+# `jax.export` writes functions of parameters to files; this tells it how to write their static
+# fields, which are a tuple: (spec,).
 jax.export.register_pytree_node_serialization(
     GRUParams,
     serialized_name="jaxgru.GRUParams",
@@ -105,14 +107,14 @@ def require_spec(function: str, spec: Any, argument: str = "spec") -> None:
 
 def torch_cure(params: Any) -> str:
     """What to do with a module of torch or its state_dict; "" for anything else."""
-    weights = isinstance(params, Mapping) and any("weight_ih" in str(name) for name in params)
-    if weights or hasattr(params, "state_dict"):
+    is_state_dict = isinstance(params, Mapping) and any("weight_ih" in str(n) for n in params)
+    if is_state_dict or hasattr(params, "state_dict"):
         return "; jaxgru.interop.from_torch converts the state_dict of a module"
     return ""
 
 
 def _cure(function, params, argument):
-    """The advice on params that hold GRUParams, or the arrays of one; "" on any others."""
+    """The advice on a dict of a layer's arrays, torch's weights, or a tree of GRUParams; or ""."""
     if isinstance(params, Mapping) and {"w_x", "w_h"} <= set(params):
         return f"; GRUParams(**{argument}, spec=...) holds these arrays"
     if cure := torch_cure(params):
@@ -120,7 +122,7 @@ def _cure(function, params, argument):
     leaves = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, GRUParams))
     if not any(isinstance(leaf, GRUParams) for leaf in leaves):
         return ""
-    if hasattr(params, "forward"):
+    if hasattr(params, "forward"):  # a Bidirectional
         return "; pass one direction, or run both by gru_bidirectional"
     stack = "gru_stack_cell" if function == "gru_cell" else "gru_stack"
     return f"; pass one layer, such as {argument}[0], or run a stack by {stack}"
@@ -133,7 +135,8 @@ def require_params(function: str, params: Any, argument: str = "params") -> tupl
         raise TypeError(f"{function}: {argument} must be a GRUParams, got {found}.")
     require_spec(function, params.spec, f"{argument}.spec")
     for name in ("w_x", "w_h"):
-        checks.require_float(function, f"{argument}.{name}", value := getattr(params, name))
+        value = getattr(params, name)
+        checks.require_float(function, f"{argument}.{name}", value)
         if value.ndim != 2:
             raise ValueError(
                 f"{function}: {argument}.{name} must have two axes, got shape {value.shape}."

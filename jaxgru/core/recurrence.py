@@ -21,7 +21,7 @@ from jaxgru.core.tangent import tangent
 
 
 class Tap(NamedTuple):
-    """Zeros that `gru` adds to xs and to every h_t; their gradients are dL/dx_t and dL/dh_t.
+    """Arrays, usually zeros, added to xs and to every h_t; their gradients are dL/dx_t and dL/dh_t.
 
     dL/dh_t counts every path from h_t to the loss, through hs[t] and step t + 1, as `h_t.grad` does
     after `h_t.retain_grad()` in PyTorch. Give None for a gradient that you do not need.
@@ -56,27 +56,26 @@ def gru(
       xs: [T, ..., I]: time, any number of batch axes (or none), inputs. T may be 0.
       h0: [..., H], the initial state; None for zeros.
       mask: [T, ...] bool, True = valid step. The values of xs at masked steps, NaN included, change
-        no result and no gradient. `length_mask` makes a mask [T, ...] from lengths. Only shapes
-        are checked: a mask with time and batch swapped raises an error unless T = B.
+        no result and no gradient. `length_mask` makes a mask [T, ...] from lengths. A mask with
+        time and batch swapped raises an error, unless T = B.
       resets: [T, ...] bool. `resets_from_dones` computes them from the ends of episodes.
       reverse: runs from the last step to the first; hs keeps the order of xs.
       axis: the axis of time in xs, mask, resets and hs; 1 for batch-major [B, T, I].
       gradient: "bptt" (handwritten, reverse mode, the fastest), "tangent" (handwritten, forward and
         reverse mode), "autodiff" (JAX's own, the reference), or one of `BPTT`, `Tangent` and
         `Autodiff` with options. **`jax.jvp`, `jax.jacfwd` and `jax.linearize` need "tangent"**
-        (or "autodiff"). With "bptt" there is a TypeError; JAX's own, "can't apply forward-mode
-        autodiff (jvp) to a custom_vjp function", inside `jax.jit` and `jax.linearize`. All three
-        have higher derivatives.
+        (or "autodiff"). With "bptt" they raise a TypeError; inside `jax.jit` and `jax.linearize` it
+        is JAX's own, "can't apply forward-mode autodiff (jvp) to a custom_vjp function". All three
+        rules have higher derivatives.
       noise: rates of recurrent dropout and zoneout, which may be traced; None for neither.
-      key: a `jax.random.key`, needed where a rate of noise is above 0 or traced. One key draws
-        the same masks at the same steps, whatever the gradient, the direction and the padding.
+      key: a `jax.random.key`, needed in training where a rate of noise is above 0 or traced. One
+        key draws the same masks at the same steps, whatever the gradient, direction and padding.
       deterministic: True for evaluation: no dropout, and the mean of zoneout; key is not used.
       first_step: the number of the first step of xs, for zoneout's draws and the windows of
         `BPTT.truncate`. With it, consecutive pieces of a sequence give the values of the whole
-        sequence. A window that starts with a piece does not cut the gradient of h0: pass
-        `jax.lax.stop_gradient(h0)` for that. May be traced.
-      tap: a `Tap` of zeros, from `init_taps`. The gradient of a loss with respect to it is dL/dx_t
-        and dL/dh_t of every step.
+        sequence. Where a window starts at the first step of xs, the gradient still reaches h0; pass
+        `jax.lax.stop_gradient(h0)` to cut it. first_step may be traced.
+      tap: a `Tap`, from `init_taps`, whose gradients are dL/dx_t and dL/dh_t.
 
     Returns:
       h_last [..., H], the state after the last step (the first, if reverse). With a mask, but no
@@ -130,10 +129,11 @@ def run_gru(
     xs = xs if tap_xs is None else xs + tap_xs
     if mask is not None:
         xs = jnp.where(mask, xs, jnp.zeros_like(xs))  # 0 * NaN is NaN in gradients
-    if h0 is None:  # zeros, sharded as a projected step; jit removes the product
-        h0 = jnp.zeros_like(project(params, xs.sum(axis=0))[0], dtype=xs.dtype)  # T may be 0
+    if h0 is None:  # zeros, sharded as a projected step; jit removes the product and the sum
+        any_step = xs.sum(axis=0)  # not xs[0]: T may be 0
+        h0 = jnp.zeros_like(project(params, any_step)[0], dtype=xs.dtype)
     h0 = jnp.asarray(h0)
-    first_step = jnp.asarray(first_step).astype(jnp.int32)  # as the numbers of steps
+    first_step = jnp.asarray(first_step).astype(jnp.int32)  # the dtype of the numbers
     numbers = first_step + lax.broadcasted_iota(jnp.int32, (xs.shape[0],), 0)
     cuts = None
     if rule.truncate is not None:
@@ -147,8 +147,8 @@ def run_gru(
     if isinstance(zoneout, jax.Array):
         if kernel is not None and zoneout_key is None:
             raise TypeError(
-                "gru: noise.zoneout must be a Python float where a kernel takes its mean, got an "
-                "array; pass a float, or leave BPTT's kernel out."
+                "gru: noise.zoneout must be a Python float with a kernel and deterministic=True, "
+                "got an array; pass a float, or leave BPTT's kernel out."
             )
         zoneout = jnp.broadcast_to(zoneout, (xs.shape[0],) + (1,) * h0.ndim)
     arrays = (params, xs, h0, Flags(mask, resets, cuts, zoneout), tap_hs, dropout)
@@ -168,7 +168,8 @@ def run_gru(
                 "gradient must be 'tangent' or 'autodiff' for jax.jvp and jax.jacfwd, got 'bptt'."
             ) from error
     run = tangent if isinstance(rule, Tangent) else plain_scan
-    return run(Config(reverse, None, None, None, rule.unroll), *arguments)
+    config = Config(reverse, kernel=None, residuals=None, chunk_size=None, unroll=rule.unroll)
+    return run(config, *arguments)
 
 
 def require_inputs(
@@ -188,21 +189,22 @@ def require_inputs(
 
 def require_state(
     function: str, name: str, h: Any, shape: tuple[int, ...], params: Any,
-    time_major: Any = None, rows: str = "params.w_h", source: str = "xs", wide: bool = False,
+    time_major_xs: Any = None, rows: str = "params.w_h", source: str = "xs", wide: bool = False,
 ) -> None:  # fmt: skip
     """TypeError or ValueError unless h is None or a state of that shape.
 
-    wide: its dtype may also be float32 with half-precision parameters.
+    time_major_xs: xs if axis is 0, for the advice to pass axis=1.
+    wide: the dtype of h may also be float32 with half-precision parameters.
     """
     if h is None:
         return
-    cure = "cast a state; pass a mask by name, and lengths as mask=length_mask(lengths, T)"
+    cure = "cast it if it is a state; pass a mask by name, lengths as mask=length_mask(lengths, T)"
     checks.require_float(function, name, h, params.w_x.dtype, cure, wide=wide)
-    swapped = time_major is not None and h.shape[:1] == time_major.shape[:1]
+    swapped = time_major_xs is not None and h.shape[:1] == time_major_xs.shape[:1]
     cure = "; for batch-major xs pass axis=1" if swapped else ""
     if h.shape == (1, *shape):
         cure = f"; of torch's h_0 [1, B, H] pass {name}[0]"
-    meaning = f"the batch axes of {source}, then H={shape[-1]} rows of {rows}"
+    meaning = f"the batch axes of {source}, then H={shape[-1]}, the rows of {rows}"
     checks.require_shape(function, name, h, shape, meaning, cure)
 
 

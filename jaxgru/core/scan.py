@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxgru.core.cell import empty_gates, project, split_recurrent, step
+from jaxgru.core.cell import project, split_recurrent, step, zero_gates
 from jaxgru.core.chunks import scan_chunks
 from jaxgru.core.flags import Flags
 from jaxgru.core.gradient import Kernel, Residuals
@@ -22,7 +22,7 @@ class Config(NamedTuple):
 
     reverse: bool
     kernel: Kernel | None
-    residuals: Residuals | None
+    residuals: Residuals | None  # None for Tangent and Autodiff
     chunk_size: int | None  # None: the whole sequence at once
     unroll: int
 
@@ -41,7 +41,7 @@ class Configs(NamedTuple):
         are therefore all traced, and only that of the device is compiled.
         """
         kinds = {"cuda": self.gpu, "rocm": self.gpu, "tpu": self.tpu}
-        bound = {
+        bound = {  # one function for equal configs
             c: functools.partial(function, c, **static) for c in (self.default, *kinds.values())
         }
         others = {name: bound[c] for name, c in kinds.items() if c != self.default}
@@ -75,25 +75,28 @@ def forward(config, params, inputs, h0, dropout, key, *, save_gates):
 
         def skip():
             hs = jnp.broadcast_to(h[None], inputs.xs.shape[:1] + h.shape)
-            gates = empty_gates(params, hs) if save_gates else None
+            gates = zero_gates(params, hs) if save_gates else None
             return h, (hs.astype(inputs.xs.dtype), gates)
 
-        return *run_unless_masked(config, inputs, run, skip), h
+        h_end, found = run_unless_masked(config, inputs, run, skip)
+        return h_end, found, h
 
     h, *found = scan_chunks(config.chunk_size, chunk, h0_wide, inputs, None, reverse=config.reverse)
     return h.astype(h0.dtype), *found
 
 
 def run_unless_masked(config, inputs, run, skip):
-    """run(), or skip() if there are chunks and this one has only masked steps, such as padding.
+    """run(), or skip() if there is a chunk_size and all steps of this chunk are masked (padding).
 
     A reset or a tap changes the state on masked steps too: a chunk with a reset runs, and so does
-    every chunk if there is a tap. Under `jax.vmap` over masks both are computed: no time is saved.
+    every chunk if there is a tap or a kernel. Under `jax.vmap` over masks both are computed, and no
+    time is saved.
     """
     mask, resets = inputs.flags.mask, inputs.flags.resets
     if mask is None or config.chunk_size is None or config.kernel or inputs.tap is not None:
         return run()
-    return lax.cond(mask.any() if resets is None else mask.any() | resets.any(), run, skip)
+    acts = mask.any() if resets is None else mask.any() | resets.any()
+    return lax.cond(acts, run, skip)
 
 
 def run_chunk(config, params, recurrent, h, inputs, key, save_gates):
@@ -106,15 +109,15 @@ def run_chunk(config, params, recurrent, h, inputs, key, save_gates):
 
 def scan_steps(config, recurrent, h, a, inputs, save_gates) -> Any:
     """h after the chunk, and (hs, gates or None), from the projected inputs a."""
+    dtype = inputs.xs.dtype
 
-    def body(h, inputs):
-        a, flags, tap = inputs
+    def body(h, per_step):
+        a, flags, tap = per_step
         h_tm1 = flags.enter(h)
-        h_t, gates = step(recurrent, a, h_tm1)
-        h_t = flags.leave(h_t, h_tm1)
+        new, gates = step(recurrent, a, h_tm1)
+        h_t = flags.leave(new, h_tm1)
         h_t = h_t if tap is None else h_t + tap.astype(h_t.dtype)
         return h_t, (h_t.astype(dtype), gates if save_gates else None)
 
-    dtype = inputs.xs.dtype
     per_step = (a, inputs.flags, inputs.tap)
     return lax.scan(body, h, per_step, reverse=config.reverse, unroll=config.unroll)

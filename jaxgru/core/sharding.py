@@ -13,10 +13,10 @@ def on_auto_mesh() -> bool:
 
 
 def cast_to_common_varying_axes(tree: Any, others: Any = None) -> Any:
-    """The tree, each leaf cast to vary over every mesh axis that any leaf of the two trees does.
+    """The tree, each leaf cast to vary over all mesh axes over which a leaf of either tree varies.
 
-    Inside `jax.shard_map` scan carries and cotangents then have equal types, and the transpose of
-    the cast sums the gradient of the parameters over the mesh, once per call.
+    The carries and cotangents of a scan then have equal types inside `jax.shard_map`, and the
+    transpose of the cast sums the gradient of the parameters over the mesh, once per call.
     """
     axes = frozenset().union(*(varying_axes(v) for v in jax.tree.leaves((tree, others))))
 

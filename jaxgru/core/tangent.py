@@ -30,7 +30,7 @@ def _tangent_jvp(config, primals, tangents):
         (tangents[0], tangents[1].xs, tangents[1].tap, tangents[2]),
         is_leaf=lambda t: isinstance(t, SymbolicZero),
     )
-    h_last, hs = tangent(config, *primals)  # the custom_jvp, so that JAX can differentiate it again
+    h_last, hs = tangent(config, *primals)  # not plain_scan: higher derivatives use this rule too
     dtype, flags = state_dtype(h0.dtype), inputs.flags
     h_tm1 = flags.states_before(h0.astype(dtype), hs, config.reverse)
     recurrent = split_recurrent(params, dropout)

@@ -116,7 +116,7 @@ def gradient_paths(
     require_bool("gradient_paths", "reverse", reverse)
     trace = trace_layers("gradient_paths", params, xs, h0, mask, resets, reverse=reverse)
     require_float("gradient_paths", "dhs", dhs, params.w_x.dtype)
-    require_shape("gradient_paths", "dhs", dhs, trace.h_t.shape, "that of hs")
+    require_shape("gradient_paths", "dhs", dhs, trace.new.shape, "that of hs")
     return _paths(trace, dhs)
 
 

@@ -228,7 +228,7 @@ def _follow(layers, residual, x, states, influences, mask, resets):
         by_state, by_input, immediate = _pull_units(trace)
         through = (*_times(by_input, of_y), immediate)
         moved = jax.tree.map(jnp.add, _times(by_state, of_h), through)
-        h, of_h = jax.tree.map(flags.leave, (trace.h_t, moved), (h, of_h))
+        h, of_h = jax.tree.map(flags.leave, (trace.new, moved), (h, of_h))
         after.append((h, of_h))
         if residual and of_y:
             y, of_y = h + y, (*jax.tree.map(jnp.add, of_h[:-1], of_y), of_h[-1])
@@ -270,7 +270,7 @@ def _follow_snap(params, x, states, influences, mask, resets):
     if of_r is not None:
         by_state, _, immediate = _pull_units(trace)
         of_r = jax.tree.map(lambda p, i: p + blocks(i)[0], _times(by_state, of_r), immediate)
-    h, own, of_r = jax.tree.map(flags.leave, (trace.h_t, own, of_r), before)
+    h, own, of_r = jax.tree.map(flags.leave, (trace.new, own, of_r), before)
     return (h,), (own, of_r), h, (own, of_r)
 
 

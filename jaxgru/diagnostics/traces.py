@@ -37,7 +37,7 @@ class Trace(NamedTuple):
     recurrent: Recurrent
     xs: jax.Array  # [T, ..., I], zero at masked steps
     h_tm1: jax.Array  # [T, ..., H], the state that each step reads: zero where it is reset
-    h_t: jax.Array  # [T, ..., H], what the step makes of it, whether the step is masked or not
+    new: jax.Array  # [T, ..., H], what `step` makes of it, whether the step is masked or not
     gates: Gates
     c: Coefficients
     flags: Flags
@@ -81,9 +81,9 @@ def _trace_gru(params, xs, h0, mask, resets, reverse):
 def trace_steps(params: GRUParams, xs: jax.Array, h_tm1: jax.Array, flags: Flags) -> Trace:
     """The trace of steps that read these states."""
     recurrent = split_recurrent(params)
-    h_t, gates = step(recurrent, project(params, xs), h_tm1)
+    new, gates = step(recurrent, project(params, xs), h_tm1)
     c = coefficients(recurrent, gates, h_tm1)
-    return Trace(params, recurrent, xs, h_tm1, h_t, gates, c, flags)
+    return Trace(params, recurrent, xs, h_tm1, new, gates, c, flags)
 
 
 def per_layer(params, tree) -> Any:

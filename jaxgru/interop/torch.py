@@ -1,4 +1,4 @@
-"""Weights of PyTorch; all of its names are in this file."""
+"""Weights of PyTorch; this file holds all names of arrays by which they are converted."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -147,7 +147,7 @@ def _generate(params, key, prompt, mask, h0, filters, num_steps, axis, config):
     prompt, mask = jax.tree.map(lambda v: jnp.moveaxis(v, axis, 0), (prompt, mask))
     h, ys = run_stack(config, params.layers, h0, None, 0, embed(params, prompt), mask, None)
     recurrents = [split_recurrent(p) for p in params.layers]
-    flags = Flags(zoneout_mean=as_constant(config.noise.zoneout))
+    flags = Flags(zoneout=as_constant(config.noise.zoneout))
     vocab_size, table = params.w.shape[1], None
     if vocab_size <= num_steps:  # a row is then looked up instead of multiplied
         table = project(params.layers[0], embed(params, jnp.arange(vocab_size)))

@@ -148,8 +148,8 @@ def require_layers(
     found = require_inputs(function, bottom, xs, size, mask, resets, found, f"{name}.w_x")
     require_sizes(function, params, merge, residual, root)
     batch = (*xs.shape[:found], *xs.shape[found + 1 : -1])
-    time_major = xs if axis is not None and found == 0 else None
-    _require_states(function, "h0", params, h0, batch, time_major, root=root)
+    time_major_xs = xs if axis is not None and found == 0 else None
+    _require_states(function, "h0", params, h0, batch, time_major_xs, root=root)
     return found
 
 
@@ -206,12 +206,12 @@ def require_sizes(function, params, merge, residual, root="params"):
 
 
 def _require_states(
-    function, argument, params, h, batch, time_major=None, source="xs", root="params", wide=False
+    function, argument, params, h, batch, time_major_xs=None, source="xs", root="params", wide=False
 ):
     """TypeError or ValueError unless h is None or has the form of params."""
     for place, p, entry in _entries(function, argument, params, h, root):
         name, shape, rows = argument + place, (*batch, p.w_h.shape[0]), f"{root}{place}.w_h"
-        require_state(function, name, entry, shape, p, time_major, rows, source, wide)
+        require_state(function, name, entry, shape, p, time_major_xs, rows, source, wide)
 
 
 def _entries(function, argument, params, tree, root, place="") -> Any:

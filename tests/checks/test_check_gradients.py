@@ -609,10 +609,10 @@ def test_grid_of_nothing_is_refused():
         ({"specs": "cho"}, "specs[0] must be a GRUSpec, such as jaxgru.PYTORCH, got 'cho'."),
         ({"reverses": [False, "no"]}, "reverses[1] must be a bool, got 'no'."),
         ({"mask": np.ones((2, 1))}, 
-          "mask must be a bool array, got float64; length_mask makes one of lengths."),
+          "mask must be a bool array, got float64; length_mask makes one from lengths."),
         ({"gradients": "bp"}, "gradient must be one of 'bptt', 'tangent', 'autodiff', got 'bp'."),
         ({"h0": np.ones((1, 2), np.float32)},
-         "h0 must have shape (1, 1) (the batch axes of xs, then H=1 rows of params.w_h), got "
+         "h0 must have shape (1, 1) (the batch axes of xs, then H=1, the rows of params.w_h), got "
          "(1, 2)."),
         ({"noise": 0.5},
           "noise must be a Noise or None, got 0.5; pass its rates by name, "

@@ -48,7 +48,7 @@ CALLS = {
     "length_mask": (jnp.array([2]), 3),
     "resets_from_dones": (jnp.zeros((4, 2), bool),),
 }
-SIZES = "the parameters have it, which init_gru and init_stack draw."
+SIZES = "the parameters, which init_gru and init_stack draw, already have it."
 
 
 @pytest.mark.parametrize(

@@ -52,15 +52,15 @@ def whole_step(params, x, h, spec, dropout=None):
 
 
 @functools.partial(jax.jit, static_argnames="spec")
-def step_and_rules(params, x, h, dh, spec, dropout=None):
+def step_and_rules(params, x, h, dnew, spec, dropout=None):
     """The step's value, its handwritten VJP, and JAX's."""
     params = with_spec(params, spec)
     a, recurrent = cell.project(params, x), cell.split_recurrent(params, dropout)
     transposed = recurrent.transposed()
-    h_t, gates = cell.step(recurrent, a, h)
+    new, gates = cell.step(recurrent, a, h)
     c = derivatives.coefficients(recurrent, gates, h)
-    dh_tm1, dp = derivatives.step_vjp(transposed, c, dh)
-    da, du = derivatives.gates_vjp(c, dh, dp)
+    dh_tm1, dp = derivatives.step_vjp(transposed, c, dnew)
+    da, du = derivatives.gates_vjp(c, dnew, dp)
     by_hand = (
         derivatives.params_vjp(params, x, gates, h, da, du, dropout),
         derivatives.inputs_vjp(params, params.w_x.T, x, da),
@@ -72,7 +72,7 @@ def step_and_rules(params, x, h, dh, spec, dropout=None):
 
     _, pull = jax.vjp(whole, params, x, h)
     _, pull_a = jax.vjp(lambda a, h: cell.step(recurrent, a, h)[0], a, h)
-    return h_t, by_hand, pull(dh), (tuple(jnp.split(da, 3, -1)), dh_tm1), pull_a(dh)
+    return new, by_hand, pull(dnew), (tuple(jnp.split(da, 3, -1)), dh_tm1), pull_a(dnew)
 
 
 @in_float64
@@ -617,7 +617,7 @@ BAD_CALLS = {
     "h_never_broadcast": (
         lambda: call_cell(h=(3,)),
         ValueError,
-        "gru_cell: h must have shape (4, 3) (x's leading axes, then H=3 rows of params.w_h), "
+        "gru_cell: h must have shape (4, 3) (x's leading axes, then H=3, the rows of params.w_h), "
         "got (3,).",
     ),
     "spec_kind": (

@@ -33,12 +33,12 @@ def cases(values, name=str):
 
 
 def of_step(change):
-    """A fault of step_vjp: change(w_h, c, dh, dh_tm1, dp) -> dh_tm1."""
+    """A fault of step_vjp: change(w_h, c, dnew, dh_tm1, dp) -> dh_tm1."""
 
     def mutate(original):
-        def faulty(transposed, c, dh):
-            dh_tm1, dp = original(transposed, c, dh)
-            return change(jnp.concatenate(transposed.w).T, c, dh, dh_tm1, dp), dp
+        def faulty(transposed, c, dnew):
+            dh_tm1, dp = original(transposed, c, dnew)
+            return change(jnp.concatenate(transposed.w).T, c, dnew, dh_tm1, dp), dp
 
         return faulty
 
@@ -49,28 +49,28 @@ def block(w, i):
     return jnp.split(w, 3, axis=-1)[i]
 
 
-def no_kept_state(w_h, c, dh, dh_tm1, dp):
-    return dh_tm1 - dh * c.K
+def no_kept_state(w_h, c, dnew, dh_tm1, dp):
+    return dh_tm1 - dnew * c.K
 
 
-def no_update_gate_path(w_h, c, dh, dh_tm1, dp):
-    return dh_tm1 - (dh * c.Z) @ block(w_h, 1).T
+def no_update_gate_path(w_h, c, dnew, dh_tm1, dp):
+    return dh_tm1 - (dnew * c.Z) @ block(w_h, 1).T
 
 
-def no_reset_gate_path(w_h, c, dh, dh_tm1, dp):
-    return dh_tm1 - ((dh if dp is None else dp) * c.R) @ block(w_h, 0).T
+def no_reset_gate_path(w_h, c, dnew, dh_tm1, dp):
+    return dh_tm1 - ((dnew if dp is None else dp) * c.R) @ block(w_h, 0).T
 
 
-def no_candidate_path(w_h, c, dh, dh_tm1, dp):
+def no_candidate_path(w_h, c, dnew, dh_tm1, dp):
     return dh_tm1 - dp * c.r
 
 
-def candidate_path_not_gated(w_h, c, dh, dh_tm1, dp):
+def candidate_path_not_gated(w_h, c, dnew, dh_tm1, dp):
     return dh_tm1 + dp * (1 - c.r)
 
 
-def no_product_path(w_h, c, dh, dh_tm1, dp):
-    return dh_tm1 - (dh * c.Q) @ block(w_h, 2).T
+def no_product_path(w_h, c, dnew, dh_tm1, dp):
+    return dh_tm1 - (dnew * c.Q) @ block(w_h, 2).T
 
 
 def of_coefficients(change):
@@ -306,9 +306,9 @@ def cut_ignored(g, dhs, flags):
 
 
 def norms_of_the_wrong_gate(original):
-    def faulty(transposed, c, dh):
+    def faulty(transposed, c, dnew):
         r, z, n = c.norms
-        return original(transposed, c._replace(norms=(z, r, n)), dh)
+        return original(transposed, c._replace(norms=(z, r, n)), dnew)
 
     return faulty
 

@@ -209,8 +209,8 @@ def test_kernel_refuses_an_array_whose_mean_it_would_take():
         gru(problem.params, problem.xs, gradient=BPTT(kernel=HopperKernel(interpret=True)),
             noise=Noise(zoneout=jnp.float32(0.1)), deterministic=True)  # fmt: skip
     assert str(refused.value) == (
-        "gru: noise.zoneout must be a Python float where a kernel takes its mean, got an array; "
-        "pass a float, or leave BPTT's kernel out."
+        "gru: noise.zoneout must be a Python float with a kernel and deterministic=True, got an "
+        "array; pass a float, or leave BPTT's kernel out."
     )
 
 

@@ -678,7 +678,7 @@ GRU_ERRORS = {
     "lengths_for_a_mask": (
         lambda: call_gru(mask=jnp.array([3, 2])),
         TypeError,
-        "gru: mask must be a bool array, got int32; length_mask makes one of lengths.",
+        "gru: mask must be a bool array, got int32; length_mask makes one from lengths.",
     ),
     "params_w_x_kind": (
         lambda: call_gru(params=GRUParams(1.0, jnp.zeros((3, 9)), None, None, spec=CHO_2014)),
@@ -738,12 +738,12 @@ GRU_ERRORS = {
     "mask_float": (
         lambda: call_gru(mask=jnp.ones((5, 4))),
         TypeError,
-        "gru: mask must be a bool array, got float32; length_mask makes one of lengths.",
+        "gru: mask must be a bool array, got float32; length_mask makes one from lengths.",
     ),
     "mask_kind": (
         lambda: call_gru(mask=[True] * 5),
         TypeError,
-        "gru: mask must be a bool array, got list; length_mask makes one of lengths.",
+        "gru: mask must be a bool array, got list; length_mask makes one from lengths.",
     ),
     "mask_shape": (
         lambda: call_gru(mask=(4, 5)),
@@ -780,14 +780,14 @@ GRU_ERRORS = {
     "h0_mask": (
         lambda: call_gru(h0=jnp.ones((5, 4), bool)),
         TypeError,
-        "gru: h0 must be a floating array, got dtype bool; cast a state; pass a mask by name, "
-        "and lengths as mask=length_mask(lengths, T).",
+        "gru: h0 must be a floating array, got dtype bool; cast it if it is a state; pass a mask "
+        "by name, lengths as mask=length_mask(lengths, T).",
     ),
     "h0_of_torch": (
         lambda: call_gru(h0=(1, 4, 3)),
         ValueError,
-        "gru: h0 must have shape (4, 3) (the batch axes of xs, then H=3 rows of params.w_h), got "
-        "(1, 4, 3); of torch's h_0 [1, B, H] pass h0[0].",
+        "gru: h0 must have shape (4, 3) (the batch axes of xs, then H=3, the rows of params.w_h), "
+        "got (1, 4, 3); of torch's h_0 [1, B, H] pass h0[0].",
     ),
     "h0_dtype": (
         lambda: call_gru(h0=jnp.zeros((4, 3), jnp.float16)),
@@ -797,13 +797,13 @@ GRU_ERRORS = {
     "h0_never_broadcast": (
         lambda: call_gru(h0=(3,)),
         ValueError,
-        "gru: h0 must have shape (4, 3) (the batch axes of xs, then H=3 rows of params.w_h), "
+        "gru: h0 must have shape (4, 3) (the batch axes of xs, then H=3, the rows of params.w_h), "
         "got (3,).",
     ),
     "h0_batch_major": (
         lambda: call_gru(h0=(4, 3), axis=1),
         ValueError,
-        "gru: h0 must have shape (5, 3) (the batch axes of xs, then H=3 rows of params.w_h), "
+        "gru: h0 must have shape (5, 3) (the batch axes of xs, then H=3, the rows of params.w_h), "
         "got (4, 3).",
     ),
 }

@@ -635,7 +635,7 @@ def state_of():
         (TypeError, "gate_values: params must be a sequence of layers, GRUParams or "
                     "Bidirectional, got str.",
          lambda: diagnostics.gate_values("layers", XS)),
-        (ValueError, "rtrl: h0 must have shape (4, 3) (the batch axes of xs, then H=3 rows of "
+        (ValueError, "rtrl: h0 must have shape (4, 3) (the batch axes of xs, then H=3, the rows of "
                      "params.w_h), got (5, 3).",
          lambda: diagnostics.rtrl(squares, PARAMS, XS, XS, jnp.ones((5, 3)))),
         (TypeError, "rtrl: h0 must have the dtype of the parameters, float32, got float16; "
@@ -724,10 +724,10 @@ def state_of():
         (ValueError, "singular_values: jacobians must have shape [..., H, H], got (2, 3).",
          lambda: diagnostics.singular_values(jnp.ones((2, 3)))),
         (TypeError, "lyapunov_exponents: mask must be a bool array, got float32; "
-                    "length_mask makes one of lengths.",
+                    "length_mask makes one from lengths.",
          lambda: diagnostics.lyapunov_exponents(EYES, jnp.ones(2))),
-        (ValueError, "step_jacobian: h must have shape (4, 3) (the batch axes of x, then H=3 rows "
-                     "of params.w_h), got (4, 2).",
+        (ValueError, "step_jacobian: h must have shape (4, 3) (the batch axes of x, then H=3, the "
+                     "rows of params.w_h), got (4, 2).",
          lambda: diagnostics.step_jacobian(PARAMS, XS[0], XS[0])),
         (ValueError, "step_jacobian_diagonal: x must have shape [..., I] with I=2 (rows of "
                      "params.w_x), got (4, 3).",

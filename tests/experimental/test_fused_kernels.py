@@ -26,9 +26,9 @@ from jaxlib.mlir import ir
 import jaxgru
 from jaxgru.core.parameters import CHO_2014, CHUNG_2014, PYTORCH, GRUParams, GRUSpec
 from jaxgru.experimental import fused
-from jaxgru.experimental.fused import HopperKernel, kernels, recurrence, tiling
+from jaxgru.experimental.fused import HopperKernel, hopper, kernels, tiling
 from jaxgru.experimental.fused.exchange import OperandBuffer
-from jaxgru.experimental.fused.hopper import HopperOps
+from jaxgru.experimental.fused.operations import HopperOps
 from jaxgru.experimental.fused.tiling import UNITS, choose_tiles
 from jaxgru.stacks import init_taps
 
@@ -49,7 +49,7 @@ def backend(request, capfd, monkeypatch):
     """A backend and its device; the interpreter must not have reported a race."""
     if request.param == "fused":
         # Products outside the kernels must not be in TensorFloat-32; those inside are unchanged.
-        monkeypatch.setattr(recurrence, "count_splits", lambda d: 2 if d == jnp.float32 else 1)
+        monkeypatch.setattr(hopper, "count_splits", lambda d: 2 if d == jnp.float32 else 1)
         with jax.default_matmul_precision("highest"):
             yield request.param
         return
@@ -235,7 +235,7 @@ def test_half_types_are_near_the_oracle_and_keep_their_dtype(spec, dtype, backen
 def test_float32_is_as_exact_as_its_splits(splits, least, most, backend, monkeypatch):
     problem = small_problem(10, hidden=64)
     want = oracle_pullback(problem, PYTORCH)[0][1]
-    monkeypatch.setattr(recurrence, "count_splits", lambda dtype: splits)
+    monkeypatch.setattr(hopper, "count_splits", lambda dtype: splits)
     run = jax.jit(functools.partial(gru, spec=PYTORCH, backend=backend))
     got = np.asarray(run(problem.params, problem.xs, problem.h0)[1], np.float64)
     error = np.abs(got - want).max() / np.abs(want).max()

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxgru.experimental.fused.hopper import HopperOps
+from jaxgru.experimental.fused.operations import HopperOps
 from jaxgru.experimental.fused.tiling import split_operand
 
 

@@ -32,7 +32,7 @@ from jaxgru.core.gradient import Kernel
 from jaxgru.core.matmul import blocks
 from jaxgru.core.sharding import cast_to_common_varying_axes
 from jaxgru.experimental.fused.exchange import OperandBuffer
-from jaxgru.experimental.fused.hopper import HopperOps
+from jaxgru.experimental.fused.operations import HopperOps
 from jaxgru.experimental.fused.tiling import (
     UNITS,
     choose_tiles,
@@ -67,7 +67,7 @@ class FusedKernels(Kernel):
         h, found = _launch(
             self,
             "gru_forward",
-            functools.partial(_forward_body, spec, flags.zoneout_mean),
+            functools.partial(_forward_body, spec, flags.zoneout),
             [1, 1] if before else [1],
             jnp.stack([w.T for w in blocks(jnp.concatenate(recurrent.w, axis=-1))]),
             h,
@@ -82,7 +82,7 @@ class FusedKernels(Kernel):
         return h, (found["hs"], Gates(found["r"], found["z"], found["n"], found.get("q")))
 
     def backward(self, config, transposed, g, c, dhs, inputs):
-        """What `jaxgru.core.bptt.reverse_scan` computes: g before the chunk, and (dh, dp, dtap)."""
+        """What `jaxgru.core.bptt.reverse_scan` computes: g after the loop, and (dnew, dp, dtap)."""
         before = c.Q is None
         names = ("dhs", "dp") if before else ("dhs",)
         g, found = _launch(
@@ -107,7 +107,7 @@ def _fold_flags(c, flags):
     """The local derivatives of steps that are masked, reset, or cut the gradient.
 
     They are K, R, Z, A, r for "before", and K, R, Z, Q for "after". On a masked step K = 1 and the
-    others that multiply dh are 0; zoneout's mean adds to K. On a reset or cut step dh_{t-1} is 0,
+    others that multiply dnew are 0; zoneout's mean adds to K. On a reset or cut step dh_{t-1} is 0,
     but dp is not: the gradient of w_hn needs it.
     """
 
@@ -121,7 +121,7 @@ def _fold_flags(c, flags):
     return [k, enter(c.R), k_z, leave(c.A), enter(c.r)]  # R and r multiply dp
 
 
-def _forward_body(spec, zoneout_mean, buffers, constants, write, h, inputs, fetch):
+def _forward_body(spec, zoneout, buffers, constants, write, h, inputs, fetch):
     """h_t from what the step reads of h_{t-1}, [64, N], and its inputs; and fetch().
 
     The buffers hold what the products read: h, and r h for "before".
@@ -143,7 +143,7 @@ def _forward_body(spec, zoneout_mean, buffers, constants, write, h, inputs, fetc
         write("q", v_n)
     n = _ACTIVATIONS[spec.activation](a_n)
     new = z * h + (1 - z) * n if spec.update == "keep" else (1 - z) * h + z * n
-    new = h + (1 - zoneout_mean) * (new - h) if zoneout_mean else new
+    new = h + (1 - zoneout) * (new - h) if zoneout else new
     masked = a_z == (jnp.inf if spec.update == "keep" else -jnp.inf)
     new = jnp.where(masked, h, new)  # z h + (1 - z) n is not h where n or h is not finite
     new = new + tap[0] if tap else new

@@ -946,11 +946,7 @@ def cast_half(params):
     return jax.tree.map(lambda v: v.astype(jnp.bfloat16), params)
 
 
-STATES_FORM = (
-    "gru_stack: h0 must be a sequence of 2 states, one for each layer, got {}; init_state(params, "
-    "batch_shape) has the form, and torch's [layers, B, H] is tuple(h0), with two directions "
-    "tuple(zip(h0[::2], h0[1::2]))."
-)
+STATES_FORM = "gru_stack: h0 must be a sequence of {} states, one for each layer, got {}; {}."
 
 
 @pytest.mark.parametrize(
@@ -987,7 +983,37 @@ STATES_FORM = (
         (
             lambda: call(h0=jnp.zeros((2, B, H))),
             ValueError,
-            STATES_FORM.format("an array of shape (2, 2, 3)"),
+            STATES_FORM.format(2, "an array of shape (2, 2, 3)", "of torch's h_0 pass tuple(h0)"),
+        ),
+        (
+            lambda: call(params=two_way(2), h0=jnp.zeros((4, B, H))),
+            ValueError,
+            STATES_FORM.format(
+                2,
+                "an array of shape (4, 2, 3)",
+                "of torch's h_0 pass tuple(zip(h0[::2], h0[1::2]))",
+            ),
+        ),
+        (
+            lambda: call(params=two_way(2), h0=jnp.zeros((2, B, H))),
+            ValueError,
+            STATES_FORM.format(
+                2, "an array of shape (2, 2, 3)", "init_state(params, batch_shape) has the form"
+            ),
+        ),
+        (
+            lambda: call(params=init_stack(jax.random.key(0), INPUTS, H), h0=jnp.zeros((1, B, H))),
+            ValueError,
+            STATES_FORM.format(1, "an array of shape (1, 2, 3)", "of torch's h_0 pass tuple(h0)"),
+        ),
+        (
+            lambda: call(h0=jnp.ones(B, int)),
+            ValueError,
+            STATES_FORM.format(
+                2,
+                "an array of shape (2,)",
+                "pass a mask by name, lengths as mask=length_mask(lengths, T)",
+            ),
         ),
         (
             lambda: jax.jit(lambda rate: call(dropout=rate))(0.5),
@@ -1007,7 +1033,11 @@ STATES_FORM = (
             "gru_stack: h0[0] must have shape (4, 3) (the batch axes of xs, then H=3, the rows of "
             "params[0].w_h), got (2, 3); for batch-major xs pass axis=1.",
         ),
-        (lambda: call(h0=[jnp.zeros((B, H))]), ValueError, STATES_FORM.format("1 of them")),
+        (
+            lambda: call(h0=[jnp.zeros((B, H))]),
+            ValueError,
+            STATES_FORM.format(2, "1 of them", "init_state(params, batch_shape) has the form"),
+        ),
         (
             lambda: call(h0=[jnp.zeros((B, H)), (jnp.zeros((B, H)),) * 2]),
             ValueError,
@@ -1169,7 +1199,7 @@ STATES_FORM = (
             ),
             ValueError,
             "gru_bidirectional: h0 must be a pair of states, forward and backward, got an array"
-            f" of shape ({T}, {B}); pass a mask by name, mask=mask.",
+            f" of shape ({T}, {B}); pass a mask by name, lengths as mask=length_mask(lengths, T).",
         ),
         (
             lambda: gru_bidirectional(two_way()[0], jnp.ones((T, B, INPUTS)), jnp.zeros((B, H))),

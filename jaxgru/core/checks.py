@@ -24,6 +24,7 @@ _R = TypeVar("_R")
 # arguments, a parameter that the called function must have for the advice to hold, and the advice.
 CURES = [
     (("batch_first", "time_major"), "axis", "arrays are time-major; pass axis=1 for [B, T, ...]"),
+    (("batch_first", "time_major"), "input_size", "gru and gru_stack take axis=1 for [B, T, ...]"),
     (("lengths", "seq_lengths", "sequence_lengths"), "mask", "pass mask=length_mask(lengths, T)"),
     (("num_layers", "bidirectional"), None,
      "init_stack draws such layers, and gru_stack runs them"),
@@ -107,11 +108,13 @@ def require_shape(
         )
 
 
-def require_choice(function: str, argument: str, value: Any, choices: tuple[str, ...]) -> None:
+def require_choice(
+    function: str, argument: str, value: Any, choices: tuple[str, ...], cure: str = ""
+) -> None:
     """ValueError unless value is one of the choices."""
     if value not in choices:
         listed = ", ".join(repr(choice) for choice in choices)
-        raise ValueError(f"{function}: {argument} must be one of {listed}, got {value!r}.")
+        raise ValueError(f"{function}: {argument} must be one of {listed}, got {value!r}{cure}.")
 
 
 def require_count(function: str, argument: str, value: Any, least: int = 1) -> None:

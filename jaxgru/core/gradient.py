@@ -116,7 +116,8 @@ def as_rule(function: str, gradient: Any) -> Rule:
     if isinstance(gradient, Rule):
         return gradient
     if isinstance(gradient, str):
-        require_choice(function, "gradient", gradient, tuple(_NAMED))
+        cure = f"; pass BPTT({gradient!r})" if gradient in get_args(Residuals) else ""
+        require_choice(function, "gradient", gradient, tuple(_NAMED), cure)
         return _NAMED[gradient]
     is_class = isinstance(gradient, type) and issubclass(gradient, Rule)
     cure = f"; call it: {gradient.__name__}()" if is_class else ""

@@ -63,8 +63,8 @@ def gru(
       axis: the axis of time in xs, mask, resets and hs; 1 for batch-major [B, T, I].
       gradient: "bptt" (handwritten, reverse mode, the fastest), "tangent" (handwritten, forward and
         reverse mode), "autodiff" (JAX's own, the reference), or one of `BPTT`, `Tangent` and
-        `Autodiff` with options. **`jax.jvp`, `jax.jacfwd` and `jax.linearize` need "tangent"**
-        (or "autodiff"). With "bptt" they raise a TypeError; inside `jax.jit` and `jax.linearize` it
+        `Autodiff` with options. `jax.jvp`, `jax.jacfwd` and `jax.linearize` need "tangent" (or
+        "autodiff"). With "bptt" they raise a TypeError; inside `jax.jit` and `jax.linearize` it
         is JAX's own, "can't apply forward-mode autodiff (jvp) to a custom_vjp function". All three
         rules have higher derivatives.
       noise: rates of recurrent dropout and zoneout, which may be traced; None for neither.
@@ -203,7 +203,7 @@ def require_state(
     swapped = time_major_xs is not None and h.shape[:1] == time_major_xs.shape[:1]
     cure = "; for batch-major xs pass axis=1" if swapped else ""
     if h.shape == (1, *shape):
-        cure = f"; of torch's h_0 [1, B, H] pass {name}[0]"
+        cure = f"; {name}[0] has this shape, as torch's h_0 is [1, B, H]"
     meaning = f"the batch axes of {source}, then H={shape[-1]}, the rows of {rows}"
     checks.require_shape(function, name, h, shape, meaning, cure)
 

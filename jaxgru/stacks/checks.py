@@ -27,7 +27,14 @@ from jaxgru.core.noise import is_zero, require_noise
 from jaxgru.core.parameters import GRUParams, require_params, torch_cure
 from jaxgru.core.recurrence import Tap, require_inputs, require_state, require_tap
 from jaxgru.stacks.dropout import Dropout
-from jaxgru.stacks.forms import Bidirectional, Merge, as_stack, describe, output_size_of
+from jaxgru.stacks.forms import (
+    Bidirectional,
+    Merge,
+    as_stack,
+    describe,
+    directions_of,
+    output_size_of,
+)
 
 
 @functools.partial(
@@ -225,23 +232,24 @@ def _entries(function, argument, params, tree, root, place="") -> Any:
     parts, several = _parts(params), isinstance(tree, list | tuple) and not isinstance(tree, Tap)
     if several != bool(parts) or (several and len(tree) != len(parts)):
         noun, one, cure = "state", "an array [..., H]", f"init_state({root}, batch_shape)"
-        torch = (
-            f", and torch's [layers, B, H] is tuple({argument}), with two directions "
-            f"tuple(zip({argument}[::2], {argument}[1::2]))"
-        )
         if argument == "tap":
-            noun, one, cure, torch = "tap", "one Tap", f"init_taps({root}, lead_shape)", ""
-        cure = f"{cure} has the form"
+            noun, one, cure = "tap", "one Tap", f"init_taps({root}, lead_shape)"
+        cure, shape = f"{cure} has the form", getattr(tree, "shape", ())
         if isinstance(params, GRUParams):
             wanted = f"{one}, as {root}{place} has one direction"
         elif isinstance(params, Bidirectional):
             wanted = f"a pair of {noun}s, forward and backward"
         else:
             wanted = f"a sequence of {len(params)} {noun}s, one for each layer"
-            one_array = not several and len(params) == 1 and isinstance(params[0], GRUParams)
-            cure = f"pass ({argument},)" if one_array else cure + torch
-        if getattr(tree, "dtype", None) == jnp.bool_:
-            cure = "pass a mask by name, mask=mask"
+            count = sum(len(directions_of(layer)) for layer in params)
+            if len(shape) > 2 and shape[0] == count > len(params):
+                cure = f"of torch's h_0 pass tuple(zip({argument}[::2], {argument}[1::2]))"
+            elif len(shape) > 2 and shape[0] == count:
+                cure = f"of torch's h_0 pass tuple({argument})"
+            elif not several and count == 1:
+                cure = f"pass ({argument},)"
+        if not jnp.issubdtype(getattr(tree, "dtype", jnp.floating), jnp.floating):
+            cure = "pass a mask by name, lengths as mask=length_mask(lengths, T)"
         raise ValueError(
             f"{function}: {argument}{place} must be {wanted}, got {describe(tree)}; {cure}."
         )

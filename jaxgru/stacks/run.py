@@ -88,8 +88,8 @@ def gru_stack(
         ys = drop(y^L)
 
     With parameters of spec=PYTORCH that is `torch.nn.GRU(num_layers=..., bidirectional=...,
-    dropout=...)`, but for outputs on padding: here they repeat the last state, and there an
-    unpacked sequence has zeros.
+    dropout=...)`, but for outputs on padding: here they repeat the last state, and there they are
+    zeros after `pad_packed_sequence`.
 
     Args:
       params: a sequence of `GRUParams` and `Bidirectional` layers; each may have its own spec.

@@ -57,6 +57,8 @@ SIZES = "the parameters, which init_gru and init_stack draw, already have it."
         ("gru", "batch_first", "arrays are time-major; pass axis=1 for [B, T, ...]."),
         ("length_mask", "batch_first", "arrays are time-major; pass axis=1 for [B, T, ...]."),
         ("gru_cell", "batch_first", "it takes params, x, h."),
+        ("init_gru", "batch_first", "gru and gru_stack take axis=1 for [B, T, ...]."),
+        ("init_stack", "batch_first", "gru and gru_stack take axis=1 for [B, T, ...]."),
         ("gru_stack", "seq_lengths", "pass mask=length_mask(lengths, T)."),
         ("gru", "num_layers", "init_stack draws such layers, and gru_stack runs them."),
         ("gru", "hidden_size", SIZES),

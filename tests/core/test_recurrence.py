@@ -555,6 +555,12 @@ GRU_ERRORS = {
         ValueError,
         "gru: gradient must be one of 'bptt', 'tangent', 'autodiff', got 'rtrl'.",
     ),
+    "gradient_of_residuals": (
+        lambda: call_gru(gradient="states"),
+        ValueError,
+        "gru: gradient must be one of 'bptt', 'tangent', 'autodiff', got 'states'; pass "
+        "BPTT('states').",
+    ),
     "gradient_kind": (
         lambda: call_gru(gradient=1),
         TypeError,
@@ -787,7 +793,7 @@ GRU_ERRORS = {
         lambda: call_gru(h0=(1, 4, 3)),
         ValueError,
         "gru: h0 must have shape (4, 3) (the batch axes of xs, then H=3, the rows of params.w_h), "
-        "got (1, 4, 3); of torch's h_0 [1, B, H] pass h0[0].",
+        "got (1, 4, 3); h0[0] has this shape, as torch's h_0 is [1, B, H].",
     ),
     "h0_dtype": (
         lambda: call_gru(h0=jnp.zeros((4, 3), jnp.float16)),

@@ -168,7 +168,8 @@ def _input_norms(params, xs):
 
 def _norms_vjp(scales, norms, du):
     """dv [..., 2H or 3H], the cotangents of the products v, from the list du, those of N(v)."""
-    return jnp.concatenate(list(map(normalize_vjp, du, scales, norms)), axis=-1)
+    parts = zip(du, scales, norms, strict=True)
+    return jnp.concatenate([normalize_vjp(*part) for part in parts], axis=-1)
 
 
 def _scale_rows(scale, du, norms):
